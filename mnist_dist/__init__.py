@@ -1,0 +1,25 @@
+"""mnist_dist: exact, fast, survivable distributed training of MNIST classifiers from one YAML recipe.
+
+From Python: `train(load_recipe("simple_cnn", "epochs=1"))`, `build_model("ms_ran")`, `load_run(folder)`.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mnist_dist.models import build_model
+    from mnist_dist.recipe import load_recipe
+    from mnist_dist.runs import load_run
+    from mnist_dist.train import train
+
+__version__ = "0.1.0"
+__all__ = ["build_model", "load_recipe", "load_run", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first asked for: `python -m mnist_dist.train` must not import itself twice."""
+    from importlib import import_module
+
+    homes = {"build_model": "models", "load_recipe": "recipe", "load_run": "runs", "train": "train"}
+    if name not in homes:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{homes[name]}"), name)

@@ -1,0 +1,17 @@
+"""Images as one uint8 tensor, batches as index arithmetic, augmentation as one batched warp."""
+
+from mnist_dist.data.augment import Augmentation, normalize
+from mnist_dist.data.batches import Batches, EpochPlan, derive_seed
+from mnist_dist.data.datasets import DATASETS, Dataset, Images, load_dataset
+
+__all__ = [
+    "DATASETS",
+    "Augmentation",
+    "Batches",
+    "Dataset",
+    "EpochPlan",
+    "Images",
+    "derive_seed",
+    "load_dataset",
+    "normalize",
+]

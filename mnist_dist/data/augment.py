@@ -1,0 +1,101 @@
+"""Random affine warps of a whole batch at once, with the geometry of torchvision's RandomAffine, then normalisation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """A distribution over affine warps about the image's centre.
+
+    Args:
+        rotation: degrees; the angle is uniform in ±rotation.
+        translation: fraction of the image's side; uniform in ±, rounded to whole pixels as torchvision does.
+        scale: (lowest, highest) zoom, uniform; None for none.
+        shear: degrees along x, uniform in ±.
+        interpolation: "nearest" (torchvision's default) or "bilinear".
+        fill: grey level, 0 to 255, of what comes in from outside the image.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    rotation: float = 0.0
+    translation: float = 0.0
+    scale: tuple[float, float] | None = None
+    shear: float = 0.0
+    interpolation: str = "nearest"
+    fill: float = 0.0
+
+    DRAWS: ClassVar[int] = 5  # random numbers a sample needs: angle, x, y, zoom, shear
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rotation <= 180:
+            raise ValueError(f"rotation is in degrees, 0 to 180, not {self.rotation}")
+        if not 0 <= self.translation <= 1:
+            raise ValueError(f"translation is a fraction of the side, 0 to 1, not {self.translation}")
+        if self.scale is not None and not 0 < self.scale[0] <= self.scale[1]:
+            raise ValueError(f"scale is [lowest, highest] with 0 < lowest <= highest, not {list(self.scale)}")
+        if not 0 <= self.shear < 90:
+            raise ValueError(f"shear is in degrees, 0 to below 90, not {self.shear}")
+        if self.interpolation not in ("nearest", "bilinear"):
+            raise ValueError(f"interpolation is nearest or bilinear, not {self.interpolation!r}")
+        if not 0 <= self.fill <= 255:
+            raise ValueError(f"fill is a grey level, 0 to 255, not {self.fill}")
+
+    @property
+    def is_identity(self) -> bool:
+        return not (self.rotation or self.translation or self.shear) and self.scale in (None, (1.0, 1.0))
+
+    def warps(self, draws: Tensor, side: int) -> Tensor:
+        """Turns random numbers into warps.
+
+        Args:
+            draws: float32 in [0, 1), shape (N, DRAWS).
+            side: pixels along one side of the square image.
+
+        Returns:
+            float32 (N, 2, 3): for `affine_grid`, from output to input in coordinates of -1 to 1. Angles run clockwise
+            and the order is shear, rotate, zoom, translate, as in `torchvision.transforms.functional.affine`.
+        """
+        signed = 2 * draws - 1
+        angle = signed[:, 0] * math.radians(self.rotation)
+        shift = torch.round(signed[:, 1:3] * (self.translation * side))
+        low, high = self.scale or (1.0, 1.0)
+        zoom = low + (high - low) * draws[:, 3]
+        shear = torch.tan(signed[:, 4] * math.radians(self.shear))
+        return affine_matrices(angle, shift, zoom, shear, side)
+
+    def apply(self, images: Tensor, warps: Tensor) -> Tensor:
+        """Warps float images (N, 1, H, W) of grey levels 0..255 by (N, 2, 3) matrices; same shape and dtype."""
+        grid = F.affine_grid(warps, list(images.shape), align_corners=False)
+        # grid_sample pads with zeros: shift the grey scale so that zero is the fill.
+        moved = images - self.fill if self.fill else images
+        warped = F.grid_sample(moved, grid, mode=self.interpolation, padding_mode="zeros", align_corners=False)
+        return warped + self.fill if self.fill else warped
+
+
+def affine_matrices(angle: Tensor, shift: Tensor, zoom: Tensor, shear: Tensor, side: int) -> Tensor:
+    """Inverse affine matrices, float32 (N, 2, 3), in coordinates of -1 to 1.
+
+    Args:
+        angle: radians, clockwise, (N,). shift: pixels (x, y), (N, 2). zoom: factor, (N,). shear: tangent along x, (N,).
+    """
+    cosine, sine = torch.cos(angle), torch.sin(angle)
+    # Inverse of rotation × x-shear (determinant one), then of the zoom.
+    inverse = torch.stack([cosine - sine * shear, sine + cosine * shear, -sine, cosine], dim=1).view(-1, 2, 2)
+    inverse = inverse / zoom[:, None, None]
+    offset = -(inverse @ shift[:, :, None]) / (side / 2)
+    return torch.cat([inverse, offset], dim=2)
+
+
+def normalize(images: Tensor, mean: float, std: float) -> Tensor:
+    """Grey levels 0..255, any dtype, to float32 with the training set's mean 0 and standard deviation 1."""
+    return (images.to(torch.float32) - 255 * mean) * (1 / (255 * std))

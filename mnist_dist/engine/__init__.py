@@ -1,0 +1,1 @@
+"""One update, the learning rate, evaluation, counters and weights on disk."""

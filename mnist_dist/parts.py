@@ -1,0 +1,197 @@
+"""From a recipe to the parts of a run, on every process of the world that the launcher made.
+
+The order is: check the world, read the data, build the network, prepare everything. What the user can put right is
+found on the way, by all processes together, before anything is trained or written.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast, gather_object
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from mnist_dist.data import Batches, Dataset, Images, derive_seed, load_dataset
+from mnist_dist.engine.checkpoint import save_weights
+from mnist_dist.engine.evaluation import Evaluation, evaluate
+from mnist_dist.engine.metrics import Meter
+from mnist_dist.engine.optim import Schedule, build_optimizer, build_schedule
+from mnist_dist.engine.step import Update
+from mnist_dist.models import build_model
+from mnist_dist.recipe import Problem, Recipe, RecipeError, check_freeze
+
+T = TypeVar("T")
+
+
+def together(state: PartialState, action: Callable[[], T]) -> T:
+    """Runs `action` on every process; where one meets a user's error, all raise it and none is left waiting."""
+    result, problems = None, None
+    try:
+        result = action()
+    except RecipeError as error:
+        problems = error.problems
+    found = next((each for each in gather_object([problems]) if each), None)
+    if found:
+        raise RecipeError(found)
+    return result  # type: ignore[return-value]
+
+
+def check_world(recipe: Recipe, state: PartialState) -> str:
+    """Refuses what this device and world cannot do; returns the precision to train in."""
+    precision = recipe.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    source = "the recipe" if recipe.mixed_precision else "the launcher"
+    if precision not in ("no", "bf16", "fp16"):
+        raise RecipeError([Problem(source, "mixed_precision", f"{precision} is not supported; use no, bf16 or fp16")])
+    if precision == "fp16" and state.device.type == "cpu":
+        what = "fp16 needs a GPU: a CPU would train in fp32 without a word; use bf16 or no"
+        raise RecipeError([Problem(source, "mixed_precision", what)])
+    if recipe.batch_size < state.num_processes:
+        what = f"the global batch of {recipe.batch_size} cannot be shared by {state.num_processes} processes"
+        raise RecipeError([Problem("the recipe", "batch_size", what)])
+    return precision
+
+
+def load_data(recipe: Recipe, state: PartialState) -> Dataset:
+    """Reads the data on every process; the first of each node downloads, the others wait for it."""
+    root = recipe.data.root or os.environ.get("MNIST_DIST_DATA", "data")
+    sizes = {key: getattr(recipe.data, key) for key in ("split", "validation", "limit_train", "limit_test")}
+
+    def load(download: bool) -> Dataset:
+        try:
+            return load_dataset(recipe.data.dataset, root=root, download=download, **sizes)
+        except FileNotFoundError as error:
+            hint = "put the files there, or name another folder with data.root=… or MNIST_DIST_DATA"
+            raise RecipeError([Problem(f"data.root {root}", "", f"{error}\n      {hint}")]) from error
+        except (ValueError, ImportError, OSError) as error:
+            raise RecipeError([Problem("data", recipe.data.dataset, str(error))]) from error
+
+    first = together(state, lambda: load(download=True) if state.is_local_main_process else None)
+    return together(state, lambda: first or load(download=False))
+
+
+def build_module(recipe: Recipe, dataset: Dataset) -> nn.Module:
+    """The recipe's network with its initial weights, which follow from the seed; frozen as asked; tried on one batch.
+
+    Raises:
+        RecipeError: it cannot be built, or does not turn (N, 1, 28, 28) into (N, classes).
+    """
+    classes, name = len(dataset.train.classes), recipe.model.name
+    torch.manual_seed(derive_seed(recipe.seed))
+    try:
+        module = build_model(name, num_classes=classes, **recipe.model.keywords)
+        with torch.no_grad():
+            output = module.eval()(dataset.train.normalize(dataset.train.images[:2]))
+    except Exception as error:  # a user's own class may fail in any way
+        what = f"cannot be built for 28×28 images of one channel: {type(error).__name__}: {error}"
+        raise RecipeError([Problem("the recipe", f"model.name {name}", what)]) from error
+    if not isinstance(output, torch.Tensor) or output.shape[1:] != (classes,):
+        found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+        what = f"gives {found} for two images; expected (2, {classes})"
+        raise RecipeError([Problem("the recipe", f"model.name {name}", what)])
+    parameters = dict(module.named_parameters())
+    problems = list(check_freeze(recipe.model.freeze, list(parameters)))
+    if problems:
+        raise RecipeError([Problem("the recipe", key, what) for key, what in problems])
+    for pattern in recipe.model.freeze:
+        for frozen in fnmatch.filter(parameters, pattern):
+            parameters[frozen].requires_grad_(False)
+    return module.train()
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of once the recipe has been built."""
+
+    accelerator: Accelerator
+    batches: Batches
+    schedule: Schedule
+    update: Update
+    module: nn.Module
+    """The bare network."""
+    judged: nn.Module
+    """The network that is evaluated and saved: the averaged weights where the recipe keeps them."""
+    meter: Meter
+    total_steps: int
+
+    def judge(self, data: Images, batch_size: int) -> Evaluation:
+        # Each process gathered batch norm's statistics from its own rows; rank 0's are the run's.
+        if self.accelerator.num_processes > 1:
+            for buffer in self.judged.buffers():
+                broadcast(buffer)
+        return evaluate(self.accelerator, self.judged, data, batch_size=batch_size)
+
+    def keep(self, path: Path, recipe: Recipe) -> None:
+        """Saves the judged weights, on rank 0, with what is needed to rebuild and feed the network."""
+        if self.accelerator.is_main_process:
+            data = self.update.data
+            about = {"recipe": recipe.name, "model": recipe.model.name, "keywords": recipe.model.keywords}
+            save_weights(path, self.judged, about | {"classes": data.classes, "mean": data.mean, "std": data.std})
+
+
+def build_parts(recipe: Recipe, precision: str, train_data: Images, module: nn.Module) -> Parts:
+    """Builds everything the loop uses, on the device, prepared by Accelerate."""
+    _set_determinism(recipe.deterministic)
+    AcceleratorState._reset_state()  # a notebook may train twice, with another precision the second time
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
+    accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[ddp])
+    augmentation = recipe.data.augment.build()
+    batches = Batches(len(train_data), recipe.batch_size, recipe.seed, augmentation=augmentation)
+    total_steps = min(recipe.epochs * batches.steps_per_epoch, recipe.max_steps or sys.maxsize)
+    schedule = build_schedule(
+        recipe.schedule.name,
+        lr=recipe.optimizer.lr,
+        steps_per_epoch=batches.steps_per_epoch,
+        total_steps=total_steps,
+        **recipe.schedule.keywords,
+    )
+    layout = torch.channels_last if recipe.engine.channels_last else torch.contiguous_format
+    module.to(accelerator.device, memory_format=layout)  # type: ignore[call-overload]
+    average = None
+    if recipe.ema_decay is not None:
+        average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay), use_buffers=True)
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = build_optimizer(trained, recipe.optimizer.name, lr=schedule.lr_at(0), **recipe.optimizer.keywords)
+    model, optimizer = accelerator.prepare(module, optimizer)
+    meter = Meter(accelerator)
+    update = Update(
+        accelerator,
+        model,
+        module,
+        optimizer,
+        batches,
+        train_data.to(accelerator.device),
+        meter=meter,
+        clip_grad_norm=recipe.clip_grad_norm,
+        label_smoothing=recipe.label_smoothing,
+        micro_batch_size=recipe.micro_batch_size,
+        average=average,
+    )
+    judged = average.module if average else module
+    return Parts(accelerator, batches, schedule, update, module, judged, meter, total_steps)
+
+
+def _set_determinism(deterministic: bool) -> None:
+    """Bit-for-bit repeatable kernels where PyTorch has them; it warns of those it has not."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    # The filling of fresh memory is a debugging aid that costs time.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = not deterministic
+
+
+def device_name(device: torch.device) -> str:
+    """ "cpu (2 threads)", or the GPU's own name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)

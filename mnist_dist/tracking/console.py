@@ -1,0 +1,90 @@
+"""The console of rank 0: a header, one live bar, one line an epoch; plain lines without a terminal."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from accelerate.tracking import GeneralTracker
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+PLAIN_SECONDS = 30.0
+"""Without a terminal a line of progress appears at most this often."""
+
+
+class ConsoleTracker(GeneralTracker):
+    """Shows what is logged, and keeps every line (not the bar) in `log_path`."""
+
+    name = "console"
+    requires_logging_directory = False
+
+    def __init__(self, total_steps: int, epochs: int, split: str, log_path: Path):
+        super().__init__()
+        self._console = Console()
+        self._log = log_path.open("a", encoding="utf-8")
+        self._total_steps, self._epochs, self._split = total_steps, epochs, split
+        self._progress = Progress(
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            refresh_per_second=4,
+            transient=True,
+        )
+        self._bar = self._progress.add_task("", total=total_steps, epoch=f"1/{epochs}", figures="")
+        self._last_plain = time.monotonic()
+        self._started = self._last_plain
+
+    @property
+    def tracker(self) -> Console:
+        return self._console
+
+    def start(self) -> None:
+        if self._console.is_terminal:
+            self._progress.start()
+
+    def say(self, text: str, style: str | None = None) -> None:
+        """Prints one line above the bar and keeps it in the log."""
+        self._console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+        self._log.write(text + "\n")
+        self._log.flush()
+
+    def header(self, facts: dict[str, str]) -> None:
+        """The facts of the run, one a line."""
+        width = max(map(len, facts))
+        for name, fact in facts.items():
+            self.say(f"{name:>{width}}  {fact}", style="bold" if name == "recipe" else None)
+
+    def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        if "train/loss" in values:
+            self._show_interval(values)
+        if "eval/accuracy" in values:
+            self._show_epoch(values)
+
+    def _show_interval(self, values: dict[str, Any]) -> None:
+        speed = values["train/images_per_second"]
+        figures = f"loss {values['train/loss']:.4f}  acc {values['train/accuracy']:.2f} %  {speed:,.0f} images/s"
+        epoch = min(int(values["epoch"]) + 1, self._epochs)
+        self._progress.update(self._bar, completed=values["step"], epoch=f"{epoch}/{self._epochs}", figures=figures)
+        now = time.monotonic()
+        if not self._console.is_terminal and now - self._last_plain >= PLAIN_SECONDS:
+            self._last_plain = now
+            left = (now - self._started) / values["step"] * (self._total_steps - values["step"])
+            self.say(f"step {values['step']:,}/{self._total_steps:,}  {figures}  {left / 60:.0f} min left")
+
+    def _show_epoch(self, values: dict[str, Any]) -> None:
+        number = -(-values["epoch"] // 1)
+        self.say(
+            f"epoch {number:.0f}/{self._epochs}  "
+            f"train loss {values['train/epoch_loss']:.4f}  acc {values['train/epoch_accuracy']:.2f} %   "
+            f"{self._split} loss {values['eval/loss']:.4f}  acc {values['eval/accuracy']:.2f} %"
+        )
+
+    def finish(self) -> None:
+        if self._console.is_terminal:
+            self._progress.stop()
+        self._log.close()
