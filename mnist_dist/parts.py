@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import TypeVar
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast, gather_object
+from accelerate.utils import broadcast, gather_object, parse_flag_from_env
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -29,6 +30,13 @@ from mnist_dist.engine.optim import Schedule, build_optimizer, build_schedule
 from mnist_dist.engine.step import Update
 from mnist_dist.models import build_model
 from mnist_dist.recipe import Problem, Recipe, RecipeError, check_freeze
+
+
+def launched_world() -> PartialState:
+    """The processes and the device that the launcher gave; starts the process group at the first call."""
+    # Accelerator reads this variable itself, PartialState alone does not: two CPU processes would be two worlds of one.
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
 
 T = TypeVar("T")
 
@@ -161,7 +169,10 @@ def build_parts(recipe: Recipe, precision: str, train_data: Images, module: nn.M
         average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay), use_buffers=True)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = build_optimizer(trained, recipe.optimizer.name, lr=schedule.lr_at(0), **recipe.optimizer.keywords)
-    model, optimizer = accelerator.prepare(module, optimizer)
+    with warnings.catch_warnings():
+        # torch 2.15 renames the option; accelerate 1.15 knows it by its old name only.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+        model, optimizer = accelerator.prepare(module, optimizer)
     meter = Meter(accelerator)
     update = Update(
         accelerator,

@@ -9,24 +9,43 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import inspect
+import json
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import textwrap
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, Strict, TypeAdapter
 
 from mnist_dist.data import DATASETS, Augmentation
 from mnist_dist.engine import optim
-from mnist_dist.models import MODELS, build_model, find_builder
+from mnist_dist.models import build_model, find_builder
 
 # --- schema -------------------------------------------------------------------------------------------------------
 
 Positive = Annotated[int, Field(ge=1)]
+AboveZero = Annotated[float, Field(gt=0)]
+
+
+def _known_to(names: Collection[str]) -> AfterValidator:
+    def check(name: str) -> str:
+        if name not in names:
+            raise ValueError(unknown(repr(name), name, names))
+        return name
+
+    return AfterValidator(check)
+
+
+def _a_folder(name: str) -> str:
+    if not re.fullmatch(r"\w[^/\\\x00-\x1f]{0,99}", name):
+        raise ValueError(f"{name!r} cannot name a folder: a letter or digit first, no slash, at most 100 characters")
+    return name
 
 
 class Section(BaseModel):
@@ -51,48 +70,47 @@ class OpenSection(Section):
 
 
 class ModelSection(OpenSection):
-    name: str
+    name: Annotated[str, AfterValidator(lambda name: find_builder(name) and name)]
     """ms_ran, resnet18 … resnet152, simple_cnn, …, `torchvision/<name>`, `timm/<name>` or `package.module:Name`."""
     freeze: list[str] = []
     """Patterns of parameter names that are not trained, e.g. `layer1.*`."""
 
 
 class OptimizerSection(OpenSection):
-    name: str = "sgd"
+    name: Annotated[str, _known_to(optim.OPTIMIZERS)] = "sgd"
     """The lower-case name of a `torch.optim` class; its own keywords stand beside it."""
-    lr: Annotated[float, Field(gt=0)] | None = None
+    lr: AboveZero | None = None
     """Null: PyTorch's default; with schedule onecycle: `max_lr / div_factor`."""
 
 
 class ScheduleSection(OpenSection):
-    name: str = "constant"
-    """constant, step, cosine, onecycle, plateau or linear; PyTorch's own keywords, durations in epochs."""
+    name: Annotated[str, _known_to(optim.SCHEDULES)] = "constant"
+    """PyTorch's own keywords stand beside it; durations are in epochs."""
 
 
 class AugmentSection(Section):
-    rotation: float = 0.0
+    rotation: Annotated[float, Field(ge=0, le=180)] = 0.0
     """Degrees, uniform in ±."""
-    translation: float = 0.0
+    translation: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Fraction of the side, uniform in ±, in whole pixels."""
-    scale: list[float] | None = None
+    scale: Annotated[tuple[AboveZero, AboveZero], Strict(False)] | None = None  # YAML has lists, not tuples
     """[lowest, highest] zoom."""
-    shear: float = 0.0
+    shear: Annotated[float, Field(ge=0, lt=90)] = 0.0
     """Degrees along x, uniform in ±."""
     interpolation: Literal["nearest", "bilinear"] = "nearest"
-    fill: float = 0.0
-    """Grey level, 0 to 255, of what comes in from outside."""
+    fill: Annotated[float, Field(ge=0, le=255)] = 0.0
+    """Grey level of what comes in from outside."""
 
     def build(self) -> Augmentation:
-        values = self.model_dump()
-        return Augmentation(**{**values, "scale": tuple(values["scale"]) if values["scale"] else None})
+        return Augmentation(**self.model_dump())
 
 
 class DataSection(Section):
-    dataset: str = "mnist"
+    dataset: Annotated[str, _known_to(DATASETS)] = "mnist"
     root: str | None = None
     """The folder that holds MNIST/raw; null: the environment variable MNIST_DIST_DATA, else ./data."""
-    split: str | None = None
-    """EMNIST's split; null: balanced."""
+    split: Literal["balanced", "byclass", "bymerge", "letters", "digits", "mnist"] | None = None
+    """EMNIST's; null: balanced."""
     validation: Annotated[int, Field(ge=0)] = 0
     """So many training images are held out; evaluation while training is then on them, the test set is used once."""
     limit_train: Positive | None = None
@@ -126,8 +144,8 @@ class TrackingSection(Section):
 class Recipe(Section):
     """An experiment: all that changes its result. Processes, launcher and device are not in it."""
 
-    name: str
-    """Null or absent in a file: the file's own name."""
+    name: Annotated[str, AfterValidator(_a_folder)]
+    """Of the run; null or absent in a file: the file's own."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     epochs: Positive = 1
     max_steps: Positive | None = None
@@ -140,7 +158,7 @@ class Recipe(Section):
     """Evaluation's fixed batches; matters only to networks that normalise by the evaluated batch (simple_cnn)."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """Null: the launcher's."""
-    clip_grad_norm: Annotated[float, Field(gt=0)] | None = None
+    clip_grad_norm: AboveZero | None = None
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Averaged weights, which are then the ones evaluated and saved."""
@@ -158,9 +176,15 @@ class Recipe(Section):
     engine: EngineSection = EngineSection()
     tracking: TrackingSection = TrackingSection()
 
+    _origins: Origins = PrivateAttr(default_factory=lambda: Origins())
+
     def to_yaml(self) -> str:
         """The resolved recipe; loads back to an equal one."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+        return yaml.dump(self.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+    def problem(self, key: str, message: str) -> Problem:
+        """A problem with the value of a dotted key, placed at the file and line that gave it."""
+        return self._origins.problem(key, message)
 
 
 # --- problems -----------------------------------------------------------------------------------------------------
@@ -175,7 +199,7 @@ class Problem:
 
     def __str__(self) -> str:
         head = f"{self.where}: {self.key}" if self.key else self.where
-        return f"  {head}\n      {self.message}"
+        return f"  {head}\n{textwrap.indent(self.message, ' ' * 6)}"
 
 
 class RecipeError(ValueError):
@@ -187,118 +211,135 @@ class RecipeError(ValueError):
         super().__init__("\n".join([f"{count}; nothing was trained:", *map(str, problems)]))
 
 
-def did_you_mean(word: str, known: list[str]) -> str:
-    """A sentence with the nearest known words and all of them."""
-    near = difflib.get_close_matches(word, known, n=2, cutoff=0.5)
-    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-    return f"{hint}known: {', '.join(known)}" if known else f"{hint}none is taken here"
+@dataclass
+class Origins:
+    """Where each key was written; it has no say in whether two recipes are equal."""
+
+    source: str = field(default="the recipe", compare=False)
+    places: dict[str, str] = field(default_factory=dict, compare=False)
+
+    def problem(self, key: str, message: str) -> Problem:
+        """A problem placed at the key, or at the nearest section around it that somebody wrote."""
+        path = key
+        while path and path not in self.places:
+            path = path.rpartition(".")[0]
+        return Problem(self.places.get(path, self.source), key, message)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A question with the nearest known words; empty where none is near."""
+    spelled = {each.lower(): each for each in known}
+    near = difflib.get_close_matches(word.lower(), spelled, n=2)
+    return f"; did you mean {' or '.join(repr(spelled[each]) for each in near)}?" if near else ""
+
+
+def unknown(what: str, word: str, known: Iterable[str]) -> str:
+    return f"{what} is not known{nearest(word, known)}\nknown: {', '.join(known)}"
 
 
 # --- YAML ---------------------------------------------------------------------------------------------------------
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 scalars: `1e-3` is a float, `no` is text, `010` is text."""
+    """YAML 1.2 scalars: `1e-3` is a float, `no` is text, `010` is ten."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that YAML 1.1 or 1.2 would read as something else."""
 
 
 _Loader.yaml_implicit_resolvers = {}
-for _tag, _pattern, _first in [
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+_NUMBER = r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+for _kind, _pattern, _first in [
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("int", r"[-+]?(?:0|[1-9][0-9_]*)", "-+0123456789"),
-    (
-        "float",
-        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
-        "-+0123456789.",
-    ),
+    ("int", r"[-+]?[0-9]+", "-+0123456789"),
+    ("float", _NUMBER, "-+0123456789."),
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("merge", r"<<", "<"),
 ]:
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first))
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(rf"^(?:{_pattern})$"), list(_first))
 
 
-def _keys_with_lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            path = f"{prefix}{key.value}"
-            yield path, key.start_mark.line + 1
-            yield from _keys_with_lines(value, f"{path}.")
+def _parse(text: str, where: Callable[[int | None], str], key: str = "") -> tuple[Any, dict[str, str]]:
+    """The value of a YAML text, and `where` each dotted key in it stands by its line."""
+    places: dict[str, str] = {}
 
+    def refuse(node: yaml.Node, problem: str) -> None:
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
 
-@dataclass
-class _Draft:
-    """A recipe while it is put together: the merged values, and where each came from."""
-
-    source: str
-    values: dict[str, Any]
-    origins: dict[str, str]
-
-    def problem(self, key: str, message: str) -> Problem:
-        """A problem placed at the key, or at the nearest section around it that somebody wrote."""
-        path = key
-        while path and path not in self.origins:
-            path = path.rpartition(".")[0]
-        return Problem(self.origins.get(path, self.source), key, message)
-
-
-def _read(path: Path) -> _Draft:
-    def refuse(message: str, line: int | None = None) -> RecipeError:
-        return RecipeError([Problem(f"{path}:{line}" if line else str(path), "", message)])
+    def walk(node: yaml.Node, path: str, around: tuple[yaml.Node, ...]) -> None:
+        kind = node.tag.removeprefix("tag:yaml.org,2002:")
+        if kind not in ("null", "bool", "int", "float", "str", "seq", "map"):
+            refuse(node, f"{kind!r} has no place in a recipe, which holds text, numbers, true, false and lists")
+        if node in around:
+            refuse(node, f"{path.rpartition('.')[0]} contains itself")
+        for index, child in enumerate(node.value if kind in ("seq", "map") else ()):
+            name, value = child if kind == "map" else (child, child)
+            inner = f"{path}.{name.value if kind == 'map' else index}".lstrip(".")
+            if kind == "map" and not name.tag.endswith(":str"):
+                refuse(name, "a key is text; put it in quotes if it is meant")
+            if inner in places:
+                refuse(name, f"{inner} is given twice, here and at {places[inner]}; keep one")
+            places[inner] = where(name.start_mark.line + 1)
+            walk(value, inner, (*around, node))
 
     try:
-        text = path.read_text(encoding="utf-8")
         loader = _Loader(text)
         node = loader.get_single_node()
-        values = loader.construct_document(node) if node else None
-    except UnicodeDecodeError as error:
-        raise refuse(f"not a text file ({error.reason} at byte {error.start}); a recipe is YAML in UTF-8") from error
-    except OSError as error:
-        raise refuse(f"cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        if node is not None:
+            walk(node, "", ())
+        return loader.construct_document(node) if node else None, places
+    except Exception as error:  # PyYAML fails in many ways where an explicit tag does not fit
         mark = getattr(error, "problem_mark", None)
-        detail = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise refuse(f"not valid YAML: {detail}", mark.line + 1 if mark else None) from error
-    if not isinstance(values, dict):
-        raise refuse("a recipe is a mapping of keys to values, such as `epochs: 10`; this file holds none")
-    origins: dict[str, str] = {}
+        problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
+        if "'\\t'" in problem:
+            problem += ": indent with spaces, not tabs"
+        elif isinstance(error, yaml.scanner.ScannerError | yaml.parser.ParserError):
+            problem += "\ncheck indentation, colons, brackets and quotes, here and in the line before"
+        raise RecipeError([Problem(where(mark and mark.line + 1), key, f"cannot be read: {problem}")]) from error
+
+
+def _read(path: Path) -> tuple[dict[str, Any], Origins]:
     try:
-        for key, line in _keys_with_lines(node):
-            if key in origins:
-                raise refuse(f"{key} is given twice, here and at {origins[key]}; keep one", line)
-            origins[key] = f"{path}:{line}"
-    except RecursionError as error:
-        raise refuse("not valid YAML for a recipe: a section contains itself") from error
-    values.setdefault("name", path.stem)
-    return _Draft(str(path), values, origins)
+        values, places = _parse(path.read_text(encoding="utf-8"), lambda line: f"{path}:{line}" if line else str(path))
+        if isinstance(values, dict):
+            return values, Origins(str(path), places)
+        problem = "a recipe is a mapping of keys to values, such as `epochs: 10`; this file holds none"
+    except UnicodeDecodeError as error:
+        problem = f"not a text file ({error.reason} at byte {error.start}); a recipe is YAML in UTF-8"
+    except OSError as error:
+        problem = f"cannot be read: {error.strerror}"
+    raise RecipeError([Problem(str(path), "", problem)])
 
 
-def _override(draft: _Draft, words: tuple[str, ...]) -> list[Problem]:
-    problems = []
+def _override(values: dict[str, Any], origins: Origins, words: Iterable[str]) -> Iterator[Problem]:
+    """Writes `key=value` words into the values."""
+    here = "command line"
     for word in words:
         key, equals, text = word.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", key):
-            problems.append(
-                Problem(f"command line: {word}", "", "an override is written key=value, e.g. optimizer.lr=0.05")
-            )
+            yield Problem(here, word, "an override is written key=value, e.g. optimizer.lr=0.05")
             continue
         try:
-            value = yaml.load(text, _Loader)
-        except (yaml.YAMLError, ValueError) as error:
-            problems.append(Problem(f"command line: {word}", key, f"not a YAML value: {str(error).splitlines()[0]}"))
+            value, places = _parse(text, lambda line: here, key)
+        except RecipeError as error:
+            yield from error.problems
             continue
         *sections, last = key.split(".")
-        target = draft.values
+        target, path = values, ""
         for section in sections:
+            path = f"{path}.{section}".lstrip(".")
+            origins.places.setdefault(path, here)
             if target.get(section) is None:
                 target[section] = {}
             target = target[section]
             if not isinstance(target, dict):
+                yield Problem(here, key, f"{path} is one value, not a section with keys")
                 break
-        if isinstance(target, dict):
-            target[last] = value
-            draft.origins[key] = f"command line: {word}"
         else:
-            problems.append(Problem(f"command line: {word}", key, f"{section} is one value, not a section with keys"))
-    return problems
+            target[last] = value
+            origins.places |= {key: here} | {f"{key}.{inner}": here for inner in places}
 
 
 # --- where recipes lie --------------------------------------------------------------------------------------------
@@ -316,16 +357,20 @@ def bundled_recipes() -> dict[str, Path]:
 
 def find_recipe(name: str | Path) -> Path:
     """A path as it stands, else a bundled recipe by name, with or without `.yaml`."""
-    path = Path(name)
-    if path.is_file():
-        return path
-    bundled = bundled_recipes()
+    path, bundled = Path(name), bundled_recipes()
     stem = path.as_posix().removesuffix(".yaml")
-    matches = [file for key, file in bundled.items() if stem in (key, key.rpartition("/")[2])]
-    if matches:
-        return matches[0]
-    kind = "a folder, not a recipe; inside a run folder it is recipe.yaml" if path.is_dir() else "no such recipe"
-    raise RecipeError([Problem(f"--recipe {name}", "", f"{kind}; {did_you_mean(stem, list(bundled))}")])
+    try:
+        if path.is_file():
+            return path
+        if match := next((file for key, file in bundled.items() if stem in (key, key.rpartition("/")[2])), None):
+            return match
+        what = (
+            "a folder, not a recipe; in a run folder it is recipe.yaml" if path.is_dir() else "there is no such recipe"
+        )
+        what += nearest(str(path), map(str, path.parent.glob("*.yaml"))) or nearest(stem, bundled)
+    except OSError as error:
+        what = f"cannot be read: {error.strerror}"
+    raise RecipeError([Problem(f"--recipe {str(name)!r}", "", f"{what}\nbundled: {', '.join(bundled)}")])
 
 
 def recipe_notes(path: Path) -> dict[str, str]:
@@ -348,186 +393,168 @@ def load_recipe(name: str | Path, *overrides: str) -> Recipe:
     Raises:
         RecipeError: with every problem there is.
     """
-    draft = _read(find_recipe(name))
-    problems = _override(draft, overrides)
-    recipe = None
-    try:
-        recipe = Recipe.model_validate(draft.values)
-    except pydantic.ValidationError as error:
-        problems += [draft.problem(*_describe(details, draft.values)) for details in error.errors()]
-    for key, message in _check_choices(draft.values):
-        problems.append(draft.problem(key, message))
-    if recipe is not None and not problems:
-        problems = [draft.problem(key, message) for key, message in _check_combinations(recipe)]
-    if problems or recipe is None:
+    path = find_recipe(name)
+    values, origins = _read(path)
+    problems = list(_override(values, origins, overrides))
+    if values.get("name") is None:
+        values["name"] = path.stem
+    for check in (_check_schema, _check_keywords):
+        problems += [origins.problem(key, message) for key, message in check(values)]
+    recipe = _sound(values, {problem.key.partition(".")[0] for problem in problems})
+    problems += [origins.problem(key, message) for key, message in _check_combinations(recipe)]
+    if problems:
         raise RecipeError(problems)
-    return _resolve(recipe)
+    recipe._origins = origins
+    return recipe
 
 
-def _resolve(recipe: Recipe) -> Recipe:
-    """Writes out the one default that depends on another key: PyTorch's learning rate for the optimizer."""
+def _sound(values: dict[str, Any], faulty: set[str]) -> Recipe:
+    """The resolved recipe, with defaults for what is faulty, so that no mistake hides another."""
+    if "batch_size" in faulty:
+        faulty.add("micro_batch_size")  # which is judged by it
+    stand_ins = {"name": "recipe", "model": {"name": "lenet5"}}
+    recipe = Recipe.model_validate(stand_ins | {key: value for key, value in values.items() if key not in faulty})
     if recipe.optimizer.lr is not None or recipe.schedule.name == "onecycle":
         return recipe
+    # The one default that depends on another key: PyTorch's learning rate for the optimizer.
     lr = optim.default_lr(recipe.optimizer.name)
     return recipe.model_copy(update={"optimizer": recipe.optimizer.model_copy(update={"lr": lr})})
 
 
-def _describe(details: Any, values: dict[str, Any]) -> tuple[str, str]:
-    """pydantic's error as (dotted key, sentence)."""
-    location, given, kind = details["loc"], details["input"], details["type"]
-    key = ".".join(str(part) for part in location)
-    if kind == "extra_forbidden":
-        section = Recipe
-        for part in location[:-1]:
-            section = section.model_fields[part].annotation  # type: ignore[assignment]
-        return key, f"unknown key; {did_you_mean(str(location[-1]), list(section.model_fields))}"
-    if kind == "missing":
-        return key, "this key is needed, e.g. `model: {name: simple_cnn}`" if location[0] == "model" else "needed"
-    sentences = {
-        "int_type": "a whole number",
-        "int_parsing": "a whole number",
-        "int_from_float": "a whole number",
-        "float_type": "a number",
-        "bool_type": "true or false",
-        "string_type": "text",
-        "list_type": "a list, e.g. [a, b]",
-        "model_type": "a section with keys of its own",
-        "model_attributes_type": "a section with keys of its own",
-        "finite_number": "a finite number",
-        "literal_error": "one of " + str(details.get("ctx", {}).get("expected", "")).replace("'", ""),
-    }
-    expected = sentences.get(kind) or details["msg"].removeprefix("Input should be ")
-    hint = ""
-    if kind == "literal_error":
-        choices = re.findall(r"'([^']*)'", details["ctx"]["expected"])
-        near = difflib.get_close_matches(str(given), choices, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-    return key, f"expected {expected}, got {given!r}{hint}"
+# --- checks: each finds pairs of a dotted key and what is wrong with its value -------------------------------------
+
+Findings = Iterable[tuple[str, str]]
 
 
-# --- checks that pydantic cannot make -----------------------------------------------------------------------------
+def _check_schema(values: dict[str, Any]) -> Findings:
+    try:
+        Recipe.model_validate(values)
+    except pydantic.ValidationError as error:
+        for each in error.errors():
+            *sections, last = each["loc"]
+            if each["type"] == "extra_forbidden":
+                schema: Any = Recipe
+                for section in sections:
+                    schema = schema.model_fields[section].annotation
+                message = unknown("this key", str(last), schema.model_fields)
+            elif each["type"] == "missing":
+                message = "this key is needed, e.g. `model: {name: simple_cnn}`"  # no other section has such a key
+            else:
+                message = _mismatch([each], each["input"])
+            yield ".".join(map(str, each["loc"])), message
 
 
-def _choices(section: str) -> tuple[list[str], Callable[[str], Any], int]:
-    """For a section: its known names, name -> callable, and how many leading parameters are not the user's."""
-    return {
-        "model": (list(MODELS), find_builder, 0),
-        "optimizer": (sorted(optim.OPTIMIZERS), optim.OPTIMIZERS.__getitem__, 1),
-        "schedule": (list(optim.SCHEDULES), optim.SCHEDULES.__getitem__, 1),
-    }[section]
+_PLAIN_WORDS = {
+    r"^Input should be ": "",
+    r"a valid integer.*": "a whole number",
+    r"a valid boolean": "true or false",
+    r"a valid string": "text",
+    r"a valid (list|array|tuple)": "a list, e.g. [a, b]",
+    r"a valid dictionary.*": "a section with keys of its own",
+    r"^Field required|^(Tuple|List) should have .*": "a list of another length",
+}
 
 
-def _check_choices(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Names and own keywords of model, optimizer and schedule; works on raw values so that one wrong key hides none."""
-    for section, schema in (("model", ModelSection), ("optimizer", OptimizerSection), ("schedule", ScheduleSection)):
-        given = values.get(section, {})
-        name = given.get("name", schema.model_fields["name"].default) if isinstance(given, dict) else None
-        if not isinstance(name, str):
-            continue  # the schema has said so already
-        names, find, skip = _choices(section)
+def _mismatch(errors: list[Any], given: Any) -> str:
+    """pydantic's errors about one value as one sentence."""
+    if errors[0]["type"] == "value_error":
+        return str(errors[0]["ctx"]["error"])
+    # Some signatures take Python objects beside plain values; no YAML can give those.
+    expected = " or ".join(each["msg"] for each in errors if each["type"] != "needs_python_object")
+    for pattern, words in _PLAIN_WORDS.items():
+        expected = re.sub(pattern, words, expected)
+    near = nearest(str(given), re.findall(r"'([^']*)'", expected))
+    return f"expected {expected}, got {json.dumps(given, ensure_ascii=False)[:80]}{near}"
+
+
+def _check_keywords(values: dict[str, Any]) -> Findings:
+    """Own keywords against the signature of what takes them: known, of the annotated type, and none missing."""
+    for section, schema, find, ours in (
+        ("model", ModelSection, find_builder, "num_classes"),
+        ("optimizer", OptimizerSection, optim.OPTIMIZERS.__getitem__, "params"),
+        ("schedule", ScheduleSection, optim.SCHEDULES.__getitem__, "span"),
+    ):
+        given, reserved = values.get(section, {}), schema.model_fields
         try:
-            target = find(name)
-        except (KeyError, ValueError) as error:
-            what = (
-                str(error)
-                if isinstance(error, ValueError)
-                else f"unknown {section} {name!r}; {did_you_mean(name, names)}"
-            )
-            yield f"{section}.name", what
+            builder = find(given.get("name", reserved["name"].default))
+            parameters = inspect.signature(builder).parameters.values()
+        except Exception:  # no such section or name: the schema has said so already
             continue
-        own = {k: v for k, v in given.items() if k not in schema.model_fields and v is not None}
-        for key, message in _check_keywords(target, own, skip, list(schema.model_fields)):
-            yield f"{section}.{key}", message
-    dataset = values["data"].get("dataset") if isinstance(values.get("data"), dict) else None
-    if isinstance(dataset, str) and dataset not in DATASETS:
-        yield "data.dataset", f"unknown data set {dataset!r}; {did_you_mean(dataset, list(DATASETS))}"
-
-
-def _check_keywords(
-    target: Callable[..., Any], keywords: dict[str, Any], skip: int, reserved: list[str]
-) -> Iterator[tuple[str, str]]:
-    """Each keyword against the callable's own signature: known, and of the annotated type."""
-    parameters = list(inspect.signature(target, eval_str=False).parameters.values())[skip:]
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    named = {p.name: p for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
-    named.pop("num_classes", None)  # the data set's to say
-    hints = _type_hints(target)
-    for key, value in keywords.items():
-        if key not in named:
-            if not takes_any:
-                known = [*reserved, *(k for k in named if k not in reserved)]
-                yield key, f"unknown key; {did_you_mean(key, known)}"
-            continue
-        try:
-            adapter = pydantic.TypeAdapter(hints.get(key, Any), config=ConfigDict(arbitrary_types_allowed=True))
-            adapter.validate_python(tuple(value) if isinstance(value, list) else value, strict=True)
-        except pydantic.ValidationError as error:
-            wanted = "; or ".join(dict.fromkeys(e["msg"].removeprefix("Input should be ") for e in error.errors()))
-            yield key, f"expected {wanted}, got {value!r}"
-        except pydantic.errors.PydanticUserError:
-            continue  # an annotation pydantic cannot read: the callable itself will judge
-    for name, parameter in named.items():
-        needed = parameter.default is parameter.empty and name not in keywords and name not in reserved
-        if needed and parameter.kind is parameter.KEYWORD_ONLY:
-            yield name, "this key is needed"
+        hints = _type_hints(builder)
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        named = {p.name: p for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+        named = {name: p for name, p in named.items() if name != ours and name not in reserved}
+        own = {key: value for key, value in given.items() if key not in reserved and value is not None}
+        for key, value in own.items():
+            if key not in named and not takes_any:
+                yield f"{section}.{key}", unknown("this key", key, [*reserved, *named])
+            try:
+                adapter = TypeAdapter(hints.get(key, Any), config=ConfigDict(allow_inf_nan=False))
+                adapter.validate_json(json.dumps(value), strict=True)  # JSON's arrays serve lists and tuples alike
+            except pydantic.ValidationError as error:
+                yield f"{section}.{key}", _mismatch(error.errors(), value)
+            except pydantic.errors.PydanticUserError:
+                continue  # an annotation pydantic cannot read: the builder itself will judge
+        for name, parameter in named.items():
+            if parameter.default is parameter.empty and name not in own:
+                yield f"{section}.{name}", "this key is needed"
 
 
 def _type_hints(target: Callable[..., Any]) -> dict[str, Any]:
-    function = target.__init__ if inspect.isclass(target) else target
     try:
-        return inspect.get_annotations(function, eval_str=True)
+        return inspect.get_annotations(target.__init__ if inspect.isclass(target) else target, eval_str=True)
     except Exception:  # annotations of foreign code may name what cannot be imported
         return {}
 
 
-def _check_combinations(recipe: Recipe) -> Iterator[tuple[str, str]]:
+def _check_combinations(recipe: Recipe) -> Findings:
     """What only shows when parts meet: each is built once, small or without memory, and asked."""
-    try:
-        recipe.data.augment.build()
-    except ValueError as error:
-        yield "data.augment", str(error)
+    optimizer, schedule, model = recipe.optimizer, recipe.schedule, recipe.model
     if recipe.micro_batch_size and recipe.micro_batch_size > recipe.batch_size:
-        yield "micro_batch_size", f"{recipe.micro_batch_size} is more than batch_size {recipe.batch_size}"
+        yield "micro_batch_size", f"{recipe.micro_batch_size} is more than the batch_size of {recipe.batch_size}"
     if recipe.data.split is not None and recipe.data.dataset != "emnist":
-        yield "data.split", f"only emnist has splits, not {recipe.data.dataset}"
-    lr = recipe.optimizer.lr or (
-        None if recipe.schedule.name == "onecycle" else optim.default_lr(recipe.optimizer.name)
-    )
-    try:
-        parameter = torch.nn.Parameter(torch.zeros(2, 2))
-        optim.build_optimizer([parameter], recipe.optimizer.name, lr=lr or 0.1, **recipe.optimizer.keywords)
-    except (ValueError, TypeError, RuntimeError) as error:
-        yield "optimizer", f"{recipe.optimizer.name} refuses these values: {error}"
-    try:
-        keywords = recipe.schedule.keywords
-        schedule = optim.build_schedule(recipe.schedule.name, lr=lr, steps_per_epoch=10, total_steps=100, **keywords)
-        if schedule.momentum_at and not {"momentum", "betas"} & set(_signature_names(recipe.optimizer.name)):
-            yield "schedule.cycle_momentum", f"{recipe.optimizer.name} has no momentum to cycle; set it to false"
-    except (ValueError, TypeError) as error:
-        yield "schedule", str(error)
-    if ":" not in recipe.model.name:  # a user's own class may do anything when built: build it once only
-        yield from _check_model(recipe)
+        yield "data.split", f"only emnist has splits, not {recipe.data.dataset}; leave it out"
+    yield from _attempt("data.augment", recipe.data.augment.model_dump(), Augmentation)[1]
 
+    kind, parameter = optim.OPTIMIZERS[optimizer.name], torch.nn.Parameter(torch.zeros(2, 2))
+    build: Callable[..., Any] = partial(optim.build_optimizer, [parameter], optimizer.name, lr=optimizer.lr or 0.1)
+    yield from _attempt("optimizer", optimizer.keywords, build, f"; see torch.optim.{kind.__name__}")[1]
+    build = partial(optim.build_schedule, schedule.name, lr=optimizer.lr, steps_per_epoch=10, total_steps=100)
+    made, findings = _attempt("schedule", schedule.keywords, build)
+    yield from findings
+    if made and made.momentum_at and not {"momentum", "betas"} & inspect.signature(kind).parameters.keys():
+        yield "schedule.cycle_momentum", f"{optimizer.name} has no momentum to cycle; set it to false"
 
-def _signature_names(optimizer: str) -> list[str]:
-    return list(inspect.signature(optim.OPTIMIZERS[optimizer]).parameters)
-
-
-def _check_model(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    try:
+    if ":" not in model.name:  # a user's own class may do anything when built: build it once only
         with torch.device("meta"):
-            names = [name for name, _ in build_model(recipe.model.name, **recipe.model.keywords).named_parameters()]
-    except (ValueError, TypeError) as error:
-        yield "model", str(error)
-        return
-    yield from check_freeze(recipe.model.freeze, names)
+            made, findings = _attempt("model", model.keywords, partial(build_model, model.name))
+        yield from findings
+        if made:
+            yield from check_freeze(model.freeze, [name for name, _ in made.named_parameters()])
 
 
-def check_freeze(patterns: list[str], names: list[str]) -> Iterator[tuple[str, str]]:
+def _attempt(section: str, keywords: dict[str, Any], build: Callable[..., Any], hint: str = "") -> tuple[Any, Findings]:
+    """Builds, and again without each keyword that a refusal names, so that one bad value hides no other."""
+    left = dict(keywords)
+    findings: list[tuple[str, str]] = []
+    while True:
+        try:
+            return build(**left), findings
+        except Exception as error:  # PyTorch's and other people's constructors refuse in many ways
+            guilty = next((key for key in left if key in str(error)), None)
+            if guilty or not findings:  # else it may only miss what was taken away
+                findings.append((f"{section}.{guilty}" if guilty else section, f"{error}{hint}"))
+            if not guilty:
+                return None, findings
+            del left[guilty]
+
+
+def check_freeze(patterns: list[str], names: list[str]) -> Findings:
     """Every pattern must match a parameter name, and something must be left to train."""
+    stages = dict.fromkeys(f"{name.partition('.')[0]}.*" for name in names)
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
-            near = difflib.get_close_matches(pattern, [f"{n.split('.')[0]}.*" for n in names] + names, n=1, cutoff=0)
-            yield "model.freeze", f"{pattern!r} matches no parameter; did you mean {near[0]!r}?"
+            hint = nearest(pattern, [*stages, *names])
+            yield "model.freeze", f"{pattern!r} matches no parameter{hint}\ntry: {', '.join(stages)}"
     if patterns and all(any(fnmatch.fnmatch(name, pattern) for pattern in patterns) for name in names):
         yield "model.freeze", "every parameter is frozen: nothing is left to train"

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from rich.table import Table
@@ -25,7 +24,16 @@ from mnist_dist.data import Batches, Dataset, Images
 from mnist_dist.engine.evaluation import Evaluation
 from mnist_dist.engine.optim import set_rates
 from mnist_dist.models import build_model, count_parameters
-from mnist_dist.parts import Parts, build_module, build_parts, check_world, device_name, load_data, together
+from mnist_dist.parts import (
+    Parts,
+    build_module,
+    build_parts,
+    check_world,
+    device_name,
+    launched_world,
+    load_data,
+    together,
+)
 from mnist_dist.recipe import Recipe, bundled_recipes, load_recipe, recipe_notes
 from mnist_dist.reports.model_summary import summarize_model
 from mnist_dist.runs import RunFolder, git_commit, load_run, versions, write_text
@@ -110,7 +118,7 @@ def train(recipe: Recipe, run_dir: str | Path | None = None) -> dict[str, Any]:
         RecipeError: before anything is trained or written, for whatever the user can put right.
     """
     started = time.perf_counter()
-    state = PartialState()
+    state = launched_world()
     precision = check_world(recipe, state)
     dataset = load_data(recipe, state)
     module = together(state, lambda: build_module(recipe, dataset))
@@ -118,7 +126,7 @@ def train(recipe: Recipe, run_dir: str | Path | None = None) -> dict[str, Any]:
     folder = RunFolder(Path(broadcast_object_list([str(made.path) if made else None])[0]))
     try:
         parts = build_parts(recipe, precision, dataset.train, module)
-        console = _open_trackers(recipe, parts, dataset, folder)
+        console = open_trackers(recipe, parts, dataset, folder)
         progress = Progress()
         parts.meter.resume()
         setup_seconds, begun = time.perf_counter() - started, time.perf_counter()
@@ -149,12 +157,14 @@ def train(recipe: Recipe, run_dir: str | Path | None = None) -> dict[str, Any]:
 # --- the run folder -----------------------------------------------------------------------------------------------
 
 
-def _open_trackers(recipe: Recipe, parts: Parts, dataset: Dataset, folder: RunFolder) -> ConsoleTracker | None:
+def open_trackers(
+    recipe: Recipe, parts: Parts, dataset: Dataset, folder: RunFolder, *, quiet: bool = False
+) -> ConsoleTracker | None:
     """Console, metrics.jsonl and W&B, on rank 0 alone."""
     if not parts.accelerator.is_main_process:
         return None
     split = "validation" if dataset.has_validation else "test"
-    console = ConsoleTracker(parts.total_steps, recipe.epochs, split, folder.console)
+    console = ConsoleTracker(parts.total_steps, recipe.epochs, split, folder.console, quiet=quiet)
     wandb = recipe.tracking.wandb
     mode, why = resolve_mode(wandb.mode)
     summary = summarize_model(parts.module)

@@ -39,7 +39,8 @@ def _hash_with(bits: int | Tensor, parts: Tensor) -> Tensor:
     def signed(number: int) -> int:
         return number - (1 << 64) if number >> 63 else number
 
-    bits = (signed(bits) if isinstance(bits, int) else bits) + signed(_GOLDEN) + parts
+    start = signed((bits + _GOLDEN) & _BITS) if isinstance(bits, int) else bits + signed(_GOLDEN)
+    bits = start + parts
     bits = (bits ^ shifted(bits, 30)) * signed(_MULTIPLY_1)
     bits = (bits ^ shifted(bits, 27)) * signed(_MULTIPLY_2)
     return bits ^ shifted(bits, 31)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import pickle
+import shutil
+import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -39,3 +45,102 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise
     except Exception as error:  # safetensors raises a kind of its own for every sort of damage
         raise ValueError(f"{path} is not a whole weights file: {error}") from error
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------------
+
+MANIFEST = "manifest.json"
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+    """Publishes `folder/step-N` in one rename, then removes the oldest beyond `keep`.
+
+    The files are written beside, flushed to the disk and listed in a manifest with size and SHA-256 before anybody can
+    see the folder: whatever happens on the way, what was published before stays whole.
+
+    Args:
+        state: tensors, numbers, texts and containers of them; what `torch.load(weights_only=True)` reads.
+
+    Raises:
+        OSError: the disk is full or read-only; the earlier checkpoints are untouched.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    final, staged = folder / f"step-{step}", folder / f".step-{step}.staged"
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir()
+    try:
+        torch.save(state, staged / "state.pt")
+        _flush(staged / "state.pt")
+        (staged / MANIFEST).write_text(
+            json.dumps({"step": step, "files": {"state.pt": _fingerprint(staged / "state.pt")}})
+        )
+        _flush(staged / MANIFEST)
+        _flush(staged)
+        if final.exists():  # an earlier life of this run got as far, and died before it could tell
+            shutil.rmtree(final)
+        staged.rename(final)
+        _flush(folder)
+    except OSError:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
+    for old in list_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Published checkpoints, oldest first."""
+    found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Reads one checkpoint after checking it against its manifest.
+
+    Raises:
+        ValueError: it is damaged or holds something else than plain values; the message says what.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        for name, fingerprint in manifest["files"].items():
+            if _fingerprint(path / name) != fingerprint:
+                raise ValueError(f"{name} is not the file that was written")
+        return torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        EOFError,
+        pickle.UnpicklingError,
+    ) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def newest_checkpoint(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
+    """The newest valid checkpoint's state, or None; and a sentence for each damaged one, which is set aside."""
+    problems = []
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            return load_checkpoint(path), problems
+        except ValueError as error:
+            aside = path.with_name(f"damaged-{path.name}-{time.time_ns()}")
+            path.rename(aside)
+            problems.append(f"{error}; set aside as {aside.name}")
+    return None, problems
+
+
+def _fingerprint(path: Path) -> list[Any]:
+    content = path.read_bytes()
+    return [len(content), hashlib.sha256(content).hexdigest()]
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file or a folder's entries are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -63,9 +63,7 @@ def draw_bernoulli_positions(count: int, p: float) -> Tensor:
     rounds = []
     while last < count:
         # float64 holds every whole number up to 2**53, so the running sum is exact.
-        gaps = (
-            torch.empty(draws, dtype=torch.float64, device="cpu").exponential_().div_(-math.log1p(-p)).floor_().add_(1)
-        )
+        gaps = torch.empty(draws, dtype=torch.float64, device="cpu").exponential_(-math.log1p(-p)).floor_().add_(1)
         rounds.append(gaps.cumsum(0).add_(last))
         last = float(rounds[-1][-1])
     positions = torch.cat(rounds)

@@ -30,16 +30,12 @@ class MSRAN(nn.Module):
         self.residual2 = ResidualBlock(2 * width, 4 * width)  # 7×7
         self.inception = InceptionModule(4 * width, 8 * width)
         self.attention = ChannelAttention(8 * width, bottleneck)
-        self.classifier = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-            Dropout(dropout),
-            nn.Linear(8 * width, num_classes),
-        )
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Sequential(nn.Flatten(), Dropout(dropout), nn.Linear(8 * width, num_classes))
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.residual2(self.residual1(self.stem(images)))
-        return self.classifier(self.attention(self.inception(features)))
+        return self.classifier(self.pool(self.attention(self.inception(features))))
 
 
 def convolution(in_channels: int, out_channels: int, *, kernel_size: int) -> nn.Sequential:
@@ -64,8 +60,7 @@ class ResidualBlock(nn.Module):
             nn.BatchNorm2d(out_channels),
         )
         self.shortcut = nn.Sequential(
-            nn.Conv2d(in_channels, out_channels, 1, stride=2, bias=False),
-            nn.BatchNorm2d(out_channels),
+            nn.Conv2d(in_channels, out_channels, 1, stride=2, bias=False), nn.BatchNorm2d(out_channels)
         )
 
     def forward(self, features: Tensor) -> Tensor:
@@ -80,8 +75,7 @@ class InceptionModule(nn.Module):
         path = out_channels // 4
         self.path1x1 = convolution(in_channels, path, kernel_size=1)
         self.path3x3 = nn.Sequential(
-            convolution(in_channels, path, kernel_size=1),
-            convolution(path, path, kernel_size=3),
+            convolution(in_channels, path, kernel_size=1), convolution(path, path, kernel_size=3)
         )
         self.path5x5 = nn.Sequential(
             convolution(in_channels, path, kernel_size=1),
@@ -89,8 +83,7 @@ class InceptionModule(nn.Module):
             convolution(path, path, kernel_size=3),
         )
         self.path_pool = nn.Sequential(
-            nn.MaxPool2d(3, stride=1, padding=1),
-            convolution(in_channels, path, kernel_size=1),
+            nn.MaxPool2d(3, stride=1, padding=1), convolution(in_channels, path, kernel_size=1)
         )
 
     def forward(self, features: Tensor) -> Tensor:

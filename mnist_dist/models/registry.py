@@ -12,13 +12,13 @@ from typing import Any
 import torchvision.models
 from torch import nn
 
-from mnist_dist.models.lenet import LeNet5
+from mnist_dist.models.lenet import lenet5
 from mnist_dist.models.mnistnet import MNISTNet
 from mnist_dist.models.model_v import model_v1, model_v2, model_v3
 from mnist_dist.models.ms_ran import MSRAN
 from mnist_dist.models.resnet import resnet18, resnet34, resnet50, resnet101, resnet152
 from mnist_dist.models.simple_cnn import SimpleCNN
-from mnist_dist.models.small_cnn import SmallCNN
+from mnist_dist.models.small_cnn import small_cnn
 
 Builder = Callable[..., nn.Module]
 
@@ -34,8 +34,8 @@ MODELS: dict[str, Builder] = {
     "model_v1": model_v1,
     "model_v2": model_v2,
     "model_v3": model_v3,
-    "lenet5": LeNet5,
-    "small_cnn": SmallCNN,
+    "lenet5": lenet5,
+    "small_cnn": small_cnn,
 }
 
 
@@ -111,13 +111,13 @@ def torchvision_builder(name: str) -> Builder:
             model = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **keywords)
         except TypeError as error:
             raise ValueError(f"model 'torchvision/{name}': {error}") from error
-        take_one_channel(model)
+        take_grey_images(model)
         return model
 
     return build
 
 
-def take_one_channel(model: nn.Module) -> None:
+def take_grey_images(model: nn.Module) -> None:
     """Lets the first colour convolution, if there is one, see a grey image as three equal channels."""
     colour = (layer for layer in model.modules() if isinstance(layer, nn.Conv2d) and layer.in_channels == 3)
     if convolution := next(colour, None):
@@ -154,7 +154,7 @@ def imported_builder(path: str) -> Builder:
         sys.path.append(here)
     try:
         module = importlib.import_module(module_name)
-    except (ImportError, SyntaxError, ValueError) as error:
+    except (ImportError, SyntaxError, ValueError, TypeError) as error:
         raise ValueError(
             f"model {path!r}: cannot import {module_name!r} ({error}); "
             f"start from the folder that holds it, not {here}, or install its package"
@@ -170,4 +170,4 @@ def imported_builder(path: str) -> Builder:
 
 def nearest(word: str, known: Iterable[str]) -> str:
     found = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.4)
-    return f", did you mean {found[0]!r}?" if found else ""
+    return f" (did you mean {found[0]!r}?)" if found else ""

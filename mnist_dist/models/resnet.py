@@ -1,4 +1,4 @@
-"""Document 2: torchvision's ResNets with one input channel; He et al. 2016, Deep residual learning for image recognition.
+"""Document 2: torchvision's ResNets with one channel in; He et al. 2016, Deep residual learning for image recognition.
 
 Each takes float (N, 1, 28, 28), gives logits (N, num_classes), and raises ValueError if num_classes is below 1.
 """

@@ -1,11 +1,13 @@
 """The "Simple CNN" of document 2's comparison table, which gives its size (~60K) and not its layers."""
 
-from torch import Tensor, nn
+from collections import OrderedDict
+
+from torch import nn
 
 from mnist_dist.models.layers import require_positive
 
 
-class SmallCNN(nn.Module):
+def small_cnn(*, num_classes: int = 10) -> nn.Sequential:
     """Two 5×5 convolutions (20 and 40 channels) and two linear layers (640→60→classes); 59,630 parameters.
 
     Float (N, 1, 28, 28) gives logits (N, num_classes).
@@ -13,24 +15,14 @@ class SmallCNN(nn.Module):
     Raises:
         ValueError: num_classes is below 1.
     """
-
-    def __init__(self, *, num_classes: int = 10) -> None:
-        super().__init__()
-        require_positive(num_classes=num_classes)
-        self.features = nn.Sequential(
-            nn.Conv2d(1, 20, 5),
-            nn.ReLU(),
-            nn.MaxPool2d(2),  # 12×12
-            nn.Conv2d(20, 40, 5),
-            nn.ReLU(),
-            nn.MaxPool2d(2),  # 4×4
-        )
-        self.classifier = nn.Sequential(
-            nn.Flatten(),
-            nn.Linear(40 * 4 * 4, 60),
-            nn.ReLU(),
-            nn.Linear(60, num_classes),
-        )
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.classifier(self.features(images))
+    require_positive(num_classes=num_classes)
+    features = nn.Sequential(
+        nn.Conv2d(1, 20, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),  # 12×12
+        nn.Conv2d(20, 40, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),  # 4×4
+    )
+    classifier = nn.Sequential(nn.Flatten(), nn.Linear(40 * 4 * 4, 60), nn.ReLU(), nn.Linear(60, num_classes))
+    return nn.Sequential(OrderedDict(features=features, classifier=classifier))

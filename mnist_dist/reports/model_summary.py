@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 BATCH = 2  # two images, not one: an output of (98, C) is then seen to be 49 rows per image
 
@@ -35,63 +36,58 @@ def summarize_model(model: nn.Module, *, input_shape: Sequence[int] = (1, 28, 28
         input_shape: of one image: channels, height, width.
     """
     try:
+        # The totals are of the copy too: running it gives lazy layers their shapes.
+        model = copy.deepcopy(model).to("cpu", torch.float32).eval()
         rows, note = _trace(model, input_shape), ""
     except Exception as error:  # whatever the user's forward raises: a report must not end a run
         rows = _list_leaves(model)
         reason = (str(error).strip().splitlines() or [""])[0]
         note = f"Layers in the order of definition: the model could not be run ({type(error).__name__}: {reason})"
-    total = _count_parameters(model)
-    elsewhere = total - sum(row.parameters for row in rows)
-    if elsewhere:
+    if elsewhere := _count(model.parameters()) - sum(row.parameters for row in rows):
         rows.append(_Row("(elsewhere)", "not in the layers above", "-", elsewhere, None))
-    lines = [
-        f"{type(model).__name__} on {_shape_text((BATCH, *input_shape))}",
-        "",
-        *_table(rows),
-        "",
-        *_totals(model, rows),
-    ]
-    return "\n".join([*lines, note] if note else lines) + "\n"
+    heading = f"{type(model).__name__} on {_shape_text((BATCH, *input_shape))}"
+    lines = [heading, "", *_table(rows), "", *_totals(model, rows), note]
+    return "\n".join(lines).rstrip("\n") + "\n"
 
 
 def _trace(model: nn.Module, input_shape: Sequence[int]) -> list[_Row]:
-    replica = copy.deepcopy(model).to("cpu", torch.float32).eval()
-    names = {module: name for name, module in replica.named_modules()}
+    """Runs the copy on zeros; one row for each call of a module without children."""
+    names = {module: name or "(model)" for name, module in model.named_modules()}
     rows: list[_Row] = []
     seen: set[int] = set()
 
     def record(module: nn.Module, inputs: Any, output: Any) -> None:
-        parameters = _count_parameters(module, seen)
-        rows.append(
-            _Row(names[module] or "(model)", type(module).__name__, _shapes(output), parameters, _cost(module, output))
-        )
+        parameters, cost = _count(module.parameters(), seen), _multiply_adds(module, output)
+        rows.append(_Row(names[module], type(module).__name__, _shapes(output), parameters, cost))
 
     for module in names:
         module._forward_hooks.clear()  # the copy shares the user's hooks, which must not see this run
         if not list(module.children()):
             module.register_forward_hook(record)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        replica(torch.zeros(BATCH, *input_shape))
+        model(torch.zeros(BATCH, *input_shape, dtype=torch.float32, device="cpu"))
     return rows
 
 
 def _list_leaves(model: nn.Module) -> list[_Row]:
     seen: set[int] = set()
     leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
+    counts = [_count(leaf.parameters(), seen) for _, leaf in leaves]
     return [
-        _Row(name or "(model)", type(leaf).__name__, "-", _count_parameters(leaf, seen), None) for name, leaf in leaves
+        _Row(name or "(model)", type(leaf).__name__, "-", n, None)
+        for (name, leaf), n in zip(leaves, counts, strict=True)
     ]
 
 
-def _count_parameters(module: nn.Module, seen: set[int] | None = None) -> int:
+def _count(parameters: Iterable[nn.Parameter], seen: set[int] | None = None) -> int:
     """Values in the parameters that are not in `seen`, which they join: a shared one counts where it is met first."""
     seen = set() if seen is None else seen
-    fresh = [parameter for parameter in module.parameters() if id(parameter) not in seen]
+    fresh = [parameter for parameter in parameters if id(parameter) not in seen and not is_lazy(parameter)]
     seen.update(map(id, fresh))
     return sum(parameter.numel() for parameter in fresh)
 
 
-def _cost(module: nn.Module, output: Any) -> int:
+def _multiply_adds(module: nn.Module, output: Any) -> int:
     # Each output value is the product of one row of the weight, whose shape knows of groups, with a part of the input.
     return output.numel() // BATCH * module.weight[0].numel() if isinstance(module, COUNTED) else 0
 
@@ -117,18 +113,15 @@ def _table(rows: list[_Row]) -> list[str]:
         cost = "-" if row.multiply_adds is None else f"{row.multiply_adds:,}"
         cells.append((row.name, row.kind, row.shape, f"{row.parameters:,}", cost))
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = []
-    for line in cells:
-        left = [cell.ljust(width) for cell, width in zip(line[:3], widths[:3], strict=True)]
-        right = [cell.rjust(width) for cell, width in zip(line[3:], widths[3:], strict=True)]
-        lines.append("  ".join(left + right))
+    layout = "  ".join(f"{{:{side}{width}}}" for side, width in zip("<<<>>", widths, strict=True))
+    lines = [layout.format(*line) for line in cells]
     rule = "-" * len(lines[0])
     return [lines[0], rule, *lines[1:], rule]
 
 
 def _totals(model: nn.Module, rows: list[_Row]) -> list[str]:
-    total = _count_parameters(model)
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    total = _count(model.parameters())
+    trainable = _count(parameter for parameter in model.parameters() if parameter.requires_grad)
     cost = sum(row.multiply_adds or 0 for row in rows)
     measured = any(row.multiply_adds is not None for row in rows)
     scaled = f"{cost / 1e9:.2f} G" if cost >= 1e9 else f"{cost / 1e6:.2f} M"

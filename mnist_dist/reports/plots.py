@@ -20,29 +20,14 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from mnist_dist.reports.style import (
-    BLUE,
-    GREEN,
-    GREY,
-    INK,
-    MARGIN,
-    PALE,
-    SKY,
-    TILE,
-    VERMILLION,
-    draw_tile,
-    house_style,
-    new_figure,
-    new_sheet,
-    write_png,
-)
+from mnist_dist.reports import style
 
 Metrics = Sequence[Mapping[str, Any]]
 
 # --- curves ----------------------------------------------------------------------------------------------------------
 
 
-@house_style()
+@style.house_style()
 def plot_training_history(metrics: Metrics, path: str | Path, *, title: str, eval_name: str = "test") -> Path:
     """Loss, accuracy and learning rate against the epoch, one above the other.
 
@@ -54,12 +39,12 @@ def plot_training_history(metrics: Metrics, path: str | Path, *, title: str, eva
         title: of the figure.
         eval_name: what the evaluation lines were measured on, for the legend.
     """
-    figure = new_figure(8, 8.5, title)
+    figure = style.new_figure(8, 8.5, title)
     loss, accuracy, rate = figure.subplots(3, 1, sharex=True, height_ratios=(3, 3, 1.6))
 
     curves = [series(metrics, "epoch", f"{split}/loss") for split in ("train", "eval")]
     _draw_curves(loss, curves, ["training", eval_name])
-    _log_if_wide(loss, np.concatenate([values for _, values in curves]))
+    _scale_loss(loss, np.concatenate([values for _, values in curves]))
     loss.set_ylabel("loss (nats)")
 
     curves = [series(metrics, "epoch", f"{split}/accuracy") for split in ("train", "eval")]
@@ -69,33 +54,34 @@ def plot_training_history(metrics: Metrics, path: str | Path, *, title: str, eva
 
     epochs, rates = series(metrics, "epoch", "train/lr")
     _draw_curves(rate, [(epochs, rates)], [None])
-    rate.set(xlabel="epoch", ylabel="learning rate", ylim=(0, 1.08 * rates.max() if rates.any() else 1))
-    rate.yaxis.set_major_formatter(FuncFormatter("{:g}".format))
+    rate.set(xlabel="epoch", ylabel="learning rate", ylim=(0, 1.08 * rates.max(initial=0) or 1))
+    rate.yaxis.set_major_formatter(FuncFormatter(_plain_number))
 
-    last = max((float(line["epoch"]) for line in metrics if "epoch" in line), default=1.0)
+    last = max((float(line.get("epoch") or 0) for line in metrics), default=0.0)
     rate.set_xlim(0, 1.02 * last or 1)
     rate.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=last >= 3))
-    return write_png(figure, path)
+    figure.align_ylabels()
+    return style.write_png(figure, path)
 
 
-@house_style()
+@style.house_style()
 def plot_per_batch_loss(metrics: Metrics, path: str | Path, *, title: str) -> Path:
     """Training loss ("train/loss", nats) of each logged interval against "step", with its running mean."""
-    figure = new_figure(8, 4.5, title)
+    figure = style.new_figure(8, 4.5, title)
     axes = figure.subplots()
     steps, losses = series(metrics, "step", "train/loss")
-    window = max(2, len(losses) // 25)
+    around = max(2, len(losses) // 60)
     if losses.size:
-        axes.plot(steps, losses, color=SKY, linewidth=0.8, label="each logged interval")
-        mean = running_mean(losses, window)
-        axes.plot(steps, mean, color=VERMILLION, linewidth=2, label=f"mean of the last {window}")
+        axes.plot(steps, losses, color=style.SKY, linewidth=0.8, marker=_point(losses), label="each logged interval")
+        mean = running_mean(losses, around)
+        axes.plot(steps, mean, color=style.VERMILLION, linewidth=2, label=f"mean of {2 * around + 1} intervals")
         axes.legend()
     else:
         _say_nothing_recorded(axes)
-    axes.set(xlabel="step", ylabel="training loss (nats)")
+    axes.set(xlabel="step", ylabel="training loss (nats)", xlim=(0, 1.02 * steps.max(initial=0) or 1))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,g}"))
-    _log_if_wide(axes, losses)
-    return write_png(figure, path)
+    _scale_loss(axes, losses)
+    return style.write_png(figure, path)
 
 
 def series(metrics: Metrics, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
@@ -106,16 +92,19 @@ def series(metrics: Metrics, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
     return values[:, 0], values[:, 1]
 
 
-def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of each value and the `window` - 1 before it, or as many as there are; float64 (n,)."""
+def running_mean(values: np.ndarray, around: int) -> np.ndarray:
+    """Mean of each value with the `around` values before and after it, fewer at the ends; float64 (n,)."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(ends - window, 0)
+    places = np.arange(len(values))
+    starts, ends = np.maximum(places - around, 0), np.minimum(places + around + 1, len(values))
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
 def _draw_curves(axes: Axes, curves: list[tuple[np.ndarray, np.ndarray]], names: Sequence[str | None]) -> None:
-    looks = ({"color": BLUE, "linewidth": 1}, {"color": VERMILLION, "linestyle": "--", "marker": "o"})
+    looks: list[dict[str, Any]] = [
+        {"color": style.BLUE, "linewidth": 1, "marker": _point(curves[0][0])},
+        {"color": style.VERMILLION, "linestyle": "--", "marker": "o"},
+    ]
     for (x, y), name, look in zip(curves, names, looks, strict=False):
         if x.size:
             axes.plot(x, y, label=name, markevery=max(1, len(x) // 30), **look)
@@ -123,6 +112,14 @@ def _draw_curves(axes: Axes, curves: list[tuple[np.ndarray, np.ndarray]], names:
         _say_nothing_recorded(axes)
     elif names[0]:
         axes.legend()
+
+
+def _point(values: np.ndarray) -> str:
+    return "o" if len(values) == 1 else ""  # a line through one point is invisible
+
+
+def _plain_number(value: float, position: int | None = None) -> str:
+    return f"{value:g}"
 
 
 def _best(epochs: np.ndarray, accuracies: np.ndarray) -> str:
@@ -136,33 +133,38 @@ def _focus(axes: Axes, curves: list[np.ndarray]) -> None:
     """Sets the y range, percent, by the bulk of each curve, and says in the legend how many points that leaves out."""
     if not curves:
         return
+    lowest, high = min(float(curve.min()) for curve in curves), max(float(curve.max()) for curve in curves)
     # The first steps climb from 10 %: a range that holds them squashes 98 and 99 into one line.
-    low = min(float(np.quantile(curve, 0.1)) for curve in curves)
-    high = max(float(curve.max()) for curve in curves)
+    bulk = min(float(np.quantile(curve, 0.1)) for curve in curves)
+    low = lowest if high - lowest < 2 * (high - bulk) else bulk
     margin = max(0.1 * (high - low), 0.5)
     low, high = max(low - margin, 0.0), min(high + margin, 100 + 0.2 * margin)
     axes.set_ylim(low, high)
     hidden = sum(int((curve < low).sum()) for curve in curves)
-    note = f"{hidden} early point{'s' * (hidden > 1)} below {low:.1f} % not shown" if hidden else None
+    note = f"{hidden} point{'s' * (hidden > 1)} below {low:.1f} % not shown" if hidden else None
     axes.legend(loc="lower right", title=note)
 
 
-def _log_if_wide(axes: Axes, values: np.ndarray) -> None:
-    if values.size and values.min() > 0 and values.max() > 10 * values.min():
+def _scale_loss(axes: Axes, losses: np.ndarray) -> None:
+    """From zero, or logarithmic when the losses span more than a decade."""
+    if losses.size and losses.min() > 0 and losses.max() > 10 * losses.min():
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(FuncFormatter("{:g}".format))
+        axes.yaxis.set_major_formatter(FuncFormatter(_plain_number))
         axes.yaxis.set_minor_locator(NullLocator())
+    elif losses.size:
+        axes.set_ylim(bottom=min(0, losses.min()))
 
 
 def _say_nothing_recorded(axes: Axes) -> None:
-    axes.text(0.5, 0.5, "nothing recorded", color=GREY, ha="center", va="center", transform=axes.transAxes)
+    axes.text(0.5, 0.5, "nothing recorded", color=style.GREY, ha="center", va="center", transform=axes.transAxes)
+    axes.yaxis.set_major_locator(NullLocator())
 
 
 # --- images ----------------------------------------------------------------------------------------------------------
 
 
-@house_style()
+@style.house_style()
 def plot_predictions(
     images: Any,
     labels: Any,
@@ -195,10 +197,10 @@ def plot_predictions(
     spread = min(columns * rows - places, len(predictions.labels))
     regular = np.linspace(0, len(predictions.labels) - 1, spread).round().astype(int)
     groups = [("Spread evenly over the set", regular), (predictions.describe(mistakes, places), mistakes[:places])]
-    return write_png(_draw_groups(predictions, groups, columns, title), path)
+    return style.write_png(_draw_groups(predictions, groups, columns, title), path)
 
 
-@house_style()
+@style.house_style()
 def plot_misclassified(
     images: Any,
     labels: Any,
@@ -213,10 +215,11 @@ def plot_misclassified(
     predictions = _Predictions.read(images, labels, probabilities, classes)
     mistakes = predictions.mistakes()
     groups = [(predictions.describe(mistakes, count), mistakes[:count])]
-    return write_png(_draw_groups(predictions, groups, 8, title), path)
+    columns = min(8, max(4, len(mistakes)))
+    return style.write_png(_draw_groups(predictions, groups, columns, title), path)
 
 
-@house_style()
+@style.house_style()
 def plot_augmented_samples(originals: Any, augmented: Any, path: str | Path, *, title: str) -> Path:
     """Each original above what augmentation made of it, ten to a row; both (N, 1, 28, 28), grey levels 0..255.
 
@@ -226,18 +229,18 @@ def plot_augmented_samples(originals: Any, augmented: Any, path: str | Path, *, 
     before, after = _array(originals), _array(augmented)
     if before.shape != after.shape or not len(before):
         raise ValueError(f"originals and augmented must be as many and not none: {before.shape} and {after.shape}")
-    columns, indent, pitch = min(10, len(before)), 1.0, TILE + 0.08
+    columns, indent, pitch = min(10, len(before)), 1.0, style.TILE + 0.08
     block = 2 * pitch + 0.2
-    width = max(4.5, indent + columns * pitch + MARGIN)
-    sheet = new_sheet(width, block * math.ceil(len(before) / columns), title)
+    width = max(4.5, indent + columns * pitch + style.MARGIN)
+    figure, sheet = style.new_sheet(width, block * math.ceil(len(before) / columns), title)
     for index in range(len(before)):
         row, column = divmod(index, columns)
         for line, (name, tiles) in enumerate([("original", before), ("augmented", after)]):
             top = row * block + line * pitch
-            draw_tile(sheet, indent + column * pitch, top, tiles[index, 0])
+            style.draw_tile(sheet, indent + column * pitch, top, tiles[index, 0])
             if column == 0:
-                sheet.text(indent - 0.1, top + TILE / 2, name, fontsize=9, ha="right", va="center")
-    return write_png(sheet.figure, path)
+                sheet.text(indent - 0.1, top + style.TILE / 2, name, fontsize=9, ha="right", va="center")
+    return style.write_png(figure, path)
 
 
 @dataclass(frozen=True)
@@ -272,51 +275,56 @@ class _Predictions:
         """What to write above an image, and its colour; the sign says the same in grey."""
         guess, truth = self.classes[self.guesses[index]], self.classes[self.labels[index]]
         if guess == truth:
-            return f"{guess} ✓", GREEN
-        # Digits fit on one line, the names of clothes do not.
-        separator = " " if len(guess) + len(truth) < 6 else "\n"
-        return f"✗ {guess}{separator}(true {truth}) {self.confidences[index]:.2f}", VERMILLION
+            return f"{guess} ✓", style.GREEN
+        confidence = f"{self.confidences[index]:.2f}"
+        if len(guess) + len(truth) < 6:
+            return f"✗ {guess} (true {truth}) {confidence}", style.VERMILLION
+        return f"✗ {guess} {confidence}\n(true {truth})", style.VERMILLION  # the names of clothes need a line each
 
 
 def _draw_groups(predictions: _Predictions, groups: list[tuple[str, np.ndarray]], columns: int, title: str) -> Figure:
     """A sheet of headings, each above the captioned images of its indices."""
-    gap, heading_height = 0.42, 0.3  # inches: a gap holds two lines of caption
-    pitch = TILE + gap
-    heights = [heading_height + pitch * math.ceil(len(indices) / columns) + 0.15 for _, indices in groups]
-    sheet = new_sheet(2 * MARGIN + columns * pitch, sum(heights), title)
-    for (heading, indices), y in zip(groups, np.cumsum([0.0, *heights[:-1]]), strict=True):
-        sheet.text(MARGIN, y, heading, color=GREY, va="top")
-        for place, index in enumerate(indices):
+    captions = [[predictions.caption(index) for index in indices] for _, indices in groups]
+    lines = [line for group in captions for text, _ in group for line in text.splitlines()]
+    # In inches: eleven bold letters of 8 pt to one, two lines of them to less than a third.
+    across = max(style.TILE + 0.4, 0.09 * max(map(len, lines), default=0) + 0.1)
+    downs = [style.TILE + (0.45 if any("\n" in text for text, _ in group) else 0.3) for group in captions]
+    heights = [0.45 + down * math.ceil(len(group) / columns) for down, group in zip(downs, captions, strict=True)]
+    figure, sheet = style.new_sheet(2 * style.MARGIN + columns * across, sum(heights), title)
+    y = 0.0
+    for (heading, indices), texts, down, height in zip(groups, captions, downs, heights, strict=True):
+        sheet.text(style.MARGIN, y, heading, color=style.GREY, va="top")
+        for place, (index, (text, colour)) in enumerate(zip(indices, texts, strict=True)):
             row, column = divmod(place, columns)
-            left = MARGIN + gap / 2 + column * pitch
-            top = y + heading_height + gap * 0.8 + row * pitch
-            text, colour = predictions.caption(index)
-            draw_tile(sheet, left, top, predictions.pictures[index])
-            style = {"color": colour, "fontsize": 8, "fontweight": "bold"}
-            sheet.text(left + TILE / 2, top - 0.05, text, ha="center", va="bottom", **style)
-    return sheet.figure
+            middle = style.MARGIN + (column + 0.5) * across
+            top = y + 0.25 + (row + 1) * down - style.TILE
+            style.draw_tile(sheet, middle - style.TILE / 2, top, predictions.pictures[index])
+            weight = "normal" if colour == style.GREEN else "bold"
+            sheet.text(middle, top - 0.05, text, color=colour, fontsize=8, weight=weight, ha="center", va="bottom")
+        y += height
+    return figure
 
 
 # --- confusion matrix ------------------------------------------------------------------------------------------------
 
 
-@house_style()
+@style.house_style()
 def plot_confusion_matrix(matrix: Any, path: str | Path, *, classes: Sequence[str], title: str) -> Path:
     """Counts, int (C, C), rows truth, columns prediction; colour is for the mistakes only, numbers up to 20 classes.
 
     Raises:
         ValueError: the matrix is not C × C for the C names in `classes`.
     """
-    counts, size = _array(matrix), len(classes)
+    counts, size = _array(matrix).astype(np.int64), len(classes)
     if counts.shape != (size, size):
         raise ValueError(f"a confusion matrix of {size} classes is {size} × {size}, not {counts.shape}")
-    figure = new_figure(8.5, 7.6, title) if size <= 20 else new_figure(10, 9.2, title)
+    figure = style.new_figure(8.5, 7.6, title) if size <= 20 else style.new_figure(10, 9.2, title)
     axes = figure.subplots()
 
     # The right ones outnumber the mistakes a hundredfold: they get numbers, the colour is left to the mistakes.
     right = np.eye(size, dtype=bool)
     paint = PowerNorm(0.5, vmin=0, vmax=max(1, counts[~right].max(initial=0)))
-    colours = matplotlib.colormaps["Blues"].with_extremes(bad=PALE)
+    colours = matplotlib.colormaps["Blues"].with_extremes(bad=style.PALE)
     image = axes.imshow(np.ma.masked_array(counts, mask=right), cmap=colours, norm=paint)
     bar = figure.colorbar(image, ax=axes, label="misclassified (images)", shrink=0.8, aspect=30)
     bar.ax.yaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
@@ -326,16 +334,17 @@ def plot_confusion_matrix(matrix: Any, path: str | Path, *, classes: Sequence[st
         for (row, column), value in np.ndenumerate(counts):
             if value:
                 dark = row != column and paint(value) > 0.6
-                axes.text(column, row, f"{value:,}", ha="center", va="center", color="white" if dark else INK)
+                axes.text(column, row, f"{value:,}", ha="center", va="center", color="white" if dark else style.INK)
     _name_classes(axes, classes)
-    axes.set_title(_describe_confusion(counts, classes), fontsize=9, color=GREY)
-    return write_png(figure, path)
+    axes.set_title(_describe_confusion(counts, classes), fontsize=9, color=style.GREY)
+    return style.write_png(figure, path)
 
 
 def _name_classes(axes: Axes, classes: Sequence[str]) -> None:
     places, letters = np.arange(len(classes)), 10 if len(classes) <= 20 else 8
-    tilt = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if max(map(len, classes)) > 3 else {}
-    axes.set_xticks(places, classes, fontsize=letters, **tilt)
+    tilted = max(map(len, classes)) > 3
+    slant: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if tilted else {}
+    axes.set_xticks(places, classes, fontsize=letters, **slant)
     axes.set_yticks(places, classes, fontsize=letters)
     axes.set(xlabel="prediction (class)", ylabel="truth (class)")
     axes.grid(False)
@@ -350,11 +359,8 @@ def _describe_confusion(counts: np.ndarray, classes: Sequence[str]) -> str:
     """The accuracy, and the five pairs of classes that are mixed up most often."""
     total, right = int(counts.sum()), int(np.trace(counts))
     text = f"{100 * right / max(total, 1):.2f} % of {total:,} images right (grey), {total - right:,} wrong (blue)"
-    wrong = counts - np.diag(np.diag(counts))
-    worst = [divmod(int(cell), len(classes)) for cell in np.argsort(-wrong, axis=None, kind="stable")[:5]]
-    pairs = [
-        f"{classes[truth]} → {classes[guess]} {wrong[truth, guess]:,}×" for truth, guess in worst if wrong[truth, guess]
-    ]
+    mistakes = [(-count, *pair) for pair, count in np.ndenumerate(counts) if count and pair[0] != pair[1]]
+    pairs = [f"{classes[truth]} → {classes[guess]} ({-count:,})" for count, truth, guess in sorted(mistakes)[:5]]
     return text + "\n" + textwrap.fill("most often, truth → prediction:  " + ",  ".join(pairs), 110) if pairs else text
 
 

@@ -34,6 +34,8 @@ STYLE: dict[str, Any] = {
     "font.size": 10,
     "figure.titlesize": 13,
     "figure.titleweight": "bold",
+    "figure.constrained_layout.w_pad": 0.12,  # inches
+    "figure.constrained_layout.h_pad": 0.1,
     "axes.titlesize": 10,
     "axes.titlelocation": "left",
     "text.color": INK,
@@ -50,7 +52,7 @@ STYLE: dict[str, Any] = {
     "ytick.color": GREY,
     "xtick.labelcolor": INK,
     "ytick.labelcolor": INK,
-    "legend.frameon": False,
+    "legend.edgecolor": "none",
     "legend.title_fontsize": 8,
     "lines.linewidth": 1.5,
     "lines.markersize": 4,
@@ -61,7 +63,7 @@ _LOCK = threading.RLock()
 
 @contextmanager
 def house_style() -> Iterator[None]:
-    """Draw and save inside this context; the caller's own matplotlib settings neither leak in nor get lost."""
+    """Draw and save inside this context, or decorated by it: the caller's settings neither leak in nor get lost."""
     # matplotlib keeps its settings in one dict per process: two threads inside at once would restore each other's.
     with _LOCK, matplotlib.style.context(["default", STYLE]):
         yield
@@ -71,11 +73,11 @@ def new_figure(width: float, height: float, title: str) -> Figure:
     """An empty figure of width × height inches, laid out by constraints, its title on the left and wrapped to fit."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(_wrap_title(title, width), x=0.01, ha="left")
+    figure.suptitle(_wrap_title(title, width), x=0.12 / width, ha="left")
     return figure
 
 
-def new_sheet(width: float, height: float, title: str) -> Axes:
+def new_sheet(width: float, height: float, title: str) -> tuple[Figure, Axes]:
     """A sheet for grids of small images, measured in inches from the top left of the room below the title.
 
     One axes with everything placed by hand costs a tenth of the time of one axes per image.
@@ -88,7 +90,7 @@ def new_sheet(width: float, height: float, title: str) -> Axes:
     axes.set_axis_off()
     axes.set(xlim=(0, width), ylim=(height, -top))
     axes.text(MARGIN, 0.2 - top, heading, fontsize=13, fontweight="bold", va="top")
-    return axes
+    return figure, axes
 
 
 def draw_tile(axes: Axes, x: float, y: float, image: ndarray) -> None:

@@ -20,9 +20,9 @@ class ConsoleTracker(GeneralTracker):
     name = "console"
     requires_logging_directory = False
 
-    def __init__(self, total_steps: int, epochs: int, split: str, log_path: Path):
+    def __init__(self, total_steps: int, epochs: int, split: str, log_path: Path, *, quiet: bool = False):
         super().__init__()
-        self._console = Console()
+        self._console = Console(quiet=quiet)
         self._log = log_path.open("a", encoding="utf-8")
         self._total_steps, self._epochs, self._split = total_steps, epochs, split
         self._progress = Progress(

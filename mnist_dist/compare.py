@@ -1,0 +1,171 @@
+"""Run folders -> one table: what was claimed, what was measured, over seeds.
+
+`python -m mnist_dist.compare runs/*/*` prints it. `--keep FILE` adds the runs' summaries to a file of JSON lines, which
+can stand in for run folders anywhere, and `--markdown FILE` writes the table between a Markdown file's marks.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from mnist_dist.command_line import Parser, run_door
+from mnist_dist.recipe import Problem, RecipeError, bundled_recipes, load_recipe, recipe_notes
+from mnist_dist.runs import load_run
+
+EXAMPLES = """\
+examples:
+  python -m mnist_dist.compare runs/*/*
+  python -m mnist_dist.compare runs/results/* --keep configs/results.jsonl
+  python -m mnist_dist.compare configs/results.jsonl --markdown README.md
+"""
+
+MARKS = ("<!-- results: made by mnist_dist.compare -->", "<!-- end of results -->")
+COLUMNS = (
+    "recipe",
+    "parameters",
+    "claim",
+    "last epoch",
+    "best epoch",
+    "n",
+    "epochs",
+    "time",
+    "precision",
+    "ran on",
+    "verdict",
+)
+
+
+def read_summaries(paths: list[Path]) -> list[dict[str, Any]]:
+    """Summaries of run folders, and of files of JSON lines that hold summaries; unfinished runs are passed over.
+
+    Raises:
+        RecipeError: a path is neither.
+    """
+    found = []
+    for path in paths:
+        if path.is_file():
+            found += [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            continue
+        try:
+            run = load_run(path)
+        except FileNotFoundError as error:
+            raise RecipeError([Problem(str(path), "", str(error))]) from error
+        if run.folder.summary.is_file():
+            found.append(run.summary)
+    return found
+
+
+@dataclass(frozen=True)
+class Row:
+    """Runs that differ only in their seed."""
+
+    runs: list[dict[str, Any]]
+
+    def cells(self) -> tuple[str, ...]:
+        """One text per column of `COLUMNS`."""
+        first, name = self.runs[0], self.runs[0]["recipe"]
+        path = bundled_recipes().get(name)
+        claim = recipe_notes(path).get("claim", "") if path else ""
+        seconds = statistics.mean(run["train_seconds"] for run in self.runs)
+        world = f"{first['world_size']} × " if first["world_size"] > 1 else ""
+        return (
+            name,
+            f"{first['parameters']:,}",
+            claim,
+            spread([run["eval.last.accuracy"] for run in self.runs]),
+            spread([run["eval.best.accuracy"] for run in self.runs]),
+            str(len(self.runs)),
+            f"{first['epochs']:g}",
+            f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min",
+            {"no": "fp32"}.get(first["mixed_precision"], first["mixed_precision"]),
+            world + first["device"],
+            self.verdict(claim, path),
+        )
+
+    def verdict(self, claim: str, path: Path | None) -> str:
+        """The claimed accuracy against the mean of the best epochs, which is how the documents judge, and of the last."""
+        if path is None or not (claimed := re.search(r"(\d+(?:\.\d+)?) %", claim)):
+            return ""
+        full = load_recipe(path).epochs
+        if self.runs[0]["epochs"] < full:
+            return f"{self.runs[0]['epochs']:g} of {full} epochs"
+        key = "train.last.accuracy" if "training accuracy" in claim else "eval.last.accuracy"
+        last = statistics.mean(run[key] for run in self.runs)
+        best = statistics.mean(run["eval.best.accuracy"] for run in self.runs)
+        # A claim of 99.4 is one of 99.35 and more: it has no second decimal.
+        target = float(claimed[1]) - (0.05 if "~" in claim else 0)
+        return "met" if last >= target else "met at the best epoch" if best >= target else "not met"
+
+
+def spread(values: list[float]) -> str:
+    """Mean ± standard deviation, in percent."""
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{deviation}"
+
+
+def group(summaries: list[dict[str, Any]]) -> list[Row]:
+    """Rows in the order of the shipped recipes; a seed that ran twice counts once, the later one."""
+    keys = ("recipe", "epochs", "mixed_precision", "world_size", "device")
+    groups: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = {}
+    for summary in summaries:
+        groups.setdefault(tuple(summary[key] for key in keys), {})[summary["seed"]] = summary
+    order = list(bundled_recipes())
+    rank = {name: place for place, name in enumerate(order)}
+    return [
+        Row(list(runs.values())) for key, runs in sorted(groups.items(), key=lambda item: rank.get(item[0][0], 999))
+    ]
+
+
+def to_markdown(rows: list[Row]) -> str:
+    lines = [COLUMNS, tuple("---" for _ in COLUMNS), *(row.cells() for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def replace_between_marks(path: Path, text: str) -> None:
+    """Writes `text` between a file's two marks, and leaves the rest as it is.
+
+    Raises:
+        RecipeError: the file lacks the marks.
+    """
+    content = path.read_text(encoding="utf-8")
+    before, start, rest = content.partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not start or not end:
+        raise RecipeError([Problem(str(path), "", f"has no lines {MARKS[0]} and {MARKS[1]} to write between")])
+    path.write_text(f"{before}{start}\n{text}\n{end}{after}", encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser("mnist_dist.compare", "Tables what run folders measured.", EXAMPLES)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or files of kept summaries")
+    parser.add_argument("--keep", type=Path, metavar="FILE", help="add the summaries to this file of JSON lines")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table between this file's marks")
+    arguments = parser.parse_args(argv)
+    summaries = read_summaries(arguments.runs)
+    if not summaries:
+        raise RecipeError([Problem("command line", "", "none of these runs has finished: there is nothing to compare")])
+    rows = group(summaries)
+    if arguments.keep:
+        with arguments.keep.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(summary) + "\n" for summary in summaries)
+    if arguments.markdown:
+        replace_between_marks(arguments.markdown, to_markdown(rows))
+    table = Table(*COLUMNS, box=None)
+    for row in rows:
+        table.add_row(*row.cells())
+    console = Console()
+    (console if console.is_terminal else Console(width=200)).print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_door(main))

@@ -1,0 +1,75 @@
+"""SIGTERM, SIGINT and SIGUSR1 as a flag that all processes agree on at a step boundary; never work in a handler."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+PREEMPTED = 75
+"""Exit code of a run that saved and stopped because it was asked to: run me again (EX_TEMPFAIL of sysexits.h)."""
+
+AGREE_SECONDS = 0.5
+"""Processes ask one another about signals about this often."""
+
+
+class Interrupts:
+    """While entered, the first signal asks the run to stop at a step boundary; a second one ends the process at once."""
+
+    def __init__(self, accelerator: Accelerator):
+        self._accelerator = accelerator
+        self._asked = False
+        self._before: dict[int, Any] = {}
+        self.every = 1
+        """Steps between two questions; equal on all processes."""
+
+    def __enter__(self) -> Interrupts:
+        if (
+            threading.current_thread() is threading.main_thread()
+        ):  # elsewhere, e.g. in a notebook's thread, none can be set
+            self._before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+            _die_with_launcher()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._asked:
+            os._exit(128 + number)
+        self._asked = True
+
+    def pace(self, seconds_per_step: float) -> None:
+        """Sets how often to ask from a step's duration, which must be the same number on all processes."""
+        self.every = max(1, int(AGREE_SECONDS / seconds_per_step))
+
+    def agreed(self, step: int) -> bool:
+        """Whether any process was asked to stop; all processes get the same answer."""
+        if self._accelerator.num_processes == 1:
+            return self._asked
+        if step % self.every:
+            return False
+        asked = torch.tensor(int(self._asked), device=self._accelerator.device)
+        return bool(self._accelerator.reduce(asked, reduction="sum"))
+
+
+def _die_with_launcher() -> None:
+    """Turns the launcher's death into a SIGTERM: `accelerate launch` forwards no signal to a single process.
+
+    Only under a launcher: a plain `python -m` may well outlive the shell that started it.
+    """
+    if sys.platform == "linux" and {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)

@@ -1,0 +1,198 @@
+"""A weights file gives back what was saved, is whole or absent, and damage is named."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mnist_dist.engine import checkpoint
+from mnist_dist.engine.checkpoint import load_weights, save_weights
+from mnist_dist.models import build_model
+
+ABOUT = {
+    "model": "mnistnet",
+    "keywords": {"width": 4, "dropout": 0.1},
+    "classes": ["ä", "b"],
+    "mean": 0.1307,
+    "no": None,
+}
+
+
+def small_network(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return build_model("mnistnet", width=4, hidden=3)
+
+
+@pytest.fixture
+def weights_file(tmp_path) -> Path:
+    path = tmp_path / "best.safetensors"
+    save_weights(path, small_network(), ABOUT)
+    return path
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype, name
+        assert torch.equal(found[name], value), name
+
+
+# Round trips
+
+
+@pytest.mark.parametrize("saved_as", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("loaded_as", [torch.contiguous_format, torch.channels_last])
+def test_weights_come_back_in_any_memory_layout(tmp_path, saved_as, loaded_as):
+    module = small_network(seed=0).to(memory_format=saved_as)
+    module(torch.rand(4, 1, 28, 28))  # moves batch norm's buffers
+    path = tmp_path / "weights.safetensors"
+    save_weights(path, module, {})
+    tensors, _ = load_weights(path)
+    assert_equal(tensors, module.state_dict())
+    assert all(tensor.is_contiguous() for tensor in tensors.values())
+    other = small_network(seed=1).to(memory_format=loaded_as)
+    other.load_state_dict(tensors)
+    assert_equal(other.state_dict(), module.state_dict())
+
+
+def test_tied_weights_are_saved_under_every_name(tmp_path):
+    def tied() -> nn.Module:
+        module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+        module[1].weight = module[2].weight = module[0].weight
+        return module
+
+    module, path = tied(), tmp_path / "weights.safetensors"
+    save_weights(path, module, {})
+    tensors, _ = load_weights(path)
+    assert_equal(tensors, module.state_dict())
+    other = tied()
+    other.load_state_dict(tensors)
+    assert other[2].weight is other[0].weight
+    assert torch.equal(other[0].weight, module[0].weight)
+
+
+def test_every_kind_of_buffer_comes_back(tmp_path):
+    module, path = nn.Module(), tmp_path / "weights.safetensors"
+    whole = torch.arange(12.0).view(3, 4)
+    buffers = {
+        "of_half": torch.rand(3).half(),
+        "of_bfloat16": torch.rand(3).bfloat16(),
+        "of_double": torch.rand(3).double(),
+        "of_bool": torch.tensor([True, False]),
+        "scalar": torch.tensor(7),
+        "empty": torch.zeros(0, 3),
+        "transposed": torch.arange(12.0).view(3, 4).T,
+        "whole": whole,
+        "part_of_whole": whole[1:],
+    }
+    for name, value in buffers.items():
+        module.register_buffer(name, value)
+    save_weights(path, module, {})
+    assert_equal(load_weights(path)[0], buffers)
+
+
+def test_about_comes_back(weights_file):
+    assert load_weights(weights_file)[1] == ABOUT
+
+
+# Damage
+
+
+@pytest.mark.parametrize("keep", [0, 1, 7, 8, 9, 100, -100, -1])
+def test_a_truncated_file_is_refused(weights_file, keep):
+    weights_file.write_bytes(weights_file.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"best\.safetensors is not a whole weights file"):
+        load_weights(weights_file)
+
+
+@pytest.mark.parametrize("position", [0, 7, 8, 20, 200])
+def test_a_corrupted_header_is_refused(weights_file, position):
+    content = bytearray(weights_file.read_bytes())
+    content[position] ^= 0xFF
+    weights_file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"best\.safetensors is not a whole weights file"):
+        load_weights(weights_file)
+
+
+def write_torch(path: Path) -> None:
+    torch.save(small_network().state_dict(), path)
+
+
+def write_text(path: Path) -> None:
+    path.write_text("version https://git-lfs.github.com/spec/v1\n")
+
+
+def write_without_metadata(path: Path) -> None:
+    save_file({"weight": torch.zeros(2)}, path)
+
+
+def write_others_metadata(path: Path) -> None:
+    save_file({"weight": torch.zeros(2)}, path, metadata={"format": "pt"})
+
+
+def write_broken_about(path: Path) -> None:
+    save_file({"weight": torch.zeros(2)}, path, metadata={"about": json.dumps(ABOUT)[:-5]})
+
+
+@pytest.mark.parametrize(
+    "write", [write_torch, write_text, write_without_metadata, write_others_metadata, write_broken_about]
+)
+def test_a_file_of_another_kind_is_refused(tmp_path, write):
+    path = tmp_path / "best.safetensors"
+    write(path)
+    with pytest.raises(ValueError, match=r"best\.safetensors is not a whole weights file"):
+        load_weights(path)
+
+
+def test_an_absent_file_is_not_called_damaged(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        load_weights(tmp_path / "best.safetensors")
+
+
+# Whole or absent
+
+
+def test_saving_replaces_the_old_file_and_leaves_nothing_beside_it(weights_file):
+    module = small_network(seed=1)
+    save_weights(weights_file, module, {"model": "another"})
+    tensors, about = load_weights(weights_file)
+    assert_equal(tensors, module.state_dict())
+    assert about == {"model": "another"}
+    assert list(weights_file.parent.iterdir()) == [weights_file]
+
+
+def test_a_save_that_breaks_off_leaves_the_old_file(weights_file, monkeypatch):
+    before = weights_file.read_bytes()
+
+    def break_off(tensors, path, metadata):
+        assert Path(path) != weights_file, "the file itself is being written"
+        Path(path).write_bytes(before[:50])
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", break_off)
+    with pytest.raises(OSError, match="No space left"):
+        save_weights(weights_file, small_network(seed=1), ABOUT)
+    assert weights_file.read_bytes() == before
+
+    monkeypatch.undo()  # what was left beside it is in nobody's way
+    save_weights(weights_file, small_network(seed=1), ABOUT)
+    assert_equal(load_weights(weights_file)[0], small_network(seed=1).state_dict())
+    assert list(weights_file.parent.iterdir()) == [weights_file]
+
+
+def test_the_file_is_written_beside_its_place(tmp_path, monkeypatch):
+    """A rename is atomic within one folder only."""
+    path, staged = tmp_path / "best.safetensors", []
+
+    def note(tensors, where, metadata):
+        staged.append(Path(where))
+        assert not path.exists()
+        save_file(tensors, where, metadata=metadata)
+
+    monkeypatch.setattr(checkpoint, "save_file", note)
+    save_weights(path, small_network(), ABOUT)
+    assert [where.parent for where in staged] == [tmp_path]
+    assert path.exists()

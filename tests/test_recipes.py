@@ -1,0 +1,68 @@
+"""Every shipped recipe: it resolves, says what it is, has the parameters of its document, and trains."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mnist_dist import build_model, load_recipe, train
+from mnist_dist.models import count_parameters
+from mnist_dist.recipe import bundled_recipes, recipe_notes
+from mnist_dist.train import main
+
+PARAMETERS = {
+    "ms_ran": 443_994,
+    "resnet18": 11_175_370,
+    "resnet34": 21_283_530,
+    "resnet50": 23_522_250,
+    "resnet101": 42_514_378,
+    "resnet152": 58_158_026,
+    "simple_cnn": 21_614,
+    "mnistnet": 108_864,
+    "mnistnet_25k": 24_331,
+    "mnistnet_13k": 13_223,
+    "model_v1_step": 7_720,
+    "model_v1_onecycle": 7_720,
+    "model_v2_step": 7_730,
+    "model_v2_onecycle": 7_730,
+    "model_v3_step": 8_650,
+    "model_v3_onecycle": 8_650,
+    "lenet5": 61_706,
+}
+NAMES = list(bundled_recipes())
+
+
+def test_the_promised_recipes_are_shipped():
+    assert set(NAMES) >= {*PARAMETERS, "quickstart", "debug", "small_cnn"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_says_what_it_is(name):
+    notes = recipe_notes(bundled_recipes()[name])
+    assert set(notes) >= {"command", "document", "claim", "measured"}
+    assert notes["command"] == f"accelerate launch -m mnist_dist.train --recipe {name}.yaml"
+    assert load_recipe(name).name == name.rpartition("/")[2]
+
+
+@pytest.mark.parametrize(("name", "count"), PARAMETERS.items())
+def test_a_recipe_has_the_parameters_of_its_document(name, count):
+    model = load_recipe(name).model
+    with torch.device("meta"):
+        assert count_parameters(build_model(model.name, **model.keywords)) == count
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_takes_two_steps(name, tmp_path):
+    words = ["data.dataset=synthetic", "data.limit_test=20", "batch_size=16", "max_steps=2", "epochs=1"]
+    summary = train(load_recipe(name, *words, "tracking.wandb.mode=disabled"), tmp_path / "run")
+    assert summary["steps"] == 2
+    assert 0 <= summary["eval.last.accuracy"] <= 100
+
+
+def test_the_list_shows_every_recipe(capsys):
+    assert main(["--list-recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name in NAMES:
+        [line] = [line for line in lines if line.split()[:1] == [name]]
+        if name in PARAMETERS:
+            assert f"{PARAMETERS[name]:,}" in line

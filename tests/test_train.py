@@ -1,0 +1,133 @@
+"""The main job: a recipe in, a run folder out, under every launcher."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mnist_dist import load_recipe, load_run, train
+from mnist_dist.runs import RunFolder
+
+TINY = [
+    "data.dataset=synthetic",
+    "data.limit_train=200",
+    "data.limit_test=100",
+    "batch_size=64",
+    "log_every=2",
+    "tracking.wandb.mode=disabled",
+]
+
+
+def test_quickstart_through_accelerate_launch_reaches_97_percent(tmp_path):
+    pytest.importorskip("sklearn", reason='the digits come with scikit-learn: pip install -e ".[demo]"')
+    command = [sys.executable, "-m", "accelerate.commands.launch", "-m", "mnist_dist.train", "--recipe", "quickstart.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "\x1b" not in done.stdout, "escape codes without a terminal"
+    [run_dir] = (tmp_path / "runs" / "quickstart").iterdir()
+    run = load_run(run_dir, weights="last")
+    assert run.summary["eval.last.accuracy"] >= 97.0
+    assert f"{run.summary['eval.last.accuracy']:.2f} %" in done.stdout
+    assert list(run_dir.glob("wandb/offline-run-*")), "without credentials W&B logs offline into the run folder"
+
+
+def test_a_run_folder_explains_itself(tmp_path):
+    recipe = load_recipe("lenet5", *TINY, "epochs=2", "optimizer.lr=0.02")
+    summary = train(recipe, tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    assert folder.status.read_text() == "done\n"
+    assert load_recipe(folder.recipe) == recipe
+    assert json.loads(folder.summary.read_text()) == summary
+    assert set(summary) >= {
+        *("recipe", "model", "parameters", "world_size", "device", "mixed_precision", "epochs", "steps"),
+        *("train_seconds", "images_per_second", "versions", "git_commit"),
+        *("eval.last.accuracy", "eval.last.loss", "eval.best.accuracy", "eval.best.epoch"),
+    }
+    assert summary["parameters"] == 61_706
+    assert (summary["epochs"], summary["steps"]) == (2, 8)
+    for name in ("training_history", "predictions", "augmented_samples"):
+        assert (folder.plots / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert "61,706" in folder.model_summary.read_text()
+    assert "epoch 2/2" in folder.console.read_text()
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_metrics_lines_hold_what_they_promise(tmp_path):
+    train(load_recipe("lenet5", *TINY, "epochs=2"), tmp_path / "run")
+    lines = load_run(tmp_path / "run").metrics
+    training = [line for line in lines if "train/loss" in line]
+    evaluations = [line for line in lines if "eval/loss" in line]
+    assert [line["step"] for line in training] == [2, 4, 6, 8]  # every 2 steps; an epoch is 4 steps of 64, 64, 64, 8
+    assert [(line["step"], line["epoch"]) for line in evaluations] == [(4, 1.0), (8, 2.0)]
+    for line in training:
+        assert set(line) >= {"train/accuracy", "train/lr", "train/grad_norm", "train/images_per_second", "epoch"}
+        assert 0 <= line["train/accuracy"] <= 100
+
+
+def test_a_finished_run_gives_back_the_network_it_evaluated(tmp_path):
+    from mnist_dist.data import load_dataset
+
+    summary = train(load_recipe("simple_cnn", *TINY, "eval_batch_size=50"), tmp_path / "run")
+    data = load_dataset("synthetic", limit_test=100).test
+    model = load_run(tmp_path / "run", weights="last").model
+    with torch.no_grad():
+        logits = torch.cat([model(data.normalize(part)) for part in data.images.split(50)])
+    assert 100 * (logits.argmax(1) == data.labels).float().mean().item() == pytest.approx(summary["eval.last.accuracy"])
+
+
+def test_training_twice_in_one_process_with_two_precisions(tmp_path):
+    first = train(load_recipe("lenet5", *TINY, "mixed_precision=no"), tmp_path / "a")
+    second = train(load_recipe("lenet5", *TINY, "mixed_precision=bf16"), tmp_path / "b")
+    assert (first["mixed_precision"], second["mixed_precision"]) == ("no", "bf16")
+
+
+def test_equal_seeds_give_equal_bytes_and_other_seeds_do_not(tmp_path):
+    def weights(name: str, seed: int) -> bytes:
+        train(load_recipe("model_v1_onecycle", *TINY, "epochs=1", f"seed={seed}"), tmp_path / name)
+        return RunFolder(tmp_path / name).last.read_bytes()
+
+    assert weights("a", 1) == weights("b", 1) != weights("c", 2)
+
+
+def test_a_validation_part_is_judged_and_the_test_set_is_used_once(tmp_path):
+    summary = train(load_recipe("lenet5", *TINY, "data.limit_train=null", "data.validation=300"), tmp_path / "run")
+    assert summary["eval.split"] == "validation"
+    assert (summary["eval.last.accuracy"] * 3) == pytest.approx(round(summary["eval.last.accuracy"] * 3))  # of 300
+    assert summary["test.accuracy"] == pytest.approx(round(summary["test.accuracy"]))  # of 100
+
+
+def test_early_stopping_counts_evaluations_without_gain(tmp_path):
+    frozen = "optimizer.lr=1e-12"  # nothing is learnt, so nothing gets better
+    summary = train(load_recipe("lenet5", *TINY, frozen, "epochs=9", "early_stopping.patience=2"), tmp_path / "run")
+    assert (summary["epochs"], summary["eval.best.epoch"]) == (3, 1.0)
+
+
+def test_max_steps_ends_in_the_middle_of_an_epoch_with_an_evaluation(tmp_path):
+    summary = train(load_recipe("lenet5", *TINY, "epochs=2", "max_steps=6"), tmp_path / "run")
+    assert (summary["steps"], summary["epochs"]) == (6, 1.5)
+    assert load_run(tmp_path / "run").metrics[-1]["step"] == 6
+
+
+def test_averaged_weights_are_the_ones_evaluated_and_saved(tmp_path):
+    recipe = load_recipe("lenet5", *TINY, "epochs=3", "ema_decay=0.5", "optimizer.lr=0.1")
+    averaged = train(recipe, tmp_path / "averaged")
+    plain = train(load_recipe("lenet5", *TINY, "epochs=3", "optimizer.lr=0.1"), tmp_path / "plain")
+    assert averaged["train.last.loss"] == plain["train.last.loss"]
+    assert averaged["eval.last.loss"] != plain["eval.last.loss"]
+
+
+def test_a_crash_is_written_down(tmp_path, monkeypatch):
+    monkeypatch.setattr("mnist_dist.train.fit", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(load_recipe("lenet5", *TINY), tmp_path / "run")
+    assert RunFolder(tmp_path / "run").status.read_text() == "failed\n"
+
+
+@pytest.mark.parametrize(("recipe", "least"), [("simple_cnn", 97.0), ("model_v1_onecycle", 96.5)])
+def test_one_epoch_of_mnist(recipe, least, mnist_root, tmp_path):
+    summary = train(load_recipe(recipe, "epochs=1", f"data.root={mnist_root}", "tracking.wandb.mode=disabled"), tmp_path / "r")
+    assert summary["eval.last.accuracy"] >= least
