@@ -12,7 +12,7 @@ import inspect
 import json
 import re
 import textwrap
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,15 +31,6 @@ from mnist_dist.models import build_model, find_builder
 
 Positive = Annotated[int, Field(ge=1)]
 AboveZero = Annotated[float, Field(gt=0)]
-
-
-def _known_to(names: Collection[str]) -> AfterValidator:
-    def check(name: str) -> str:
-        if name not in names:
-            raise ValueError(unknown(repr(name), name, names))
-        return name
-
-    return AfterValidator(check)
 
 
 def _a_folder(name: str) -> str:
@@ -77,14 +68,14 @@ class ModelSection(OpenSection):
 
 
 class OptimizerSection(OpenSection):
-    name: Annotated[str, _known_to(optim.OPTIMIZERS)] = "sgd"
+    name: Literal[tuple(sorted(optim.OPTIMIZERS))] = "sgd"  # type: ignore[valid-type]
     """The lower-case name of a `torch.optim` class; its own keywords stand beside it."""
     lr: AboveZero | None = None
     """Null: PyTorch's default; with schedule onecycle: `max_lr / div_factor`."""
 
 
 class ScheduleSection(OpenSection):
-    name: Annotated[str, _known_to(optim.SCHEDULES)] = "constant"
+    name: Literal[tuple(optim.SCHEDULES)] = "constant"  # type: ignore[valid-type]
     """PyTorch's own keywords stand beside it; durations are in epochs."""
 
 
@@ -106,7 +97,7 @@ class AugmentSection(Section):
 
 
 class DataSection(Section):
-    dataset: Annotated[str, _known_to(DATASETS)] = "mnist"
+    dataset: Literal[tuple(DATASETS)] = "mnist"  # type: ignore[valid-type]
     root: str | None = None
     """The folder that holds MNIST/raw; null: the environment variable MNIST_DIST_DATA, else ./data."""
     split: Literal["balanced", "byclass", "bymerge", "letters", "digits", "mnist"] | None = None
@@ -233,8 +224,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(repr(spelled[each]) for each in near)}?" if near else ""
 
 
-def unknown(what: str, word: str, known: Iterable[str]) -> str:
-    return f"{what} is not known{nearest(word, known)}\nknown: {', '.join(known)}"
+def unknown_key(key: str, known: Iterable[str]) -> str:
+    return f"unknown key{nearest(key, known)}\nknown: {', '.join(known)}"
 
 
 # --- YAML ---------------------------------------------------------------------------------------------------------
@@ -273,7 +264,7 @@ def _parse(text: str, where: Callable[[int | None], str], key: str = "") -> tupl
         if kind not in ("null", "bool", "int", "float", "str", "seq", "map"):
             refuse(node, f"{kind!r} has no place in a recipe, which holds text, numbers, true, false and lists")
         if node in around:
-            refuse(node, f"{path.rpartition('.')[0]} contains itself")
+            refuse(node, "a section or list contains itself")
         for index, child in enumerate(node.value if kind in ("seq", "map") else ()):
             name, value = child if kind == "map" else (child, child)
             inner = f"{path}.{name.value if kind == 'map' else index}".lstrip(".")
@@ -292,7 +283,8 @@ def _parse(text: str, where: Callable[[int | None], str], key: str = "") -> tupl
         return loader.construct_document(node) if node else None, places
     except Exception as error:  # PyYAML fails in many ways where an explicit tag does not fit
         mark = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
+        parts = [getattr(error, "context", None), getattr(error, "problem", None)]
+        problem = " ".join(filter(None, parts)) or str(error).partition("\n")[0]
         if "'\\t'" in problem:
             problem += ": indent with spaces, not tabs"
         elif isinstance(error, yaml.scanner.ScannerError | yaml.parser.ParserError):
@@ -330,16 +322,11 @@ def _override(values: dict[str, Any], origins: Origins, words: Iterable[str]) ->
         target, path = values, ""
         for section in sections:
             path = f"{path}.{section}".lstrip(".")
-            origins.places.setdefault(path, here)
-            if target.get(section) is None:
-                target[section] = {}
+            if not isinstance(target.get(section), dict):  # if it was a value, the schema will want one again
+                target[section], origins.places[path] = {}, here
             target = target[section]
-            if not isinstance(target, dict):
-                yield Problem(here, key, f"{path} is one value, not a section with keys")
-                break
-        else:
-            target[last] = value
-            origins.places |= {key: here} | {f"{key}.{inner}": here for inner in places}
+        target[last] = value
+        origins.places |= {key: here} | {f"{key}.{inner}": here for inner in places}
 
 
 # --- where recipes lie --------------------------------------------------------------------------------------------
@@ -431,27 +418,30 @@ def _check_schema(values: dict[str, Any]) -> Findings:
         Recipe.model_validate(values)
     except pydantic.ValidationError as error:
         for each in error.errors():
-            *sections, last = each["loc"]
+            key, (*sections, last) = ".".join(map(str, each["loc"])), each["loc"]
             if each["type"] == "extra_forbidden":
                 schema: Any = Recipe
                 for section in sections:
                     schema = schema.model_fields[section].annotation
-                message = unknown("this key", str(last), schema.model_fields)
-            elif each["type"] == "missing":
-                message = "this key is needed, e.g. `model: {name: simple_cnn}`"  # no other section has such a key
+                yield key, unknown_key(str(last), schema.model_fields)
+            elif key in ("model", "model.name") and each["type"] == "missing":
+                yield key, "this key is needed, e.g. `model: {name: simple_cnn}`"
             else:
-                message = _mismatch([each], each["input"])
-            yield ".".join(map(str, each["loc"])), message
+                yield key, _mismatch([each], each["input"])
 
 
 _PLAIN_WORDS = {
-    r"^Input should be ": "",
+    r"Input should be ": "",
     r"a valid integer.*": "a whole number",
+    r"a valid number": "a number",
     r"a valid boolean": "true or false",
     r"a valid string": "text",
     r"a valid (list|array|tuple)": "a list, e.g. [a, b]",
     r"a valid dictionary.*": "a section with keys of its own",
-    r"^Field required|^(Tuple|List) should have .*": "a list of another length",
+    r"greater than or equal to": "at least",
+    r"less than or equal to": "at most",
+    r"(Tuple|List) should have at most (\d+).*": r"a list of \2",
+    r"Field required": "a longer list",
 }
 
 
@@ -477,34 +467,33 @@ def _check_keywords(values: dict[str, Any]) -> Findings:
         given, reserved = values.get(section, {}), schema.model_fields
         try:
             builder = find(given.get("name", reserved["name"].default))
-            parameters = inspect.signature(builder).parameters.values()
-        except Exception:  # no such section or name: the schema has said so already
+            parameters = inspect.signature(builder, eval_str=True).parameters.values()
+        except Exception:  # the schema has refused it already, or only building it will tell
             continue
-        hints = _type_hints(builder)
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
         named = {p.name: p for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
-        named = {name: p for name, p in named.items() if name != ours and name not in reserved}
+        named = {name: p for name, p in named.items() if name not in (ours, *reserved)}
         own = {key: value for key, value in given.items() if key not in reserved and value is not None}
         for key, value in own.items():
-            if key not in named and not takes_any:
-                yield f"{section}.{key}", unknown("this key", key, [*reserved, *named])
-            try:
-                adapter = TypeAdapter(hints.get(key, Any), config=ConfigDict(allow_inf_nan=False))
-                adapter.validate_json(json.dumps(value), strict=True)  # JSON's arrays serve lists and tuples alike
-            except pydantic.ValidationError as error:
-                yield f"{section}.{key}", _mismatch(error.errors(), value)
-            except pydantic.errors.PydanticUserError:
-                continue  # an annotation pydantic cannot read: the builder itself will judge
+            if key in named:
+                for message in _check_type(named[key].annotation, value):
+                    yield f"{section}.{key}", message
+            elif not takes_any:
+                yield f"{section}.{key}", unknown_key(key, [*reserved, *named])
         for name, parameter in named.items():
             if parameter.default is parameter.empty and name not in own:
-                yield f"{section}.{name}", "this key is needed"
+                yield f"{section}.{name}", f"{given['name']} needs this key"
 
 
-def _type_hints(target: Callable[..., Any]) -> dict[str, Any]:
+def _check_type(annotation: Any, value: Any) -> Iterator[str]:
     try:
-        return inspect.get_annotations(target.__init__ if inspect.isclass(target) else target, eval_str=True)
-    except Exception:  # annotations of foreign code may name what cannot be imported
-        return {}
+        kind = Any if annotation is inspect.Parameter.empty else annotation
+        adapter = TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False, arbitrary_types_allowed=True))
+        adapter.validate_json(json.dumps(value), strict=True)  # JSON's arrays serve lists and tuples alike
+    except pydantic.ValidationError as error:
+        yield _mismatch(error.errors(), value)
+    except pydantic.errors.PydanticUserError:
+        return  # an annotation that pydantic cannot read: the builder itself will judge
 
 
 def _check_combinations(recipe: Recipe) -> Findings:

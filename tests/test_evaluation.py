@@ -2,6 +2,7 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ class PretendedProcess:
     process_index: int
     num_processes: int
     tables: list[Tensor] = field(default_factory=list)
-    device: torch.device = torch.device("cpu")
+    device: ClassVar = torch.device("cpu")
 
     def autocast(self) -> AbstractContextManager[None]:
         return nullcontext()

@@ -269,8 +269,8 @@ def test_captions_neither_overlap_nor_leave_the_page(tmp_path, figures, images, 
     wrong = {index: (int(9 - labels[index]), 0.99) for index in range(50)}
     arguments = (images, labels, guesses_for(labels, wrong))
     title = "A long title of a run, as people give them when a recipe has many changes that must be told apart " * 2
-    plots.plot_predictions(*arguments, tmp_path / "p.png", classes=classes, title=title)
-    plots.plot_misclassified(*arguments, tmp_path / "m.png", classes=classes, title=title)
+    plots.plot_predictions(*arguments, tmp_path / "p.png", classes=classes, title=title, count=12)
+    plots.plot_misclassified(*arguments, tmp_path / "m.png", classes=classes, title=title, count=16)
     plots.plot_augmented_samples(images[:12], images[:12], tmp_path / "a.png", title=title)
     for figure in figures:
         assert_texts_fit(figure)

@@ -2,7 +2,7 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ class PretendedProcess:
 
     process_index: int
     num_processes: int
-    device: torch.device = torch.device("cpu")
+    device: ClassVar = torch.device("cpu")
 
     def no_sync(self, model: nn.Module) -> AbstractContextManager[None]:
         return nullcontext()

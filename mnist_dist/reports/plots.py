@@ -286,8 +286,8 @@ def _draw_groups(predictions: _Predictions, groups: list[tuple[str, np.ndarray]]
     """A sheet of headings, each above the captioned images of its indices."""
     captions = [[predictions.caption(index) for index in indices] for _, indices in groups]
     lines = [line for group in captions for text, _ in group for line in text.splitlines()]
-    # In inches: eleven bold letters of 8 pt to one, two lines of them to less than a third.
-    across = max(style.TILE + 0.4, 0.09 * max(map(len, lines), default=0) + 0.1)
+    # In inches: thirteen bold letters of 8 pt to one, two lines of them to less than a third.
+    across = max(style.TILE + 0.3, 0.075 * max(map(len, lines), default=0) + 0.1)
     downs = [style.TILE + (0.45 if any("\n" in text for text, _ in group) else 0.3) for group in captions]
     heights = [0.45 + down * math.ceil(len(group) / columns) for down, group in zip(downs, captions, strict=True)]
     figure, sheet = style.new_sheet(2 * style.MARGIN + columns * across, sum(heights), title)
