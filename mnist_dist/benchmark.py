@@ -1,7 +1,7 @@
 """How fast a recipe trains here, beside the bare step and beside what one would write instead.
 
-`accelerate launch -m mnist_dist.benchmark --recipe model_v1_onecycle`. Every contender trains the same model on the same batch
-size, augmentation and precision, in one process group; rounds are interleaved, so that a machine whose speed
+`accelerate launch -m mnist_dist.benchmark --recipe model_v1_onecycle`. Every contender trains the same model with the
+same batch size, augmentation and precision, in one process group; rounds are interleaved, so that a machine whose speed
 drifts drifts for all of them alike. Figures are images/s of the whole world: median, lowest and highest round.
 """
 
@@ -36,10 +36,20 @@ from torchvision.transforms import InterpolationMode
 from mnist_dist.command_line import Parser, run_door
 from mnist_dist.data import Dataset, Images
 from mnist_dist.engine.optim import build_optimizer
-from mnist_dist.parts import build_module, build_parts, check_world, device_name, launched_world, load_data, together
+from mnist_dist.keeper import Keeper
+from mnist_dist.parts import (
+    Progress,
+    build_module,
+    build_parts,
+    check_world,
+    device_name,
+    launched_world,
+    load_data,
+    together,
+)
 from mnist_dist.recipe import Problem, Recipe, RecipeError, load_recipe
 from mnist_dist.runs import RunFolder, git_commit, versions
-from mnist_dist.train import Progress, fit, open_trackers
+from mnist_dist.train import fit, open_trackers
 
 EXAMPLES = """\
 examples:
@@ -71,14 +81,16 @@ def bare_step(recipe: Recipe, precision: str, dataset: Dataset, state: PartialSt
 def trainer(recipe: Recipe, precision: str, dataset: Dataset, state: PartialState, folder: Path) -> Contender:
     """The trainer as a user runs it: data, augmentation, clipping, metrics, console, W&B offline."""
     parts = build_parts(recipe, precision, dataset.train, build_module(recipe, dataset))
-    run = RunFolder.create(folder / f"run-{state.process_index}", recipe)
-    open_trackers(recipe, parts, dataset, run, quiet=True)
-    progress, judged_on = Progress(), dataset.test[slice(1)].to(state.device)
+    run = RunFolder.open(folder / f"run-{state.process_index}", recipe)
+    open_trackers(recipe, parts, dataset, run, {}, quiet=True)
+    progress = Progress()
+    keep = Keeper(run, recipe, parts, progress)
+    judged_on = dataset.test[slice(1)].to(state.device)
 
     def train(steps: int) -> float:
         before = parts.meter.train_seconds  # the meter's clock stands still during evaluation
         parts.meter.resume()
-        fit(recipe, replace(parts, total_steps=progress.step + steps), judged_on, lambda: None, progress)
+        fit(recipe, replace(parts, total_steps=progress.step + steps), judged_on, keep, progress)
         return parts.meter.train_seconds - before
 
     return Contender("mnist_dist", train)

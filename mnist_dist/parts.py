@@ -11,9 +11,9 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
@@ -131,19 +131,76 @@ class Parts:
     meter: Meter
     total_steps: int
 
-    def judge(self, data: Images, batch_size: int) -> Evaluation:
+    def epoch(self, progress: Progress) -> float:
+        """Epochs done, with the fraction."""
+        return round(progress.step / self.batches.steps_per_epoch, 6)
+
+    def evaluation_is_due(self, progress: Progress, eval_every: int) -> bool:
+        """At the end of every `eval_every` epochs and after the last step, once."""
+        epochs, rest = divmod(progress.step, self.batches.steps_per_epoch)
+        due = progress.step >= self.total_steps or (rest == 0 and epochs % eval_every == 0)
+        return due and progress.step != progress.evaluated_at
+
+    def judge(self, data: Images, batch_size: int, interrupted: Callable[[], bool] = lambda: False) -> Evaluation:
         # Each process gathered batch norm's statistics from its own rows; rank 0's are the run's.
         if self.accelerator.num_processes > 1:
             for buffer in self.judged.buffers():
                 broadcast(buffer)
-        return evaluate(self.accelerator, self.judged, data, batch_size=batch_size)
+        return evaluate(self.accelerator, self.judged, data, batch_size=batch_size, interrupted=interrupted)
 
-    def keep(self, path: Path, recipe: Recipe) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next update depends on; asks all processes. No random state: there is none."""
+        scaler = self.accelerator.scaler
+        return {
+            "model": self.module.state_dict(),
+            "optimizer": self.update.optimizer.state_dict(),
+            "average": self.update.average.state_dict() if self.update.average else None,
+            "scaler": scaler.state_dict() if scaler else None,
+            "schedule": self.schedule.state_dict(),
+            "meter": self.meter.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up where `state_dict` was taken, at this world size or another."""
+        self.module.load_state_dict(state["model"])
+        self.update.optimizer.load_state_dict(state["optimizer"])
+        if self.update.average:
+            self.update.average.load_state_dict(state["average"])
+        if self.accelerator.scaler and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.meter.load_state_dict(state["meter"])
+
+    def save_weights(self, path: Path, recipe: Recipe) -> None:
         """Saves the judged weights, on rank 0, with what is needed to rebuild and feed the network."""
         if self.accelerator.is_main_process:
             data = self.update.data
             about = {"recipe": recipe.name, "model": recipe.model.name, "keywords": recipe.model.keywords}
             save_weights(path, self.judged, about | {"classes": data.classes, "mean": data.mean, "std": data.std})
+
+
+@dataclass
+class Progress:
+    """Where a run stands; everything else follows from the step."""
+
+    step: int = 0
+    evaluated_at: int = 0
+    """The step after which the last evaluation was made."""
+    best_accuracy: float = -1.0
+    best_epoch: float = 0.0
+    evaluations_without_gain: int = 0
+    last: dict[str, float] = field(default_factory=dict)
+    """Figures of the last evaluation and of the training since the one before."""
+
+    def note(self, evaluation: Evaluation, training: dict[str, float], epoch: float) -> bool:
+        """Takes down an evaluation after `step`; whether its accuracy is the best so far."""
+        self.last = {**training, "eval/loss": evaluation.loss, "eval/accuracy": evaluation.accuracy}
+        self.evaluated_at = self.step
+        self.evaluations_without_gain += 1
+        if evaluation.accuracy <= self.best_accuracy:
+            return False
+        self.best_accuracy, self.best_epoch, self.evaluations_without_gain = evaluation.accuracy, epoch, 0
+        return True
 
 
 def build_parts(recipe: Recipe, precision: str, train_data: Images, module: nn.Module) -> Parts:

@@ -119,6 +119,13 @@ class EngineSection(Section):
     """Memory layout of images and convolutions; changes rounding, never meaning."""
 
 
+class CheckpointSection(Section):
+    every_steps: Positive | None = None
+    every_minutes: AboveZero | None = 5.0
+    """Minutes of training between checkpoints, to the next log line."""
+    keep: Positive = 2
+
+
 class WandbSection(Section):
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     """auto: online with credentials, offline without."""
@@ -165,6 +172,7 @@ class Recipe(Section):
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
     engine: EngineSection = EngineSection()
+    checkpoint: CheckpointSection = CheckpointSection()
     tracking: TrackingSection = TrackingSection()
 
     _origins: Origins = PrivateAttr(default_factory=lambda: Origins())
@@ -225,7 +233,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
-    return f"unknown key{nearest(key, known)}\nknown: {', '.join(known)}"
+    return "unknown key" + (nearest(key, known) or "; known: " + ", ".join(known))
 
 
 # --- YAML ---------------------------------------------------------------------------------------------------------
@@ -450,7 +458,8 @@ def _mismatch(errors: list[Any], given: Any) -> str:
     if errors[0]["type"] == "value_error":
         return str(errors[0]["ctx"]["error"])
     # Some signatures take Python objects beside plain values; no YAML can give those.
-    expected = " or ".join(each["msg"] for each in errors if each["type"] != "needs_python_object")
+    wanted = dict.fromkeys(each["msg"] for each in errors if each["type"] != "needs_python_object")
+    expected = " or ".join(wanted)
     for pattern, words in _PLAIN_WORDS.items():
         expected = re.sub(pattern, words, expected)
     near = nearest(str(given), re.findall(r"'([^']*)'", expected))

@@ -35,33 +35,68 @@ class RunFolder:
     plots = property(lambda self: self.path / "plots")
     console = property(lambda self: self.path / "console.log")
     status = property(lambda self: self.path / "STATUS")
+    checkpoints = property(lambda self: self.path / "checkpoints")
 
     @classmethod
-    def create(cls, run_dir: str | Path | None, recipe: Recipe) -> RunFolder:
-        """Makes a fresh folder, `runs/<recipe>/<date-time>` unless told otherwise, and writes the recipe into it.
+    def open(
+        cls, run_dir: str | Path | None, recipe: Recipe, resume: str = "auto", allow_recipe_change: bool = False
+    ) -> RunFolder:
+        """Makes a fresh folder, or opens the one of a run that is to go on; `runs/<recipe>/<date-time>` unless told.
 
         Raises:
-            RecipeError: the folder cannot be made, or holds something already.
+            RecipeError: the folder cannot be made, or holds something that is not this run's to continue.
         """
         where = "command line: --run-dir" if run_dir else "the working directory"
+
+        def refuse(message: str) -> RecipeError:
+            return RecipeError([Problem(where, "", message)])
+
         try:
-            path = Path(run_dir) if run_dir else _fresh(Path("runs") / recipe.name)
-            path.mkdir(parents=True, exist_ok=True)
-            if any(path.iterdir()):
-                raise RecipeError(
-                    [Problem(where, "", f"{path} is not empty; a run is never overwritten: name a new one")]
-                )
-            folder = cls(path)
-            folder.plots.mkdir()
+            folder = cls(Path(run_dir) if run_dir else _fresh(Path("runs") / recipe.name))
+            folder.path.mkdir(parents=True, exist_ok=True)
+            holds = {entry.name for entry in folder.path.iterdir()} - {folder.recipe.name + ".tmp"}
+            if holds and not folder.recipe.is_file():
+                raise refuse(f"{folder.path} is not empty and not a run's; name a new folder")
+            if holds and resume == "never":
+                raise refuse(f"{folder.path} holds a run, and a run is never overwritten; name a new folder")
+            if holds and folder.status.is_file() and folder.status.read_text() == "done\n":
+                raise refuse(f"the run in {folder.path} is done already; name a new folder for another")
+            if holds and not allow_recipe_change:
+                changes = describe_changes(load_recipe(folder.recipe), recipe)
+                if changes:
+                    listed = "\n      ".join(changes)
+                    raise refuse(
+                        f"the run in {folder.path} began with another recipe:\n      {listed}\n      "
+                        "name a new folder, or go on with --allow-recipe-change"
+                    )
+            folder.plots.mkdir(exist_ok=True)
             write_text(folder.recipe, recipe.to_yaml())
+            folder.set_status("running")
         except OSError as error:
-            message = f"{error.filename or run_dir} cannot be written: {error.strerror}; give another --run-dir"
-            raise RecipeError([Problem(where, "", message)]) from error
-        folder.set_status("running")
+            what = f"{error.filename or run_dir} cannot be written: {error.strerror}; give another --run-dir"
+            raise refuse(what) from error
         return folder
 
     def set_status(self, status: str) -> None:
         write_text(self.status, status + "\n")
+
+
+HARMLESS_KEYS = ("checkpoint.", "tracking.", "data.root")
+"""Recipe keys that do not change a run's result."""
+
+
+def describe_changes(old: Recipe, new: Recipe) -> list[str]:
+    """A line for each key that differs and changes the result."""
+    before, after = (_flatten(recipe.model_dump()) for recipe in (old, new))
+    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if not key.startswith(HARMLESS_KEYS)]
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 def _fresh(parent: Path) -> Path:

@@ -9,23 +9,25 @@ import json
 import sys
 import time
 import types
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from rich.table import Table
 
 from mnist_dist.command_line import Parser, is_main_process, run_door
 from mnist_dist.data import Batches, Dataset, Images
-from mnist_dist.engine.evaluation import Evaluation
+from mnist_dist.engine.evaluation import Evaluation, Interrupted
+from mnist_dist.engine.interrupts import PREEMPTED, Interrupts
 from mnist_dist.engine.optim import set_rates
+from mnist_dist.keeper import Keeper, load_newest
 from mnist_dist.models import build_model, count_parameters
 from mnist_dist.parts import (
     Parts,
+    Progress,
     build_module,
     build_parts,
     check_world,
@@ -50,101 +52,106 @@ examples:
 # --- the loop -----------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Progress:
-    """Where a run stands; everything else follows from the step."""
-
-    step: int = 0
-    best_accuracy: float = -1.0
-    best_epoch: float = 0.0
-    evaluations_without_gain: int = 0
-    last: dict[str, float] = field(default_factory=dict)
-    """Figures of the last evaluation and of the training since the one before."""
-
-
-def fit(recipe: Recipe, parts: Parts, held_out: Images, keep_best: Callable[[], None], progress: Progress) -> None:
-    """The story of a run, from `progress` to the last step."""
-    accelerator, batches, update = parts.accelerator, parts.batches, parts.update
+def fit(recipe: Recipe, parts: Parts, held_out: Images, keep: Keeper, progress: Progress) -> bool:
+    """The story of a run, from `progress` to its last step. False if it was asked to stop before; then it has saved."""
+    accelerator, batches, update, meter = parts.accelerator, parts.batches, parts.update, parts.meter
     plan = batches.plan(progress.step // batches.steps_per_epoch, accelerator.device)
-    while progress.step < parts.total_steps:
-        epoch, index = divmod(progress.step, batches.steps_per_epoch)
-        if epoch != plan.epoch:
-            plan = batches.plan(epoch, accelerator.device)
+    with Interrupts(accelerator) as interrupts:
+        while True:
+            # Evaluate every image once; keep the best weights.
+            if parts.evaluation_is_due(progress, recipe.eval_every):
+                try:
+                    evaluation = parts.judge(held_out, recipe.eval_batch_size, interrupts.agreed)
+                except Interrupted:
+                    keep.checkpoint()
+                    return False
+                if progress.note(evaluation, meter.read_epoch(), parts.epoch(progress)):
+                    keep.best()
+                accelerator.log({"step": progress.step, "epoch": parts.epoch(progress), **progress.last})
+                parts.schedule.observe(evaluation.loss)
+                meter.resume()
 
-        # One update: this process's rows of the global batch, the learning rate of this step.
-        set_rates(update.optimizer, parts.schedule, progress.step)
-        update(plan, index, progress.step)
-        progress.step += 1
-        at_end = progress.step == parts.total_steps
-        at_epoch = at_end or index + 1 == batches.steps_per_epoch
-        now = {"step": progress.step, "epoch": round(progress.step / batches.steps_per_epoch, 6)}
+            # Stop at the end, or early where the recipe asks for it.
+            out_of_patience = progress.evaluations_without_gain == recipe.early_stopping.patience
+            if progress.step >= parts.total_steps or out_of_patience:
+                return True
 
-        # Log; between two of these lines nothing waits for the device.
-        if at_epoch or progress.step % recipe.log_every == 0:
-            rates = {"train/lr": update.optimizer.param_groups[0]["lr"], "train/grad_norm": update.grad_norm()}
-            accelerator.log({**now, **parts.meter.read(), **rates})
+            # One update: this process's rows of the global batch, the learning rate of this step.
+            epoch, index = divmod(progress.step, batches.steps_per_epoch)
+            if epoch != plan.epoch:
+                plan = batches.plan(epoch, accelerator.device)
+            set_rates(update.optimizer, parts.schedule, progress.step)
+            update(plan, index, progress.step)
+            progress.step += 1
 
-        # Evaluate every image once, keep the best weights, stop early where the recipe asks for it.
-        if at_end or (at_epoch and (epoch + 1) % recipe.eval_every == 0):
-            evaluation = parts.judge(held_out, recipe.eval_batch_size)
-            progress.last = {
-                **parts.meter.read_epoch(),
-                "eval/loss": evaluation.loss,
-                "eval/accuracy": evaluation.accuracy,
-            }
-            accelerator.log({**now, **progress.last})
-            parts.schedule.observe(evaluation.loss)
-            progress.evaluations_without_gain += 1
-            if evaluation.accuracy > progress.best_accuracy:
-                progress.best_accuracy, progress.best_epoch = evaluation.accuracy, now["epoch"]
-                progress.evaluations_without_gain = 0
-                keep_best()
-            if progress.evaluations_without_gain == recipe.early_stopping.patience:
-                break
-            parts.meter.resume()
+            # Log; between two of these lines nothing waits for the device.
+            logged = progress.step % recipe.log_every == 0 or parts.evaluation_is_due(progress, recipe.eval_every)
+            if logged:
+                rates = {"train/lr": update.optimizer.param_groups[0]["lr"], "train/grad_norm": update.grad_norm()}
+                accelerator.log({"step": progress.step, "epoch": parts.epoch(progress), **meter.read(), **rates})
+                interrupts.pace(meter.seconds_per_step)
+
+            # Save where it is time; stop where any process was asked to.
+            asked = interrupts.agreed()
+            if asked or keep.is_due(logged):
+                keep.checkpoint()
+            if asked:
+                return False
 
 
 # --- wiring -------------------------------------------------------------------------------------------------------
 
 
-def train(recipe: Recipe, run_dir: str | Path | None = None) -> dict[str, Any]:
+def train(
+    recipe: Recipe, run_dir: str | Path | None = None, *, resume: str = "auto", allow_recipe_change: bool = False
+) -> dict[str, Any]:
     """Trains a recipe on whatever world the launcher made, and returns the summary that it writes.
 
     Args:
         recipe: from `load_recipe`.
-        run_dir: a folder that is empty or absent; None for runs/<recipe>/<date-time>.
+        run_dir: a new folder, or one whose run goes on; None for runs/<recipe>/<date-time>.
+        resume: "auto" to go on with the run that `run_dir` holds, "never" to refuse to.
+        allow_recipe_change: go on although the recipe is not the one that the run began with.
+
+    Returns:
+        What summary.json holds. Of a run that was asked to stop before its end only `status` (preempted) and `step`.
 
     Raises:
         RecipeError: before anything is trained or written, for whatever the user can put right.
     """
-    started = time.perf_counter()
+    started, code = time.perf_counter(), {"versions": versions(), "git_commit": git_commit()}
     state = launched_world()
     precision = check_world(recipe, state)
     dataset = load_data(recipe, state)
     module = together(state, lambda: build_module(recipe, dataset))
-    made = together(state, lambda: RunFolder.create(run_dir, recipe) if state.is_main_process else None)
-    folder = RunFolder(Path(broadcast_object_list([str(made.path) if made else None])[0]))
+    folder = _open_folder(recipe, run_dir, state, resume, allow_recipe_change)
     try:
         parts = build_parts(recipe, precision, dataset.train, module)
-        console = open_trackers(recipe, parts, dataset, folder)
-        progress = Progress()
+        checkpoint, problems = load_newest(folder, state)
+        progress = Progress(**checkpoint.get("progress", {}))
+        if checkpoint:
+            parts.load_state_dict(checkpoint["parts"])
+        console = open_trackers(recipe, parts, dataset, folder, checkpoint)
+        if console:
+            for problem in problems:
+                console.say(problem)
+        keep = Keeper(folder, recipe, parts, progress)
         parts.meter.resume()
-        setup_seconds, begun = time.perf_counter() - started, time.perf_counter()
-        fit(
-            recipe,
-            parts,
-            dataset.held_out.to(state.device),
-            lambda: parts.keep(folder.best, recipe),
-            progress,
-        )
-        seconds = {"train_seconds": round(time.perf_counter() - begun, 3), "setup_seconds": round(setup_seconds, 3)}
-        parts.keep(folder.last, recipe)
+        seconds, begun = {"setup_seconds": round(time.perf_counter() - started, 3)}, time.perf_counter()
+        finished = fit(recipe, parts, dataset.held_out.to(state.device), keep, progress)
+        if not finished:
+            if console:
+                console.say(f"asked to stop: saved after step {progress.step:,}; the same command goes on from there")
+                folder.set_status("preempted")
+            parts.accelerator.end_training()
+            return {"status": "preempted", "step": progress.step}
+        seconds["train_seconds"] = round(time.perf_counter() - begun, 3)
+        keep.last()
         # Without a validation part this repeats the last evaluation, for its probabilities; with one, the test set
         # is used here for the first time.
         test = parts.judge(dataset.test.to(state.device), recipe.eval_batch_size)
-        summary = _summarize(recipe, parts, progress, test if dataset.has_validation else None) | seconds
-        if state.is_main_process:
-            assert console is not None
+        summary = _summarize(recipe, parts, progress, test if dataset.has_validation else None) | seconds | code
+        if console:
             _finish(folder, recipe, parts, dataset, test, summary, console)
         parts.accelerator.end_training()
     except BaseException:
@@ -154,13 +161,31 @@ def train(recipe: Recipe, run_dir: str | Path | None = None) -> dict[str, Any]:
     return summary
 
 
+def _open_folder(
+    recipe: Recipe, run_dir: str | Path | None, state: PartialState, resume: str, allow_recipe_change: bool
+) -> RunFolder:
+    """Rank 0 makes or opens the folder; all learn which it is."""
+
+    def on_main() -> RunFolder | None:
+        return RunFolder.open(run_dir, recipe, resume, allow_recipe_change) if state.is_main_process else None
+
+    opened = together(state, on_main)
+    return RunFolder(Path(broadcast_object_list([str(opened.path) if opened else None])[0]))
+
+
 # --- the run folder -----------------------------------------------------------------------------------------------
 
 
 def open_trackers(
-    recipe: Recipe, parts: Parts, dataset: Dataset, folder: RunFolder, *, quiet: bool = False
+    recipe: Recipe,
+    parts: Parts,
+    dataset: Dataset,
+    folder: RunFolder,
+    checkpoint: dict[str, Any],
+    *,
+    quiet: bool = False,
 ) -> ConsoleTracker | None:
-    """Console, metrics.jsonl and W&B, on rank 0 alone."""
+    """Console, metrics.jsonl and W&B, on rank 0 alone; with a checkpoint they go on where it was taken."""
     if not parts.accelerator.is_main_process:
         return None
     split = "validation" if dataset.has_validation else "test"
@@ -170,9 +195,13 @@ def open_trackers(
     summary = summarize_model(parts.module)
     write_text(folder.model_summary, summary + "\n")
     console.header(_header(recipe, parts, dataset) | {"wandb": why, "run folder": str(folder.path)})
-    trackers: list[Any] = [console, JSONLTracker(folder.metrics)]
+    if checkpoint:
+        console.say(f"goes on after step {checkpoint['progress']['step']:,}")
+    trackers: list[Any] = [console, JSONLTracker(folder.metrics, checkpoint.get("metrics_bytes", 0))]
     if mode != "disabled":
         init = {"name": recipe.name, "entity": wandb.entity, "group": wandb.group, "tags": wandb.tags}
+        if checkpoint.get("wandb_id"):
+            init |= {"id": checkpoint["wandb_id"], "resume": "allow"}
         trackers.append(WandbTracker(wandb.project, mode=mode, directory=folder.path, say=console.say, **init))
     parts.accelerator.log_with = trackers
     parts.accelerator.init_trackers(wandb.project, config=recipe.model_dump())
@@ -214,8 +243,6 @@ def _summarize(recipe: Recipe, parts: Parts, progress: Progress, test: Evaluatio
         "eval.last.loss": progress.last["eval/loss"],
         "eval.best.accuracy": progress.best_accuracy,
         "eval.best.epoch": progress.best_epoch,
-        "versions": versions(),
-        "git_commit": git_commit(),
     }
     return summary | ({"test.accuracy": test.accuracy, "test.loss": test.loss} if test else {})
 
@@ -270,10 +297,16 @@ def _augmented_samples(batches: Batches, data: Images, count: int = 10) -> tuple
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The door: exit code 0 when done, 2 for bad input."""
+    """The door: exit code 0 when done, 2 for bad input, 75 when asked to stop (run me again)."""
     parser = Parser("mnist_dist.train", "Trains a recipe and leaves a run folder.", EXAMPLES)
     parser.add_argument("--recipe", metavar="NAME", help="a path, or a bundled recipe's name with or without .yaml")
-    parser.add_argument("--run-dir", metavar="DIR", help="an empty or new folder (default: runs/<recipe>/<date-time>)")
+    parser.add_argument(
+        "--run-dir", metavar="DIR", help="a new folder, or one to go on with (default: runs/<recipe>/<date-time>)"
+    )
+    parser.add_argument(
+        "--resume", choices=["auto", "never"], default="auto", help="go on with --run-dir's run (default)"
+    )
+    parser.add_argument("--allow-recipe-change", action="store_true", help="go on although the recipe has changed")
     parser.add_argument("--print-recipe", action="store_true", help="print the resolved recipe and exit")
     parser.add_argument("--list-recipes", action="store_true", help="print the bundled recipes and exit")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any recipe key by its dotted name")
@@ -289,8 +322,13 @@ def main(argv: list[str] | None = None) -> int:
         if is_main_process():
             print(recipe.to_yaml(), end="")
         return 0
-    train(recipe, arguments.run_dir)
-    return 0
+    result = train(
+        recipe,
+        arguments.run_dir,
+        resume=arguments.resume,
+        allow_recipe_change=arguments.allow_recipe_change,
+    )
+    return PREEMPTED if result.get("status") == "preempted" else 0
 
 
 def list_recipes() -> None:

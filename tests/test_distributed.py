@@ -31,7 +31,15 @@ def launch(world_size: int, run_dir: Path, *words: str) -> list[dict]:
 
 
 def test_lenet5_gives_the_same_losses_at_every_world_size(tmp_path):
-    words = ["--recipe", "lenet5", "data.dataset=synthetic", "batch_size=128", "max_steps=20", "log_every=1", "epochs=1"]
+    words = [
+        "--recipe",
+        "lenet5",
+        "data.dataset=synthetic",
+        "batch_size=128",
+        "max_steps=20",
+        "log_every=1",
+        "epochs=1",
+    ]
     alone = launch(1, tmp_path / "1", *words)
     for world_size in (2, 3, 4):  # 128 does not divide by 3
         together = launch(world_size, tmp_path / str(world_size), *words)
@@ -51,7 +59,14 @@ def test_a_last_batch_smaller_than_the_world_is_trained_on_exactly(tmp_path):
 
 def test_evaluation_is_equal_to_the_image_where_it_depends_on_the_batch(tmp_path):
     # No update worth the name: both worlds evaluate the same weights, with batch statistics of the evaluated batch.
-    words = ["--recipe", "simple_cnn", "data.dataset=synthetic", "max_steps=1", "optimizer.lr=1e-12", "eval_batch_size=100"]
+    words = [
+        "--recipe",
+        "simple_cnn",
+        "data.dataset=synthetic",
+        "max_steps=1",
+        "optimizer.lr=1e-12",
+        "eval_batch_size=100",
+    ]
     alone, together = (launch(n, tmp_path / str(n), *words)[-1] for n in (1, 3))
     assert together["eval/accuracy"] == alone["eval/accuracy"]
     assert together["eval/loss"] == pytest.approx(alone["eval/loss"], rel=1e-6)

@@ -24,7 +24,15 @@ TINY = [
 
 def test_quickstart_through_accelerate_launch_reaches_97_percent(tmp_path):
     pytest.importorskip("sklearn", reason='the digits come with scikit-learn: pip install -e ".[demo]"')
-    command = [sys.executable, "-m", "accelerate.commands.launch", "-m", "mnist_dist.train", "--recipe", "quickstart.yaml"]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "-m",
+        "mnist_dist.train",
+        "--recipe",
+        "quickstart.yaml",
+    ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "\x1b" not in done.stdout, "escape codes without a terminal"
@@ -129,5 +137,7 @@ def test_a_crash_is_written_down(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("recipe", "least"), [("simple_cnn", 97.0), ("model_v1_onecycle", 96.5)])
 def test_one_epoch_of_mnist(recipe, least, mnist_root, tmp_path):
-    summary = train(load_recipe(recipe, "epochs=1", f"data.root={mnist_root}", "tracking.wandb.mode=disabled"), tmp_path / "r")
+    summary = train(
+        load_recipe(recipe, "epochs=1", f"data.root={mnist_root}", "tracking.wandb.mode=disabled"), tmp_path / "r"
+    )
     assert summary["eval.last.accuracy"] >= least

@@ -121,7 +121,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 def newest_checkpoint(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
     """The newest valid checkpoint's state, or None; and a sentence for each damaged one, which is set aside."""
-    problems = []
+    problems: list[str] = []
     for path in reversed(list_checkpoints(folder)):
         try:
             return load_checkpoint(path), problems

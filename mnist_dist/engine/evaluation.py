@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,24 +22,46 @@ class Evaluation:
     probabilities: Tensor
 
 
+class Interrupted(Exception):
+    """Evaluation was asked to stop before it had an answer."""
+
+
 @torch.no_grad()
-def evaluate(accelerator: Accelerator, module: nn.Module, data: Images, *, batch_size: int) -> Evaluation:
+def evaluate(
+    accelerator: Accelerator,
+    module: nn.Module,
+    data: Images,
+    *,
+    batch_size: int,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> Evaluation:
     """Judges `module` on `data`; the processes take whole batches in turn.
 
     Batches stay whole because a network may normalise by the evaluated batch (SimpleCNN). Each process fills its own
     rows of one table and the tables are added, so all processes hold the same figures, bit for bit at any world size.
+
+    Args:
+        interrupted: asked between batches, by all processes alike.
+
+    Raises:
+        Interrupted: because it said so.
     """
     modes = [(part, part.training) for part in module.modules()]  # frozen layers may stand in eval mode
     module.eval()
     table = torch.zeros(len(data), len(data.classes), device=accelerator.device)
-    starts = range(0, len(data), batch_size)
-    for start in starts[accelerator.process_index :: accelerator.num_processes]:
-        rows = slice(start, start + batch_size)
-        with accelerator.autocast():
-            logits = module(data.normalize(data.images[rows]))
-        table[rows] = F.log_softmax(logits.float(), dim=1)
-    for part, mode in modes:
-        part.training = mode
+    try:
+        for turn in range(0, len(data), batch_size * accelerator.num_processes):
+            if interrupted():
+                raise Interrupted
+            start = turn + accelerator.process_index * batch_size
+            rows = slice(start, start + batch_size)
+            if start < len(data):
+                with accelerator.autocast():
+                    logits = module(data.normalize(data.images[rows]))
+                table[rows] = F.log_softmax(logits.float(), dim=1)
+    finally:
+        for part, mode in modes:
+            part.training = mode
     log_probabilities = accelerator.reduce(table, reduction="sum").cpu()
     labels = data.labels.cpu()
     loss = F.nll_loss(log_probabilities.double(), labels).item()

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import torch
@@ -23,26 +23,22 @@ AGREE_SECONDS = 0.5
 
 
 class Interrupts:
-    """While entered, the first signal asks the run to stop at a step boundary; a second one ends the process at once."""
+    """While entered, a first signal asks the run to stop at a step boundary; a second ends the process at once."""
 
     def __init__(self, accelerator: Accelerator):
         self._accelerator = accelerator
         self._asked = False
+        self._questions = 0
+        self._every = 1
         self._before: dict[int, Any] = {}
-        self.every = 1
-        """Steps between two questions; equal on all processes."""
 
     def __enter__(self) -> Interrupts:
-        if (
-            threading.current_thread() is threading.main_thread()
-        ):  # elsewhere, e.g. in a notebook's thread, none can be set
+        if threading.current_thread() is threading.main_thread():  # another thread can set no handler
             self._before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
             _die_with_launcher()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -52,14 +48,15 @@ class Interrupts:
         self._asked = True
 
     def pace(self, seconds_per_step: float) -> None:
-        """Sets how often to ask from a step's duration, which must be the same number on all processes."""
-        self.every = max(1, int(AGREE_SECONDS / seconds_per_step))
+        """Sets how often the others are asked, from a step's duration, the same number on all processes."""
+        self._every = max(1, int(AGREE_SECONDS / max(seconds_per_step, 1e-6)))
 
-    def agreed(self, step: int) -> bool:
-        """Whether any process was asked to stop; all processes get the same answer."""
+    def agreed(self) -> bool:
+        """Whether any process was asked to stop; all processes call this equally often and get the same answer."""
         if self._accelerator.num_processes == 1:
             return self._asked
-        if step % self.every:
+        self._questions += 1
+        if self._questions % self._every:
             return False
         asked = torch.tensor(int(self._asked), device=self._accelerator.device)
         return bool(self._accelerator.reduce(asked, reduction="sum"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -16,21 +17,30 @@ class Meter:
         self._accelerator = accelerator
         self._sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
         self._epoch_sums = [0.0, 0.0, 0.0]
+        self._steps = 0
         self._started = time.perf_counter()
         self.train_seconds = 0.0
-        """Time spent training, all intervals together, in seconds."""
+        """Time spent training, all intervals together, by rank 0's clock; equal on all processes."""
+        self.seconds_per_step = 0.0
+        """Of the last interval; equal on all processes."""
 
     def add(self, loss_sum: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Adds a piece of a batch: its summed loss (scalar), logits (n, classes) and labels int64 (n,)."""
         correct = (logits.argmax(dim=1) == labels).sum()
         self._sums += torch.stack([loss_sum.double(), correct.double(), torch.full_like(correct, len(labels)).double()])
 
+    def end_step(self) -> None:
+        self._steps += 1
+
     def read(self) -> dict[str, float]:
         """Mean loss, accuracy in percent and images/s, over all processes, since the last read; starts anew."""
-        loss, correct, seen = self._accelerator.reduce(self._sums, reduction="sum").tolist()
-        seconds = time.perf_counter() - self._started
-        self.train_seconds += seconds
+        mine = self._sums.tolist()  # waits for the device, so that the clock below sees its work
+        seconds = time.perf_counter() - self._started if self._accelerator.is_main_process else 0.0
+        together = torch.tensor([*mine, seconds], dtype=torch.float64, device=self._accelerator.device)
+        loss, correct, seen, seconds = self._accelerator.reduce(together, reduction="sum").tolist()
         self._epoch_sums = [old + new for old, new in zip(self._epoch_sums, (loss, correct, seen), strict=True)]
+        self.train_seconds += seconds
+        self.seconds_per_step = seconds / max(self._steps, 1)
         self._sums.zero_()
         self.resume()
         return {
@@ -47,4 +57,19 @@ class Meter:
 
     def resume(self) -> None:
         """Starts the clock again after time that was not training."""
+        self._steps = 0
         self._started = time.perf_counter()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been summed and not read yet; asks all processes."""
+        sums = self._accelerator.gather(self._sums[None])
+        return {"sums": sums.tolist(), "epoch_sums": self._epoch_sums, "train_seconds": self.train_seconds}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up the sums: each process its own, or rank 0 all of them where the world has another size now."""
+        sums = torch.tensor(state["sums"], dtype=torch.float64)
+        rank, world_size = self._accelerator.process_index, self._accelerator.num_processes
+        if len(sums) != world_size:
+            sums = torch.cat([sums.sum(dim=0, keepdim=True), torch.zeros(world_size - 1, 3, dtype=torch.float64)])
+        self._sums.copy_(sums[rank])
+        self._epoch_sums, self.train_seconds = state["epoch_sums"], state["train_seconds"]

@@ -72,6 +72,7 @@ class Update:
         self.optimizer.step()
         if self.average is not None:
             self.average.update_parameters(self.module)
+        self.meter.end_step()
 
     def _accumulate(self, plan: EpochPlan, rows: Tensor, weight: float) -> None:
         """Adds the gradient of `rows` (int64, sample indices)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ class JSONLTracker(GeneralTracker):
     name = "jsonl"
     requires_logging_directory = False
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, keep_bytes: int = 0):
+        """Continues a file after its first `keep_bytes` bytes; what a killed run wrote beyond them is written again."""
         super().__init__()
         self.path = path
+        path.touch()
+        os.truncate(path, keep_bytes)
         self._file = path.open("a", encoding="utf-8")
 
     @property
@@ -26,6 +30,11 @@ class JSONLTracker(GeneralTracker):
         """Appends one line; it is in the file when the call returns."""
         self._file.write(json.dumps(values) + "\n")
         self._file.flush()
+
+    def bytes_written(self) -> int:
+        """The file's length, all of it on the disk."""
+        os.fsync(self._file.fileno())
+        return self._file.tell()
 
     def finish(self) -> None:
         self._file.close()

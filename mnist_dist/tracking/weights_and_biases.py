@@ -70,6 +70,11 @@ class WandbTracker(WandBTracker):
             for metric, goal in (("eval/accuracy", "max"), ("eval/loss", "min")):
                 self._guard("define metrics", self.run.define_metric, metric, step_metric="step", summary=goal)
 
+    @property
+    def run_id(self) -> str | None:
+        """With which a resumed run continues this one."""
+        return self.run.id if self._alive else None
+
     def store_init_configuration(self, values: dict[str, Any]) -> None:
         if self._alive:
             self._guard("store the recipe", super().store_init_configuration, values)

@@ -1,0 +1,56 @@
+"""What a run saves, when, and how it comes back after it was killed."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from mnist_dist.engine.checkpoint import newest_checkpoint, save_checkpoint
+from mnist_dist.parts import Parts, Progress
+from mnist_dist.recipe import Recipe
+from mnist_dist.runs import RunFolder
+from mnist_dist.tracking import JSONLTracker, WandbTracker
+
+
+class Keeper:
+    """Saves a run's weights and checkpoints. All processes call it alike; rank 0 writes."""
+
+    def __init__(self, folder: RunFolder, recipe: Recipe, parts: Parts, progress: Progress):
+        self._folder, self._recipe, self._parts, self._progress = folder, recipe, parts, progress
+        self._saved_at = parts.meter.train_seconds
+
+    def best(self) -> None:
+        self._parts.save_weights(self._folder.best, self._recipe)
+
+    def last(self) -> None:
+        self._parts.save_weights(self._folder.last, self._recipe)
+
+    def is_due(self, logged: bool) -> bool:
+        """After every `every_steps` updates; by `every_minutes` at log lines, where all processes know the time."""
+        rule, seconds = self._recipe.checkpoint, self._parts.meter.train_seconds - self._saved_at
+        by_steps = rule.every_steps is not None and self._progress.step % rule.every_steps == 0
+        return by_steps or (logged and rule.every_minutes is not None and seconds >= 60 * rule.every_minutes)
+
+    def checkpoint(self) -> None:
+        """Publishes `checkpoints/step-N`: everything from which the run goes on as if nothing had happened."""
+        state: dict[str, Any] = {"parts": self._parts.state_dict(), "progress": asdict(self._progress)}
+        self._saved_at = self._parts.meter.train_seconds
+        for tracker in self._parts.accelerator.trackers:  # there are none but on rank 0
+            if isinstance(tracker, JSONLTracker):
+                state["metrics_bytes"] = tracker.bytes_written()
+            if isinstance(tracker, WandbTracker):
+                state["wandb_id"] = tracker.run_id
+        if self._parts.accelerator.is_main_process:
+            save_checkpoint(self._folder.checkpoints, self._progress.step, state, keep=self._recipe.checkpoint.keep)
+
+
+def load_newest(folder: RunFolder, state: PartialState) -> tuple[dict[str, Any], list[str]]:
+    """The newest valid checkpoint, the same on all processes ({} where there is none), and what is wrong with others."""
+    found: list[Any] = [None]
+    if state.is_main_process:
+        found = [newest_checkpoint(folder.checkpoints)]
+    checkpoint, problems = broadcast_object_list(found)[0]
+    return checkpoint or {}, problems

@@ -1,0 +1,316 @@
+"""A recipe's values: how they are read, merged, typed and written. `test_bad_input` has what is refused."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mnist_dist.engine import optim
+from mnist_dist.recipe import Recipe, RecipeError, bundled_recipes, find_recipe, load_recipe, recipe_notes
+
+MODEL = "model: {name: lenet5}\n"
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])  # a model of one's own adds the folder
+
+
+def load(text: str, *overrides: str) -> Recipe:
+    Path("my.yaml").write_text(text, encoding="utf-8")
+    return load_recipe("my.yaml", *overrides)
+
+
+def read(text: str) -> object:
+    """What a scalar is read as where no type says what it should be: Identity takes any keyword."""
+    return load(f"model: {{name: 'torch.nn:Identity', value: {text}}}\n").model.keywords["value"]
+
+
+# --- YAML ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 0.001),
+        ("1E3", 1000.0),
+        (".5", 0.5),
+        ("1.", 1.0),
+        ("-2.5e+2", -250.0),
+        ("12", 12),
+        ("-3", -3),
+        ("+3", 3),
+        ("010", 10),
+        ("0o10", "0o10"),
+        ("1_000", "1_000"),
+        ("12:30", "12:30"),
+        ("2026-01-02", "2026-01-02"),
+        ("no", "no"),
+        ("on", "on"),
+        ("Yes", "Yes"),
+        ("y", "y"),
+        ("true", True),
+        ("False", False),
+        ("'true'", "true"),
+        ("'3'", "3"),
+        ("!!str 3", "3"),
+        ("[1, 2.0, a]", [1, 2.0, "a"]),
+        ("{a: 1}", {"a": 1}),
+    ],
+)
+def test_scalars_are_those_of_yaml_1_2(text, value):
+    assert read(text) == value
+    assert type(read(text)) is type(value)
+
+
+def test_no_is_text_where_text_is_meant():
+    recipe = load(MODEL + "mixed_precision: no\nname: on\n")
+    assert (recipe.mixed_precision, recipe.name) == ("no", "on")
+
+
+def test_a_whole_number_serves_where_a_number_is_meant():
+    recipe = load(MODEL + "clip_grad_norm: 1\noptimizer: {lr: 1}\n")
+    assert (recipe.clip_grad_norm, recipe.optimizer.lr) == (1.0, 1.0)
+    assert isinstance(recipe.clip_grad_norm, float)
+
+
+def test_windows_line_ends_and_a_byte_order_mark_do_no_harm():
+    Path("my.yaml").write_bytes("\ufeffepochs: 3\r\nmodel:\r\n  name: lenet5\r\n".encode())
+    assert load_recipe("my.yaml").epochs == 3
+
+
+# --- precedence ---------------------------------------------------------------------------------------------------
+
+
+def test_a_default_gives_way_to_the_file_and_the_file_to_an_override():
+    assert load(MODEL).epochs == Recipe.model_fields["epochs"].default
+    assert load(MODEL + "epochs: 3\n").epochs == 3
+    assert load(MODEL + "epochs: 3\n", "epochs=5").epochs == 5
+    assert load(MODEL + "epochs: 3\n", "epochs=5", "epochs=7").epochs == 7
+
+
+def test_an_override_leaves_the_rest_of_its_section_alone():
+    recipe = load(MODEL + "data: {dataset: synthetic, augment: {rotation: 5, shear: 2}}\n", "data.augment.shear=3")
+    assert (recipe.data.dataset, recipe.data.augment.rotation, recipe.data.augment.shear) == ("synthetic", 5.0, 3.0)
+
+
+@pytest.mark.parametrize("section", ["", "data:\n", "data: null\n", "data: {dataset: synthetic}\n"])
+def test_an_override_reaches_into_a_section_that_the_file_lacks(section):
+    assert load(MODEL + section, "data.augment.rotation=5").data.augment.rotation == 5.0
+
+
+def test_an_override_can_be_a_whole_section():
+    recipe = load(MODEL + "optimizer: {momentum: 0.5}\n", "optimizer={name: adam, lr: 1e-2, betas: [0.8, 0.9]}")
+    assert recipe.optimizer.model_dump() == {"name": "adam", "lr": 0.01, "betas": [0.8, 0.9]}
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("mixed_precision=no", "no"),
+        ("mixed_precision=null", None),
+        ("clip_grad_norm=1e-1", 0.1),
+        ("deterministic=false", False),
+        ("epochs= 12", 12),
+        ("name=run=3", "run=3"),
+        ("name='010'", "010"),
+    ],
+)
+def test_an_override_is_typed_as_in_the_file(word, value):
+    assert getattr(load(MODEL, word), word.partition("=")[0]) == value
+
+
+def test_lists_are_overridden_whole():
+    recipe = load(MODEL + "tracking: {wandb: {tags: [a, b]}}\n", "tracking.wandb.tags=[c]", "data.augment.scale=[1, 2]")
+    assert recipe.tracking.wandb.tags == ["c"]
+    assert recipe.data.augment.build().scale == (1.0, 2.0)
+
+
+def test_null_takes_an_own_keyword_away():
+    text = MODEL + "optimizer: {name: sgd, momentum: 0.9, nesterov: true}\n"
+    assert load(text).optimizer.keywords == {"momentum": 0.9, "nesterov": True}
+    recipe = load(text, "optimizer.name=adam", "optimizer.momentum=null", "optimizer.nesterov=")
+    assert recipe.optimizer.keywords == {}
+
+
+def test_the_name_is_the_files_own_unless_given():
+    assert load(MODEL).name == "my"
+    assert load(MODEL + "name: null\n").name == "my"
+    assert load(MODEL + "name: other\n").name == "other"
+    assert load(MODEL + "name: other\n", "name=third").name == "third"
+    assert load(MODEL + "name: other\n", "name=null").name == "my"
+
+
+# --- what depends on something else -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(optim.OPTIMIZERS))
+def test_the_optimizers_default_learning_rate_is_written_out(name):
+    assert load(MODEL, f"optimizer.name={name}").optimizer.lr == optim.default_lr(name)
+
+
+def test_a_given_learning_rate_stays():
+    assert load(MODEL, "optimizer.lr=0.5").optimizer.lr == 0.5
+
+
+def test_onecycle_finds_its_own_first_rate():
+    cycle = ["schedule.name=onecycle", "schedule.max_lr=0.1"]
+    assert load(MODEL, *cycle).optimizer.lr is None
+    assert load(MODEL, *cycle, "optimizer.lr=0.02").optimizer.lr == 0.02
+
+
+def test_own_keywords_reach_what_they_name():
+    recipe = load("model: {name: ms_ran, width: 8, freeze: ['stem.*']}\nschedule: {name: cosine, T_max: 3}\n")
+    assert recipe.model.keywords == {"width": 8}
+    assert recipe.schedule.keywords == {"T_max": 3}
+
+
+def test_a_signature_with_lists_tuples_and_choices_takes_yaml_lists(monkeypatch, tmp_path):
+    source = """\
+from typing import Literal
+from torch import nn
+def net(*, widths: list[int], kernel: tuple[int, int] = (3, 3), kind: Literal["a", "b"] = "a", rate: float = 0.5):
+    return nn.Identity()
+"""
+    (tmp_path / "listed.py").write_text(source, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    recipe = load("model: {name: 'listed:net', widths: [8, 16], kernel: [5, 5], kind: b, rate: 1}\n")
+    assert recipe.model.keywords == {"widths": [8, 16], "kernel": [5, 5], "kind": "b", "rate": 1}
+
+
+def test_nothing_changes_a_loaded_recipe():
+    with pytest.raises(ValueError, match="frozen"):
+        load(MODEL).epochs = 3
+
+
+def test_a_recipe_knows_where_its_values_were_written():
+    recipe = load(MODEL + "\nepochs: 3\ndata:\n  dataset: synthetic\n", "batch_size=64")
+    wheres = {
+        key: recipe.problem(key, "").where for key in ("epochs", "data.dataset", "data.root", "batch_size", "seed")
+    }
+    assert wheres == {
+        "epochs": "my.yaml:3",
+        "data.dataset": "my.yaml:5",
+        "data.root": "my.yaml:4",
+        "batch_size": "command line",
+        "seed": "my.yaml",
+    }
+
+
+# --- written out --------------------------------------------------------------------------------------------------
+
+
+def again(recipe: Recipe) -> Recipe:
+    Path("again.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    return load_recipe("again.yaml")
+
+
+def test_a_recipe_written_out_loads_to_an_equal_one():
+    recipe = load(
+        "model: {name: ms_ran, width: 8, dropout: 0.25, freeze: ['stem.*']}\n"
+        "optimizer: {name: adam, betas: [0.8, 0.99], eps: 1e-7}\n"
+        "schedule: {name: step, step_size: 3, gamma: 0.5}\n"
+        "data: {dataset: synthetic, augment: {scale: [0.9, 1.1], rotation: 7}}\n"
+        "mixed_precision: no\n"
+    )
+    assert again(recipe) == recipe
+    assert "lr: 0.001" in recipe.to_yaml()
+
+
+names = st.from_regex(r"\w[^/\\\x00-\x1f]{0,20}", fullmatch=True)
+texts = st.text(st.characters(codec="utf-8"), max_size=30)
+rates = st.floats(min_value=0, max_value=1, exclude_min=True, exclude_max=True)
+
+
+@given(
+    name=names | st.sampled_from(["no", "1e-3", "010", "null", "0o7", "1_000", "2026-01-02", "0x1F", "1:30"]),
+    seed=st.integers(0, 2**63 - 1),
+    epochs=st.integers(1, 10**9),
+    smoothing=rates,
+    clip=st.none() | st.floats(min_value=0, exclude_min=True, allow_infinity=False),
+    precision=st.sampled_from(["no", "bf16", "fp16", None]),
+    tags=st.lists(texts, max_size=3),
+    project=texts,
+    momentum=st.none() | st.floats(0, 1),
+    deterministic=st.booleans(),
+)
+@settings(max_examples=100, deadline=None)
+def test_any_valid_values_survive_being_written_and_read(
+    name, seed, epochs, smoothing, clip, precision, tags, project, momentum, deterministic
+):
+    recipe = Recipe.model_validate(
+        {
+            "name": name,
+            "seed": seed,
+            "epochs": epochs,
+            "label_smoothing": smoothing,
+            "clip_grad_norm": clip,
+            "mixed_precision": precision,
+            "deterministic": deterministic,
+            "model": {"name": "lenet5"},
+            "optimizer": {"name": "sgd", "lr": 0.1, "momentum": momentum},
+            "tracking": {"wandb": {"project": project, "tags": tags}},
+        }
+    )
+    assert again(recipe) == recipe
+
+
+# --- bundled recipes ----------------------------------------------------------------------------------------------
+
+
+def test_a_bundled_recipe_is_found_by_name_from_any_folder():
+    plain = load_recipe("model_v3_onecycle")
+    assert plain == load_recipe("model_v3_onecycle.yaml")
+    assert plain == load_recipe(bundled_recipes()["model_v3_onecycle"])
+    assert plain.name == "model_v3_onecycle"
+
+
+def test_a_file_at_hand_comes_before_a_bundled_recipe_of_its_name():
+    Path("simple_cnn.yaml").write_text(MODEL, encoding="utf-8")
+    assert load_recipe("simple_cnn.yaml").model.name == "lenet5"
+    assert load_recipe("simple_cnn").model.name == "simple_cnn"
+
+
+def test_a_folder_does_not_hide_a_bundled_recipe_of_its_name():
+    Path("simple_cnn").mkdir()
+    assert find_recipe("simple_cnn") == bundled_recipes()["simple_cnn"]
+
+
+def test_the_documented_command():
+    words = ["epochs=1", "optimizer.lr=0.05", "data.root=../shared/data"]
+    recipe = load_recipe("model_v3_onecycle.yaml", *words)
+    assert (recipe.epochs, recipe.optimizer.lr, recipe.data.root) == (1, 0.05, "../shared/data")
+    assert recipe.model_copy(update={"epochs": 15}).epochs == load_recipe("model_v3_onecycle").epochs
+
+
+@pytest.mark.parametrize("name", list(bundled_recipes()))
+def test_a_bundled_recipe_written_out_loads_to_an_equal_one(name):
+    recipe = load_recipe(name)
+    assert again(recipe) == recipe
+
+
+def test_the_notes_are_the_head_comments_lines():
+    Path("my.yaml").write_text(
+        "# Title\n# command:  train --recipe my.yaml\n# claim: > 99 %: fine\n# no note\nepochs: 1 # measured: 3\n",
+        encoding="utf-8",
+    )
+    assert recipe_notes(Path("my.yaml")) == {"command": "train --recipe my.yaml", "claim": "> 99 %: fine"}
+
+
+# --- the message --------------------------------------------------------------------------------------------------
+
+
+def test_all_problems_stand_in_one_message_with_their_places():
+    with pytest.raises(RecipeError) as caught:
+        load(MODEL + "epoch: 3\nbatch_size: 2.5\n", "optimizer.lr=-1")
+    assert [(problem.where, problem.key) for problem in caught.value.problems] == [
+        ("my.yaml:3", "batch_size"),
+        ("command line", "optimizer.lr"),
+        ("my.yaml:2", "epoch"),
+    ]
+    assert str(caught.value).startswith("3 problems; nothing was trained:\n  my.yaml:3: batch_size\n      expected")
