@@ -92,7 +92,7 @@ class Row:
         )
 
     def verdict(self, claim: str, path: Path | None) -> str:
-        """The claimed accuracy against the mean of the last epochs, and of the best, which is how the documents judge."""
+        """The claimed accuracy against the mean of the last epochs, and of the best: how the documents judge."""
         if path is None or not (claimed := re.search(r"(\d+(?:\.\d+)?) %", claim)):
             return ""
         full = load_recipe(path).epochs

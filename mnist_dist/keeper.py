@@ -48,7 +48,7 @@ class Keeper:
 
 
 def load_newest(folder: RunFolder, state: PartialState) -> tuple[dict[str, Any], list[str]]:
-    """The newest valid checkpoint, the same on all processes ({} where there is none), and what is wrong with others."""
+    """The newest valid checkpoint ({} where there is none), equal on all processes; and what is wrong with others."""
     found: list[Any] = [None]
     if state.is_main_process:
         found = [newest_checkpoint(folder.checkpoints)]

@@ -42,17 +42,13 @@ def _a_folder(name: str) -> str:
 class Section(BaseModel):
     """Strict: 2.5 is not an int, "3" is not a number, an unknown key is refused, and nothing changes afterwards."""
 
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class OpenSection(Section):
     """A section whose further keys are the own keywords of what it names."""
 
     model_config = ConfigDict(extra="allow")
-
-    name: str
 
     @property
     def keywords(self) -> dict[str, Any]:
@@ -359,9 +355,7 @@ def find_recipe(name: str | Path) -> Path:
             return path
         if match := next((file for key, file in bundled.items() if stem in (key, key.rpartition("/")[2])), None):
             return match
-        what = (
-            "a folder, not a recipe; in a run folder it is recipe.yaml" if path.is_dir() else "there is no such recipe"
-        )
+        what = "a folder; in a run folder the recipe is recipe.yaml" if path.is_dir() else "there is no such recipe"
         what += nearest(str(path), map(str, path.parent.glob("*.yaml"))) or nearest(stem, bundled)
     except OSError as error:
         what = f"cannot be read: {error.strerror}"
@@ -539,6 +533,8 @@ def _attempt(section: str, keywords: dict[str, Any], build: Callable[..., Any], 
         try:
             return build(**left), findings
         except Exception as error:  # PyTorch's and other people's constructors refuse in many ways
+            if "meta " in str(error):  # it looks into the memory that it has not: only building it in earnest will tell
+                return None, findings
             guilty = next((key for key in left if key in str(error)), None)
             if guilty or not findings:  # else it may only miss what was taken away
                 findings.append((f"{section}.{guilty}" if guilty else section, f"{error}{hint}"))

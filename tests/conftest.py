@@ -1,11 +1,18 @@
 """What several test modules need."""
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+
+# Tests run beside one another on few cores: threads that wait for each other would be most of the time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+os.environ["WANDB_MODE"] = "offline"
 
 
 @pytest.fixture
@@ -16,10 +23,12 @@ def accelerator() -> Iterator[Accelerator]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """For tensors so small that threads only wait for each other: on busy cores that is most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture(scope="session")
+def mnist_root() -> Path:
+    """The folder that holds MNIST/raw whole: $MNIST_DIST_DATA or ./data."""
+    stems = [f"{part}-{what}-ubyte" for part in ("train", "t10k") for what in ("images-idx3", "labels-idx1")]
+    roots = [Path(root) for root in (os.environ.get("MNIST_DIST_DATA"), "data") if root]
+    for root in roots:
+        if all(list((root / "MNIST" / "raw").glob(f"{stem}*")) for stem in stems):
+            return root.absolute()
+    pytest.skip(f"MNIST is not at hand: no whole MNIST/raw in {' or '.join(map(str, roots))} (set MNIST_DIST_DATA)")

@@ -107,8 +107,8 @@ def assert_one_screen(err: str) -> None:
         ("recipes/wied.yaml", "did you mean 'recipes/wide.yaml'?"),
         ("recipes/wide.yaml/more", "there is no such recipe"),
         ("nothing/like/it", "bundled: debug, lenet5, "),
-        ("recipes", "--recipe 'recipes' a folder, not a recipe; in a run folder it is recipe.yaml"),
-        ("", "--recipe '' a folder, not a recipe"),
+        ("recipes", "--recipe 'recipes' a folder; in a run folder the recipe is recipe.yaml"),
+        ("", "--recipe '' a folder"),
         ("x" * 300, "File name too long"),
     ],
 )

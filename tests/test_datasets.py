@@ -2,7 +2,6 @@
 
 import gzip
 import hashlib
-import os
 import struct
 from pathlib import Path
 
@@ -19,14 +18,9 @@ TRAIN, TEST = 30, 12
 MNIST_LIKE = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}
 
 
-@pytest.fixture(scope="session")
-def mnist() -> Dataset:
-    """The real one, from $MNIST_DIST_DATA or ./data."""
-    roots = [Path(root) for root in (os.environ.get("MNIST_DIST_DATA"), "data") if root]
-    for root in roots:
-        if (root / "MNIST" / "raw").is_dir():
-            return load_dataset("mnist", root=root, download=False)
-    pytest.skip(f"MNIST is not at hand: no MNIST/raw in {' or '.join(map(str, roots))} (set MNIST_DIST_DATA)")
+@pytest.fixture(scope="module")
+def mnist(mnist_root) -> Dataset:
+    return load_dataset("mnist", root=mnist_root, download=False)
 
 
 # --- IDX files ----------------------------------------------------------------------------------------------------

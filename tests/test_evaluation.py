@@ -13,8 +13,6 @@ from mnist_dist.data import Images
 from mnist_dist.engine.evaluation import Evaluation, evaluate
 from mnist_dist.models import build_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 COUNT = 75
 
 

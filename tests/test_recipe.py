@@ -170,6 +170,10 @@ def test_own_keywords_reach_what_they_name():
     assert recipe.schedule.keywords == {"T_max": 3}
 
 
+def test_a_model_that_cannot_be_built_without_memory_is_left_to_be_built_in_earnest():
+    assert load("model: {name: torchvision/regnet_y_400mf}\n").model.name == "torchvision/regnet_y_400mf"
+
+
 def test_a_signature_with_lists_tuples_and_choices_takes_yaml_lists(monkeypatch, tmp_path):
     source = """\
 from typing import Literal

@@ -18,8 +18,6 @@ from mnist_dist.engine.step import Update
 from mnist_dist.models import build_model
 from mnist_dist.models.layers import Dropout
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 NUM_SAMPLES, BATCH_SIZE = 80, 32  # batches of 32, 32 and 16
 
 

@@ -110,8 +110,9 @@ class Batches:
     def rows(self, plan: EpochPlan, index: int, *, rank: int = 0, world_size: int = 1) -> Tensor:
         """The sample indices, int64 (n,), that process `rank` computes of global batch `index`.
 
-        The processes' rows are consecutive pieces of the batch whose sizes differ by at most one.
+        The processes' rows are consecutive pieces of the batch whose sizes differ by at most one. A batch smaller than
+        the world never leaves rank 0 empty, whose batch norm statistics are the run's.
         """
         size, first = self.size(index), index * self.batch_size
-        start, stop = (size * piece // world_size for piece in (rank, rank + 1))
+        start, stop = (-(-size * piece // world_size) for piece in (rank, rank + 1))
         return plan.order[first + start : first + stop]

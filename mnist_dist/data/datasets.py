@@ -7,6 +7,7 @@ torchvision downloads what is missing and checks the published sums; a packed fi
 from __future__ import annotations
 
 import gzip
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -97,6 +98,8 @@ def load_dataset(
         raise ValueError(f"unknown data set {name!r}; known: {', '.join(DATASETS)}")
     if split is not None and name != "emnist":
         raise ValueError(f"only emnist has splits; {name} was asked for split {split!r}")
+    if validation < 0 or any(limit is not None and limit < 1 for limit in (limit_train, limit_test)):
+        raise ValueError(f"{validation=} is at least 0, {limit_train=} and {limit_test=} are at least 1")
     train, test = DATASETS[name](Path(root), split or "balanced", download)
     if validation >= len(train):
         raise ValueError(f"validation={validation} leaves nothing of the {len(train):,} training images")
@@ -140,7 +143,7 @@ def read_idx(path: Path) -> Tensor:
         if zero != 0 or not 1 <= dimensions <= 3:
             raise ValueError("no IDX header")
         return torch.from_numpy(values.reshape(shape).astype(dtype.newbyteorder("=")))
-    except (ValueError, KeyError, IndexError, EOFError, OSError) as error:
+    except (ValueError, KeyError, IndexError, EOFError, OSError, zlib.error) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it to have it downloaded again") from error
 
 
@@ -170,6 +173,8 @@ def _load_idx_family(
 def _check_pairs(images: Tensor, labels: Tensor, classes: tuple[str, ...], folder: Path) -> Images:
     if images.ndim != 3 or images.shape[1:] != (SIDE, SIDE) or images.dtype != torch.uint8:
         raise ValueError(f"{folder}: expected uint8 images of {SIDE}×{SIDE}, found {tuple(images.shape)}")
+    if labels.ndim != 1:
+        raise ValueError(f"{folder}: expected one label an image, found a table of {tuple(labels.shape)}")
     if len(images) != len(labels):
         raise ValueError(f"{folder}: {len(images)} images but {len(labels)} labels")
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(classes):
@@ -215,6 +220,8 @@ def _qmnist(root: Path, split: str, download: bool) -> Parts:
     tensors = _load_idx_family(root, "QMNIST", stems, fetch, download)
     folder = root / "QMNIST" / "raw"
     # Its label files carry eight columns about the writer; the first is the digit.
+    if any(tensors[i].ndim != 2 or not tensors[i].shape[1] for i in (1, 3)):
+        raise ValueError(f"{folder}: QMNIST's labels are a table, the digit in its first column; these are not")
     return _both_parts([tensors[0], tensors[1][:, 0], tensors[2], tensors[3][:, 0]], DIGITS, folder)
 
 

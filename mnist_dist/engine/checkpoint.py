@@ -19,13 +19,11 @@ from torch import Tensor, nn
 
 def save_weights(path: Path, module: nn.Module, about: dict[str, Any]) -> None:
     """Writes all parameters and buffers of a bare module; `about` (JSON) says how to rebuild it."""
-    tensors = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
-    # Tied weights are one tensor under two names; safetensors wants each in memory of its own.
-    seen: set[int] = set()
-    for name, value in tensors.items():
-        if value.data_ptr() in seen:
-            tensors[name] = value.clone()
-        seen.add(value.data_ptr())
+    # Tied weights are one tensor under two names; safetensors wants each in memory of its own, and in plain order.
+    tensors = {
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in module.state_dict().items()
+    }
     staged = path.with_name(path.name + ".tmp")
     save_file(tensors, staged, metadata={"about": json.dumps(about)})
     staged.replace(path)

@@ -11,7 +11,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch.optim import Optimizer
@@ -90,6 +90,7 @@ class Schedule:
 
 
 Interval = Literal["epoch", "step"]
+Annealing = Literal["cos", "linear"]
 
 
 def constant(span: Span) -> Schedule:
@@ -108,6 +109,8 @@ def cosine(span: Span, *, T_max: float | None = None, eta_min: float = 0.0, inte
     """CosineAnnealingLR: half a cosine from `lr` to `eta_min` over `T_max` epochs (None: the whole run)."""
     lr, period = _require_lr(span), span.epochs if T_max is None else T_max
     _require(period > 0, f"T_max is a number of epochs above 0, not {T_max}")
+
+    _require_one_of("interval", interval, Interval)
 
     def lr_at(step: int) -> float:
         return eta_min + (lr - eta_min) * (1 + math.cos(math.pi * span.epoch_of(step, interval) / period)) / 2
@@ -129,6 +132,8 @@ def linear(
     _require(0 <= end_factor <= 1, f"end_factor is 0 to 1, not {end_factor}")
     _require(total_iters > 0, f"total_iters is a number of epochs above 0, not {total_iters}")
 
+    _require_one_of("interval", interval, Interval)
+
     def lr_at(step: int) -> float:
         done = min(span.epoch_of(step, interval) / total_iters, 1.0)
         return lr * (start_factor + (end_factor - start_factor) * done)
@@ -141,7 +146,7 @@ def onecycle(
     *,
     max_lr: float,
     pct_start: float = 0.3,
-    anneal_strategy: Literal["cos", "linear"] = "cos",
+    anneal_strategy: Annealing = "cos",
     cycle_momentum: bool = True,
     base_momentum: float = 0.85,
     max_momentum: float = 0.95,
@@ -157,6 +162,7 @@ def onecycle(
     _require(max_lr > 0, f"max_lr is above 0, not {max_lr}")
     _require(div_factor > 0 and final_div_factor > 0, "div_factor and final_div_factor are above 0")
     _require(0 <= pct_start <= 1, f"pct_start is a share of the run, 0 to 1, not {pct_start}")
+    _require_one_of("anneal_strategy", anneal_strategy, Annealing)
     first = max_lr / div_factor if span.lr is None else span.lr
     last, end = first / final_div_factor, span.total_steps - 1
     # Each phase: the step at which it ends, and the values it goes between.
@@ -248,6 +254,10 @@ def build_schedule(name: str, *, lr: float | None, steps_per_epoch: int, total_s
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+def _require_one_of(name: str, value: str, choices: Any) -> None:
+    _require(value in get_args(choices), f"{name} is {' or '.join(get_args(choices))}, not {value!r}")
 
 
 def _require_lr(span: Span) -> float:
