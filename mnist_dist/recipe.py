@@ -535,7 +535,7 @@ def _attempt(section: str, keywords: dict[str, Any], build: Callable[..., Any], 
         except Exception as error:  # PyTorch's and other people's constructors refuse in many ways
             if "meta " in str(error):  # it looks into the memory that it has not: only building it in earnest will tell
                 return None, findings
-            guilty = next((key for key in left if key in str(error)), None)
+            guilty = min((key for key in left if key in str(error)), key=str(error).index, default=None)
             if guilty or not findings:  # else it may only miss what was taken away
                 findings.append((f"{section}.{guilty}" if guilty else section, f"{error}{hint}"))
             if not guilty:
