@@ -9,7 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torchvision.models
 from torch import nn
 
 from mnist_dist.models.lenet import lenet5
@@ -102,13 +101,15 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def torchvision_builder(name: str) -> Builder:
-    known = torchvision.models.list_models(module=torchvision.models)
+    from torchvision import models  # its import takes seconds, which the other networks need not pay
+
+    known = models.list_models(module=models)
     if name not in known:
         raise ValueError(f"torchvision has no classifier {name!r}{nearest(name, known)}; it has: {', '.join(known)}")
 
     def build(*, num_classes: int = 10, **keywords: Any) -> nn.Module:
         try:
-            model = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **keywords)
+            model = models.get_model(name, weights=None, num_classes=num_classes, **keywords)
         except TypeError as error:
             raise ValueError(f"model 'torchvision/{name}': {error}") from error
         take_grey_images(model)
