@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import resource
+import shlex
 import statistics
 import sys
 import tempfile
@@ -57,6 +58,8 @@ examples:
   accelerate launch -m mnist_dist.benchmark --recipe ms_ran mixed_precision=bf16 --json ms_ran.json
 """
 
+PRECISIONS = {"no": "fp32", "bf16": "bf16"}
+
 # --- contenders: each yields the seconds that `steps` updates took -------------------------------------------------
 
 
@@ -69,7 +72,9 @@ class Contender:
 
 def bare_step(recipe: Recipe, precision: str, dataset: Dataset, state: PartialState) -> Contender:
     """Forward, loss, backward and optimizer on one fixed batch that lies on the device: the limit of any trainer."""
-    module, optimizer, autocast = _model_and_optimizer(recipe, precision, dataset, state)
+    module, optimizer, autocast = _model_and_optimizer(
+        recipe, precision, dataset, state, channels_last=recipe.engine.channels_last
+    )
     rows = slice(0, recipe.batch_size // state.num_processes)
     images = dataset.train.normalize(dataset.train.images[rows]).to(state.device)
     labels = dataset.train.labels[rows].to(state.device)
@@ -98,7 +103,9 @@ def trainer(recipe: Recipe, precision: str, dataset: Dataset, state: PartialStat
 
 def tensor_loop(recipe: Recipe, precision: str, dataset: Dataset, state: PartialState) -> Contender:
     """A plain loop fed from tensors on the device, with our batched augmentation: what is left is the loop itself."""
-    module, optimizer, autocast = _model_and_optimizer(recipe, precision, dataset, state)
+    module, optimizer, autocast = _model_and_optimizer(
+        recipe, precision, dataset, state, channels_last=recipe.engine.channels_last
+    )
     images, labels = dataset.train.images.to(state.device), dataset.train.labels.to(state.device)
     size, augmentation = recipe.batch_size // state.num_processes, recipe.data.augment.build()
 
@@ -167,14 +174,16 @@ def _optimizer(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
     return build_optimizer(trained, recipe.optimizer.name, lr=recipe.optimizer.lr or 0.01, **recipe.optimizer.keywords)
 
 
-def _model_and_optimizer(recipe: Recipe, precision: str, dataset: Dataset, state: PartialState) -> tuple[Any, Any, Any]:
+def _model_and_optimizer(
+    recipe: Recipe, precision: str, dataset: Dataset, state: PartialState, *, channels_last: bool = False
+) -> tuple[Any, Any, Any]:
     """What the loops without Accelerate train: the model (data parallel in a world), its optimizer, autocast."""
-    module = build_module(recipe, dataset).to(state.device)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    module = build_module(recipe, dataset).to(state.device, memory_format=layout)  # type: ignore[call-overload]
     optimizer = _optimizer(recipe, module)
     if state.num_processes > 1:
-        module = nn.parallel.DistributedDataParallel(
-            module, device_ids=None if state.device.type == "cpu" else [state.device]
-        )
+        devices = None if state.device.type == "cpu" else [state.device]
+        module = nn.parallel.DistributedDataParallel(module, device_ids=devices)
 
     def autocast() -> torch.autocast:
         return torch.autocast(state.device.type, torch.bfloat16, enabled=precision == "bf16")
@@ -347,12 +356,31 @@ def print_table(result: dict[str, Any]) -> None:
     )
 
 
+def to_markdown(result: dict[str, Any], command: str) -> str:
+    """The table as a section of a Markdown file, with all that is needed to make it again."""
+    lines = [
+        f"\n### {result['recipe']}, {PRECISIONS[result['mixed_precision']]}, {result['device']}\n",
+        f"`{command}`, {result['date']}, torch {result['versions']['torch']}, commit {str(result['git_commit'])[:12]}.",
+        f"{result['rounds']} interleaved rounds of {result['steps_per_round']} steps, batch {result['batch_size']}, "
+        f"{result['world_size']} process(es). First step "
+        f"{result['seconds_from_process_start_to_first_step']:.1f} s after the process started.\n",
+        "| contender | images/s (median) | lowest | highest | mnist_dist ÷ it |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, speed in result["images_per_second"].items():
+        figures = " | ".join(f"{speed[which]:,.0f}" for which in ("median", "min", "max"))
+        ratio = result["ratio_of_mnist_dist_to"].get(name)
+        lines.append(f"| {name} | {figures} | {f'{ratio:.2f}' if ratio else ''} |")
+    return "\n".join(lines) + "\n"
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = Parser("mnist_dist.benchmark", "Times a recipe beside the bare step and beside its peers.", EXAMPLES)
     parser.add_argument("--recipe", metavar="NAME", required=True, help="a path, or a bundled recipe's name")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="interleaved rounds (default 7)")
     parser.add_argument("--steps", type=int, default=50, metavar="N", help="steps a round (default 50)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also add the table to the end of FILE")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any recipe key by its dotted name")
     arguments = parser.parse_intermixed_args(argv)
     if min(arguments.rounds, arguments.steps) < 1:
@@ -369,6 +397,10 @@ def main(argv: list[str] | None = None) -> int:
         print_table(result)
         if arguments.json:
             arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        if arguments.markdown:
+            command = shlex.join(["python", "-m", "mnist_dist.benchmark", *(sys.argv[1:] if argv is None else argv)])
+            with arguments.markdown.open("a", encoding="utf-8") as file:
+                file.write(to_markdown(result, command))
     return 0
 
 

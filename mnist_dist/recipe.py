@@ -402,7 +402,8 @@ def _sound(values: dict[str, Any], faulty: set[str]) -> Recipe:
     if "batch_size" in faulty:
         faulty.add("micro_batch_size")  # which is judged by it
     stand_ins = {"name": "recipe", "model": {"name": "lenet5"}}
-    recipe = Recipe.model_validate(stand_ins | {key: value for key, value in values.items() if key not in faulty})
+    sound = {key: value for key, value in values.items() if key.partition(".")[0] not in faulty}
+    recipe = Recipe.model_validate(stand_ins | sound)
     if recipe.optimizer.lr is not None or recipe.schedule.name == "onecycle":
         return recipe
     # The one default that depends on another key: PyTorch's learning rate for the optimizer.

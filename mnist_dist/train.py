@@ -257,30 +257,32 @@ def _finish(
     console: ConsoleTracker,
 ) -> None:
     """Writes the summary and the pictures, on rank 0."""
-    from mnist_dist.reports import plots  # matplotlib: not before the first step
-
     write_text(folder.summary, json.dumps(summary, indent=2) + "\n")
-    metrics, classes, title = load_run(folder.path).metrics, dataset.test.classes, recipe.name
-    plots.plot_training_history(
-        metrics, folder.plots / "training_history.png", title=title, eval_name=summary["eval.split"]
-    )
-    plots.plot_predictions(
-        dataset.test.images,
-        dataset.test.labels,
-        test.probabilities,
-        folder.plots / "predictions.png",
-        classes=classes,
-        title=title,
-    )
-    originals, warped = _augmented_samples(parts.batches, dataset.train)
-    plots.plot_augmented_samples(originals, warped, folder.plots / "augmented_samples.png", title=title)
     for tracker in parts.accelerator.trackers:
         if isinstance(tracker, WandbTracker):
             tracker.summarize(summary)
+    _draw(folder, recipe.name, parts.batches, dataset, test, summary["eval.split"])
     best = f"best {summary['eval.best.accuracy']:.2f} % at epoch {summary['eval.best.epoch']:g}"
     last = f"{summary['eval.split']} accuracy {summary['eval.last.accuracy']:.2f} % at the last epoch"
     console.say(f"done in {summary['train_seconds']:.1f} s: {last}, {best}")
     folder.set_status("done")
+
+
+def _draw(folder: RunFolder, title: str, batches: Batches, dataset: Dataset, test: Evaluation, eval_name: str) -> None:
+    """All pictures of a run, into its plots/."""
+    from mnist_dist.reports import plots  # matplotlib: not before the first step
+
+    metrics, data = load_run(folder.path).metrics, dataset.test
+    plots.plot_training_history(metrics, folder.plots / "training_history.png", title=title, eval_name=eval_name)
+    plots.plot_per_batch_loss(metrics, folder.plots / "per_batch_loss.png", title=title)
+    for plot, name in ((plots.plot_predictions, "predictions"), (plots.plot_misclassified, "misclassified")):
+        path = folder.plots / f"{name}.png"
+        plot(data.images, data.labels, test.probabilities, path, classes=data.classes, title=title)
+    pairs = data.labels * len(data.classes) + test.probabilities.argmax(dim=1)
+    matrix = torch.bincount(pairs, minlength=len(data.classes) ** 2).view(len(data.classes), -1)
+    plots.plot_confusion_matrix(matrix, folder.plots / "confusion_matrix.png", classes=data.classes, title=title)
+    originals, warped = _augmented_samples(batches, dataset.train)
+    plots.plot_augmented_samples(originals, warped, folder.plots / "augmented_samples.png", title=title)
 
 
 def _augmented_samples(batches: Batches, data: Images, count: int = 10) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,10 +15,14 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import mnist_dist
 from mnist_dist.command_line import run_door
+from mnist_dist.recipe import Recipe, RecipeError, load_recipe
 from mnist_dist.train import main
 
 GOOD = """\
@@ -182,6 +186,8 @@ def test_a_file_that_is_not_a_recipe(refused, content, expected):
             "my.yaml:5: data.augment.rotaton unknown key; did you mean 'rotation'?",
         ),
         ("tracking: {wandb: {porject: x}}", "tracking.wandb.porject unknown key; did you mean 'project'?"),
+        ("optimizer.lr: 0.1", "my.yaml:5: optimizer.lr unknown key"),
+        ("'': 3", "unknown key; known: name, seed"),
         ("engine: {gpu: true}", "my.yaml:5: engine.gpu unknown key; known: channels_last"),
         (
             "optimizer: {momentun: 0.9}",
@@ -520,6 +526,48 @@ def test_a_wrong_type_hides_no_impossible_combination(refused_recipe):
     assert f"{len(keys)} problems" in message
     for key in keys:
         assert f": {key} " in message
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text("abc 1.-é#'{[", max_size=5)
+WORDS = ["ms_ran", "adam", "onecycle", "emnist", "letters", "bilinear", "torchvision/resnet18", "no", "*"]
+KEYS = [
+    "name",
+    "freeze",
+    "width",
+    "lr",
+    "momentum",
+    "betas",
+    "max_lr",
+    "T_max",
+    "split",
+    "augment",
+    "scale",
+    "wandb",
+    "tags",
+]
+VALUES = st.recursive(
+    SCALARS | st.sampled_from(WORDS),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=3), inner),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.sampled_from(list(Recipe.model_fields)) | st.text(max_size=3), VALUES, max_size=5))
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_any_values_are_taken_or_refused_in_words(values):
+    Path("my.yaml").write_text(yaml.safe_dump({"model": {"name": "lenet5"}} | values), encoding="utf-8")
+    try:
+        load_recipe("my.yaml")
+    except RecipeError as error:
+        assert error.problems
+
+
+@given(st.text(max_size=40) | st.text("ab:-[]{}&*!|>'\"#%?, \n\t", max_size=40))
+@settings(max_examples=200, deadline=None)
+def test_any_text_is_refused_in_words(text):
+    Path("my.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(RecipeError):
+        load_recipe("my.yaml")
 
 
 # --- overrides ----------------------------------------------------------------------------------------------------

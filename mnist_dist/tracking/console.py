@@ -57,7 +57,7 @@ class ConsoleTracker(GeneralTracker):
         """The facts of the run, one a line."""
         width = max(map(len, facts))
         for name, fact in facts.items():
-            self.say(f"{name:>{width}}  {fact}", style="bold" if name == "recipe" else None)
+            self.say(f"{name:<{width}}  {fact}", style="bold" if name == "recipe" else None)
 
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
         if "train/loss" in values:

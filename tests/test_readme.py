@@ -1,0 +1,81 @@
+"""The README tells the truth: its commands run, its paths exist, its recipes are shipped, its table is the generated one."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mnist_dist import compare
+from mnist_dist.recipe import bundled_recipes, load_recipe
+from mnist_dist.train import main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
+SHELL = "\n".join(text for language, text in BLOCKS if language == "bash").replace("\\\n", " ")
+COMMANDS = [line.split("#")[0].strip() for line in SHELL.splitlines() if line.split("#")[0].strip()]
+TRAINING = [command for command in COMMANDS if "-m mnist_dist.train" in command and "--recipe" in command]
+
+
+def test_the_first_two_commands_are_the_whole_set_up():
+    assert COMMANDS[:2] == [
+        'pip install -e ".[demo]" && accelerate launch -m mnist_dist.train --recipe quickstart.yaml',
+        'pip install -e ".[test]" && pytest',
+    ]
+    assert 'pip install --quiet -e ".[test]"\npytest\n' in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize("command", TRAINING)
+def test_a_training_command_resolves(command, capsys):
+    words = shlex.split(command.split("-m mnist_dist.train ")[1])
+    assert main([*words, "--print-recipe"]) == 0
+    assert capsys.readouterr().out.startswith("name: ")
+
+
+@pytest.mark.parametrize("door", sorted(set(re.findall(r"-m (mnist_dist\.\w+)", README))))
+def test_every_door_named_opens(door):
+    done = subprocess.run([sys.executable, "-m", door, "--help"], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "examples:" in done.stdout
+
+
+def test_every_path_named_exists():
+    named = set(re.findall(r"`((?:mnist_dist|launch|configs|tests)/[\w./-]+)`", README))
+    named |= set(re.findall(r"\]\(((?!http|#)[\w./-]+)\)", README)) | set(re.findall(r"launch/[\w./-]+\.\w+", README))
+    assert named
+    assert not [path for path in named if not (ROOT / path).exists()]
+
+
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    [source] = [text for language, text in BLOCKS if language == "python"]
+    scope: dict = {}
+    exec(compile(source, "README.md", "exec"), scope)
+    assert scope["summary"]["recipe"] == "debug"
+
+
+def test_the_results_table_is_the_generated_one():
+    rows = compare.group(compare.read_summaries([ROOT / "configs" / "results.jsonl"]))
+    table = README.partition(compare.MARKS[0])[2].partition(compare.MARKS[1])[0].strip()
+    assert table == compare.to_markdown(rows)
+
+
+def test_the_worked_error_is_the_one_that_is_shown(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    from mnist_dist.command_line import run_door
+
+    shown = next(text for language, text in BLOCKS if language == "console" and "problem" in text)
+    prompt, _, expected = shown.partition("\n")
+    words = shlex.split(prompt.split("-m mnist_dist.train ")[1])
+    assert run_door(lambda: main(words)) == 2
+    assert capsys.readouterr().err.strip() == expected.strip()
+
+
+def test_every_recipe_has_a_measured_line():
+    for name in ("simple_cnn", "mnistnet", "model_v3_onecycle"):
+        assert load_recipe(bundled_recipes()[name])
