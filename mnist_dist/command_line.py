@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable
 
 from mnist_dist.recipe import Problem, RecipeError
 
 BAD_INPUT = 2
+LAST_WORD = 30.0
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,8 +34,9 @@ def run_door(main: Callable[[], int]) -> int:
     try:
         return main()
     except RecipeError as error:
-        if is_main_process():
-            print(f"mnist_dist: {error}", file=sys.stderr)
+        if not is_main_process():
+            time.sleep(LAST_WORD)  # when one process ends, a launcher ends the others: let rank 0 speak first
+        print(f"mnist_dist: {error}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         if is_main_process():

@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -57,15 +58,15 @@ def together(state: PartialState, action: Callable[[], T]) -> T:
 def check_world(recipe: Recipe, state: PartialState) -> str:
     """Refuses what this device and world cannot do; returns the precision to train in."""
     precision = recipe.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    source = "the recipe" if recipe.mixed_precision else "the launcher"
+    problem = recipe.problem if recipe.mixed_precision else partial(Problem, "the launcher")
     if precision not in ("no", "bf16", "fp16"):
-        raise RecipeError([Problem(source, "mixed_precision", f"{precision} is not supported; use no, bf16 or fp16")])
+        raise RecipeError([problem("mixed_precision", f"{precision} is not supported; use no, bf16 or fp16")])
     if precision == "fp16" and state.device.type == "cpu":
         what = "fp16 needs a GPU: a CPU would train in fp32 without a word; use bf16 or no"
-        raise RecipeError([Problem(source, "mixed_precision", what)])
+        raise RecipeError([problem("mixed_precision", what)])
     if recipe.batch_size < state.num_processes:
         what = f"the global batch of {recipe.batch_size} cannot be shared by {state.num_processes} processes"
-        raise RecipeError([Problem("the recipe", "batch_size", what)])
+        raise RecipeError([recipe.problem("batch_size", what)])
     return precision
 
 
@@ -79,9 +80,9 @@ def load_data(recipe: Recipe, state: PartialState) -> Dataset:
             return load_dataset(recipe.data.dataset, root=root, download=download, **sizes)
         except FileNotFoundError as error:
             hint = "put the files there, or name another folder with data.root=… or MNIST_DIST_DATA"
-            raise RecipeError([Problem(f"data.root {root}", "", f"{error}\n      {hint}")]) from error
+            raise RecipeError([recipe.problem("data.root", f"{error}\n{hint}")]) from error
         except (ValueError, ImportError, OSError) as error:
-            raise RecipeError([Problem("data", recipe.data.dataset, str(error))]) from error
+            raise RecipeError([recipe.problem("data", f"{recipe.data.dataset}: {error}")]) from error
 
     first = together(state, lambda: load(download=True) if state.is_local_main_process else None)
     return together(state, lambda: first or load(download=False))
@@ -100,19 +101,27 @@ def build_module(recipe: Recipe, dataset: Dataset) -> nn.Module:
         with torch.no_grad():
             output = module.eval()(dataset.train.normalize(dataset.train.images[:2]))
     except Exception as error:  # a user's own class may fail in any way
-        what = f"cannot be built for 28×28 images of one channel: {type(error).__name__}: {error}"
-        raise RecipeError([Problem("the recipe", f"model.name {name}", what)]) from error
+        what = f"{name} cannot be built for 28×28 images of one channel: {type(error).__name__}: {error}"
+        raise RecipeError([recipe.problem("model.name", what)]) from error
     if not isinstance(output, torch.Tensor) or output.shape[1:] != (classes,):
         found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
-        what = f"gives {found} for two images; expected (2, {classes})"
-        raise RecipeError([Problem("the recipe", f"model.name {name}", what)])
+        what = f"{name} gives {found} for two images; expected (2, {classes})"
+        raise RecipeError([recipe.problem("model.name", what)])
     parameters = dict(module.named_parameters())
-    problems = list(check_freeze(recipe.model.freeze, list(parameters)))
+    if not parameters:
+        raise RecipeError([recipe.problem("model.name", f"{name} has no parameter to train")])
+    problems = [recipe.problem(key, what) for key, what in check_freeze(recipe.model.freeze, list(parameters))]
     if problems:
-        raise RecipeError([Problem("the recipe", key, what) for key, what in problems])
+        raise RecipeError(problems)
     for pattern in recipe.model.freeze:
         for frozen in fnmatch.filter(parameters, pattern):
             parameters[frozen].requires_grad_(False)
+    try:
+        trained = [parameter for parameter in parameters.values() if parameter.requires_grad]
+        build_optimizer(trained, recipe.optimizer.name, lr=recipe.optimizer.lr or 0.1, **recipe.optimizer.keywords)
+    except (ValueError, RuntimeError) as error:
+        what = f"{recipe.optimizer.name} cannot train {name}: {error}"
+        raise RecipeError([recipe.problem("optimizer.name", what)]) from error
     return module.train()
 
 

@@ -46,13 +46,13 @@ class RunFolder:
         Raises:
             RecipeError: the folder cannot be made, or holds something that is not this run's to continue.
         """
-        where = "command line: --run-dir" if run_dir else "the working directory"
+        where = "the working directory" if run_dir is None else "command line: --run-dir"
 
         def refuse(message: str) -> RecipeError:
             return RecipeError([Problem(where, "", message)])
 
         try:
-            folder = cls(Path(run_dir) if run_dir else _fresh(Path("runs") / recipe.name))
+            folder = cls(_fresh(Path("runs") / recipe.name) if run_dir is None else Path(run_dir))
             folder.path.mkdir(parents=True, exist_ok=True)
             holds = {entry.name for entry in folder.path.iterdir()} - {folder.recipe.name + ".tmp"}
             if holds and not folder.recipe.is_file():
@@ -64,9 +64,9 @@ class RunFolder:
             if holds and not allow_recipe_change:
                 changes = describe_changes(load_recipe(folder.recipe), recipe)
                 if changes:
-                    listed = "\n      ".join(changes)
+                    listed = "\n".join(changes)
                     raise refuse(
-                        f"the run in {folder.path} began with another recipe:\n      {listed}\n      "
+                        f"the run in {folder.path} began with another recipe:\n{listed}\n"
                         "name a new folder, or go on with --allow-recipe-change"
                     )
             folder.plots.mkdir(exist_ok=True)

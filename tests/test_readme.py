@@ -1,4 +1,4 @@
-"""The README tells the truth: its commands run, its paths exist, its recipes are shipped, its table is the generated one."""
+"""The README tells the truth: its commands run, its paths exist, and its table is the generated one."""
 
 from __future__ import annotations
 

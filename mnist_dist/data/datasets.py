@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -157,9 +158,13 @@ def _load_idx_family(
     """The tensors of four IDX files: training images and labels, test images and labels."""
     folder = root / folder_name / "raw"
     if download and not all(_locate(folder, stem) for stem in stems):
+        new = [place for place in (folder, folder.parent, root) if not place.exists()]
         try:
             download_with()
         except (OSError, RuntimeError) as error:
+            for place in new:  # torchvision makes its folders before it downloads
+                with suppress(OSError):
+                    place.rmdir()
             raise FileNotFoundError(
                 f"{folder} lacks some of {', '.join(stems)} (plain or .gz), and the download failed: {error}"
             ) from error
@@ -175,9 +180,11 @@ def _check_pairs(images: Tensor, labels: Tensor, classes: tuple[str, ...], folde
         raise ValueError(f"{folder}: expected uint8 images of {SIDE}×{SIDE}, found {tuple(images.shape)}")
     if labels.ndim != 1:
         raise ValueError(f"{folder}: expected one label an image, found a table of {tuple(labels.shape)}")
+    if not len(labels):
+        raise ValueError(f"{folder}: a file holds no labels")
     if len(images) != len(labels):
         raise ValueError(f"{folder}: {len(images)} images but {len(labels)} labels")
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(classes):
+    if not 0 <= int(labels.min()) <= int(labels.max()) < len(classes):
         raise ValueError(
             f"{folder}: labels run from {labels.min()} to {labels.max()}, not from 0 to {len(classes) - 1}"
         )

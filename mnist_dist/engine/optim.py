@@ -102,6 +102,7 @@ def step(span: Span, *, step_size: int, gamma: float = 0.1) -> Schedule:
     """StepLR: times `gamma` every `step_size` epochs."""
     lr = _require_lr(span)
     _require(step_size >= 1, f"step_size is a number of epochs, at least 1, not {step_size}")
+    _require(gamma >= 0, f"gamma is a factor, at least 0, not {gamma}")
     return Schedule(lambda step: lr * gamma ** (step // span.steps_per_epoch // step_size))
 
 
@@ -109,6 +110,7 @@ def cosine(span: Span, *, T_max: float | None = None, eta_min: float = 0.0, inte
     """CosineAnnealingLR: half a cosine from `lr` to `eta_min` over `T_max` epochs (None: the whole run)."""
     lr, period = _require_lr(span), span.epochs if T_max is None else T_max
     _require(period > 0, f"T_max is a number of epochs above 0, not {T_max}")
+    _require(eta_min >= 0, f"eta_min is a learning rate, at least 0, not {eta_min}")
 
     _require_one_of("interval", interval, Interval)
 
@@ -162,6 +164,9 @@ def onecycle(
     _require(max_lr > 0, f"max_lr is above 0, not {max_lr}")
     _require(div_factor > 0 and final_div_factor > 0, "div_factor and final_div_factor are above 0")
     _require(0 <= pct_start <= 1, f"pct_start is a share of the run, 0 to 1, not {pct_start}")
+    _require(not three_phase or pct_start <= 0.5, f"pct_start is at most 0.5 with three_phase, not {pct_start}")
+    _require(0 <= base_momentum < 1, f"base_momentum is at least 0 and below 1, not {base_momentum}")
+    _require(0 <= max_momentum < 1, f"max_momentum is at least 0 and below 1, not {max_momentum}")
     _require_one_of("anneal_strategy", anneal_strategy, Annealing)
     first = max_lr / div_factor if span.lr is None else span.lr
     last, end = first / final_div_factor, span.total_steps - 1
@@ -205,6 +210,8 @@ def plateau(
     eps: float = 1e-8,
 ) -> Schedule:
     """ReduceLROnPlateau on the evaluation loss: PyTorch's own scheduler on a stand-in parameter keeps the count."""
+    _require(0 < factor < 1, f"factor is above 0 and below 1, not {factor}")
+    _require(patience >= 0, f"patience is a number of evaluations, at least 0, not {patience}")
     stand_in = torch.optim.SGD([torch.zeros(1)], lr=_require_lr(span))
     scheduler = ReduceLROnPlateau(
         stand_in,

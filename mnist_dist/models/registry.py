@@ -155,7 +155,7 @@ def imported_builder(path: str) -> Builder:
         sys.path.append(here)
     try:
         module = importlib.import_module(module_name)
-    except (ImportError, SyntaxError, ValueError, TypeError) as error:
+    except Exception as error:  # a reader's own module may fail in any way
         raise ValueError(
             f"model {path!r}: cannot import {module_name!r} ({error}); "
             f"start from the folder that holds it, not {here}, or install its package"
