@@ -268,7 +268,8 @@ def _set_determinism(deterministic: bool) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """ "cpu (2 threads)", or the GPU's own name."""
+    """The GPU's own name, or the CPU with its threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
+    threads = torch.get_num_threads()
+    return f"cpu ({threads} thread{'s'[: threads > 1]})" if device.type == "cpu" else str(device)

@@ -175,7 +175,7 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         """The resolved recipe; loads back to an equal one."""
-        return yaml.dump(self.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+        return yaml.dump(self.model_dump(), Dumper=_Dumper, sort_keys=False)
 
     def problem(self, key: str, message: str) -> Problem:
         """A problem with the value of a dotted key, placed at the file and line that gave it."""

@@ -243,7 +243,7 @@ rates = st.floats(min_value=0, max_value=1, exclude_min=True, exclude_max=True)
     momentum=st.none() | st.floats(0, 1),
     deterministic=st.booleans(),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, derandomize=True)
 def test_any_valid_values_survive_being_written_and_read(
     name, seed, epochs, smoothing, clip, precision, tags, project, momentum, deterministic
 ):
