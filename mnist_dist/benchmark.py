@@ -135,7 +135,7 @@ def plain_loader(recipe: Recipe, precision: str, dataset: Dataset, state: Partia
                 yield images.to(state.device, non_blocking=True), labels.to(state.device, non_blocking=True)
 
     source = batches()
-    name = f"PyTorch + DataLoader ({workers} workers)"
+    name = f"PyTorch + DataLoader, {PRECISIONS[precision]} ({workers} workers)"
     return Contender(name, lambda steps: _time(module, optimizer, autocast, source, steps, recipe))
 
 
@@ -166,7 +166,7 @@ def accelerate_loader(recipe: Recipe, precision: str, dataset: Dataset, state: P
         _wait(state.device)
         return time.perf_counter() - started
 
-    return Contender(f"Accelerate + DataLoader ({workers} workers)", train)
+    return Contender(f"Accelerate + DataLoader, {PRECISIONS[precision]} ({workers} workers)", train)
 
 
 def _optimizer(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
@@ -293,6 +293,8 @@ def measure(recipe: Recipe, rounds: int, steps: int) -> dict[str, Any]:
             plain_loader(*common, workers),
             accelerate_loader(*common, workers),
         ]
+        if precision != "no":  # what a user has who does not turn autocast on
+            contenders.append(plain_loader(recipe, "no", dataset, state, workers))
         seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
         for contender in contenders:
             contender.run(5)  # warm-up, not counted
