@@ -48,7 +48,8 @@ from mnist_dist.parts import (
     load_data,
     together,
 )
-from mnist_dist.recipe import Problem, Recipe, RecipeError, load_recipe
+from mnist_dist.recipe import Recipe, load_recipe
+from mnist_dist.recipe_file import Problem, RecipeError
 from mnist_dist.runs import RunFolder, git_commit, versions
 from mnist_dist.train import fit, open_trackers
 

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from mnist_dist.recipe import Problem, RecipeError
+from mnist_dist.recipe_file import Problem, RecipeError
 
 BAD_INPUT = 2
 LAST_WORD = 30.0

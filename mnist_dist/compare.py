@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mnist_dist.command_line import Parser, run_door
-from mnist_dist.recipe import Problem, RecipeError, bundled_recipes, load_recipe, recipe_notes
+from mnist_dist.recipe import load_recipe
+from mnist_dist.recipe_file import Problem, RecipeError, bundled_recipes, recipe_notes
 from mnist_dist.runs import load_run
 
 EXAMPLES = """\

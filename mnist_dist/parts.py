@@ -30,7 +30,8 @@ from mnist_dist.engine.metrics import Meter
 from mnist_dist.engine.optim import Schedule, build_optimizer, build_schedule
 from mnist_dist.engine.step import Update
 from mnist_dist.models import build_model
-from mnist_dist.recipe import Problem, Recipe, RecipeError, check_freeze
+from mnist_dist.recipe import Recipe, check_freeze
+from mnist_dist.recipe_file import Problem, RecipeError
 
 
 def launched_world() -> PartialState:

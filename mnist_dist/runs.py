@@ -17,7 +17,8 @@ from torch import nn
 from mnist_dist import __version__
 from mnist_dist.engine.checkpoint import load_weights
 from mnist_dist.models import build_model
-from mnist_dist.recipe import Problem, Recipe, RecipeError, load_recipe
+from mnist_dist.recipe import Recipe, load_recipe
+from mnist_dist.recipe_file import Problem, RecipeError
 
 
 @dataclass(frozen=True)

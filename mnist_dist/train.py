@@ -36,7 +36,8 @@ from mnist_dist.parts import (
     load_data,
     together,
 )
-from mnist_dist.recipe import Recipe, bundled_recipes, load_recipe, recipe_notes
+from mnist_dist.recipe import Recipe, load_recipe
+from mnist_dist.recipe_file import bundled_recipes, recipe_notes
 from mnist_dist.reports.model_summary import summarize_model
 from mnist_dist.runs import RunFolder, git_commit, load_run, versions, write_text
 from mnist_dist.tracking import ConsoleTracker, JSONLTracker, WandbTracker, resolve_mode

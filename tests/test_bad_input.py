@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 
 import mnist_dist
 from mnist_dist.command_line import run_door
-from mnist_dist.recipe import Recipe, RecipeError, load_recipe
+from mnist_dist.recipe import Recipe, load_recipe
+from mnist_dist.recipe_file import RecipeError
 from mnist_dist.train import main
 
 GOOD = """\

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "mnist_dist"
 
 ROOMS = {"models", "data", "engine", "tracking", "reports"}
 DOORS = {"train", "evaluate", "predict", "export", "benchmark", "compare"}
-BEHIND_THE_DOORS = {"keeper", "parts", "runs", "command_line", "recipe"}
+BEHIND_THE_DOORS = {"keeper", "parts", "runs", "command_line", "recipe", "recipe_file"}
 MAY_USE = {"engine": {"data"}}
 
 # Heavy or optional packages, and the one place that imports each.

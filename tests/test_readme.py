@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mnist_dist import compare
-from mnist_dist.recipe import bundled_recipes, load_recipe
+from mnist_dist.recipe_file import bundled_recipes, recipe_notes
 from mnist_dist.train import main
 
 ROOT = Path(__file__).parent.parent
@@ -76,6 +76,7 @@ def test_the_worked_error_is_the_one_that_is_shown(capsys, monkeypatch):
     assert capsys.readouterr().err.strip() == expected.strip()
 
 
-def test_every_recipe_has_a_measured_line():
-    for name in ("simple_cnn", "mnistnet", "model_v3_onecycle"):
-        assert load_recipe(bundled_recipes()[name])
+def test_the_recipes_say_what_was_measured():
+    rows = compare.group(compare.read_summaries([ROOT / "configs" / "results.jsonl"]))
+    for name, row in {row.runs[0]["recipe"]: row for row in rows}.items():
+        assert recipe_notes(bundled_recipes()[name])["measured"] == row.measured()

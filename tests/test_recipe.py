@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mnist_dist.engine import optim
-from mnist_dist.recipe import Recipe, RecipeError, bundled_recipes, find_recipe, load_recipe, recipe_notes
+from mnist_dist.recipe import Recipe, load_recipe
+from mnist_dist.recipe_file import RecipeError, bundled_recipes, find_recipe, recipe_notes
 
 MODEL = "model: {name: lenet5}\n"
 

@@ -17,7 +17,7 @@ import torch
 from mnist_dist import load_recipe, train
 from mnist_dist.engine.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint
 from mnist_dist.engine.interrupts import PREEMPTED
-from mnist_dist.recipe import RecipeError
+from mnist_dist.recipe_file import RecipeError
 from mnist_dist.runs import RunFolder
 
 # Batch norm, dropout, momentum, averaged weights, augmentation, plateau: everything that has a state.
