@@ -204,6 +204,16 @@ def test_an_old_checkpoint_goes_only_after_its_successor_is_there(tmp_path, monk
 # --- whose run is it? ---------------------------------------------------------------------------------------------
 
 
+def test_a_whole_checkpoint_of_the_same_step_is_never_taken_away(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, 1, {"step": 1}, keep=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda path, **keywords: pytest.fail(f"{path} was deleted"))
+        save_checkpoint(tmp_path, 1, {"step": 1}, keep=1)
+    (tmp_path / "step-1" / "state.pt").write_bytes(b"")
+    save_checkpoint(tmp_path, 1, {"step": 1}, keep=1)
+    assert load_checkpoint(tmp_path / "step-1") == {"step": 1}
+
+
 def test_another_recipe_is_refused_with_the_difference_unless_allowed(tmp_path, monkeypatch):
     words = ["data.limit_train=200", "data.limit_test=50", "tracking.wandb.mode=disabled"]
     recipe = load_recipe("debug", *words)

@@ -64,6 +64,12 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
     """
     folder.mkdir(parents=True, exist_ok=True)
     final, staged = folder / f"step-{step}", folder / f".step-{step}.staged"
+    if final.exists():  # a resumed run was asked to stop before its first step: the state of a step is always the same
+        try:
+            load_checkpoint(final)
+            return final
+        except ValueError:
+            shutil.rmtree(final)
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir()
     try:
@@ -74,8 +80,6 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
         )
         _flush(staged / MANIFEST)
         _flush(staged)
-        if final.exists():  # an earlier life of this run got as far, and died before it could tell
-            shutil.rmtree(final)
         staged.rename(final)
         _flush(folder)
     except OSError:
