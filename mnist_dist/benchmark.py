@@ -171,8 +171,8 @@ def accelerate_loader(recipe: Recipe, precision: str, dataset: Dataset, state: P
 
 
 def _optimizer(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    return build_optimizer(trained, recipe.optimizer.name, lr=recipe.optimizer.lr or 0.01, **recipe.optimizer.keywords)
+    lr = recipe.optimizer.lr or 0.01
+    return build_optimizer(module.parameters(), recipe.optimizer.name, lr=lr, **recipe.optimizer.keywords)
 
 
 def _model_and_optimizer(

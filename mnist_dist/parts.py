@@ -118,8 +118,9 @@ def build_module(recipe: Recipe, dataset: Dataset) -> nn.Module:
         for frozen in fnmatch.filter(parameters, pattern):
             parameters[frozen].requires_grad_(False)
     try:
-        trained = [parameter for parameter in parameters.values() if parameter.requires_grad]
-        build_optimizer(trained, recipe.optimizer.name, lr=recipe.optimizer.lr or 0.1, **recipe.optimizer.keywords)
+        build_optimizer(
+            parameters.values(), recipe.optimizer.name, lr=recipe.optimizer.lr or 0.1, **recipe.optimizer.keywords
+        )
     except (ValueError, RuntimeError) as error:
         what = f"{recipe.optimizer.name} cannot train {name}: {error}"
         raise RecipeError([recipe.problem("optimizer.name", what)]) from error
@@ -234,8 +235,9 @@ def build_parts(recipe: Recipe, precision: str, train_data: Images, module: nn.M
     average = None
     if recipe.ema_decay is not None:
         average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay), use_buffers=True)
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    optimizer = build_optimizer(trained, recipe.optimizer.name, lr=schedule.lr_at(0), **recipe.optimizer.keywords)
+    optimizer = build_optimizer(
+        module.parameters(), recipe.optimizer.name, lr=schedule.lr_at(0), **recipe.optimizer.keywords
+    )
     with warnings.catch_warnings():
         # torch 2.15 renames the option; accelerate 1.15 knows it by its old name only.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)

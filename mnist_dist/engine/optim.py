@@ -33,14 +33,14 @@ def default_lr(name: str) -> float:
 
 
 def build_optimizer(parameters: Iterable[torch.nn.Parameter], name: str, *, lr: float, **keywords: Any) -> Optimizer:
-    """Builds `torch.optim`'s optimizer `name` (lower case) with PyTorch's own keywords, fused where it can be.
+    """Builds `torch.optim`'s optimizer `name` (lower case) over what is not frozen, fused where it can be.
 
     Raises:
         ValueError: unknown name, or PyTorch refuses a value.
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"unknown optimizer {name!r}; known: {', '.join(sorted(OPTIMIZERS))}")
-    kind, parameters = OPTIMIZERS[name], list(parameters)
+    kind, parameters = OPTIMIZERS[name], [parameter for parameter in parameters if parameter.requires_grad]
     # One kernel for all tensors: the small networks are bound by the number of calls.
     if "fused" in inspect.signature(kind).parameters and not {"foreach", "fused"} & keywords.keys():
         keywords["fused"] = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
