@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import platform
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -271,8 +273,18 @@ def _set_determinism(deterministic: bool) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's own name, or the CPU with its threads."""
+    """The GPU's own name, or the CPU's with its threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return str(device)
     threads = torch.get_num_threads()
-    return f"cpu ({threads} thread{'s'[: threads > 1]})" if device.type == "cpu" else str(device)
+    return f"cpu ({processor()}, {threads} thread{'s'[: threads > 1]})"
+
+
+def processor() -> str:
+    """What the CPU calls itself, short of its trademarks: "AMD EPYC"; its architecture where it does not say."""
+    information = Path("/proc/cpuinfo")
+    text = information.read_text(encoding="utf-8") if information.is_file() else ""
+    found = re.search(r"(?m)^model name\s*:\s*(.+)$", text)
+    return re.sub(r"\s*(\((R|TM)\)|CPU.*|@.*|Processor)", "", found[1]).strip() if found else platform.machine()
