@@ -43,15 +43,13 @@ from mnist_dist.parts import (
     build_module,
     build_parts,
     check_world,
-    device_name,
-    launched_world,
     load_data,
-    together,
 )
 from mnist_dist.recipe import Recipe, load_recipe
 from mnist_dist.recipe_file import Problem, RecipeError
 from mnist_dist.runs import RunFolder, git_commit, versions
 from mnist_dist.train import fit, open_trackers
+from mnist_dist.world import check_size, choose_threads, device_name, launched_world, together
 
 EXAMPLES = """\
 examples:
@@ -276,6 +274,8 @@ def best_workers(recipe: Recipe, precision: str, dataset: Dataset, state: Partia
 def measure(recipe: Recipe, rounds: int, steps: int) -> dict[str, Any]:
     """Interleaved rounds of all contenders; returns the table as plain values (equal on all processes but for time)."""
     state = launched_world()
+    check_size(state)
+    choose_threads(state)
     precision = check_world(recipe, state)
     if precision == "fp16":
         raise RecipeError([Problem("the recipe", "mixed_precision", "the benchmark compares fp32 and bf16 only")])

@@ -10,8 +10,13 @@ from collections.abc import Callable
 
 from mnist_dist.recipe_file import Problem, RecipeError
 
+FAILED = 1
 BAD_INPUT = 2
 LAST_WORD = 30.0
+
+
+class RunError(Exception):
+    """A run that began cannot go on; the message is for the user, exit code 1."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,6 +43,11 @@ def run_door(main: Callable[[], int]) -> int:
             time.sleep(LAST_WORD)  # when one process ends, a launcher ends the others: let rank 0 speak first
         print(f"mnist_dist: {error}", file=sys.stderr)
         return BAD_INPUT
+    except RunError as error:
+        if not is_main_process():
+            time.sleep(LAST_WORD)
+        print(f"mnist_dist: {error}", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         if is_main_process():
             print("mnist_dist: interrupted", file=sys.stderr)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import asdict
 from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from mnist_dist.engine.checkpoint import newest_checkpoint, save_checkpoint
+from mnist_dist.engine.checkpoint import list_checkpoints, newest_checkpoint, save_checkpoint
+from mnist_dist.engine.step import NotFinite
 from mnist_dist.parts import Parts, Progress
 from mnist_dist.recipe import Recipe
 from mnist_dist.runs import RunFolder
@@ -45,6 +47,43 @@ class Keeper:
                 state["wandb_id"] = tracker.run_id
         if self._parts.accelerator.is_main_process:
             save_checkpoint(self._folder.checkpoints, self._progress.step, state, keep=self._recipe.checkpoint.keep)
+
+    def last_words(self) -> None:
+        """For a run that ends by force: the status, and nothing that could wait for anybody."""
+        self._folder.set_status("failed")
+
+    def explain(self, error: BaseException) -> str | None:
+        """What the user can do about a run that broke off, and what is left; None where only a traceback helps."""
+        if isinstance(error, NotFinite):  # on all processes alike
+            lines = self._blame(error.step)
+            self._progress.step = error.step
+            self.checkpoint()
+        elif isinstance(error, OSError) and error.errno in UNWRITABLE:
+            lines = [f"{error.filename or self._folder.path} cannot be written: {error.strerror}"]
+        else:
+            return None
+        saved = list_checkpoints(self._folder.checkpoints)
+        left = (
+            f"the last checkpoint is {saved[-1]}; the same command goes on from it"
+            if saved
+            else "nothing was saved yet"
+        )
+        return "\n  ".join([*lines, left])
+
+    def _blame(self, step: int) -> list[str]:
+        """Where a gradient that is not finite comes from."""
+        epoch, index = divmod(step, self._parts.batches.steps_per_epoch)
+        lines = [f"the gradient of step {step} (epoch {epoch}, batch {index}) is not finite; the update was not made"]
+        culprits = self._parts.update.culprits(step)
+        for rank, samples in culprits:
+            listed = ", ".join(map(str, samples[:10])) + (f" and {len(samples) - 10} more" if samples[10:] else "")
+            lines.append(f"rank {rank}: the loss of training samples {listed} is not finite")
+        if not culprits:
+            lines.append("every sample alone has a finite loss: only the batch as a whole has not, or its gradient")
+        return [*lines, "try a lower optimizer.lr, clip_grad_norm=1 or on_nonfinite=skip"]
+
+
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 
 
 def load_newest(folder: RunFolder, state: PartialState) -> tuple[dict[str, Any], list[str]]:

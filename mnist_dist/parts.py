@@ -8,58 +8,38 @@ from __future__ import annotations
 
 import fnmatch
 import os
-import platform
-import re
 import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast, gather_object, parse_flag_from_env
+from accelerate.utils import DDPCommunicationHookType, GradientAccumulationPlugin, broadcast
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mnist_dist.data import Batches, Dataset, Images, derive_seed, load_dataset
 from mnist_dist.engine.checkpoint import save_weights
 from mnist_dist.engine.evaluation import Evaluation, evaluate
-from mnist_dist.engine.metrics import Meter
+from mnist_dist.engine.metrics import GradientClock, Meter
 from mnist_dist.engine.optim import Schedule, build_optimizer, build_schedule
+from mnist_dist.engine.shards import LogicalShards
 from mnist_dist.engine.step import Update
+from mnist_dist.engine.sync_batchnorm import synchronize_batch_norm
 from mnist_dist.models import build_model
 from mnist_dist.recipe import Recipe, check_freeze
 from mnist_dist.recipe_file import Problem, RecipeError
-
-
-def launched_world() -> PartialState:
-    """The processes and the device that the launcher gave; starts the process group at the first call."""
-    # Accelerator reads this variable itself, PartialState alone does not: two CPU processes would be two worlds of one.
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-
-
-T = TypeVar("T")
-
-
-def together(state: PartialState, action: Callable[[], T]) -> T:
-    """Runs `action` on every process; where one meets a user's error, all raise it and none is left waiting."""
-    result, problems = None, None
-    try:
-        result = action()
-    except RecipeError as error:
-        problems = error.problems
-    found = next((each for each in gather_object([problems]) if each), None)
-    if found:
-        raise RecipeError(found)
-    return result  # type: ignore[return-value]
+from mnist_dist.world import check_engine, together
 
 
 def check_world(recipe: Recipe, state: PartialState) -> str:
     """Refuses what this device and world cannot do; returns the precision to train in."""
+    check_engine()
     precision = recipe.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     problem = recipe.problem if recipe.mixed_precision else partial(Problem, "the launcher")
     if precision not in ("no", "bf16", "fp16"):
@@ -70,6 +50,9 @@ def check_world(recipe: Recipe, state: PartialState) -> str:
     if recipe.batch_size < state.num_processes:
         what = f"the global batch of {recipe.batch_size} cannot be shared by {state.num_processes} processes"
         raise RecipeError([recipe.problem("batch_size", what)])
+    if recipe.logical_shards and recipe.logical_shards % state.num_processes:
+        what = f"{recipe.logical_shards} shards cannot be shared evenly by {state.num_processes} processes"
+        raise RecipeError([recipe.problem("logical_shards", f"{what}; the number of processes must divide them")])
     return precision
 
 
@@ -143,6 +126,8 @@ class Parts:
     """The network that is evaluated and saved: the averaged weights where the recipe keeps them."""
     meter: Meter
     total_steps: int
+    notes: list[str]
+    """What the user should know of how it was built."""
 
     def epoch(self, progress: Progress) -> float:
         """Epochs done, with the fraction."""
@@ -220,8 +205,21 @@ def build_parts(recipe: Recipe, precision: str, train_data: Images, module: nn.M
     """Builds everything the loop uses, on the device, prepared by Accelerate."""
     _set_determinism(recipe.deterministic)
     AcceleratorState._reset_state()  # a notebook may train twice, with another precision the second time
-    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
-    accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[ddp])
+    ddp = DistributedDataParallelKwargs(
+        gradient_as_bucket_view=True,
+        broadcast_buffers=False,
+        # PyTorch's own size, but for the first bucket too, which is 1 MB unless told: small gradients travel once.
+        bucket_cap_mb=25,
+        find_unused_parameters=recipe.ddp.find_unused_parameters,
+        comm_hook=DDPCommunicationHookType({"none": "no"}.get(recipe.ddp.comm_hook, recipe.ddp.comm_hook)),
+    )
+    # Said here, so that no launcher's variable says otherwise: accumulation and compilation are the recipe's.
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        kwargs_handlers=[ddp],
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        dynamo_backend="no",
+    )
     augmentation = recipe.data.augment.build()
     batches = Batches(len(train_data), recipe.batch_size, recipe.seed, augmentation=augmentation)
     total_steps = min(recipe.epochs * batches.steps_per_epoch, recipe.max_steps or sys.maxsize)
@@ -234,6 +232,9 @@ def build_parts(recipe: Recipe, precision: str, train_data: Images, module: nn.M
     )
     layout = torch.channels_last if recipe.engine.channels_last else torch.contiguous_format
     module.to(accelerator.device, memory_format=layout)  # type: ignore[call-overload]
+    synchronized = recipe.sync_batchnorm and accelerator.num_processes > 1
+    if synchronized:
+        module = synchronize_batch_norm(module, accelerator.device)
     average = None
     if recipe.ema_decay is not None:
         average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay), use_buffers=True)
@@ -243,8 +244,11 @@ def build_parts(recipe: Recipe, precision: str, train_data: Images, module: nn.M
     with warnings.catch_warnings():
         # torch 2.15 renames the option; accelerate 1.15 knows it by its old name only.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-        model, optimizer = accelerator.prepare(module, optimizer)
-    meter = Meter(accelerator)
+        # Logical shards add up gradients themselves, in an order of their own.
+        model = accelerator.prepare_model(module, evaluation_mode=recipe.logical_shards is not None)
+        optimizer = accelerator.prepare(optimizer)
+    meter, clock = Meter(accelerator), GradientClock(module, accelerator)
+    shards = LogicalShards(recipe.logical_shards, accelerator, module, clock) if recipe.logical_shards else None
     update = Update(
         accelerator,
         model,
@@ -255,11 +259,20 @@ def build_parts(recipe: Recipe, precision: str, train_data: Images, module: nn.M
         meter=meter,
         clip_grad_norm=recipe.clip_grad_norm,
         label_smoothing=recipe.label_smoothing,
-        micro_batch_size=recipe.micro_batch_size,
         average=average,
+        clock=clock,
+        shards=shards,
+        meets_in_forward=synchronized,
+        on_nonfinite=recipe.on_nonfinite,
     )
+    notes = []
+    if recipe.micro_batch_size == "auto":
+        update.micro_batch_size = update.find_micro_batch_size(batches.plan(0, accelerator.device))
+        notes.append(f"micro_batch_size auto: {update.micro_batch_size} images at once fit into memory")
+    else:
+        update.micro_batch_size = recipe.micro_batch_size
     judged = average.module if average else module
-    return Parts(accelerator, batches, schedule, update, module, judged, meter, total_steps)
+    return Parts(accelerator, batches, schedule, update, module, judged, meter, total_steps, notes)
 
 
 def _set_determinism(deterministic: bool) -> None:
@@ -270,21 +283,3 @@ def _set_determinism(deterministic: bool) -> None:
     # The filling of fresh memory is a debugging aid that costs time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = not deterministic
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's own name, or the CPU's with its threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return str(device)
-    threads = torch.get_num_threads()
-    return f"cpu ({processor()}, {threads} thread{'s'[: threads > 1]})"
-
-
-def processor() -> str:
-    """What the CPU calls itself, short of its trademarks: "AMD EPYC"; its architecture where it does not say."""
-    information = Path("/proc/cpuinfo")
-    text = information.read_text(encoding="utf-8") if information.is_file() else ""
-    found = re.search(r"(?m)^model name\s*:\s*(.+)$", text)
-    return re.sub(r"\s*(\((R|TM)\)|CPU.*|@.*|Processor)", "", found[1]).strip() if found else platform.machine()

@@ -47,6 +47,12 @@ def _a_folder(name: str) -> str:
     return name
 
 
+def _a_power_of_two(count: int) -> int:
+    if count & (count - 1):
+        raise ValueError(f"expected a power of two, got {count}; try {1 << (count.bit_length() - 1)}")
+    return count
+
+
 class Section(BaseModel):
     """Strict: 2.5 is not an int, "3" is not a number, an unknown key is refused, and nothing changes afterwards."""
 
@@ -121,6 +127,15 @@ class EarlyStoppingSection(Section):
 class EngineSection(Section):
     channels_last: bool = True
     """Memory layout of images and convolutions; changes rounding, never meaning."""
+    hang_seconds: AboveZero = 60.0
+    """Of several processes: when nothing moves for so long, the one that hangs is named and all end."""
+
+
+class DDPSection(Section):
+    comm_hook: Literal["none", "bf16", "fp16"] = "none"
+    """Precision in which gradients travel between processes."""
+    find_unused_parameters: bool = False
+    """For networks that leave parameters out of some steps; costs a search every step."""
 
 
 class CheckpointSection(Section):
@@ -154,14 +169,21 @@ class Recipe(Section):
     """End after so many updates if the epochs are not over before; schedules span the shorter run."""
     batch_size: Positive = 128
     """Global: the sum over all processes."""
-    micro_batch_size: Positive | None = None
-    """Samples a process computes at once; null: its whole share. Never changes the update but for batch norm."""
+    micro_batch_size: Positive | Literal["auto"] | None = None
+    """Samples a process computes at once; null: its whole share; auto: as many as fit into memory, found by halving.
+    Never changes the update but for batch norm."""
+    sync_batchnorm: bool = False
+    """Batch norm over the global batch instead of each process's share."""
+    logical_shards: Annotated[int, Field(ge=1, le=1024), AfterValidator(_a_power_of_two)] | None = None
+    """Cut the global batch into so many fixed pieces: the same bytes at every world size that divides them."""
     eval_batch_size: Positive = 500
     """Evaluation's fixed batches; matters only to networks that normalise by the evaluated batch (simple_cnn)."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """Null: the launcher's."""
     clip_grad_norm: AboveZero | None = None
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """Before an update whose gradient is not finite: end the run and say why, or pass over that step."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Averaged weights, which are then the ones evaluated and saved."""
     deterministic: bool = True
@@ -176,6 +198,7 @@ class Recipe(Section):
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
     engine: EngineSection = EngineSection()
+    ddp: DDPSection = DDPSection()
     checkpoint: CheckpointSection = CheckpointSection()
     tracking: TrackingSection = TrackingSection()
 
@@ -221,7 +244,7 @@ def load_recipe(name: str | Path, *overrides: str) -> Recipe:
 def _sound(values: dict[str, Any], faulty: set[str]) -> Recipe:
     """The resolved recipe, with defaults for what is faulty, so that no mistake hides another."""
     if "batch_size" in faulty:
-        faulty.add("micro_batch_size")  # which is judged by it
+        faulty |= {"micro_batch_size", "logical_shards"}  # which are judged by it
     stand_ins = {"name": "recipe", "model": {"name": "lenet5"}}
     sound = {key: value for key, value in values.items() if key.partition(".")[0] not in faulty}
     recipe = Recipe.model_validate(stand_ins | sound)
@@ -324,8 +347,12 @@ def _check_type(annotation: Any, value: Any) -> Iterator[str]:
 def _check_combinations(recipe: Recipe) -> Findings:
     """What only shows when parts meet: each is built once, small or without memory, and asked."""
     optimizer, schedule, model = recipe.optimizer, recipe.schedule, recipe.model
-    if recipe.micro_batch_size and recipe.micro_batch_size > recipe.batch_size:
+    if isinstance(recipe.micro_batch_size, int) and recipe.micro_batch_size > recipe.batch_size:
         yield "micro_batch_size", f"{recipe.micro_batch_size} is more than the batch_size of {recipe.batch_size}"
+    if recipe.logical_shards and recipe.logical_shards > recipe.batch_size:
+        yield "logical_shards", f"{recipe.logical_shards} is more than the batch_size of {recipe.batch_size}"
+    if recipe.logical_shards and recipe.sync_batchnorm:
+        yield "sync_batchnorm", "with logical_shards batch norm belongs to the shard; leave one of the two out"
     if recipe.data.split is not None and recipe.data.dataset != "emnist":
         yield "data.split", f"only emnist has splits, not {recipe.data.dataset}; leave it out"
     yield from _attempt("data.augment", recipe.data.augment.model_dump(), Augmentation)[1]

@@ -82,7 +82,7 @@ class RunFolder:
         write_text(self.status, status + "\n")
 
 
-HARMLESS_KEYS = ("checkpoint.", "tracking.", "data.root")
+HARMLESS_KEYS = ("checkpoint.", "tracking.", "data.root", "engine.hang_seconds")
 """Recipe keys that do not change a run's result."""
 
 

@@ -9,6 +9,7 @@ import json
 import sys
 import time
 import types
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from rich.table import Table
 
-from mnist_dist.command_line import Parser, is_main_process, run_door
+from mnist_dist.command_line import Parser, RunError, is_main_process, run_door
 from mnist_dist.data import Batches, Dataset, Images
 from mnist_dist.engine.evaluation import Evaluation, Interrupted
 from mnist_dist.engine.interrupts import PREEMPTED, Interrupts
 from mnist_dist.engine.optim import set_rates
+from mnist_dist.engine.watchdog import Watchdog
 from mnist_dist.keeper import Keeper, load_newest
 from mnist_dist.models import build_model, count_parameters
 from mnist_dist.parts import (
@@ -31,16 +33,22 @@ from mnist_dist.parts import (
     build_module,
     build_parts,
     check_world,
-    device_name,
-    launched_world,
     load_data,
-    together,
 )
 from mnist_dist.recipe import Recipe, load_recipe
 from mnist_dist.recipe_file import bundled_recipes, recipe_notes
 from mnist_dist.reports.model_summary import summarize_model
 from mnist_dist.runs import RunFolder, git_commit, load_run, versions, write_text
 from mnist_dist.tracking import ConsoleTracker, JSONLTracker, WandbTracker, resolve_mode
+from mnist_dist.world import (
+    check_size,
+    choose_threads,
+    count_nodes,
+    device_name,
+    launch_settings,
+    launched_world,
+    together,
+)
 
 EXAMPLES = """\
 examples:
@@ -57,12 +65,18 @@ def fit(recipe: Recipe, parts: Parts, held_out: Images, keep: Keeper, progress: 
     """The story of a run, from `progress` to its last step. False if it was asked to stop before; then it has saved."""
     accelerator, batches, update, meter = parts.accelerator, parts.batches, parts.update, parts.meter
     plan = batches.plan(progress.step // batches.steps_per_epoch, accelerator.device)
-    with Interrupts(accelerator) as interrupts:
+    watchdog = Watchdog(accelerator, recipe.engine.hang_seconds, update.clock, keep.last_words)
+    with Interrupts(accelerator) as interrupts, watchdog:
+
+        def asked_to_stop() -> bool:
+            watchdog.beat(progress.step)
+            return interrupts.agreed()
+
         while True:
             # Evaluate every image once; keep the best weights.
             if parts.evaluation_is_due(progress, recipe.eval_every):
                 try:
-                    evaluation = parts.judge(held_out, recipe.eval_batch_size, interrupts.agreed)
+                    evaluation = parts.judge(held_out, recipe.eval_batch_size, asked_to_stop)
                 except Interrupted:
                     keep.checkpoint()
                     return False
@@ -93,7 +107,7 @@ def fit(recipe: Recipe, parts: Parts, held_out: Images, keep: Keeper, progress: 
                 interrupts.pace(meter.seconds_per_step)
 
             # Save where it is time; stop where any process was asked to.
-            asked = interrupts.agreed()
+            asked = asked_to_stop()
             if asked or keep.is_due(logged):
                 keep.checkpoint()
             if asked:
@@ -104,7 +118,12 @@ def fit(recipe: Recipe, parts: Parts, held_out: Images, keep: Keeper, progress: 
 
 
 def train(
-    recipe: Recipe, run_dir: str | Path | None = None, *, resume: str = "auto", allow_recipe_change: bool = False
+    recipe: Recipe,
+    run_dir: str | Path | None = None,
+    *,
+    resume: str = "auto",
+    allow_recipe_change: bool = False,
+    world_size: int | None = None,
 ) -> dict[str, Any]:
     """Trains a recipe on whatever world the launcher made, and returns the summary that it writes.
 
@@ -113,30 +132,35 @@ def train(
         run_dir: a new folder, or one whose run goes on; None for runs/<recipe>/<date-time>.
         resume: "auto" to go on with the run that `run_dir` holds, "never" to refuse to.
         allow_recipe_change: go on although the recipe is not the one that the run began with.
+        world_size: how many processes there should be; None for what the launcher was asked for, where that is known.
 
     Returns:
         What summary.json holds. Of a run that was asked to stop before its end only `status` (preempted) and `step`.
 
     Raises:
         RecipeError: before anything is trained or written, for whatever the user can put right.
+        RunError: the run cannot go on: a gradient that is not finite, a full disk. What was saved stays whole.
     """
     started, code = time.perf_counter(), {"versions": versions(), "git_commit": git_commit()}
     state = launched_world()
+    check_size(state, world_size)
+    choose_threads(state)
     precision = check_world(recipe, state)
+    recipe = recipe.model_copy(update={"mixed_precision": precision})  # a resume under another launcher sees the change
     dataset = load_data(recipe, state)
     module = together(state, lambda: build_module(recipe, dataset))
-    folder = _open_folder(recipe, run_dir, state, resume, allow_recipe_change)
+    folder, keep = _open_folder(recipe, run_dir, state, resume, allow_recipe_change), None
     try:
         parts = build_parts(recipe, precision, dataset.train, module)
         checkpoint, problems = load_newest(folder, state)
         progress = Progress(**checkpoint.get("progress", {}))
+        keep = Keeper(folder, recipe, parts, progress)
         if checkpoint:
             parts.load_state_dict(checkpoint["parts"])
         console = open_trackers(recipe, parts, dataset, folder, checkpoint)
         if console:
-            for problem in problems:
-                console.say(problem)
-        keep = Keeper(folder, recipe, parts, progress)
+            for note in [*problems, *parts.notes]:
+                console.say(note)
         parts.meter.resume()
         seconds, begun = {"setup_seconds": round(time.perf_counter() - started, 3)}, time.perf_counter()
         finished = fit(recipe, parts, dataset.held_out.to(state.device), keep, progress)
@@ -144,7 +168,7 @@ def train(
             if console:
                 console.say(f"asked to stop: saved after step {progress.step:,}; the same command goes on from there")
                 folder.set_status("preempted")
-            parts.accelerator.end_training()
+            _close(parts)
             return {"status": "preempted", "step": progress.step}
         seconds["train_seconds"] = round(time.perf_counter() - begun, 3)
         keep.last()
@@ -154,12 +178,22 @@ def train(
         summary = _summarize(recipe, parts, progress, test if dataset.has_validation else None) | seconds | code
         if console:
             _finish(folder, recipe, parts, dataset, test, summary, console)
-        parts.accelerator.end_training()
-    except BaseException:
+        _close(parts)
+    except BaseException as error:
         if state.is_main_process:
-            folder.set_status("failed")
+            with suppress(OSError):
+                folder.set_status("failed")
+        if keep and (message := keep.explain(error)):
+            raise RunError(message) from error
         raise
     return summary
+
+
+def _close(parts: Parts) -> None:
+    """Lets the trackers finish; the process group stays, which Accelerate's end_training ends: train may be called again."""
+    for tracker in parts.accelerator.trackers:
+        tracker.finish()
+    parts.accelerator.wait_for_everyone()
 
 
 def _open_folder(
@@ -214,13 +248,20 @@ def _header(recipe: Recipe, parts: Parts, dataset: Dataset) -> dict[str, str]:
     if dataset.has_validation:
         held_out = f"{len(dataset.held_out):,} validation, {held_out}"
     processes = "1 process" if accelerator.num_processes == 1 else f"{accelerator.num_processes} processes"
-    return {
+    launch = launch_settings()
+    said = ", ".join(f"{key} {value}" for key, value in launch.items() if key != "launcher")
+    header = {
         "recipe": recipe.name,
         "model": f"{recipe.model.name}, {count_parameters(parts.module):,} parameters",
         "data": f"{recipe.data.dataset}, {len(dataset.train):,} training, {held_out} images",
         "length": f"{recipe.epochs} epochs of {parts.batches.steps_per_epoch} steps, global batch {recipe.batch_size}",
         "world": f"{processes} on {device_name(accelerator.device)}, precision {accelerator.mixed_precision}",
+        "launcher": f"{launch['launcher']}{f' ({said})' if said else ''}",
     }
+    if recipe.logical_shards:
+        divisors = [str(1 << power) for power in range(recipe.logical_shards.bit_length())]
+        header["shards"] = f"{recipe.logical_shards} logical ones: the same bytes at {', '.join(divisors)} processes"
+    return header
 
 
 def _summarize(recipe: Recipe, parts: Parts, progress: Progress, test: Evaluation | None) -> dict[str, Any]:
@@ -232,11 +273,15 @@ def _summarize(recipe: Recipe, parts: Parts, progress: Progress, test: Evaluatio
         "parameters": count_parameters(parts.module),
         "seed": recipe.seed,
         "world_size": parts.accelerator.num_processes,
+        "nodes": count_nodes(parts.accelerator.state),
         "device": device_name(parts.accelerator.device),
         "mixed_precision": parts.accelerator.mixed_precision,
         "epochs": round(progress.step / parts.batches.steps_per_epoch, 6),
         "steps": progress.step,
         "images_per_second": round(images / parts.meter.train_seconds, 1),
+        **parts.meter.per_process(parts.update.clock),
+        "skipped_steps": parts.update.skipped,
+        "launch": launch_settings(),
         "train.last.loss": progress.last["train/epoch_loss"],
         "train.last.accuracy": progress.last["train/epoch_accuracy"],
         "eval.split": "validation" if test else "test",
@@ -309,6 +354,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--resume", choices=["auto", "never"], default="auto", help="go on with --run-dir's run (default)"
     )
+    parser.add_argument("--world-size", type=int, metavar="N", help="refuse to train in any other number of processes")
     parser.add_argument("--allow-recipe-change", action="store_true", help="go on although the recipe has changed")
     parser.add_argument("--print-recipe", action="store_true", help="print the resolved recipe and exit")
     parser.add_argument("--list-recipes", action="store_true", help="print the bundled recipes and exit")
@@ -330,7 +376,9 @@ def main(argv: list[str] | None = None) -> int:
         arguments.run_dir,
         resume=arguments.resume,
         allow_recipe_change=arguments.allow_recipe_change,
+        world_size=arguments.world_size,
     )
+    launched_world().destroy_process_group()
     return PREEMPTED if result.get("status") == "preempted" else 0
 
 

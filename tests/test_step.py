@@ -48,6 +48,7 @@ class PretendedProcess:
     process_index: int
     num_processes: int
     device: ClassVar = torch.device("cpu")
+    scaler: ClassVar = None
 
     def no_sync(self, model: nn.Module) -> AbstractContextManager[None]:
         return nullcontext()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Meter:
@@ -18,7 +20,9 @@ class Meter:
         self._sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
         self._epoch_sums = [0.0, 0.0, 0.0]
         self._steps = 0
+        self._before_step = torch.zeros_like(self._sums)
         self._started = time.perf_counter()
+        self._own_samples, self._own_seconds = 0, 0.0
         self.train_seconds = 0.0
         """Time spent training, all intervals together, by rank 0's clock; equal on all processes."""
         self.seconds_per_step = 0.0
@@ -28,9 +32,15 @@ class Meter:
         """Adds a piece of a batch: its summed loss (scalar), logits (n, classes) and labels int64 (n,)."""
         correct = (logits.argmax(dim=1) == labels).sum()
         self._sums += torch.stack([loss_sum.double(), correct.double(), torch.full_like(correct, len(labels)).double()])
+        self._own_samples += len(labels)
 
-    def end_step(self) -> None:
+    def begin_step(self) -> None:
+        self._before_step.copy_(self._sums)
         self._steps += 1
+
+    def forget_step(self) -> None:
+        """Takes back what the current step added."""
+        self._sums.copy_(self._before_step)
 
     def read(self) -> dict[str, float]:
         """Mean loss, accuracy in percent and images/s, over all processes, since the last read; starts anew."""
@@ -38,14 +48,16 @@ class Meter:
         seconds = time.perf_counter() - self._started if self._accelerator.is_main_process else 0.0
         together = torch.tensor([*mine, seconds], dtype=torch.float64, device=self._accelerator.device)
         loss, correct, seen, seconds = self._accelerator.reduce(together, reduction="sum").tolist()
+        self._own_seconds += seconds
         self._epoch_sums = [old + new for old, new in zip(self._epoch_sums, (loss, correct, seen), strict=True)]
         self.train_seconds += seconds
         self.seconds_per_step = seconds / max(self._steps, 1)
         self._sums.zero_()
         self.resume()
+        seen_or_one = max(seen, 1.0)  # every step of the interval may have been skipped
         return {
-            "train/loss": loss / seen,
-            "train/accuracy": 100 * correct / seen,
+            "train/loss": loss / seen_or_one,
+            "train/accuracy": 100 * correct / seen_or_one,
             "train/images_per_second": seen / seconds,
         }
 
@@ -53,7 +65,17 @@ class Meter:
         """Mean loss and accuracy of all intervals read since the last call: the epoch's training figures."""
         loss, correct, seen = self._epoch_sums
         self._epoch_sums = [0.0, 0.0, 0.0]
-        return {"train/epoch_loss": loss / seen, "train/epoch_accuracy": 100 * correct / seen}
+        return {"train/epoch_loss": loss / max(seen, 1), "train/epoch_accuracy": 100 * correct / max(seen, 1)}
+
+    def per_process(self, clock: GradientClock) -> dict[str, list[float]]:
+        """Each process's images/s since it started, and the share of that time it waited; asks all processes."""
+        mine = [self._own_samples / max(self._own_seconds, 1e-9), clock.seconds / max(self._own_seconds, 1e-9)]
+        table = self._accelerator.gather(torch.tensor([mine], dtype=torch.float64, device=self._accelerator.device))
+        speed, waited = table.T.tolist()
+        return {
+            "images_per_second_per_process": [round(each, 1) for each in speed],
+            "communication_share_per_process": [round(each, 4) for each in waited],
+        }
 
     def resume(self) -> None:
         """Starts the clock again after time that was not training."""
@@ -73,3 +95,50 @@ class Meter:
             sums = torch.cat([sums.sum(dim=0, keepdim=True), torch.zeros(world_size - 1, 3, dtype=torch.float64)])
         self._sums.copy_(sums[rank])
         self._epoch_sums, self.train_seconds = state["epoch_sums"], state["train_seconds"]
+
+
+class GradientClock:
+    """How long this process waits for the others: from the last of its own gradients to the end of the backward pass.
+
+    Data parallel sends gradients while later ones are computed; what is left when the last is there is pure waiting.
+    By the host's clock, so on a GPU, whose work the host does not wait for, it stays 0.
+    """
+
+    def __init__(self, module: nn.Module, accelerator: Accelerator):
+        self.seconds = 0.0
+        self._left = self._expected = 0
+        self._arrival: float | None = None
+        if accelerator.num_processes > 1 and accelerator.device.type == "cpu":
+            for parameter in module.parameters():
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(self._arrived)
+                    self._expected += 1
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether all of this process's gradients are there and those of others are not; for another thread to ask."""
+        return self._arrival is not None
+
+    @contextmanager
+    def backward(self) -> Iterator[None]:
+        """Around the backward pass that sends the gradients."""
+        self._left = self._expected
+        yield
+        self._end()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around a call that does nothing but wait for others."""
+        self._arrival = time.perf_counter()
+        yield
+        self._end()
+
+    def _arrived(self, parameter: Tensor) -> None:
+        self._left -= 1
+        if self._left == 0:
+            self._arrival = time.perf_counter()
+
+    def _end(self) -> None:
+        if self._arrival is not None:
+            self.seconds += time.perf_counter() - self._arrival
+            self._arrival = None

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import find_executable_batch_size, gather_object
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from mnist_dist.data import Batches, EpochPlan, Images, derive_seed
-from mnist_dist.engine.metrics import Meter
+from mnist_dist.engine.metrics import GradientClock, Meter
+from mnist_dist.engine.shards import LogicalShards
+
+
+class NotFinite(Exception):
+    """A step's gradient is not finite; weights, buffers and counters are as they were before it, on all processes."""
+
+    def __init__(self, step: int):
+        super().__init__(f"the gradient of step {step} is not finite")
+        self.step = step
 
 
 class Update:
@@ -26,6 +37,9 @@ class Update:
         data: images and labels on the device.
         micro_batch_size: samples computed at once; None for the whole share.
         average: averaged weights to keep up to date, or None.
+        shards: the fixed pieces of the global batch to compute instead of this process's share, or None.
+        meets_in_forward: the network communicates in its forward pass, so all processes must pass equally often.
+        on_nonfinite: raise `NotFinite` before an update whose gradient is not finite, or pass over it.
     """
 
     def __init__(
@@ -42,44 +56,93 @@ class Update:
         label_smoothing: float = 0.0,
         micro_batch_size: int | None = None,
         average: AveragedModel | None = None,
+        clock: GradientClock | None = None,
+        shards: LogicalShards | None = None,
+        meets_in_forward: bool = False,
+        on_nonfinite: Literal["stop", "skip"] = "stop",
     ):
         self.accelerator, self.model, self.module, self.optimizer = accelerator, model, module, optimizer
         self.batches, self.data = batches, data
-        self.meter, self.average = meter, average
+        self.meter, self.average, self.shards = meter, average, shards
+        self.clock = clock or GradientClock(module, accelerator)
         self.clip_grad_norm, self.label_smoothing = clip_grad_norm, label_smoothing
-        self.micro_batch_size = micro_batch_size
-        self._norm_before_clipping: Tensor | None = None
+        self.micro_batch_size, self.meets_in_forward = micro_batch_size, meets_in_forward
+        self.on_nonfinite = on_nonfinite
+        self.skipped = 0
+        self._norm = torch.zeros(())
+        self._buffers = list(module.buffers())
 
     def __call__(self, plan: EpochPlan, index: int, step: int) -> None:
-        """Trains on global batch `index` of the epoch; `step` counts updates from the start of the run."""
-        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
-        rows = self.batches.rows(plan, index, rank=rank, world_size=world_size)
-        weight = world_size / self.batches.size(index)
-        if len(rows) == 0:  # a short last batch can leave a process nothing, but all must meet in the reduction
-            rows, weight = plan.order[:1], 0.0
-        # Dropout's generator follows from the step, so there is no random state to save.
-        torch.manual_seed(derive_seed(self.batches.seed, step, rank))
+        """Trains on global batch `index` of the epoch; `step` counts updates from the start of the run.
 
+        Raises:
+            NotFinite: on all processes alike, for all see the same reduced gradient.
+        """
+        self.meter.begin_step()
+        before = [buffer.clone() for buffer in self._buffers]
         self.optimizer.zero_grad()
-        pieces = rows.split(self.micro_batch_size or len(rows))
-        for number, piece in enumerate(pieces, start=1):
-            last = number == len(pieces)
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
-                self._accumulate(plan, piece, weight)
+        if self.shards is None:
+            self._compute_share(plan, index, step)
+        else:
+            self._compute_shards(self.shards, plan, index, step)
 
-        if self.clip_grad_norm is not None:
-            self._norm_before_clipping = self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)
+        self._norm = self._clip()
+        # fp16's scaler passes over such steps itself, and lowers its scale.
+        if self.accelerator.scaler is None and not bool(torch.isfinite(self._norm)):
+            self._take_back(before)
+            if self.on_nonfinite == "stop":
+                raise NotFinite(step)
+            self.skipped += 1
+            return
         self.optimizer.step()
         if self.average is not None:
             self.average.update_parameters(self.module)
-        self.meter.end_step()
 
-    def _accumulate(self, plan: EpochPlan, rows: Tensor, weight: float) -> None:
+    def _compute_share(self, plan: EpochPlan, index: int, step: int) -> None:
+        """Gradients of this process's rows; the last backward pass averages them over the processes."""
+        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
+        rows, weight = self.rows(plan, index), world_size / self.batches.size(index)
+        if len(rows) == 0 and not self.meets_in_forward:
+            # A short last batch can leave a process nothing, but all must meet in the reduction.
+            rows, weight = plan.order[:1], 0.0
+        # Dropout's generator follows from the step, so there is no random state to save.
+        torch.manual_seed(derive_seed(self.batches.seed, step, rank))
+        pieces = self._pieces(rows, -(-self.batches.size(index) // world_size))
+        for number, piece in enumerate(pieces, start=1):
+            last = number == len(pieces)
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                self._accumulate(self.model, plan, piece, weight, reduces=last)
+
+    def _compute_shards(self, shards: LogicalShards, plan: EpochPlan, index: int, step: int) -> None:
+        """Gradients of this process's logical shards, each with its own random numbers; then the sum of all."""
+        size = self.batches.size(index)
+        used = min(shards.count, size)
+        for shard in shards.each(used):
+            torch.manual_seed(derive_seed(self.batches.seed, step, shard))
+            rows = self.batches.rows(plan, index, rank=shard, world_size=shards.count)
+            for piece in self._pieces(rows, len(rows)):
+                self._accumulate(self.module, plan, piece, 1 / size)
+        shards.combine(used)
+
+    def rows(self, plan: EpochPlan, index: int) -> Tensor:
+        """The sample indices that this process computes."""
+        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
+        return self.batches.rows(plan, index, rank=rank, world_size=world_size)
+
+    def _pieces(self, rows: Tensor, largest_share: int) -> tuple[Tensor, ...]:
+        """Micro-batches; equally many on all processes where they meet in the forward pass."""
+        count = -(-largest_share // (self.micro_batch_size or largest_share))
+        return rows.tensor_split(count if self.meets_in_forward else min(count, len(rows)))
+
+    def _accumulate(
+        self, model: nn.Module, plan: EpochPlan, rows: Tensor, weight: float, reduces: bool = False
+    ) -> None:
         """Adds the gradient of `rows` (int64, sample indices)."""
         labels = self.data.labels[rows]
-        logits = self.model(self.inputs(plan, rows)).float()
+        logits = model(self.inputs(plan, rows)).float()
         loss_sum = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.label_smoothing)
-        self.accelerator.backward(loss_sum * weight)
+        with self.clock.backward() if reduces else nullcontext():
+            self.accelerator.backward(loss_sum * weight)
         if weight:
             self.meter.add(loss_sum.detach(), logits.detach(), labels)
 
@@ -91,8 +154,65 @@ class Update:
             images = self.batches.augmentation.apply(images.float(), plan.warps[rows])
         return self.data.normalize(images)
 
+    def _clip(self) -> Tensor:
+        """Scales the gradient down where the recipe says so; its norm before that (scalar on the device)."""
+        if self.clip_grad_norm is not None:
+            return self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)
+        if self.accelerator.scaler is not None:
+            self.accelerator.unscale_gradients(self.optimizer)
+        return nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+
     def grad_norm(self) -> float:
         """Norm of the last update's gradient over all parameters, before clipping. Waits for the device."""
-        if self._norm_before_clipping is not None:
-            return float(self._norm_before_clipping)
-        return float(nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None]))
+        return float(self._norm)
+
+    # --- what can go wrong --------------------------------------------------------------------------------------
+
+    def _take_back(self, before: list[Tensor]) -> None:
+        """Undoes what a forward pass left in buffers and counters."""
+        for buffer, value in zip(self._buffers, before, strict=True):
+            buffer.copy_(value)
+        self.meter.forget_step()
+        self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def culprits(self, step: int) -> list[tuple[int, list[int]]]:
+        """For each rank whose rows of that step give a loss that is not finite: (rank, sample indices).
+
+        Asks all processes. Samples are judged one by one (batch norm as in evaluation), so that one bad image does not
+        accuse its batch; where none is bad alone, all rows of the rank are named.
+        """
+        epoch, index = divmod(step, self.batches.steps_per_epoch)
+        plan = self.batches.plan(epoch, self.accelerator.device)
+        rows, found = self.rows(plan, index), []
+        modes = [(part, part.training) for part in self.module.modules()]
+        self.module.eval()
+        for row in rows:
+            logits = self.module(self.inputs(plan, row[None])).float()
+            if not torch.isfinite(F.cross_entropy(logits, self.data.labels[row[None]])):
+                found.append(int(row))
+        for part, mode in modes:
+            part.training = mode
+        return [
+            (rank, samples) for rank, samples in gather_object([(self.accelerator.process_index, found)]) if samples
+        ]
+
+    def find_micro_batch_size(self, plan: EpochPlan) -> int:
+        """The largest micro-batch that fits into memory, by halving the largest share; the same on all processes."""
+        size = -(-self.batches.batch_size // self.accelerator.num_processes)
+
+        def halve() -> int:
+            nonlocal size
+            size //= 2
+            return size
+
+        @find_executable_batch_size(starting_batch_size=size, reduce_batch_size_fn=halve)
+        def attempt(size: int) -> None:
+            labels = self.data.labels[plan.order[:size]]
+            logits = self.module(self.inputs(plan, plan.order[:size])).float()
+            self.accelerator.backward(F.cross_entropy(logits, labels))
+
+        before = [buffer.clone() for buffer in self._buffers]
+        attempt()
+        self._take_back(before)
+        return min(gather_object([size]))

@@ -1,0 +1,135 @@
+"""Names the process that hangs, with its stack, and ends the run, for which the others would wait for hours."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+from accelerate import Accelerator
+
+from mnist_dist.engine.metrics import GradientClock
+
+PATIENCE_IN_STEPS = 10
+"""A step may take so many times the longest one before, however short the limit."""
+
+FIRST_STEPS = 3
+"""Steps that may take `PATIENCE_IN_STEPS` times the limit: they choose kernels, compile, allocate."""
+
+
+class Watchdog:
+    """While entered, a thread compares the time since the last `beat` with a limit; alone in the world it does nothing.
+
+    Every process publishes its step, its stack and whether it waits for the others in the process group's store, where
+    the others find them when nothing moves any more. Who does not wait is who hangs.
+
+    Args:
+        seconds: without a beat for so long, or for ten of the longest steps so far, all processes end with exit code 1.
+        clock: knows whether this process only waits for the others' gradients.
+        last_words: called on the process that reports, before all end.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        seconds: float,
+        clock: GradientClock,
+        last_words: Callable[[], None] = lambda: None,
+    ):
+        self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
+        self._seconds, self._clock, self._last_words = seconds, clock, last_words
+        self._period = min(1.0, seconds / 4)
+        self._step, self._beats, self._beaten, self._longest, self._serial = 0, 0, time.monotonic(), 0.0, 0
+        self._end = threading.Event()
+        self._main = threading.get_ident()
+
+    def __enter__(self) -> Watchdog:
+        self._beaten = time.monotonic()
+        if self._world_size > 1:
+            store = dist.distributed_c10d._get_default_store()
+            self._store = dist.PrefixStore("watchdog", store)
+            threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._end.set()
+
+    def beat(self, step: int) -> None:
+        """Tells that the run moves; cheap enough for every step."""
+        now = time.monotonic()
+        self._longest = max(self._longest, now - self._beaten)
+        self._step, self._beats, self._beaten = step, self._beats + 1, now
+
+    def _watch(self) -> None:
+        while not self._end.wait(self._period):
+            report = self._report()
+            self._store.set(str(self._rank), json.dumps(report))
+            patience = PATIENCE_IN_STEPS * (self._seconds if self._beats < FIRST_STEPS else self._longest)
+            if time.monotonic() - self._beaten < max(self._seconds, patience):
+                continue
+            reports = self._collect()
+            if not self._end.is_set() and not any(each["saving"] and each["alive"] for each in reports):
+                self._give_up(reports)
+
+    def _report(self) -> dict[str, Any]:
+        self._serial += 1
+        frame = sys._current_frames().get(self._main)
+        stack = traceback.extract_stack(frame) if frame else traceback.StackSummary()
+        return {
+            "rank": self._rank,
+            "serial": self._serial,
+            "step": self._step,
+            "where": f"{socket.gethostname()}, pid {os.getpid()}",
+            "waits": self._clock.is_waiting or any("distributed_c10d" in entry.filename for entry in stack[-6:]),
+            "saving": any(entry.name in ("save_checkpoint", "save_weights") for entry in stack),
+            "stack": "".join(traceback.format_list([entry for entry in stack if "runpy" not in entry.filename])),
+        }
+
+    def _collect(self) -> list[dict[str, Any]]:
+        """The last report of every process; alive is whose thread still publishes."""
+        before = self._read()
+        self._end.wait(2 * self._period + 1)
+        self._store.set(str(self._rank), json.dumps(self._report()))
+        after = self._read()
+        unknown = {"serial": 0, "step": 0, "where": "never heard of", "waits": False, "saving": False, "stack": ""}
+        reports = [{"rank": rank} | after.get(rank, unknown) for rank in range(self._world_size)]
+        for each in reports:
+            earlier = before.get(each["rank"], unknown)["serial"]
+            each["alive"] = each["rank"] == self._rank or each["serial"] > earlier
+        return reports
+
+    def _read(self) -> dict[int, dict[str, Any]]:
+        ranks = [rank for rank in range(self._world_size) if self._store.check([str(rank)])]
+        return {rank: json.loads(self._store.get(str(rank))) for rank in ranks}
+
+    def _give_up(self, reports: list[dict[str, Any]]) -> None:
+        """One process speaks, then all end; never returns."""
+        speaker = min(each["rank"] for each in reports if each["alive"])
+        if self._rank == speaker:
+            seconds = time.monotonic() - self._beaten
+            print(describe(reports, seconds), file=sys.stderr, flush=True)
+            self._last_words()
+        else:
+            time.sleep(2)  # when one process ends, a launcher ends the others: let the speaker finish
+        os._exit(1)
+
+
+def describe(reports: list[dict[str, Any]], seconds: float) -> str:
+    """One screen: who hangs, where, and who waits for it."""
+    hanging = [each for each in reports if not each["alive"] or not each["waits"]] or reports
+    lines = [f"mnist_dist: nothing has moved for {seconds:.0f} s; all processes end"]
+    for each in hanging:
+        state = "hangs" if each["alive"] else "is frozen or gone"
+        lines += [f"  rank {each['rank']} ({each['where']}) {state} in step {each['step']}:", each["stack"].rstrip()]
+    waiting = [str(each["rank"]) for each in reports if each not in hanging]
+    if waiting:
+        lines.append(f"  waiting for it: rank {', '.join(waiting)}")
+    lines.append("the same command goes on from the last checkpoint")
+    return "\n".join(lines)
