@@ -190,7 +190,7 @@ def train(
 
 
 def _close(parts: Parts) -> None:
-    """Lets the trackers finish; the process group stays, which Accelerate's end_training ends: train may be called again."""
+    """Lets the trackers finish. Not end_training, which ends the process group too: train may be called again."""
     for tracker in parts.accelerator.trackers:
         tracker.finish()
     parts.accelerator.wait_for_everyone()
