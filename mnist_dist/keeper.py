@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import errno
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from mnist_dist.engine.checkpoint import list_checkpoints, newest_checkpoint, save_checkpoint
+from mnist_dist.engine.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint
 from mnist_dist.engine.step import NotFinite
 from mnist_dist.parts import Parts, Progress
-from mnist_dist.recipe import Recipe
-from mnist_dist.runs import RunFolder
+from mnist_dist.recipe import Recipe, load_recipe
+from mnist_dist.recipe_file import Problem, RecipeError
+from mnist_dist.runs import RunFolder, describe_changes
 from mnist_dist.tracking import JSONLTracker, WandbTracker
 
 
@@ -84,6 +86,44 @@ class Keeper:
 
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
+
+
+def adopt(folder: RunFolder, source: str, recipe: Recipe, allow_recipe_change: bool) -> None:
+    """Copies a checkpoint and the metrics up to it into a fresh run folder, which then goes on from there as its own.
+
+    Args:
+        source: a checkpoint, or a run folder, whose newest valid checkpoint it is.
+
+    Raises:
+        RecipeError: there is no valid checkpoint, or its recipe is another one.
+    """
+    if list_checkpoints(folder.checkpoints):
+        return  # the same command again, after it was killed: the folder's own are further on
+
+    def refuse(message: str) -> RecipeError:
+        return RecipeError([Problem("command line: --resume", "", message)])
+
+    path = Path(source)
+    candidates = [path] if path.name.startswith("step-") else list_checkpoints(path / "checkpoints")[::-1]
+    problems = []
+    for candidate in candidates:
+        try:
+            state = load_checkpoint(candidate)
+            break
+        except ValueError as error:
+            problems.append(str(error))
+    else:
+        raise refuse("\n".join(problems) or f"{path} holds no checkpoint; name a run folder or its checkpoints/step-N")
+    origin = RunFolder(candidate.parent.parent)
+    if origin.recipe.is_file() and not allow_recipe_change:
+        changes = describe_changes(load_recipe(origin.recipe), recipe)
+        if changes:
+            listed = "\n".join(changes)
+            raise refuse(f"{candidate} is of another recipe:\n{listed}\ngo on all the same with --allow-recipe-change")
+    if origin.metrics.is_file():
+        folder.metrics.write_bytes(origin.metrics.read_bytes()[: state.get("metrics_bytes", 0)])
+    state.pop("wandb_id", None)  # this run is one of its own there
+    save_checkpoint(folder.checkpoints, state["progress"]["step"], state, keep=recipe.checkpoint.keep)
 
 
 def load_newest(folder: RunFolder, state: PartialState) -> tuple[dict[str, Any], list[str]]:

@@ -1,4 +1,4 @@
-"""What the doctor measures on every rank. Probes return what JSON can carry; the doctor judges those of all together."""
+"""What the doctor measures on every rank. A probe returns what JSON can carry, and judges nothing."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def clock_offset(mine: list[tuple[float, float]], zero: list[tuple[float, float]
 
 
 LINK_SECONDS = 2.0
-"""No further round trip of a size after so long: a cable that has fallen back to 100 Mbit/s is to be named, not awaited."""
+"""No further round trip of a size after so long: a cable fallen back to 100 Mbit/s is to be named, not waited for."""
 
 
 def measure_links(ranks: Ranks) -> dict[str, Any]:
@@ -175,7 +175,7 @@ def measure_links(ranks: Ranks) -> dict[str, Any]:
 
 def _call(sent: Tensor, peer: int, repetitions: int) -> tuple[float, Tensor]:
     """Sends and has it sent back: the shortest time one way, and what came back at last."""
-    heard, times = torch.zeros_like(sent), []
+    heard, times = torch.zeros_like(sent), list[float]()
     while len(times) < repetitions and sum(times) < LINK_SECONDS:
         dist.send(torch.ones(1, device=sent.device), peer)  # there is more to come
         wait(sent.device)

@@ -25,7 +25,7 @@ from mnist_dist.engine.evaluation import Evaluation, Interrupted
 from mnist_dist.engine.interrupts import PREEMPTED, Interrupts
 from mnist_dist.engine.optim import set_rates
 from mnist_dist.engine.watchdog import Watchdog
-from mnist_dist.keeper import Keeper, load_newest
+from mnist_dist.keeper import Keeper, adopt, load_newest
 from mnist_dist.models import build_model, count_parameters
 from mnist_dist.parts import (
     Parts,
@@ -130,7 +130,8 @@ def train(
     Args:
         recipe: from `load_recipe`.
         run_dir: a new folder, or one whose run goes on; None for runs/<recipe>/<date-time>.
-        resume: "auto" to go on with the run that `run_dir` holds, "never" to refuse to.
+        resume: "auto" to go on with the run that `run_dir` holds, "never" to refuse to, or the path of a run folder or
+            checkpoint from which a new one begins.
         allow_recipe_change: go on although the recipe is not the one that the run began with.
         world_size: how many processes there should be; None for what the launcher was asked for, where that is known.
 
@@ -202,7 +203,12 @@ def _open_folder(
     """Rank 0 makes or opens the folder; all learn which it is."""
 
     def on_main() -> RunFolder | None:
-        return RunFolder.open(run_dir, recipe, resume, allow_recipe_change) if state.is_main_process else None
+        if not state.is_main_process:
+            return None
+        folder = RunFolder.open(run_dir, recipe, resume, allow_recipe_change)
+        if resume not in ("auto", "never"):
+            adopt(folder, resume, recipe, allow_recipe_change)
+        return folder
 
     opened = together(state, on_main)
     return RunFolder(Path(broadcast_object_list([str(opened.path) if opened else None])[0]))
@@ -352,7 +358,11 @@ def main(argv: list[str] | None = None) -> int:
         "--run-dir", metavar="DIR", help="a new folder, or one to go on with (default: runs/<recipe>/<date-time>)"
     )
     parser.add_argument(
-        "--resume", choices=["auto", "never"], default="auto", help="go on with --run-dir's run (default)"
+        "--resume",
+        metavar="auto|never|PATH",
+        default="auto",
+        help="go on with --run-dir's run (auto, the default), refuse to (never), or begin a new one from a run folder "
+        "or checkpoint (PATH)",
     )
     parser.add_argument("--world-size", type=int, metavar="N", help="refuse to train in any other number of processes")
     parser.add_argument("--allow-recipe-change", action="store_true", help="go on although the recipe has changed")

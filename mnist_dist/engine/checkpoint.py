@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 
@@ -25,7 +26,8 @@ def save_weights(path: Path, module: nn.Module, about: dict[str, Any]) -> None:
         for name, value in module.state_dict().items()
     }
     staged = path.with_name(path.name + ".tmp")
-    save_file(tensors, staged, metadata={"about": json.dumps(about)})
+    # The libraries' own writing to a path hides a full disk behind an error of their own; a plain write names it.
+    _write(staged, save(tensors, metadata={"about": json.dumps(about)}))
     staged.replace(path)
 
 
@@ -73,7 +75,9 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir()
     try:
-        torch.save(state, staged / "state.pt")
+        content = io.BytesIO()
+        torch.save(state, content)
+        _write(staged / "state.pt", content.getbuffer())
         _flush(staged / "state.pt")
         (staged / MANIFEST).write_text(
             json.dumps({"step": step, "files": {"state.pt": _fingerprint(staged / "state.pt")}})
@@ -132,6 +136,16 @@ def newest_checkpoint(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
             path.rename(aside)
             problems.append(f"{error}; set aside as {aside.name}")
     return None, problems
+
+
+def _write(path: Path, content: bytes | memoryview) -> None:
+    """Writes a file; an OSError from here names it."""
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        path.unlink(missing_ok=True)  # room for the last words of a run on a full disk
+        error.filename = str(path)
+        raise
 
 
 def _fingerprint(path: Path) -> list[Any]:
