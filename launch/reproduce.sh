@@ -14,7 +14,7 @@ for seed in ${SEEDS:-0 1 2 3 4}; do
         run="runs/reproduce/$recipe-seed$seed${overrides[*]:+-${overrides[*]// /-}}"
         runs+=("$run")
         [ "$(cat "$run/STATUS" 2>/dev/null)" = "done" ] && continue
-        python -m mnist_dist.train --recipe "$recipe" --run-dir "$run" seed="$seed" "${overrides[@]}"
+        python -m mnist_dist.train --recipe "$recipe" --run-dir "$run" --world-size 1 seed="$seed" "${overrides[@]}"
     done
 done
 python -m mnist_dist.compare "${runs[@]}"

@@ -88,8 +88,8 @@ class Keeper:
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 
 
-def adopt(folder: RunFolder, source: str, recipe: Recipe, allow_recipe_change: bool) -> None:
-    """Copies a checkpoint and the metrics up to it into a fresh run folder, which then goes on from there as its own.
+def find_checkpoint(source: str, recipe: Recipe, allow_recipe_change: bool) -> tuple[RunFolder, dict[str, Any]]:
+    """The run folder that a checkpoint lies in, and its state.
 
     Args:
         source: a checkpoint, or a run folder, whose newest valid checkpoint it is.
@@ -97,8 +97,6 @@ def adopt(folder: RunFolder, source: str, recipe: Recipe, allow_recipe_change: b
     Raises:
         RecipeError: there is no valid checkpoint, or its recipe is another one.
     """
-    if list_checkpoints(folder.checkpoints):
-        return  # the same command again, after it was killed: the folder's own are further on
 
     def refuse(message: str) -> RecipeError:
         return RecipeError([Problem("command line: --resume", "", message)])
@@ -114,16 +112,22 @@ def adopt(folder: RunFolder, source: str, recipe: Recipe, allow_recipe_change: b
             problems.append(str(error))
     else:
         raise refuse("\n".join(problems) or f"{path} holds no checkpoint; name a run folder or its checkpoints/step-N")
-    origin = RunFolder(candidate.parent.parent)
-    if origin.recipe.is_file() and not allow_recipe_change:
-        changes = describe_changes(load_recipe(origin.recipe), recipe)
-        if changes:
-            listed = "\n".join(changes)
-            raise refuse(f"{candidate} is of another recipe:\n{listed}\ngo on all the same with --allow-recipe-change")
+    origin = RunFolder(candidate.absolute().parent.parent)
+    changes = describe_changes(load_recipe(origin.recipe), recipe) if origin.recipe.is_file() else []
+    if changes and not allow_recipe_change:
+        listed = "\n".join(changes)
+        raise refuse(f"{candidate} is of another recipe:\n{listed}\ngo on all the same with --allow-recipe-change")
+    return origin, state
+
+
+def adopt(folder: RunFolder, origin: RunFolder, state: dict[str, Any], keep: int) -> None:
+    """Puts another run's checkpoint and its metrics up to there into a fresh folder, which goes on as its own run."""
+    if list_checkpoints(folder.checkpoints):
+        return  # the same command again, after it was killed: the folder's own are further on
     if origin.metrics.is_file():
         folder.metrics.write_bytes(origin.metrics.read_bytes()[: state.get("metrics_bytes", 0)])
-    state.pop("wandb_id", None)  # this run is one of its own there
-    save_checkpoint(folder.checkpoints, state["progress"]["step"], state, keep=recipe.checkpoint.keep)
+    state = {key: value for key, value in state.items() if key != "wandb_id"}
+    save_checkpoint(folder.checkpoints, state["progress"]["step"], state, keep=keep)
 
 
 def load_newest(folder: RunFolder, state: PartialState) -> tuple[dict[str, Any], list[str]]:

@@ -25,7 +25,7 @@ from mnist_dist.engine.evaluation import Evaluation, Interrupted
 from mnist_dist.engine.interrupts import PREEMPTED, Interrupts
 from mnist_dist.engine.optim import set_rates
 from mnist_dist.engine.watchdog import Watchdog
-from mnist_dist.keeper import Keeper, adopt, load_newest
+from mnist_dist.keeper import Keeper, adopt, find_checkpoint, load_newest
 from mnist_dist.models import build_model, count_parameters
 from mnist_dist.parts import (
     Parts,
@@ -205,9 +205,10 @@ def _open_folder(
     def on_main() -> RunFolder | None:
         if not state.is_main_process:
             return None
+        source = None if resume in ("auto", "never") else find_checkpoint(resume, recipe, allow_recipe_change)
         folder = RunFolder.open(run_dir, recipe, resume, allow_recipe_change)
-        if resume not in ("auto", "never"):
-            adopt(folder, resume, recipe, allow_recipe_change)
+        if source:
+            adopt(folder, *source, recipe.checkpoint.keep)
         return folder
 
     opened = together(state, on_main)

@@ -146,7 +146,9 @@ def check_engine() -> None:
         if parse_flag_from_env(variable):
             source = launch_settings().get("config_file", "its command line")
             name = variable.removeprefix("ACCELERATE_USE_")
-            what = f"{source} asks for {name}, which this trainer does not speak; use one of launch/accelerate/"
+            what = (
+                f"{source} asks for {name}, which this trainer does not know yet; use launch/accelerate/multi_gpu.yaml"
+            )
             raise RecipeError([Problem("the launcher", "", what)])
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from types import FrameType
 from typing import Any
 
@@ -18,6 +19,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 PREEMPTED = 75
 """Exit code of a run that saved and stopped because it was asked to: run me again (EX_TEMPFAIL of sysexits.h)."""
 
+ECHO_SECONDS = 2.0
+"""A signal this soon after the first is the same request once more: Ctrl-C reaches a process from the terminal and, a
+moment later, from its launcher."""
+
 AGREE_SECONDS = 0.5
 """Processes ask one another about signals about this often."""
 
@@ -28,6 +33,7 @@ class Interrupts:
     def __init__(self, accelerator: Accelerator):
         self._accelerator = accelerator
         self._asked = False
+        self._asked_at = 0.0
         self._questions = 0
         self._every = 1
         self._before: dict[int, Any] = {}
@@ -40,12 +46,15 @@ class Interrupts:
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # A dying launcher may say so several times, once for each of its threads, while we write the last words.
+            echo = self._asked and number == LAUNCHER_DIED and _has_launcher()
+            signal.signal(number, signal.SIG_IGN if echo else handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._asked:
+        if not self._asked:
+            self._asked, self._asked_at = True, time.monotonic()
+        elif number != LAUNCHER_DIED and time.monotonic() - self._asked_at > ECHO_SECONDS:
             os._exit(128 + number)
-        self._asked = True
 
     def pace(self, seconds_per_step: float) -> None:
         """Sets how often the others are asked, from a step's duration, the same number on all processes."""
@@ -62,11 +71,19 @@ class Interrupts:
         return bool(self._accelerator.reduce(asked, reduction="sum"))
 
 
+LAUNCHER_DIED = signal.SIGUSR1
+"""Not SIGTERM: this signal never counts as a second one."""
+
+
+def _has_launcher() -> bool:
+    return bool({"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys())
+
+
 def _die_with_launcher() -> None:
-    """Turns the launcher's death into a SIGTERM: `accelerate launch` forwards no signal to a single process.
+    """Turns the launcher's death into a signal: `accelerate launch` forwards none to a single process.
 
     Only under a launcher: a plain `python -m` may well outlive the shell that started it.
     """
-    if sys.platform == "linux" and {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
+    if sys.platform == "linux" and _has_launcher():
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(set_parent_death_signal, LAUNCHER_DIED)

@@ -55,6 +55,7 @@ class Watchdog:
         if self._world_size > 1:
             store = dist.distributed_c10d._get_default_store()
             self._store = dist.PrefixStore("watchdog", store)
+            self._publish()
             threading.Thread(target=self._watch, daemon=True).start()
         return self
 
@@ -69,14 +70,16 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._end.wait(self._period):
-            report = self._report()
-            self._store.set(str(self._rank), json.dumps(report))
+            self._publish()
             patience = PATIENCE_IN_STEPS * (self._seconds if self._beats < FIRST_STEPS else self._longest)
             if time.monotonic() - self._beaten < max(self._seconds, patience):
                 continue
             reports = self._collect()
             if not self._end.is_set() and not any(each["saving"] and each["alive"] for each in reports):
                 self._give_up(reports)
+
+    def _publish(self) -> None:
+        self._store.set(str(self._rank), json.dumps(self._report()))
 
     def _report(self) -> dict[str, Any]:
         self._serial += 1
@@ -96,7 +99,7 @@ class Watchdog:
         """The last report of every process; alive is whose thread still publishes."""
         before = self._read()
         self._end.wait(2 * self._period + 1)
-        self._store.set(str(self._rank), json.dumps(self._report()))
+        self._publish()
         after = self._read()
         unknown = {"serial": 0, "step": 0, "where": "never heard of", "waits": False, "saving": False, "stack": ""}
         reports = [{"rank": rank} | after.get(rank, unknown) for rank in range(self._world_size)]
