@@ -14,6 +14,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import partial
@@ -208,15 +209,16 @@ def check_folder(ranks: Ranks, run_dir: Path) -> Findings:
         answers = ranks.ask(probe.write)
         sights = ranks.ask(lambda: probe.look([answer["name"] for answer in answers]))
     finally:
-        ranks.ask(probe.clear)
-        ranks.ask(probe.remove_folders)
+        for tidy in (probe.clear, probe.remove_folders):
+            with suppress(Failed):
+                ranks.ask(tidy)
     nodes = [answer["node"] for answer in answers]
     blind = {(rank, other) for rank, unseen in enumerate(sights) for other in unseen}
     if broken := {rank for pair in blind if nodes[pair[0]] == nodes[pair[1]] for rank in pair}:
         yield Finding(FAIL, f"{run_dir}: files written on the same node are not seen", name_ranks(broken))
     elif blind:
         apart = "not shared: checkpoints of a multi-node run need a shared folder"
-        yield Finding(WARN, f"{run_dir}: {apart}", name_ranks({rank for pair in blind for rank in pair}))
+        yield Finding(WARN, f"{run_dir}: {apart}", name_ranks(odd_ones([str(unseen) for unseen in sights])[1]))
     seconds = [answer["seconds"] for answer in answers]
     slow = [rank for rank, each in enumerate(seconds) if each > 1.0]  # by itself: flushing differs by what else is due
     seen = "" if blind or ranks.size == 1 else f", and all {ranks.size} ranks see all files"
@@ -271,7 +273,7 @@ def check_wandb(ranks: Ranks) -> Findings:
         # The time limit of a request does not hold for the look-up of the server's name.
         seconds, problem = ranks.ask(lambda: [0, ""] if ranks.rank else reach(server), limit=2 * WANDB_SECONDS)[0]
     except Failed as failure:
-        seconds, problem = 0.0, next(iter(failure.errors.values()))
+        seconds, problem = failure.values.get(0, (0.0, failure.errors.get(0, "")))
     found = f"{server} cannot be reached ({problem})" if problem else f"{server} answers in {milliseconds(seconds)}"
     yield Finding(NOTE if problem else OK, f"{found}; a run here would be {resolve_mode('auto')[1]}")
 
@@ -365,8 +367,11 @@ def conclude(rows: list[Row]) -> str:
     """One line: fit or not, and what to look at."""
 
     def named(*verdicts: str) -> str:
-        found = [row for row in rows if row.verdict in verdicts]
-        return ", ".join(dict.fromkeys(row.check + (f" ({row.ranks})" if row.ranks else "") for row in found))
+        found: dict[str, list[str]] = {}
+        for row in rows:
+            if row.verdict in verdicts:
+                found.setdefault(row.check, []).extend([row.ranks] if row.ranks else [])
+        return ", ".join(f"{check} ({'; '.join(ranks)})" if ranks else check for check, ranks in found.items())
 
     if failed := named(FAIL):
         return f"not fit to train: {failed}"
@@ -428,7 +433,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         ranks.ask(on_main)  # when one process ends, a launcher ends the others: all wait for the table
     except Failed as failure:
-        raise RecipeError([Problem("the report", "", str(failure))]) from failure
+        if 0 in failure.errors:
+            raise RecipeError([Problem("the report", "", failure.errors[0])]) from failure
     return ranks.leave(0 if is_fit(rows) else 1)
 
 

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
+from mnist_dist.command_line import RunError
+
 LIMIT = 45.0
 """Seconds that an action may take."""
 
@@ -27,12 +29,12 @@ GRACE = 5.0
 class Failed(Exception):
     """An action that could not be done, on some ranks at least; raised on all of them alike.
 
-    `errors`: what happened, by rank. Ranks that only waited for these are not among them.
+    `errors`: what happened, by rank; ranks that only waited for these are not among them. `values`: the other answers.
     """
 
-    def __init__(self, errors: dict[int, str]):
+    def __init__(self, errors: dict[int, str], values: dict[int, Any] | None = None):
         super().__init__("; ".join(f"rank {rank}: {what}" for rank, what in errors.items()))
-        self.errors = errors
+        self.errors, self.values = errors, values or {}
 
 
 class Ranks:
@@ -70,17 +72,19 @@ class Ranks:
 
         Raises:
             Failed: on every rank, where one raised, hung or was not heard of.
+            RunError: rank 0, which collects the answers, is gone.
         """
         if meets and not self.can_meet:
             raise Failed(dict.fromkeys(range(self.size), "not tried: an earlier meeting of all processes failed"))
         limit = LIMIT if limit is None else limit
         self._round += 1
         answers = self._exchange(self._attempt(action, meets, limit), limit)
-        failures = {rank: answer for rank, answer in enumerate(answers) if "value" not in answer}
+        values = {rank: answer["value"] for rank, answer in enumerate(answers) if "value" in answer}
+        failures = {rank: answer for rank, answer in enumerate(answers) if rank not in values}
         if failures:
             self.can_meet = self.can_meet and not meets
-            own = {rank: answer["error"] for rank, answer in failures.items() if not answer.get("waited")}
-            raise Failed(own or {rank: answer["error"] for rank, answer in failures.items()})
+            guilty = {rank: answer for rank, answer in failures.items() if not answer.get("waited")} or failures
+            raise Failed({rank: answer["error"] for rank, answer in guilty.items()}, values)
         return [answer["value"] for answer in answers]
 
     def leave(self, code: int) -> int:
@@ -137,7 +141,7 @@ class Ranks:
         if self.rank:
             heard = self._hear(f"{self._round}/all", 2 * (limit + GRACE))
             if heard is None:
-                raise RuntimeError("rank 0 is not heard of any more")
+                raise RunError("rank 0 is not heard of any more")
             return json.loads(heard)
         deadline, answers = time.monotonic() + limit + GRACE, []
         for rank in range(self.size):

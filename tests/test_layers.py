@@ -10,8 +10,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "mnist_dist"
 
 ROOMS = {"models", "data", "engine", "tracking", "reports"}
-DOORS = {"train", "evaluate", "predict", "export", "benchmark", "compare"}
-BEHIND_THE_DOORS = {"keeper", "parts", "runs", "command_line", "recipe", "recipe_file"}
+DOORS = {"train", "evaluate", "predict", "export", "benchmark", "compare", "doctor"}
+BEHIND_THE_DOORS = {"keeper", "parts", "runs", "command_line", "recipe", "recipe_file", "world", "ranks", "probes"}
 MAY_USE = {"engine": {"data"}}
 
 # Heavy or optional packages, and the one place that imports each.
