@@ -140,17 +140,17 @@ def to_markdown(rows: list[Row]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def replace_between_marks(path: Path, text: str) -> None:
+def replace_between_marks(path: Path, text: str, marks: tuple[str, str] = MARKS) -> None:
     """Writes `text` between a file's two marks, and leaves the rest as it is.
 
     Raises:
         RecipeError: the file lacks the marks.
     """
     content = path.read_text(encoding="utf-8")
-    before, start, rest = content.partition(MARKS[0])
-    _, end, after = rest.partition(MARKS[1])
+    before, start, rest = content.partition(marks[0])
+    _, end, after = rest.partition(marks[1])
     if not start or not end:
-        raise RecipeError([Problem(str(path), "", f"has no lines {MARKS[0]} and {MARKS[1]} to write between")])
+        raise RecipeError([Problem(str(path), "", f"has no lines {marks[0]} and {marks[1]} to write between")])
     path.write_text(f"{before}{start}\n{text}\n{end}{after}", encoding="utf-8")
 
 

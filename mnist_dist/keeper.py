@@ -7,10 +7,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from mnist_dist.engine.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint
+from mnist_dist.engine.checkpoint import (
+    list_checkpoints,
+    load_checkpoint,
+    load_weights,
+    newest_checkpoint,
+    save_checkpoint,
+)
 from mnist_dist.engine.step import NotFinite
 from mnist_dist.parts import Parts, Progress
 from mnist_dist.recipe import Recipe, load_recipe
@@ -48,6 +55,9 @@ class Keeper:
             if isinstance(tracker, WandbTracker):
                 state["wandb_id"] = tracker.run_id
         if self._parts.accelerator.is_main_process:
+            # Before the first evaluation what stands there is of a later moment, from before a kill.
+            if self._progress.evaluated_at and self._folder.best.is_file():
+                state["best"] = _content(self._folder.best)
             save_checkpoint(self._folder.checkpoints, self._progress.step, state, keep=self._recipe.checkpoint.keep)
 
     def last_words(self) -> None:
@@ -134,6 +144,28 @@ def load_newest(folder: RunFolder, state: PartialState) -> tuple[dict[str, Any],
     """The newest valid checkpoint ({} where there is none), equal on all processes; and what is wrong with others."""
     found: list[Any] = [None]
     if state.is_main_process:
-        found = [newest_checkpoint(folder.checkpoints)]
+        checkpoint, problems = newest_checkpoint(folder.checkpoints)
+        if checkpoint and "best" in checkpoint:
+            problems += _put_back(checkpoint.pop("best"), folder.best)
+        found = [(checkpoint, problems)]
     checkpoint, problems = broadcast_object_list(found)[0]
     return checkpoint or {}, problems
+
+
+def _content(path: Path) -> torch.Tensor:
+    """A file's bytes, uint8."""
+    return torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
+
+
+def _put_back(content: torch.Tensor, best: Path) -> list[str]:
+    """Makes the best weights those that a checkpoint knows of; says so if they were damaged or gone."""
+    try:
+        load_weights(best)
+        problems = []
+    except (OSError, ValueError) as error:
+        problems = [f"{error}; put back from the checkpoint"]
+    if problems or not torch.equal(_content(best), content):
+        staged = best.with_name(best.name + ".tmp")
+        staged.write_bytes(content.numpy().tobytes())
+        staged.replace(best)
+    return problems

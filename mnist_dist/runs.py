@@ -70,8 +70,9 @@ class RunFolder:
                         f"the run in {folder.path} began with another recipe:\n{listed}\n"
                         "name a new folder, or go on with --allow-recipe-change"
                     )
-            folder.plots.mkdir(exist_ok=True)
+            # First of all files: by it the same command knows its own folder again, whenever this one is killed.
             write_text(folder.recipe, recipe.to_yaml())
+            folder.plots.mkdir(exist_ok=True)
             folder.set_status("running")
         except OSError as error:
             what = f"{error.filename or run_dir} cannot be written: {error.strerror}; give another --run-dir"

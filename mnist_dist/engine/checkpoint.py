@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import os
-import pickle
 import shutil
 import time
 from pathlib import Path
@@ -28,7 +27,9 @@ def save_weights(path: Path, module: nn.Module, about: dict[str, Any]) -> None:
     staged = path.with_name(path.name + ".tmp")
     # The libraries' own writing to a path hides a full disk behind an error of their own; a plain write names it.
     _write(staged, save(tensors, metadata={"about": json.dumps(about)}))
+    _flush(staged)
     staged.replace(path)
+    _flush(path.parent)  # a checkpoint that counts on these weights may follow at once
 
 
 def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -49,7 +50,7 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 # --- checkpoints --------------------------------------------------------------------------------------------------
 
-MANIFEST = "manifest.json"
+STATE, MANIFEST = "state.pt", "manifest.json"
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
@@ -66,22 +67,21 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
     """
     folder.mkdir(parents=True, exist_ok=True)
     final, staged = folder / f"step-{step}", folder / f".step-{step}.staged"
+    for left_over in folder.glob(".step-*.staged"):  # by a run that was killed while saving, perhaps at another step
+        shutil.rmtree(left_over)
     if final.exists():  # a resumed run was asked to stop before its first step: the state of a step is always the same
         try:
             load_checkpoint(final)
             return final
         except ValueError:
-            shutil.rmtree(final)
-    shutil.rmtree(staged, ignore_errors=True)
+            _remove(final)
     staged.mkdir()
     try:
         content = io.BytesIO()
         torch.save(state, content)
-        _write(staged / "state.pt", content.getbuffer())
-        _flush(staged / "state.pt")
-        (staged / MANIFEST).write_text(
-            json.dumps({"step": step, "files": {"state.pt": _fingerprint(staged / "state.pt")}})
-        )
+        _write(staged / STATE, content.getbuffer())
+        _flush(staged / STATE)
+        (staged / MANIFEST).write_text(json.dumps({"step": step, "files": {STATE: _fingerprint(staged / STATE)}}))
         _flush(staged / MANIFEST)
         _flush(staged)
         staged.rename(final)
@@ -90,13 +90,17 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
         shutil.rmtree(staged, ignore_errors=True)
         raise
     for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        _remove(old)
     return final
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Published checkpoints, oldest first."""
-    found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
+    found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
@@ -108,20 +112,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        for name, fingerprint in manifest["files"].items():
-            if _fingerprint(path / name) != fingerprint:
-                raise ValueError(f"{name} is not the file that was written")
-        return torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RuntimeError,
-        EOFError,
-        pickle.UnpicklingError,
-    ) as error:
+        if path.name != f"step-{manifest['step']}":
+            raise ValueError(f"it was written as step-{manifest['step']}")
+        if manifest["files"][STATE] != _fingerprint(path / STATE):
+            raise ValueError(f"{STATE} is not the file that was written")
+        return torch.load(path / STATE, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling raises a kind of its own for every sort of damage
         raise ValueError(f"{path} is damaged: {error}") from error
 
 

@@ -15,11 +15,15 @@ class JSONLTracker(GeneralTracker):
     requires_logging_directory = False
 
     def __init__(self, path: Path, keep_bytes: int = 0):
-        """Continues a file after its first `keep_bytes` bytes; what a killed run wrote beyond them is written again."""
+        """Continues a file after its first `keep_bytes` bytes; what a killed run wrote beyond them is written again.
+
+        Of a file that has become shorter the whole lines stay.
+        """
         super().__init__()
         self.path = path
         path.touch()
-        os.truncate(path, keep_bytes)
+        with path.open("rb+") as file:
+            file.truncate(file.read(keep_bytes).rfind(b"\n") + 1)
         self._file = path.open("a", encoding="utf-8")
 
     @property
