@@ -1,0 +1,177 @@
+"""`python -m mnist_dist.train`, unchanged, that says where it is and can be made to stand still at a chosen point.
+
+The trainer holds nothing made for tests: its functions are wrapped here, from outside. Two environment variables:
+
+FAULTS_NOTES  a path; process p of rank r appends to `<path>.<r>.<p>` at each begin and end of a phase: nanoseconds,
+              "+" or "-", the phase and the step
+FAULTS_HOLD   "<step> <point>": at the first such point after that many updates rank 0 notes "held" and waits to be
+              killed
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mnist_dist.command_line import run_door
+from mnist_dist.engine import checkpoint
+from mnist_dist.engine.interrupts import Interrupts
+from mnist_dist.engine.step import Update
+from mnist_dist.keeper import Keeper
+from mnist_dist.parts import Parts, Progress
+from mnist_dist.tracking import JSONLTracker
+
+train = importlib.import_module("mnist_dist.train")  # by this name the package gives the function
+
+
+class Point(NamedTuple):
+    """A moment in the work with a file: before a function is called for it, or with half of its work done."""
+
+    phase: str
+    function: str
+    """Of those in `FUNCTIONS`."""
+    file: str
+    """Matches the name of the file or folder that the function is given."""
+    half: bool = False
+
+
+POINTS = {
+    "recipe.yaml half written": Point("start", "write_text", r"recipe\.yaml\.tmp", half=True),
+    "before recipe.yaml has its name": Point("start", "replace", r"recipe\.yaml"),
+    "before STATUS has its name": Point("start", "replace", "STATUS"),
+    "half a line of metrics.jsonl": Point("step", "log", r"metrics\.jsonl", half=True),
+    "before the state is written": Point("saving", "_write", r"state\.pt"),
+    "state half written": Point("saving", "_write", r"state\.pt", half=True),
+    "before the manifest": Point("saving", "write_text", r"manifest\.json"),
+    "manifest half written": Point("saving", "write_text", r"manifest\.json", half=True),
+    "before the rename": Point("saving", "rename", r"step-\d+"),
+    "after the rename, before old ones go": Point("saving", "rmtree", r"step-\d+"),
+    "an old one half gone": Point("saving", "rmtree", r"step-\d+", half=True),
+    "best.safetensors half written": Point("saving", "_write", r"best\.safetensors\.tmp", half=True),
+    "before best.safetensors has its name": Point("saving", "replace", r"best\.safetensors"),
+    "last.safetensors half written": Point("saving", "_write", r"last\.safetensors\.tmp", half=True),
+    "before last.safetensors has its name": Point("saving", "replace", r"last\.safetensors"),
+    "before the summary has its name": Point("ending", "replace", r"summary\.json"),
+    "before STATUS is done": Point("ending", "replace", "STATUS"),
+}
+
+
+class Victim:
+    """Where this process is, and where it is to stand still."""
+
+    def __init__(self) -> None:
+        rank = os.environ.get("RANK", "0")
+        path = f"{os.environ['FAULTS_NOTES']}.{rank}.{os.getpid()}"
+        self._notes = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        self._step, self._phases = 0, ["start"]
+        hold = os.environ.get("FAULTS_HOLD") if rank == "0" else None
+        self._hold_step, self._hold = (int(hold.split(" ", 1)[0]), hold.split(" ", 1)[1]) if hold else (0, None)
+        self._note("+", "start")
+
+    def _note(self, sign: str, phase: str) -> None:
+        # One write is one line, and it is the kernel's when it returns: SIGKILL takes nothing of it back.
+        os.write(self._notes, f"{time.monotonic_ns()} {sign} {phase} {self._step}\n".encode())
+
+    def enter(self, phase: str) -> None:
+        self._phases.append(phase)
+        self._note("+", phase)
+
+    def leave(self) -> None:
+        self._note("-", self._phases.pop())
+
+    def count(self, step: int) -> None:
+        """So many updates have been made."""
+        self._step = step
+
+    def during(self, phase: str, owner: type, name: str) -> None:
+        """Notes the begin and end of each call of a method."""
+        real = getattr(owner, name)
+
+        @functools.wraps(real)
+        def noted(*args: Any, **keywords: Any) -> Any:
+            self.enter(phase)
+            try:
+                return real(*args, **keywords)
+            finally:
+                self.leave()
+
+        setattr(owner, name, noted)
+
+    def gate(self, owner: Any, name: str, path_of: Callable[..., Any]) -> None:
+        """Stands still at a call of this function if it is the point to do so."""
+        real = getattr(owner, name)
+
+        @functools.wraps(real)
+        def gated(*args: Any, **keywords: Any) -> Any:
+            point, path = POINTS.get(self._hold or ""), path_of(*args)
+            if point and point.function == name and isinstance(path, str | Path):
+                due = point.phase in self._phases and self._step >= self._hold_step
+                if due and re.fullmatch(point.file, Path(path).name):
+                    if point.half:
+                        self._do_half(functools.partial(real, *args, **keywords), Path(path), appends=name == "log")
+                    self._note("+", "held")
+                    while True:
+                        time.sleep(60)
+            return real(*args, **keywords)
+
+        setattr(owner, name, gated)
+
+    @staticmethod
+    def _do_half(call: Callable[[], Any], path: Path, appends: bool) -> None:
+        if path.is_dir():  # about to be removed
+            next(path.iterdir()).unlink()
+            return
+        before = path.stat().st_size if appends else 0
+        call()
+        os.truncate(path, (before + path.stat().st_size) // 2)
+
+
+def main() -> int:
+    victim = Victim()  # until here all is "start"
+    victim.gate(checkpoint, "_write", lambda path, *rest: path)
+    victim.gate(shutil, "rmtree", lambda path, *rest: path)
+    victim.gate(Path, "write_text", lambda path, *rest: path)
+    for name in ("rename", "replace"):
+        victim.gate(Path, name, lambda path, target: target)
+    victim.gate(JSONLTracker, "log", lambda tracker, *rest: tracker.path)
+    victim.during("step", Update, "__call__")
+    victim.during("evaluation", Parts, "judge")
+    for name in ("checkpoint", "best", "last"):
+        victim.during("saving", Keeper, name)
+
+    # "start" ends where the handlers of signals stand, "ending" begins where they are gone.
+    fit, update, enter, leave = train.fit, Update.__call__, Interrupts.__enter__, Interrupts.__exit__
+
+    def fitted(*args: Any) -> bool:
+        victim.count(next(each.step for each in args if isinstance(each, Progress)))
+        return fit(*args)
+
+    def updated(self: Update, plan: Any, index: int, step: int) -> None:
+        update(self, plan, index, step)
+        victim.count(step + 1)
+
+    def entered(interrupts: Interrupts) -> Interrupts:
+        enter(interrupts)
+        victim.leave()
+        victim.enter("step")
+        return interrupts
+
+    def left(interrupts: Interrupts, *error: object) -> None:
+        victim.leave()
+        victim.enter("ending")
+        leave(interrupts, *error)
+
+    train.fit, Update.__call__, Interrupts.__enter__, Interrupts.__exit__ = fitted, updated, entered, left
+    return run_door(train.main)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

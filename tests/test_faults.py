@@ -1,0 +1,152 @@
+"""The fault driver's short version: runs that are killed, signalled or damaged end in the undisturbed run's bytes.
+
+`python -m tests.faults` does the same at length.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import signal
+from typing import Any
+
+import pytest
+import torch
+
+from mnist_dist.engine.checkpoint import list_checkpoints, newest_checkpoint, save_checkpoint
+from tests.faults.__main__ import table_of
+from tests.faults.damage import KINDS, Scene
+from tests.faults.training import EVERY_STATE, STEPS, bytes_of, differences, finish
+from tests.faults.trials import (
+    PLACES,
+    Blow,
+    Place,
+    Trial,
+    blow_trial,
+    damage_trial,
+    kills_of,
+    restart_trial,
+    signals_of,
+    steps_of,
+)
+from tests.faults.victim import POINTS
+
+KILL = signal.SIGKILL
+BLOWS = [
+    [
+        (Place("start", "before recipe.yaml has its name"), KILL),
+        (Place("saving", "state half written"), KILL),
+        (Place("evaluation"), signal.SIGINT),
+        (Place("step"), KILL),
+        (Place("step"), signal.SIGTERM),
+        (Place("saving"), signal.SIGUSR1),
+        (Place("saving", "last.safetensors half written"), KILL),
+    ],
+    [
+        (Place("start"), signal.SIGTERM),
+        (Place("start"), KILL),
+        (Place("step"), signal.SIGUSR1),
+        (Place("evaluation"), KILL),
+        (Place("saving", "after the rename, before old ones go"), KILL),
+        (Place("step"), signal.SIGINT),
+        (Place("ending", "before STATUS is done"), KILL),
+    ],
+]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> dict[str, Any]:
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    finish(run_dir, 1, *EVERY_STATE)
+    return bytes_of(run_dir)
+
+
+@pytest.mark.parametrize("blows", BLOWS, ids=["first", "second"])
+def test_killed_and_stopped_again_and_again_it_ends_in_the_same_bytes(blows, tmp_path, undisturbed):
+    trial = blow_trial(tmp_path, undisturbed, seed=0, world_size=1, blows=blows)
+    assert trial.problem is None, str(trial)
+    assert len(trial.blows) == len(blows)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_in_the_same_bytes(tmp_path, undisturbed):
+    kinds = ["state: one bit flipped", "run folder: best.safetensors truncated"]
+    trial = damage_trial(tmp_path, undisturbed, seed=0, world_size=1, kinds=kinds)
+    assert trial.problem is None, str(trial)
+
+
+def test_a_killed_worker_is_started_again_by_torchrun_and_two_processes_end_in_the_same_bytes(tmp_path):
+    finish(tmp_path / "whole", 2, *EVERY_STATE)
+    trial = restart_trial(tmp_path, bytes_of(tmp_path / "whole"), seed=0, world_size=2)
+    assert trial.problem is None, str(trial)
+
+
+# --- damaged checkpoints, without a run ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith("run folder")])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_newest_valid_checkpoint_is_used_and_a_damaged_one_named_and_set_aside(kind, seed, tmp_path):
+    checkpoints = tmp_path / "checkpoints"
+    for step in (7, 14, 21):
+        save_checkpoint(checkpoints, step, {"step": step, "weights": torch.full((1000,), float(step))}, keep=3)
+    scene = Scene(tmp_path, random.Random(seed))
+    KINDS[kind](scene)
+    state, problems = newest_checkpoint(checkpoints)
+    assert (state and f"step-{state['step']}") == (scene.used and scene.used.name)
+    assert len(problems) == len(scene.named)
+    for name, problem in zip(scene.named, problems, strict=True):
+        assert name in problem and "set aside" in problem
+        assert list(checkpoints.glob(f"damaged-{name}-*")), "nothing is thrown away that somebody may want to look at"
+    assert not scene.harm.exists()
+    # What is left stands in nobody's way.
+    for step in (21, 28, 35):
+        save_checkpoint(checkpoints, step, {"step": step}, keep=2)
+    assert [path.name for path in list_checkpoints(checkpoints)] == ["step-28", "step-35"]
+    assert not list(checkpoints.glob(".step-*.staged"))
+
+
+# --- the driver itself: would it see what it looks for? -----------------------------------------------------------
+
+
+def test_the_driver_goes_round_all_places_and_leaves_each_run_a_way_to_its_end():
+    seeds = range(len(PLACES))
+    assert {place for seed in seeds for place, _ in kills_of(seed)} == set(PLACES)
+    assert {place.point for place in PLACES} == {None, *POINTS}
+    assert len({blow for seed in seeds for blow in signals_of(seed)}) == 3 * 5
+    for seed in seeds:
+        places = [place for place, _ in kills_of(seed)]
+        steps = [
+            (step, place.only_at_the_end)
+            for step, place in zip(steps_of(places, random.Random(seed)), places, strict=True)
+            if place.phase != "start"
+        ]
+        assert steps == sorted(steps)
+        assert all(step == STEPS if at_the_end else step <= STEPS - 7 for step, at_the_end in steps)
+
+
+def test_the_driver_sees_every_byte_that_differs(tmp_path, undisturbed):
+    assert differences(undisturbed, undisturbed) == []
+    chosen = random.Random(0).sample(sorted(undisturbed), 200)
+    for place in [*chosen, "last.safetensors", "best.safetensors", "metrics.jsonl, line 0", "summary.json"]:
+        value = undisturbed[place]
+        if isinstance(value, bytes):
+            changed = value[:-1] + bytes([value[-1] ^ 1])
+        elif isinstance(value, tuple) and isinstance(value[-1], bytes):  # a tensor
+            changed = (*value[:-1], value[-1][:-1] + bytes([value[-1][-1] ^ 1]))
+        else:
+            changed = "another"
+        assert differences(undisturbed | {place: changed}, undisturbed) == [place]
+    gone = {place: value for place, value in undisturbed.items() if place != "metrics.jsonl, line 3"}
+    assert differences(gone, undisturbed) == ["metrics.jsonl, line 3"]
+    kept = {place: value for place, value in undisturbed.items() if not re.match(r"step-\d\b", place)}
+    assert differences(kept, undisturbed) == []
+
+
+def test_a_run_that_ends_in_other_bytes_loses_all_its_blows():
+    step, saving = Blow("SIGKILL", "step", "any moment", ""), Blow("SIGKILL", "saving", "before the rename", "")
+    rows = table_of([Trial([step]), Trial([step, saving], problem="it ended in other bytes")])
+    assert rows == [
+        ("SIGKILL", "step", "1 / 2", "2 any moment"),
+        ("SIGKILL", "saving", "0 / 1", "1 before the rename"),
+        ("all", "", "1 / 3", ""),
+    ]
