@@ -82,10 +82,12 @@ def bare_step(recipe: Recipe, precision: str, dataset: Dataset, state: PartialSt
     )
 
 
-def trainer(recipe: Recipe, precision: str, dataset: Dataset, state: PartialState, folder: Path) -> Contender:
+def trainer(
+    recipe: Recipe, precision: str, dataset: Dataset, state: PartialState, folder: Path, name: str = "mnist_dist"
+) -> Contender:
     """The trainer as a user runs it: data, augmentation, clipping, metrics, console, W&B offline."""
     parts = build_parts(recipe, precision, dataset.train, build_module(recipe, dataset))
-    run = RunFolder.open(folder / f"run-{state.process_index}", recipe)
+    run = RunFolder.open(folder / f"{name}-{state.process_index}", recipe)
     open_trackers(recipe, parts, dataset, run, {}, quiet=True)
     progress = Progress()
     keep = Keeper(run, recipe, parts, progress)
@@ -97,7 +99,7 @@ def trainer(recipe: Recipe, precision: str, dataset: Dataset, state: PartialStat
         fit(recipe, replace(parts, total_steps=progress.step + steps), judged_on, keep, progress)
         return parts.meter.train_seconds - before
 
-    return Contender("mnist_dist", train)
+    return Contender(name, train)
 
 
 def tensor_loop(recipe: Recipe, precision: str, dataset: Dataset, state: PartialState) -> Contender:
@@ -294,6 +296,9 @@ def measure(recipe: Recipe, rounds: int, steps: int) -> dict[str, Any]:
             plain_loader(*common, workers),
             accelerate_loader(*common, workers),
         ]
+        if recipe.logical_shards:  # what exactness costs
+            plain = recipe.model_copy(update={"logical_shards": None})
+            contenders.append(trainer(plain, *common[1:], Path(folder), "mnist_dist without logical shards"))
         if precision != "no":  # what a user has who does not turn autocast on
             contenders.append(plain_loader(recipe, "no", dataset, state, workers))
         seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
