@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -42,6 +43,9 @@ def command(run_dir: Path, world_size: int = 1, *words: str, module: str = "mnis
 
 def start(line: list[str], **variables: str) -> subprocess.Popen[str]:
     """Starts a command in a session of its own, with what it says kept in one stream."""
+    # A shell starts what it puts into the background deaf to Ctrl-C, and a child inherits that.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     return subprocess.Popen(
         line,
         cwd=REPOSITORY,
