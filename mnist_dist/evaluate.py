@@ -1,0 +1,157 @@
+"""A run folder -> accuracy, loss, classes, confusions, calibration: `python -m mnist_dist.evaluate runs/simple_cnn/…`.
+
+With the run's own data the numbers are those of its last evaluation, to the image: same code, batches, precision.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from mnist_dist.command_line import Parser, run_door
+from mnist_dist.data import Images
+from mnist_dist.engine.evaluation import Evaluation
+from mnist_dist.engine.evaluation import evaluate as judge
+from mnist_dist.parts import load_data
+from mnist_dist.recipe import load_recipe
+from mnist_dist.recipe_file import Problem, RecipeError
+from mnist_dist.runs import Run, load_run
+from mnist_dist.world import choose_threads, launched_world
+
+EXAMPLES = """\
+examples:
+  python -m mnist_dist.evaluate runs/simple_cnn/20260101-120000
+  python -m mnist_dist.evaluate runs/mine --weights best --json report.json
+  python -m mnist_dist.evaluate runs/mine --data fashion_mnist data.root=/data
+"""
+
+BINS = 15
+"""Of equal width, as in Guo et al., "On Calibration of Modern Neural Networks", ICML 2017."""
+
+
+def evaluate(run: Run, *overrides: str, split: str = "test") -> dict[str, Any]:
+    """Judges a run's network on its own data, or on other data that `overrides` name.
+
+    Args:
+        overrides: recipe keys, e.g. `data.dataset=kmnist`.
+        split: "test", or "validation" for the images that the recipe held out.
+
+    Returns:
+        `accuracy` (percent), `loss`, `images`, `calibration_error` (0 to 1), `classes` (for each its `images`,
+        `correct` and `accuracy`), `confusion` (rows: truth, columns: prediction), `weights`, `split`, `dataset`.
+
+    Raises:
+        RecipeError: no weights there, no such data, or data of another number of classes.
+    """
+    state = launched_world()
+    choose_threads(state)
+    recipe = load_recipe(run.folder.recipe, *overrides)
+    dataset = load_data(recipe, state)
+    if split == "validation" and not dataset.has_validation:
+        raise RecipeError([Problem("command line", "--split", "this run held no validation images out")])
+    data = dataset.held_out if split == "validation" else dataset.test
+    try:
+        module, classes = run.model, run.about["classes"]
+    except (OSError, ValueError) as error:
+        raise RecipeError([Problem(str(run.folder.path), "", str(error))]) from error
+    if len(classes) != len(data.classes):
+        what = f"{recipe.data.dataset} has {len(data.classes)} classes, the network {len(classes)}"
+        raise RecipeError([Problem("command line", "data.dataset", what)])
+    AcceleratorState._reset_state()  # a notebook may evaluate runs of two precisions
+    accelerator = Accelerator(mixed_precision=recipe.mixed_precision or "no")
+    layout = torch.channels_last if recipe.engine.channels_last else torch.contiguous_format
+    module.to(accelerator.device, memory_format=layout)  # type: ignore[call-overload]
+    # Normalised as the network was trained, also on other data.
+    images = Images(data.images, data.labels, data.classes, run.about["mean"], run.about["std"]).to(accelerator.device)
+    found = judge(accelerator, module, images, batch_size=recipe.eval_batch_size)
+    return report(found, data.labels, data.classes) | {
+        "dataset": recipe.data.dataset,
+        "split": split,
+        "weights": run.weights,
+    }
+
+
+def report(found: Evaluation, labels: Tensor, classes: tuple[str, ...]) -> dict[str, Any]:
+    """An evaluation in plain values, class by class."""
+    predictions = found.probabilities.argmax(dim=1)
+    pairs = torch.bincount(labels * len(classes) + predictions, minlength=len(classes) ** 2)
+    confusion = pairs.view(len(classes), len(classes))
+    counts, hits = confusion.sum(dim=1).tolist(), confusion.diagonal().tolist()
+    return {
+        "accuracy": found.accuracy,
+        "loss": found.loss,
+        "images": len(labels),
+        "calibration_error": calibration_error(found.probabilities, labels),
+        "classes": {
+            name: {"images": count, "correct": hit, "accuracy": 100 * hit / count if count else None}
+            for name, count, hit in zip(classes, counts, hits, strict=True)
+        },
+        "confusion": confusion.tolist(),
+    }
+
+
+def calibration_error(probabilities: Tensor, labels: Tensor) -> float:
+    """Expected calibration error: how far confidence is from accuracy, averaged over bins of confidence.
+
+    Args:
+        probabilities: float32 (N, classes). labels: int64 (N,).
+    """
+    confidence, predictions = probabilities.double().max(dim=1)
+    correct = (predictions == labels).double()
+    bins = (confidence * BINS).ceil().long().sub(1).clamp(0, BINS - 1)
+    gaps = torch.zeros(BINS, dtype=torch.float64).index_add(0, bins, correct - confidence)
+    return float(gaps.abs().sum() / len(labels))
+
+
+def show(result: dict[str, Any], classes: list[str]) -> None:
+    """The report as two tables."""
+    console = Console()
+    console = console if console.is_terminal else Console(width=160)
+    console.print(
+        f"{result['accuracy']:.2f} % of {result['images']:,} images ({result['dataset']}, {result['split']}), "
+        f"loss {result['loss']:.4f}, calibration error {result['calibration_error']:.4f}, {result['weights']} weights",
+        highlight=False,
+    )
+    table = Table("class", "accuracy", "images", *classes, box=None, title="rows: truth, columns: prediction")
+    for (name, each), row in zip(result["classes"].items(), result["confusion"], strict=True):
+        accuracy = "" if each["accuracy"] is None else f"{each['accuracy']:.2f} %"
+        table.add_row(name, accuracy, str(each["images"]), *(str(count) if count else "·" for count in row))
+    console.print(table)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The door: exit code 0, or 2 for a folder or data that cannot be judged."""
+    parser = Parser("mnist_dist.evaluate", "Judges the network of a run folder.", EXAMPLES)
+    parser.add_argument("run", metavar="RUN", help="a run folder")
+    parser.add_argument("--weights", choices=["last", "best"], default="last", help="default: last")
+    parser.add_argument("--split", choices=["test", "validation"], default="test", help="default: test")
+    parser.add_argument("--data", metavar="NAME", help="another data set of as many classes, e.g. qmnist")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report to FILE")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys, e.g. data.root=/data")
+    arguments = parser.parse_intermixed_args(argv)
+    try:
+        run = load_run(arguments.run, arguments.weights)
+    except FileNotFoundError as error:
+        raise RecipeError([Problem(arguments.run, "", str(error))]) from error
+    data = [f"data.dataset={arguments.data}"] if arguments.data else []
+    result = evaluate(run, *data, *arguments.overrides, split=arguments.split)
+    if launched_world().is_main_process:
+        if arguments.json:
+            arguments.json.write_text(json.dumps(result, indent=2) + os.linesep, encoding="utf-8")
+        show(result, list(result["classes"]))
+    launched_world().destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_door(main))
