@@ -12,19 +12,26 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 if TYPE_CHECKING:
     from mnist_dist.models import build_model
+    from mnist_dist.predict import predict_digit
     from mnist_dist.recipe import load_recipe
     from mnist_dist.runs import load_run
     from mnist_dist.train import train
 
 __version__ = "0.1.0"
-__all__ = ["build_model", "load_recipe", "load_run", "train"]
+__all__ = ["build_model", "load_recipe", "load_run", "predict_digit", "train"]
 
 
 def __getattr__(name: str) -> Any:
     """Imports a public name when it is first asked for: `python -m mnist_dist.train` must not import itself twice."""
     from importlib import import_module
 
-    homes = {"build_model": "models", "load_recipe": "recipe", "load_run": "runs", "train": "train"}
+    homes = {
+        "build_model": "models",
+        "load_recipe": "recipe",
+        "load_run": "runs",
+        "predict_digit": "predict",
+        "train": "train",
+    }
     if name not in homes:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{homes[name]}"), name)
