@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 # Before torch is imported: GNU OpenMP's threads spin for milliseconds at every barrier while they wait for one another,
-# and beside any other load on the cores that is most of the time (here 18 times slower, and 1 % faster without load).
+# and beside any other load on the cores that is most of the time (here 14 to 18 times slower; without load nothing is lost).
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 if TYPE_CHECKING:
