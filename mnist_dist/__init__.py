@@ -6,8 +6,8 @@ From Python: `train(load_recipe("simple_cnn", "epochs=1"))`, `build_model("ms_ra
 import os
 from typing import TYPE_CHECKING, Any
 
-# Before torch is imported: GNU OpenMP's threads spin for milliseconds at every barrier while they wait for one another,
-# and beside any other load on the cores that is most of the time (here 14 to 18 times slower; without load nothing is lost).
+# Before torch is imported: GNU OpenMP's threads spin for milliseconds at every barrier while they wait for one another.
+# Beside any other load on the cores that made two threads 14 to 18 times slower here; without load nothing is lost.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 if TYPE_CHECKING:
