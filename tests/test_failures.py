@@ -236,6 +236,16 @@ def test_a_process_that_hangs_is_named_with_its_stack_and_all_end(how, tmp_path)
 # --- Weights & Biases ---------------------------------------------------------------------------------------------
 
 
+# A user waits 30 s for a server that does not answer; a test need not.
+SOONER = """
+import sys
+from mnist_dist.tracking import weights_and_biases
+from mnist_dist.train import main
+weights_and_biases.INIT_SECONDS = 5
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def train_with_wandb(run_dir: Path, **environment: str) -> subprocess.Popen:
     words = [
         "--recipe",
@@ -247,7 +257,7 @@ def train_with_wandb(run_dir: Path, **environment: str) -> subprocess.Popen:
         "tracking.wandb.mode=auto",
     ]
     variables = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")} | environment
-    command = [sys.executable, "-m", "mnist_dist.train", *words, "--run-dir", str(run_dir)]
+    command = [sys.executable, "-c", SOONER, *words, "--run-dir", str(run_dir)]
     return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
