@@ -67,7 +67,7 @@ def started(*command: str | Path, **variables: str) -> Iterator[subprocess.Popen
 
 def finish(process: subprocess.Popen, expected: int = 0) -> str:
     output, _ = process.communicate(timeout=240)
-    assert process.returncode == expected, output
+    assert process.returncode == expected, f"exit code {process.returncode}\n{output}"
     return output
 
 
