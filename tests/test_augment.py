@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
 from mnist_dist.data import Augmentation, normalize
-from mnist_dist.data.augment import affine_matrices
+from mnist_dist.data.augment import affine_grid, affine_matrices
 from mnist_dist.data.batches import uniform
 
 COUNT, SIDE = 40, 28
@@ -47,6 +47,12 @@ def only(*kinds: str) -> dict[str, Tensor]:
         "shear": torch.zeros(COUNT),
     }
     return {**nothing, **{kind: value for kind, value in random_parameters().items() if kind in kinds}}
+
+
+def test_the_grid_is_pytorch_s():
+    warps = warps_of(random_parameters())
+    theirs = F.affine_grid(warps, [COUNT, 1, SIDE, SIDE], align_corners=False)
+    torch.testing.assert_close(affine_grid(warps, SIDE), theirs, rtol=0, atol=2e-6)
 
 
 def warps_of(parameters: dict[str, Tensor]) -> Tensor:
