@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DDPCommunicationHookType, GradientAccumulationPlugin, broadcast
+from accelerate.utils import GradientAccumulationPlugin, broadcast
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mnist_dist.data import Batches, Dataset, Images, derive_seed, load_dataset
+from mnist_dist.engine.all_reduce import reduce_gradients
 from mnist_dist.engine.checkpoint import save_weights
 from mnist_dist.engine.evaluation import Evaluation, evaluate
 from mnist_dist.engine.metrics import GradientClock, Meter
@@ -211,7 +212,6 @@ def build_parts(recipe: Recipe, precision: str, train_data: Images, module: nn.M
         # PyTorch's own size, but for the first bucket too, which is 1 MB unless told: small gradients travel once.
         bucket_cap_mb=25,
         find_unused_parameters=recipe.ddp.find_unused_parameters,
-        comm_hook=DDPCommunicationHookType({"none": "no"}.get(recipe.ddp.comm_hook, recipe.ddp.comm_hook)),
     )
     # Said here, so that no launcher's variable says otherwise: accumulation and compilation are the recipe's.
     accelerator = Accelerator(
@@ -246,8 +246,10 @@ def build_parts(recipe: Recipe, precision: str, train_data: Images, module: nn.M
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
         # Logical shards add up gradients themselves, in an order of their own.
         model = accelerator.prepare_model(module, evaluation_mode=recipe.logical_shards is not None)
-        optimizer = accelerator.prepare(optimizer)
-    meter, clock = Meter(accelerator), GradientClock(module, accelerator)
+        if accelerator.scaler is not None:
+            optimizer = accelerator.prepare(optimizer)  # without a scaler it adds nothing but its own time
+    meter, clock = Meter(accelerator), GradientClock()
+    reduce_gradients(model, accelerator.device, recipe.ddp.comm_hook, clock)
     shards = LogicalShards(recipe.logical_shards, accelerator, module, clock) if recipe.logical_shards else None
     update = Update(
         accelerator,

@@ -274,6 +274,7 @@ def _header(recipe: Recipe, parts: Parts, dataset: Dataset) -> dict[str, str]:
 def _summarize(recipe: Recipe, parts: Parts, progress: Progress, test: Evaluation | None) -> dict[str, Any]:
     full_epochs, rest = divmod(progress.step, parts.batches.steps_per_epoch)
     images = full_epochs * parts.batches.num_samples + rest * recipe.batch_size
+    logging = sum(each.log_seconds for each in parts.accelerator.trackers if isinstance(each, WandbTracker))
     summary = {
         "recipe": recipe.name,
         "model": recipe.model.name,
@@ -287,6 +288,7 @@ def _summarize(recipe: Recipe, parts: Parts, progress: Progress, test: Evaluatio
         "steps": progress.step,
         "images_per_second": round(images / parts.meter.train_seconds, 1),
         **parts.meter.per_process(parts.update.clock),
+        "wandb_share": round(logging / parts.meter.train_seconds, 6),
         "skipped_steps": parts.update.skipped,
         "launch": launch_settings(),
         "train.last.loss": progress.last["train/epoch_loss"],

@@ -136,9 +136,11 @@ def launch_until(step: int, world_size: int, run_dir: Path, *words: str) -> None
 
 UNTIL = """
 import os, signal, sys
+from mnist_dist.engine import interrupts
 from mnist_dist.engine.step import Update
 from mnist_dist.train import main
 
+interrupts.AGREE_SECONDS = 0  # processes ask one another at every step
 update = Update.__call__
 def counted(self, plan, index, step):
     update(self, plan, index, step)
@@ -163,6 +165,7 @@ def test_the_summary_tells_of_processes_and_of_waiting(tmp_path):
     assert summary["nodes"] == 1 and summary["launch"]["launcher"] == "accelerate launch"
     assert len(summary["images_per_second_per_process"]) == 2
     assert all(0 < share < 1 for share in summary["communication_share_per_process"])
+    assert summary["wandb_share"] == 0  # disabled in tests
 
 
 # --- the launcher's world -----------------------------------------------------------------------------------------

@@ -274,6 +274,7 @@ def test_an_unreachable_wandb_costs_nothing_but_a_line(tmp_path):
     assert "this run is logged offline" in output
     assert len(losses(tmp_path / "run")) == 300
     assert list((tmp_path / "run").glob("wandb/offline-run-*/*.wandb")), "there is something for wandb sync"
+    assert load_run(tmp_path / "run").summary["wandb_share"] > 0
 
 
 def test_a_killed_wandb_costs_nothing_but_a_line(tmp_path):

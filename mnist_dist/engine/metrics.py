@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class Meter:
@@ -104,41 +104,23 @@ class GradientClock:
     By the host's clock, so on a GPU, whose work the host does not wait for, it stays 0.
     """
 
-    def __init__(self, module: nn.Module, accelerator: Accelerator):
+    def __init__(self) -> None:
         self.seconds = 0.0
-        self._left = self._expected = 0
         self._arrival: float | None = None
-        if accelerator.num_processes > 1 and accelerator.device.type == "cpu":
-            for parameter in module.parameters():
-                if parameter.requires_grad:
-                    parameter.register_post_accumulate_grad_hook(self._arrived)
-                    self._expected += 1
 
     @property
     def is_waiting(self) -> bool:
         """Whether all of this process's gradients are there and those of others are not; for another thread to ask."""
         return self._arrival is not None
 
+    def arrived(self) -> None:
+        """The last of this process's gradients is there."""
+        self._arrival = time.perf_counter()
+
     @contextmanager
     def backward(self) -> Iterator[None]:
-        """Around the backward pass that sends the gradients."""
-        self._left = self._expected
+        """Around whatever ends when the others' gradients are there."""
         yield
-        self._end()
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Around a call that does nothing but wait for others."""
-        self._arrival = time.perf_counter()
-        yield
-        self._end()
-
-    def _arrived(self, parameter: Tensor) -> None:
-        self._left -= 1
-        if self._left == 0:
-            self._arrival = time.perf_counter()
-
-    def _end(self) -> None:
         if self._arrival is not None:
             self.seconds += time.perf_counter() - self._arrival
             self._arrival = None

@@ -63,7 +63,8 @@ class LogicalShards:
         ((_, total),) = self._branches
         self._branches = []
         if self._accelerator.num_processes > 1:
-            with self._clock.waiting():
+            with self._clock.backward():
+                self._clock.arrived()
                 branches = self._accelerator.gather(total[None])
             total = _tree_sum(list(branches))
         pieces = iter(total.split([tensor.numel() for tensor in [*self._parameters, *self._buffers]]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import netrc
 import os
+import time
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -55,6 +56,8 @@ class WandbTracker(WandBTracker):
         settings = Settings(init_timeout=INIT_SECONDS, finish_timeout=60, silent=True, console="off")
         super().__init__(project, mode=mode, dir=str(directory), settings=settings, **init)
         self._say, self._alive = say, False
+        self.log_seconds = 0.0
+        """What all calls of `log` took of the training's time."""
 
     def start(self) -> None:
         try:
@@ -81,7 +84,9 @@ class WandbTracker(WandBTracker):
 
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
         if self._alive:
+            started = time.perf_counter()
             self._guard("log", self.run.log, values)
+            self.log_seconds += time.perf_counter() - started
 
     def summarize(self, values: dict[str, Any]) -> None:
         """Best and last values, shown in W&B's table of runs."""
