@@ -72,8 +72,18 @@ def one_bad_image(monkeypatch):
     monkeypatch.setattr(Breaks, "broken", True)
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_sample(tmp_path, one_bad_image):
-    recipe = load_recipe("lenet5", *WORDS, f"model.name={__name__}:Breaks", *STILL)
+@pytest.fixture(params=["host", "device"])
+def judge(request, monkeypatch) -> list[str]:
+    """Who sees that a gradient is not finite; the device says so at the next log line only, as on a GPU."""
+    if request.param == "device":
+        from mnist_dist.engine import step as module
+
+        monkeypatch.setattr(module, "judges_on_device", lambda optimizer, accelerator: True)
+    return ["ema_decay=0.9", *(["log_every=4"] if request.param == "device" else [])]
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_sample(tmp_path, one_bad_image, judge):
+    recipe = load_recipe("lenet5", *WORDS, f"model.name={__name__}:Breaks", *STILL, *judge)
     with pytest.raises(RunError) as caught:
         train(recipe, tmp_path / "run")
     message = str(caught.value)
@@ -94,8 +104,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_sample(
     ).read_bytes()
 
 
-def test_a_step_that_is_not_finite_may_be_passed_over(tmp_path, one_bad_image):
-    words = [f"model.name={__name__}:Breaks", *STILL, "on_nonfinite=skip"]
+def test_a_step_that_is_not_finite_may_be_passed_over(tmp_path, one_bad_image, judge):
+    words = [f"model.name={__name__}:Breaks", *STILL, "on_nonfinite=skip", *judge]
     summary = train(load_recipe("lenet5", *WORDS, *words), tmp_path / "run")
     assert summary["skipped_steps"] == 2 and summary["steps"] == 10  # once an epoch
     assert all(torch.isfinite(value).all() for value in load_run(tmp_path / "run").model.state_dict().values())

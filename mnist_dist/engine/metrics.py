@@ -38,9 +38,9 @@ class Meter:
         self._before_step.copy_(self._sums)
         self._steps += 1
 
-    def forget_step(self) -> None:
-        """Takes back what the current step added."""
-        self._sums.copy_(self._before_step)
+    def forget_step(self, bad: Tensor) -> None:
+        """Takes back what the current step added if `bad` (bool scalar on the device)."""
+        self._sums.copy_(torch.where(bad, self._before_step, self._sums))
 
     def read(self) -> dict[str, float]:
         """Mean loss, accuracy in percent and images/s, over all processes, since the last read; starts anew."""

@@ -26,6 +26,11 @@ class NotFinite(Exception):
         self.step = step
 
 
+def judges_on_device(optimizer: Optimizer, accelerator: Accelerator) -> bool:
+    """Whether the optimizer's kernel can pass over a bad gradient itself, where asking the device means to wait."""
+    return accelerator.device.type != "cpu" and accelerator.scaler is None and bool(optimizer.defaults.get("fused"))
+
+
 class Update:
     """Computes this process's share of a global batch and makes the update that the whole batch asks for.
 
@@ -68,8 +73,11 @@ class Update:
         self.clip_grad_norm, self.label_smoothing = clip_grad_norm, label_smoothing
         self.micro_batch_size, self.meets_in_forward = micro_batch_size, meets_in_forward
         self.on_nonfinite = on_nonfinite
-        self.skipped = 0
+        self.latches = judges_on_device(optimizer, accelerator)
         self._norm = torch.zeros(())
+        self._bad = torch.zeros((), dtype=torch.bool, device=accelerator.device)
+        self._first_bad = torch.full((), -1, dtype=torch.int64, device=accelerator.device)
+        self._skipped = torch.zeros((), dtype=torch.int64, device=accelerator.device)
 
         self._parameters, self._buffers = list(module.parameters()), list(module.buffers())
 
@@ -77,7 +85,8 @@ class Update:
         """Trains on global batch `index` of the epoch; `step` counts updates from the start of the run.
 
         Raises:
-            NotFinite: on all processes alike, for all see the same reduced gradient.
+            NotFinite: on all processes alike, for all see the same reduced gradient. Where that is judged on the device
+                it is `check` that raises.
         """
         self.meter.begin_step()
         before = [buffer.clone() for buffer in self._buffers]
@@ -89,15 +98,14 @@ class Update:
 
         self._norm = self._clip()
         # fp16's scaler passes over such steps itself, and lowers its scale.
-        if self.accelerator.scaler is None and not bool(torch.isfinite(self._norm)):
-            self._take_back(before)
-            if self.on_nonfinite == "stop":
-                raise NotFinite(step)
-            self.skipped += 1
-            return
+        if self.accelerator.scaler is None:
+            self._judge(before, step)
+            if not self.latches and self._bad:
+                self.check()
+                return
         self.optimizer.step()
         if self.average is not None:
-            self.average.update_parameters(self.module)
+            self._move_average(self.average)
 
     def _compute_share(self, plan: EpochPlan, index: int, step: int) -> None:
         """Gradients of this process's rows; the last backward pass averages them over the processes."""
@@ -172,16 +180,59 @@ class Update:
 
     def grad_norm(self) -> float:
         """Norm of the last update's gradient over all parameters, before clipping. Waits for the device."""
+        self.check()
         return float(self._norm)
+
+    @property
+    def skipped(self) -> int:
+        """Steps passed over so far. Waits for the device."""
+        return int(self._skipped)
 
     # --- what can go wrong --------------------------------------------------------------------------------------
 
-    def _take_back(self, before: list[Tensor]) -> None:
-        """Undoes what a forward pass left in buffers and counters."""
+    def check(self) -> None:
+        """Raises NotFinite for the first step whose gradient was not, where the run shall stop. Waits for the device.
+
+        To be asked before anything is made of the weights: since that step nothing has changed but the step's number.
+        """
+        if self.on_nonfinite == "stop" and self._bad:
+            step = int(self._first_bad)
+            self._bad.zero_()
+            self._first_bad.fill_(-1)
+            raise NotFinite(step)
+
+    def _judge(self, before: list[Tensor], step: int) -> None:
+        """Has the update do nothing, and undoes what the forward pass did, if the gradient is not finite.
+
+        On a GPU without waiting for it: the optimizer's kernel reads the flag, as it does for a gradient scaler, and
+        steps after a bad one change nothing either until `check` is asked.
+        """
+        bad = ~torch.isfinite(self._norm)
+        self._bad = bad if self.on_nonfinite == "skip" else self._bad | bad
+        if self.latches:
+            self._first_bad = torch.where(self._bad & (self._first_bad < 0), step, self._first_bad)
+            self.optimizer.found_inf = self._bad.float()  # type: ignore[attr-defined]
+        elif not self._bad:
+            return
+        else:
+            self._first_bad.fill_(step)
+            self.optimizer.zero_grad()
+        self._skipped += self._bad
+        self._take_back(before, self._bad)
+
+    def _move_average(self, average: AveragedModel) -> None:
+        """Moves the averaged weights towards the new ones, unless the step was passed over on the device."""
+        tensors = [*average.parameters(), *average.buffers()] if self.latches else []
+        before = [tensor.detach().clone() for tensor in tensors]
+        average.update_parameters(self.module)
+        for tensor, value in zip(tensors, before, strict=True):
+            tensor.data.copy_(torch.where(self._bad, value, tensor.data))
+
+    def _take_back(self, before: list[Tensor], bad: Tensor) -> None:
+        """Undoes what a forward pass left in buffers and counters if `bad` (bool scalar on the device)."""
         for buffer, value in zip(self._buffers, before, strict=True):
-            buffer.copy_(value)
-        self.meter.forget_step()
-        self.optimizer.zero_grad()
+            buffer.copy_(torch.where(bad, value, buffer))
+        self.meter.forget_step(bad)
 
     @torch.no_grad()
     def culprits(self, step: int) -> list[tuple[int, list[int]]]:
@@ -222,5 +273,6 @@ class Update:
 
         before = [buffer.clone() for buffer in self._buffers]
         attempt()
-        self._take_back(before)
+        self._take_back(before, torch.ones_like(self._bad))
+        self.optimizer.zero_grad()
         return min(gather_object([size]))
