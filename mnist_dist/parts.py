@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import GradientAccumulationPlugin, broadcast
+from accelerate.utils import GradientAccumulationPlugin, broadcast, patch_environment
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -27,6 +27,7 @@ from mnist_dist.data import Batches, Dataset, Images, derive_seed, load_dataset
 from mnist_dist.engine.all_reduce import reduce_gradients
 from mnist_dist.engine.checkpoint import save_weights
 from mnist_dist.engine.evaluation import Evaluation, evaluate
+from mnist_dist.engine.fully_sharded import cut_model_state, cut_optimizer_state, gathered, shard_parameters, whole
 from mnist_dist.engine.metrics import GradientClock, Meter
 from mnist_dist.engine.optim import Schedule, build_optimizer, build_schedule
 from mnist_dist.engine.shards import LogicalShards
@@ -35,12 +36,13 @@ from mnist_dist.engine.sync_batchnorm import synchronize_batch_norm
 from mnist_dist.models import build_model
 from mnist_dist.recipe import Recipe, check_freeze
 from mnist_dist.recipe_file import Problem, RecipeError
-from mnist_dist.world import check_engine, together
+from mnist_dist.world import asks_for_fsdp, check_engine, fsdp_settings, together
 
 
 def check_world(recipe: Recipe, state: PartialState) -> str:
     """Refuses what this device and world cannot do; returns the precision to train in."""
     check_engine()
+    _check_fsdp(recipe, state)
     precision = recipe.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     problem = recipe.problem if recipe.mixed_precision else partial(Problem, "the launcher")
     if precision not in ("no", "bf16", "fp16"):
@@ -145,14 +147,15 @@ class Parts:
         if self.accelerator.num_processes > 1:
             for buffer in self.judged.buffers():
                 broadcast(buffer)
-        return evaluate(self.accelerator, self.judged, data, batch_size=batch_size, interrupted=interrupted)
+        with gathered(self.judged):
+            return evaluate(self.accelerator, self.judged, data, batch_size=batch_size, interrupted=interrupted)
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next update depends on; asks all processes. No random state: there is none."""
         scaler = self.accelerator.scaler
         return {
-            "model": self.module.state_dict(),
-            "optimizer": self.update.optimizer.state_dict(),
+            "model": whole(self.module.state_dict()),
+            "optimizer": whole(self.update.optimizer.state_dict()),
             "average": self.update.average.state_dict() if self.update.average else None,
             "scaler": scaler.state_dict() if scaler else None,
             "schedule": self.schedule.state_dict(),
@@ -161,8 +164,9 @@ class Parts:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up where `state_dict` was taken, at this world size or another."""
-        self.module.load_state_dict(state["model"])
-        self.update.optimizer.load_state_dict(state["optimizer"])
+        optimizer = self.update.optimizer
+        self.module.load_state_dict(cut_model_state(state["model"], self.module))
+        optimizer.load_state_dict(cut_optimizer_state(state["optimizer"], optimizer))
         if self.update.average:
             self.update.average.load_state_dict(state["average"])
         if self.accelerator.scaler and state["scaler"]:
@@ -171,11 +175,12 @@ class Parts:
         self.meter.load_state_dict(state["meter"])
 
     def save_weights(self, path: Path, recipe: Recipe) -> None:
-        """Saves the judged weights, on rank 0, with what is needed to rebuild and feed the network."""
+        """Saves the judged weights, with what rebuilds and feeds the network, on rank 0; asks all processes."""
+        weights = whole(self.judged.state_dict())
         if self.accelerator.is_main_process:
             data = self.update.data
             about = {"recipe": recipe.name, "model": recipe.model.name, "keywords": recipe.model.keywords}
-            save_weights(path, self.judged, about | {"classes": data.classes, "mean": data.mean, "std": data.std})
+            save_weights(path, weights, about | {"classes": data.classes, "mean": data.mean, "std": data.std})
 
 
 @dataclass
@@ -202,6 +207,25 @@ class Progress:
         return True
 
 
+WHOLE_ONLY = {
+    "ema_decay": None,
+    "logical_shards": None,
+    "sync_batchnorm": False,
+    "micro_batch_size": None,
+}
+"""Keys, with the value that leaves them out, of what needs whole parameters on every process."""
+
+
+def _check_fsdp(recipe: Recipe, state: PartialState) -> None:
+    if asks_for_fsdp() and state.num_processes > 1:
+        what = "cannot be had with FSDP; leave it out or launch without (launch/accelerate/multi_gpu.yaml)"
+        problems = [recipe.problem(key, what) for key, off in WHOLE_ONLY.items() if getattr(recipe, key) != off]
+        if recipe.mixed_precision == "fp16":
+            problems.append(recipe.problem("mixed_precision", f"fp16 {what}; or take bf16"))
+        if problems:
+            raise RecipeError(problems)
+
+
 def build_parts(recipe: Recipe, precision: str, train_data: Images, module: nn.Module) -> Parts:
     """Builds everything the loop uses, on the device, prepared by Accelerate."""
     _set_determinism(recipe.deterministic)
@@ -214,12 +238,14 @@ def build_parts(recipe: Recipe, precision: str, train_data: Images, module: nn.M
         find_unused_parameters=recipe.ddp.find_unused_parameters,
     )
     # Said here, so that no launcher's variable says otherwise: accumulation and compilation are the recipe's.
-    accelerator = Accelerator(
-        mixed_precision=precision,
-        kwargs_handlers=[ddp],
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        dynamo_backend="no",
-    )
+    # So is sharding ours: Accelerate knows it on GPUs only, and the checkpoints shall be the same with it and without.
+    with patch_environment(ACCELERATE_USE_FSDP="false"):
+        accelerator = Accelerator(
+            mixed_precision=precision,
+            kwargs_handlers=[ddp],
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            dynamo_backend="no",
+        )
     augmentation = recipe.data.augment.build()
     batches = Batches(len(train_data), recipe.batch_size, recipe.seed, augmentation=augmentation)
     total_steps = min(recipe.epochs * batches.steps_per_epoch, recipe.max_steps or sys.maxsize)
@@ -230,11 +256,15 @@ def build_parts(recipe: Recipe, precision: str, train_data: Images, module: nn.M
         total_steps=total_steps,
         **recipe.schedule.keywords,
     )
-    layout = torch.channels_last if recipe.engine.channels_last else torch.contiguous_format
+    sharded = asks_for_fsdp() and accelerator.num_processes > 1
+    # FSDP2 cuts contiguous parameters only.
+    layout = torch.channels_last if recipe.engine.channels_last and not sharded else torch.contiguous_format
     module.to(accelerator.device, memory_format=layout)  # type: ignore[call-overload]
     synchronized = recipe.sync_batchnorm and accelerator.num_processes > 1
     if synchronized:
         module = synchronize_batch_norm(module, accelerator.device)
+    if sharded:
+        shard_parameters(module, accelerator.device, **fsdp_settings())
     average = None
     if recipe.ema_decay is not None:
         average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay), use_buffers=True)
@@ -244,8 +274,8 @@ def build_parts(recipe: Recipe, precision: str, train_data: Images, module: nn.M
     with warnings.catch_warnings():
         # torch 2.15 renames the option; accelerate 1.15 knows it by its old name only.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-        # Logical shards add up gradients themselves, in an order of their own.
-        model = accelerator.prepare_model(module, evaluation_mode=recipe.logical_shards is not None)
+        # Sharded parameters bring their own reduction, and so do logical shards, in an order of their own.
+        model = accelerator.prepare_model(module, evaluation_mode=sharded or recipe.logical_shards is not None)
         if accelerator.scaler is not None:
             optimizer = accelerator.prepare(optimizer)  # without a scaler it adds nothing but its own time
     meter, clock = Meter(accelerator), GradientClock()
@@ -267,7 +297,7 @@ def build_parts(recipe: Recipe, precision: str, train_data: Images, module: nn.M
         meets_in_forward=synchronized,
         on_nonfinite=recipe.on_nonfinite,
     )
-    notes = []
+    notes = ["FSDP2: parameters, gradients and optimizer state lie in shards over the processes"] if sharded else []
     if recipe.micro_batch_size == "auto":
         update.micro_batch_size = update.find_micro_batch_size(batches.plan(0, accelerator.device))
         notes.append(f"micro_batch_size auto: {update.micro_batch_size} images at once fit into memory")

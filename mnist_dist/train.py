@@ -153,6 +153,8 @@ def train(
     module = together(state, lambda: build_module(recipe, dataset))
     folder, keep = _open_folder(recipe, run_dir, state, resume, allow_recipe_change), None
     try:
+        if state.is_main_process:
+            write_text(folder.model_summary, summarize_model(module) + "\n")
         parts = build_parts(recipe, precision, dataset.train, module)
         checkpoint, problems = load_newest(folder, state)
         progress = Progress(**checkpoint.get("progress", {}))
@@ -235,8 +237,6 @@ def open_trackers(
     console = ConsoleTracker(parts.total_steps, recipe.epochs, split, folder.console, quiet=quiet)
     wandb = recipe.tracking.wandb
     mode, why = resolve_mode(wandb.mode)
-    summary = summarize_model(parts.module)
-    write_text(folder.model_summary, summary + "\n")
     console.header(_header(recipe, parts, dataset) | {"wandb": why, "run folder": str(folder.path)})
     if checkpoint:
         console.say(f"goes on after step {checkpoint['progress']['step']:,}")

@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -133,23 +133,39 @@ def launch_settings() -> dict[str, str]:
     return settings
 
 
-FOREIGN_ENGINES = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_FSDP")
+FOREIGN_ENGINES = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
+
+
+def asks_for_fsdp() -> bool:
+    """Whether the launcher asks for sharded parameters."""
+    return parse_flag_from_env("ACCELERATE_USE_FSDP")
+
+
+def fsdp_settings() -> dict[str, Any]:
+    """What of the launcher's FSDP configuration `shard_parameters` takes."""
+    return {
+        "smallest": int(os.environ.get("FSDP_MIN_NUM_PARAMS") or 1_000_000),
+        "reshard": parse_flag_from_env("FSDP_RESHARD_AFTER_FORWARD", default=True),
+    }
 
 
 def check_engine() -> None:
-    """Refuses sharding engines: parameters must be whole on every process.
+    """Refuses engines that this trainer does not know.
 
     Raises:
         RecipeError: a flag or a configuration file of the launcher asks for one.
     """
-    for variable in FOREIGN_ENGINES:
-        if parse_flag_from_env(variable):
-            source = launch_settings().get("config_file", "its command line")
-            name = variable.removeprefix("ACCELERATE_USE_")
-            what = (
-                f"{source} asks for {name}, which this trainer does not know yet; use launch/accelerate/multi_gpu.yaml"
-            )
-            raise RecipeError([Problem("the launcher", "", what)])
+    asked = [name.removeprefix("ACCELERATE_USE_") for name in FOREIGN_ENGINES if parse_flag_from_env(name)]
+    if asks_for_fsdp():
+        if os.environ.get("FSDP_VERSION") != "2":
+            asked.append("FSDP's first version")
+        if parse_flag_from_env("FSDP_OFFLOAD_PARAMS"):
+            asked.append("FSDP's offloading to the host")
+    if asked:
+        source = launch_settings().get("config_file", "its command line")
+        known = "use launch/accelerate/multi_gpu.yaml or fsdp2.yaml"
+        what = f"{source} asks for {', '.join(asked)}, which this trainer does not know; {known}"
+        raise RecipeError([Problem("the launcher", "", what)])
 
 
 def choose_threads(state: PartialState) -> None:

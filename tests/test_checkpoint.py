@@ -29,7 +29,7 @@ def small_network(seed: int = 0) -> nn.Module:
 @pytest.fixture
 def weights_file(tmp_path) -> Path:
     path = tmp_path / "best.safetensors"
-    save_weights(path, small_network(), ABOUT)
+    save_weights(path, small_network().state_dict(), ABOUT)
     return path
 
 
@@ -49,7 +49,7 @@ def test_weights_come_back_in_any_memory_layout(tmp_path, saved_as, loaded_as):
     module = small_network(seed=0).to(memory_format=saved_as)
     module(torch.rand(4, 1, 28, 28))  # moves batch norm's buffers
     path = tmp_path / "weights.safetensors"
-    save_weights(path, module, {})
+    save_weights(path, module.state_dict(), {})
     tensors, _ = load_weights(path)
     assert_equal(tensors, module.state_dict())
     assert all(tensor.is_contiguous() for tensor in tensors.values())
@@ -65,7 +65,7 @@ def test_tied_weights_are_saved_under_every_name(tmp_path):
         return module
 
     module, path = tied(), tmp_path / "weights.safetensors"
-    save_weights(path, module, {})
+    save_weights(path, module.state_dict(), {})
     tensors, _ = load_weights(path)
     assert_equal(tensors, module.state_dict())
     other = tied()
@@ -87,7 +87,7 @@ def test_every_kind_of_buffer_comes_back(tmp_path):
     }
     for name, value in buffers.items():
         module.register_buffer(name, value)
-    save_weights(path, module, {})
+    save_weights(path, module.state_dict(), {})
     assert_equal(load_weights(path)[0], buffers)
 
 
@@ -96,7 +96,7 @@ def test_buffers_that_share_memory_come_back(tmp_path):
     whole = torch.arange(12.0).view(3, 4)
     module.register_buffer("whole", whole)
     module.register_buffer("part", whole[1:])
-    save_weights(path, module, {})
+    save_weights(path, module.state_dict(), {})
     assert_equal(load_weights(path)[0], {"whole": whole, "part": whole[1:]})
 
 
@@ -163,7 +163,7 @@ def test_an_absent_file_is_not_called_damaged(tmp_path):
 
 def test_saving_replaces_the_old_file_and_leaves_nothing_beside_it(weights_file):
     module = small_network(seed=1)
-    save_weights(weights_file, module, {"model": "another"})
+    save_weights(weights_file, module.state_dict(), {"model": "another"})
     tensors, about = load_weights(weights_file)
     assert_equal(tensors, module.state_dict())
     assert about == {"model": "another"}
@@ -180,11 +180,11 @@ def test_a_save_that_breaks_off_leaves_the_old_file(weights_file, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "_write", break_off)
     with pytest.raises(OSError, match="No space left"):
-        save_weights(weights_file, small_network(seed=1), ABOUT)
+        save_weights(weights_file, small_network(seed=1).state_dict(), ABOUT)
     assert weights_file.read_bytes() == before
 
     monkeypatch.undo()  # what was left beside it is in nobody's way
-    save_weights(weights_file, small_network(seed=1), ABOUT)
+    save_weights(weights_file, small_network(seed=1).state_dict(), ABOUT)
     assert_equal(load_weights(weights_file)[0], small_network(seed=1).state_dict())
     assert list(weights_file.parent.iterdir()) == [weights_file]
 
@@ -199,6 +199,6 @@ def test_the_file_is_written_beside_its_place(tmp_path, monkeypatch):
         where.write_bytes(content)
 
     monkeypatch.setattr(checkpoint, "_write", note)
-    save_weights(path, small_network(), ABOUT)
+    save_weights(path, small_network().state_dict(), ABOUT)
     assert [where.parent for where in staged] == [tmp_path]
     assert path.exists()

@@ -13,13 +13,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
 from mnist_dist import load_recipe, load_run, train
+from mnist_dist.parts import check_world
+from mnist_dist.recipe_file import RecipeError
 from mnist_dist.train import main
 
 ROOT = Path(__file__).parent.parent
@@ -124,6 +128,42 @@ def test_cpu_sh_is_the_run_of_one_process(tmp_path, alone):
     launch(LAUNCH / "cpu.sh", "2", "1", *WORDS, "--run-dir", tmp_path / "run")
     assert load_run(tmp_path / "run").summary["world_size"] == 2
     assert losses(tmp_path / "run") == pytest.approx(alone, rel=1e-6)
+
+
+def test_sharded_parameters_give_the_run_of_one_process_and_its_checkpoints(tmp_path):
+    # Three batches are evaluated by two processes; the momentum shows whether the optimizer's state was taken over.
+    words = ["optimizer.momentum=0.9", "clip_grad_norm=1", "data.limit_test=150", "eval_batch_size=64"]
+    words += ["checkpoint.every_steps=4", "checkpoint.keep=9"]
+    recipe = load_recipe("lenet5", *OVERRIDES, *words)
+    train(recipe, tmp_path / "whole")
+
+    def launch_sharded(name: str, *more: str | Path) -> None:
+        launcher = ["accelerate", "launch", "--quiet", "--config_file", LAUNCH / "accelerate" / "fsdp2.yaml"]
+        launcher += ["--num_processes", "2", "--fsdp_min_num_params", "1000", "-m", "mnist_dist.train"]
+        output = launch(*launcher, "--world-size", "2", *WORDS, *words, "--run-dir", tmp_path / name, *more)
+        assert "FSDP2" in output
+
+    launch_sharded("sharded")
+    launch_sharded("from whole", "--resume", tmp_path / "whole" / "checkpoints" / "step-4")
+    train(recipe, tmp_path / "from sharded", resume=str(tmp_path / "sharded" / "checkpoints" / "step-4"))
+    for name in ("sharded", "from whole", "from sharded"):
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "whole"), rel=1e-6)
+        ours, theirs = (load_run(tmp_path / run).model.state_dict() for run in (name, "whole"))
+        for key, value in theirs.items():
+            torch.testing.assert_close(ours[key], value, rtol=1e-4, atol=1e-6)
+
+
+def test_what_needs_whole_parameters_is_refused_where_they_are_sharded(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    keys = {"ema_decay": "0.9", "logical_shards": "2", "micro_batch_size": "8", "mixed_precision": "fp16"}
+    recipe = load_recipe("lenet5", *(f"{key}={value}" for key, value in keys.items()))
+    with pytest.raises(RecipeError) as caught:
+        check_world(recipe, SimpleNamespace(num_processes=2))
+    assert {problem.key for problem in caught.value.problems} == set(keys)
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    with pytest.raises(RecipeError, match="FSDP's first version"):
+        check_world(recipe, SimpleNamespace(num_processes=2))
 
 
 STARTS_FOUR = {

@@ -14,16 +14,13 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 
-def save_weights(path: Path, module: nn.Module, about: dict[str, Any]) -> None:
-    """Writes all parameters and buffers of a bare module; `about` (JSON) says how to rebuild it."""
+def save_weights(path: Path, state: dict[str, Tensor], about: dict[str, Any]) -> None:
+    """Writes the `state_dict` of a bare module; `about` (JSON) says how to rebuild it."""
     # Tied weights are one tensor under two names; safetensors wants each in memory of its own, and in plain order.
-    tensors = {
-        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, value in module.state_dict().items()
-    }
+    tensors = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
     staged = path.with_name(path.name + ".tmp")
     # The libraries' own writing to a path hides a full disk behind an error of their own; a plain write names it.
     _write(staged, save(tensors, metadata={"about": json.dumps(about)}))

@@ -43,7 +43,9 @@ def build_optimizer(parameters: Iterable[torch.nn.Parameter], name: str, *, lr: 
     kind, parameters = OPTIMIZERS[name], [parameter for parameter in parameters if parameter.requires_grad]
     # One kernel for all tensors: the small networks are bound by the number of calls.
     if "fused" in inspect.signature(kind).parameters and not {"foreach", "fused"} & keywords.keys():
-        keywords["fused"] = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
+        # Sharded parameters know no fused kernel of SGD.
+        known = (p.device.type in ("cpu", "cuda") and not hasattr(p, "device_mesh") for p in parameters)
+        keywords["fused"] = all(known) and all(p.is_floating_point() for p in parameters)
     return kind(parameters, lr=lr, **keywords)  # type: ignore[call-arg]  # torch types only the base class's arguments
 
 

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from mnist_dist.data import Batches, EpochPlan, Images, derive_seed
+from mnist_dist.engine.fully_sharded import gathered, whole
 from mnist_dist.engine.metrics import GradientClock, Meter
 from mnist_dist.engine.shards import LogicalShards
 
@@ -173,10 +174,10 @@ class Update:
     def _clip(self) -> Tensor:
         """Scales the gradient down where the recipe says so; its norm before that (scalar on the device)."""
         if self.clip_grad_norm is not None:
-            return self.accelerator.clip_grad_norm_(self._parameters, self.clip_grad_norm)
+            return whole(self.accelerator.clip_grad_norm_(self._parameters, self.clip_grad_norm))
         if self.accelerator.scaler is not None:
             self.accelerator.unscale_gradients(self.optimizer)
-        return nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        return whole(nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None]))
 
     def grad_norm(self) -> float:
         """Norm of the last update's gradient over all parameters, before clipping. Waits for the device."""
@@ -246,10 +247,11 @@ class Update:
         rows, found = self.rows(plan, index), []
         modes = [(part, part.training) for part in self.module.modules()]
         self.module.eval()
-        for row in rows:
-            logits = self.module(self.inputs(plan, row[None])).float()
-            if not torch.isfinite(F.cross_entropy(logits, self.data.labels[row[None]])):
-                found.append(int(row))
+        with gathered(self.module):
+            for row in rows:
+                logits = self.module(self.inputs(plan, row[None])).float()
+                if not torch.isfinite(F.cross_entropy(logits, self.data.labels[row[None]])):
+                    found.append(int(row))
         for part, mode in modes:
             part.training = mode
         return [

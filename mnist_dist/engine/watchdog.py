@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -22,6 +23,10 @@ PATIENCE_IN_STEPS = 10
 
 FIRST_STEPS = 3
 """Steps that may take `PATIENCE_IN_STEPS` times the limit: they choose kernels, compile, allocate."""
+
+
+COMMUNICATES = re.compile("distributed_c10d|_fully_shard")
+"""Files of PyTorch in which a process waits for others."""
 
 
 class Watchdog:
@@ -90,7 +95,7 @@ class Watchdog:
             "serial": self._serial,
             "step": self._step,
             "where": f"{socket.gethostname()}, pid {os.getpid()}",
-            "waits": self._clock.is_waiting or any("distributed_c10d" in entry.filename for entry in stack[-6:]),
+            "waits": self._clock.is_waiting or any(COMMUNICATES.search(entry.filename) for entry in stack[-6:]),
             "saving": any(entry.name in ("save_checkpoint", "save_weights") for entry in stack),
             "stack": "".join(traceback.format_list([entry for entry in stack if "runpy" not in entry.filename])),
         }
