@@ -21,6 +21,8 @@ HOOKS = {"none": allreduce_hook, "bf16": bf16_compress_hook, "fp16": fp16_compre
 AWAKE_SECONDS = 0.01
 """So long a process waits for the others without falling asleep; who is later than that is not late by chance."""
 
+YIELD = getattr(os, "sched_yield", lambda: time.sleep(0))  # Windows has no such call
+
 
 def reduce_gradients(
     model: nn.Module, device: torch.device, precision: Literal["none", "bf16", "fp16"], clock: GradientClock
@@ -40,7 +42,7 @@ def reduce_gradients(
             clock.arrived()
             until = time.perf_counter() + AWAKE_SECONDS
             while not future.done() and time.perf_counter() < until:
-                os.sched_yield()
+                YIELD()
         return future
 
     if device.type == "cpu":
