@@ -44,6 +44,7 @@ from mnist_dist.parts import (
     build_parts,
     check_world,
     load_data,
+    place,
 )
 from mnist_dist.recipe import Recipe, load_recipe
 from mnist_dist.recipe_file import Problem, RecipeError
@@ -179,8 +180,7 @@ def _model_and_optimizer(
     recipe: Recipe, precision: str, dataset: Dataset, state: PartialState, *, channels_last: bool = False
 ) -> tuple[Any, Any, Any]:
     """What the loops without Accelerate train: the model (data parallel in a world), its optimizer, autocast."""
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    module = build_module(recipe, dataset).to(state.device, memory_format=layout)  # type: ignore[call-overload]
+    module = place(build_module(recipe, dataset), state.device, channels_last=channels_last)
     optimizer = _optimizer(recipe, module)
     if state.num_processes > 1:
         devices = None if state.device.type == "cpu" else [state.device]

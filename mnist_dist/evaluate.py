@@ -22,7 +22,7 @@ from mnist_dist.command_line import Parser, run_door
 from mnist_dist.data import Images
 from mnist_dist.engine.evaluation import Evaluation
 from mnist_dist.engine.evaluation import evaluate as judge
-from mnist_dist.parts import load_data
+from mnist_dist.parts import load_data, place
 from mnist_dist.recipe import load_recipe
 from mnist_dist.recipe_file import Problem, RecipeError
 from mnist_dist.runs import Run, load_run
@@ -69,8 +69,7 @@ def evaluate(run: Run, *overrides: str, split: str = "test") -> dict[str, Any]:
         raise RecipeError([Problem("command line", "data.dataset", what)])
     AcceleratorState._reset_state()  # a notebook may evaluate runs of two precisions
     accelerator = Accelerator(mixed_precision=recipe.mixed_precision or "no")
-    layout = torch.channels_last if recipe.engine.channels_last else torch.contiguous_format
-    module.to(accelerator.device, memory_format=layout)  # type: ignore[call-overload]
+    place(module, accelerator.device, channels_last=recipe.engine.channels_last)
     # Normalised as the network was trained, also on other data.
     images = Images(data.images, data.labels, data.classes, run.about["mean"], run.about["std"]).to(accelerator.device)
     found = judge(accelerator, module, images, batch_size=recipe.eval_batch_size)

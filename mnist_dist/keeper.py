@@ -46,7 +46,12 @@ class Keeper:
         return by_steps or (logged and rule.every_minutes is not None and seconds >= 60 * rule.every_minutes)
 
     def checkpoint(self) -> None:
-        """Publishes `checkpoints/step-N`: everything from which the run goes on as if nothing had happened."""
+        """Publishes `checkpoints/step-N`: everything from which the run goes on as if nothing had happened.
+
+        Raises:
+            NotFinite: instead, where a step before had a gradient that was not.
+        """
+        self._parts.update.check()
         state: dict[str, Any] = {"parts": self._parts.state_dict(), "progress": asdict(self._progress)}
         self._saved_at = self._parts.meter.train_seconds
         for tracker in self._parts.accelerator.trackers:  # there are none but on rank 0

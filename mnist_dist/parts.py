@@ -207,23 +207,25 @@ class Progress:
         return True
 
 
-WHOLE_ONLY = {
-    "ema_decay": None,
-    "logical_shards": None,
-    "sync_batchnorm": False,
-    "micro_batch_size": None,
-}
-"""Keys, with the value that leaves them out, of what needs whole parameters on every process."""
+WHOLE_ONLY = ("ema_decay", "logical_shards", "sync_batchnorm", "micro_batch_size")
+"""Keys of what needs whole parameters on every process; their defaults leave it out."""
 
 
 def _check_fsdp(recipe: Recipe, state: PartialState) -> None:
     if asks_for_fsdp() and state.num_processes > 1:
         what = "cannot be had with FSDP; leave it out or launch without (launch/accelerate/multi_gpu.yaml)"
-        problems = [recipe.problem(key, what) for key, off in WHOLE_ONLY.items() if getattr(recipe, key) != off]
+        chosen = [key for key in WHOLE_ONLY if getattr(recipe, key) != type(recipe).model_fields[key].default]
+        problems = [recipe.problem(key, what) for key in chosen]
         if recipe.mixed_precision == "fp16":
             problems.append(recipe.problem("mixed_precision", f"fp16 {what}; or take bf16"))
         if problems:
             raise RecipeError(problems)
+
+
+def place(module: nn.Module, device: torch.device, *, channels_last: bool) -> nn.Module:
+    """Moves a network to the device, in a memory layout; returns it."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return module.to(device, memory_format=layout)  # type: ignore[call-overload]  # torch types it for tensors only
 
 
 def build_parts(recipe: Recipe, precision: str, train_data: Images, module: nn.Module) -> Parts:
@@ -258,8 +260,7 @@ def build_parts(recipe: Recipe, precision: str, train_data: Images, module: nn.M
     )
     sharded = asks_for_fsdp() and accelerator.num_processes > 1
     # FSDP2 cuts contiguous parameters only.
-    layout = torch.channels_last if recipe.engine.channels_last and not sharded else torch.contiguous_format
-    module.to(accelerator.device, memory_format=layout)  # type: ignore[call-overload]
+    place(module, accelerator.device, channels_last=recipe.engine.channels_last and not sharded)
     synchronized = recipe.sync_batchnorm and accelerator.num_processes > 1
     if synchronized:
         module = synchronize_batch_norm(module, accelerator.device)

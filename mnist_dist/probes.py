@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from mnist_dist.data import Batches, Dataset, load_dataset
 from mnist_dist.engine.optim import build_optimizer, set_rates
-from mnist_dist.parts import build_module, build_parts
+from mnist_dist.parts import build_module, build_parts, place
 from mnist_dist.ranks import Ranks
 from mnist_dist.recipe import Recipe, load_recipe
 
@@ -247,7 +247,7 @@ def train_alone(device: torch.device) -> dict[str, Any]:
     """Trains the whole batches in a plain loop on this rank: `losses`, and the median `seconds` of a step."""
     recipe, dataset, module = build_reference()
     data, augmentation = dataset.train.to(device), recipe.data.augment.build()
-    module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    place(module, device, channels_last=True)
     rate = recipe.optimizer.lr or 0.0  # which does not change within an epoch
     optimizer = build_optimizer(module.parameters(), recipe.optimizer.name, lr=rate, **recipe.optimizer.keywords)
     batches = Batches(len(data), recipe.batch_size, recipe.seed, augmentation=augmentation)

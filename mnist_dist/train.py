@@ -109,7 +109,6 @@ def fit(recipe: Recipe, parts: Parts, held_out: Images, keep: Keeper, progress: 
             # Save where it is time; stop where any process was asked to.
             asked = asked_to_stop()
             if asked or keep.is_due(logged):
-                update.check()
                 keep.checkpoint()
             if asked:
                 return False

@@ -213,11 +213,11 @@ class Update:
         if self.latches:
             self._first_bad = torch.where(self._bad & (self._first_bad < 0), step, self._first_bad)
             self.optimizer.found_inf = self._bad.float()  # type: ignore[attr-defined]
-        elif not self._bad:
-            return
-        else:
+        elif self._bad:
             self._first_bad.fill_(step)
             self.optimizer.zero_grad()
+        else:
+            return
         self._skipped += self._bad
         self._take_back(before, self._bad)
 
