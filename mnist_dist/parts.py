@@ -42,8 +42,8 @@ from mnist_dist.world import asks_for_fsdp, check_engine, fsdp_settings, togethe
 def check_world(recipe: Recipe, state: PartialState) -> str:
     """Refuses what this device and world cannot do; returns the precision to train in."""
     check_engine()
-    _check_fsdp(recipe, state)
     precision = recipe.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    _check_fsdp(recipe, precision, state)
     problem = recipe.problem if recipe.mixed_precision else partial(Problem, "the launcher")
     if precision not in ("no", "bf16", "fp16"):
         raise RecipeError([problem("mixed_precision", f"{precision} is not supported; use no, bf16 or fp16")])
@@ -211,12 +211,12 @@ WHOLE_ONLY = ("ema_decay", "logical_shards", "sync_batchnorm", "micro_batch_size
 """Keys of what needs whole parameters on every process; their defaults leave it out."""
 
 
-def _check_fsdp(recipe: Recipe, state: PartialState) -> None:
+def _check_fsdp(recipe: Recipe, precision: str, state: PartialState) -> None:
     if asks_for_fsdp() and state.num_processes > 1:
         what = "cannot be had with FSDP; leave it out or launch without (launch/accelerate/multi_gpu.yaml)"
         chosen = [key for key in WHOLE_ONLY if getattr(recipe, key) != type(recipe).model_fields[key].default]
         problems = [recipe.problem(key, what) for key in chosen]
-        if recipe.mixed_precision == "fp16":
+        if precision == "fp16":
             problems.append(recipe.problem("mixed_precision", f"fp16 {what}; or take bf16"))
         if problems:
             raise RecipeError(problems)

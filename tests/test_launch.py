@@ -161,6 +161,9 @@ def test_what_needs_whole_parameters_is_refused_where_they_are_sharded(monkeypat
     with pytest.raises(RecipeError) as caught:
         check_world(recipe, SimpleNamespace(num_processes=2))
     assert {problem.key for problem in caught.value.problems} == set(keys)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")  # the launcher's wish is no other one
+    with pytest.raises(RecipeError, match="fp16 cannot be had with FSDP"):
+        check_world(load_recipe("lenet5"), SimpleNamespace(num_processes=2))
     monkeypatch.setenv("FSDP_VERSION", "1")
     with pytest.raises(RecipeError, match="FSDP's first version"):
         check_world(recipe, SimpleNamespace(num_processes=2))
