@@ -25,6 +25,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mnist_dist.data import Batches, Dataset, Images, derive_seed, load_dataset
 from mnist_dist.engine.all_reduce import reduce_gradients
+from mnist_dist.engine.capture import CapturedStep, compile_network, why_not
 from mnist_dist.engine.checkpoint import save_weights
 from mnist_dist.engine.evaluation import Evaluation, evaluate
 from mnist_dist.engine.fully_sharded import cut_model_state, cut_optimizer_state, gathered, shard_parameters, whole
@@ -231,6 +232,7 @@ def place(module: nn.Module, device: torch.device, *, channels_last: bool) -> nn
 def build_parts(recipe: Recipe, precision: str, train_data: Images, module: nn.Module) -> Parts:
     """Builds everything the loop uses, on the device, prepared by Accelerate."""
     _set_determinism(recipe.deterministic)
+    _set_kernels(recipe)
     AcceleratorState._reset_state()  # a notebook may train twice, with another precision the second time
     ddp = DistributedDataParallelKwargs(
         gradient_as_bucket_view=True,
@@ -272,6 +274,7 @@ def build_parts(recipe: Recipe, precision: str, train_data: Images, module: nn.M
     optimizer = build_optimizer(
         module.parameters(), recipe.optimizer.name, lr=schedule.lr_at(0), **recipe.optimizer.keywords
     )
+    compile_network(module, recipe.compile)
     with warnings.catch_warnings():
         # torch 2.15 renames the option; accelerate 1.15 knows it by its old name only.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
@@ -282,6 +285,16 @@ def build_parts(recipe: Recipe, precision: str, train_data: Images, module: nn.M
     meter, clock = Meter(accelerator), GradientClock()
     reduce_gradients(model, accelerator.device, recipe.ddp.comm_hook, clock)
     shards = LogicalShards(recipe.logical_shards, accelerator, module, clock) if recipe.logical_shards else None
+    obstacle = why_not(
+        accelerator.device,
+        accelerator.num_processes,
+        optimizer,
+        moves_momentum=schedule.momentum_at is not None,
+        scaler=accelerator.scaler is not None,
+        shards=shards is not None,
+        compile_mode=recipe.compile,
+    )
+    captures = recipe.engine.capture != "off" and obstacle is None
     update = Update(
         accelerator,
         model,
@@ -297,8 +310,12 @@ def build_parts(recipe: Recipe, precision: str, train_data: Images, module: nn.M
         shards=shards,
         meets_in_forward=synchronized,
         on_nonfinite=recipe.on_nonfinite,
+        captured=CapturedStep(accelerator.device) if captures else None,
     )
     notes = ["FSDP2: parameters, gradients and optimizer state lie in shards over the processes"] if sharded else []
+    on_gpu = accelerator.device.type == "cuda"
+    if obstacle and (recipe.engine.capture == "step" or (recipe.engine.capture == "auto" and on_gpu)):
+        notes.append(f"engine.capture: all steps are eager: {obstacle}")
     if recipe.micro_batch_size == "auto":
         update.micro_batch_size = update.find_micro_batch_size(batches.plan(0, accelerator.device))
         notes.append(f"micro_batch_size auto: {update.micro_batch_size} images at once fit into memory")
@@ -315,4 +332,10 @@ def _set_determinism(deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     # The filling of fresh memory is a debugging aid that costs time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.backends.cudnn.benchmark = not deterministic
+
+
+def _set_kernels(recipe: Recipe) -> None:
+    """What a GPU may choose: kernels by trial, and products of fewer bits."""
+    torch.backends.cudnn.benchmark = recipe.engine.cudnn_benchmark and not recipe.deterministic
+    torch.backends.cudnn.allow_tf32 = recipe.engine.tf32 != "off"
+    torch.backends.cuda.matmul.allow_tf32 = recipe.engine.tf32 == "on"

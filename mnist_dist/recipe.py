@@ -125,8 +125,14 @@ class EarlyStoppingSection(Section):
 
 
 class EngineSection(Section):
+    capture: Literal["auto", "off", "step"] = "auto"
+    """Of a GPU: replay a step from one CUDA graph; changes rounding, never meaning. auto: where it can be done."""
     channels_last: bool = True
     """Memory layout of images and convolutions; changes rounding, never meaning."""
+    tf32: Literal["off", "convolutions", "on"] = "convolutions"
+    """Of a GPU, in fp32: where products keep 10 bits of mantissa, not 23; convolutions: as PyTorch does by default."""
+    cudnn_benchmark: bool = True
+    """Of a GPU: try cuDNN's kernels and take the fastest, which may round otherwise; not with `deterministic`."""
     hang_seconds: AboveZero = 60.0
     """Of several processes: when nothing moves for so long, the one that hangs is named and all end."""
 
@@ -186,6 +192,8 @@ class Recipe(Section):
     """Before an update whose gradient is not finite: end the run and say why, or pass over that step."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Averaged weights, which are then the ones evaluated and saved."""
+    compile: bool | Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = False
+    """`torch.compile` of the network, true or its mode; changes rounding. Its first steps take seconds to minutes."""
     deterministic: bool = True
     """Deterministic kernels only; false lets a GPU choose faster ones, and runs then differ in rounding."""
     eval_every: Positive = 1

@@ -102,7 +102,7 @@ def fit(recipe: Recipe, parts: Parts, held_out: Images, keep: Keeper, progress: 
             # Log; between two of these lines nothing waits for the device.
             logged = progress.step % recipe.log_every == 0 or parts.evaluation_is_due(progress, recipe.eval_every)
             if logged:
-                rates = {"train/lr": update.optimizer.param_groups[0]["lr"], "train/grad_norm": update.grad_norm()}
+                rates = {"train/lr": parts.schedule.lr_at(progress.step - 1), "train/grad_norm": update.grad_norm()}
                 accelerator.log({"step": progress.step, "epoch": parts.epoch(progress), **meter.read(), **rates})
                 interrupts.pace(meter.seconds_per_step)
 
@@ -164,6 +164,8 @@ def train(
         if console:
             for note in [*problems, *parts.notes]:
                 console.say(note)
+            if parts.update.captured:
+                parts.update.captured.say = console.say
         parts.meter.resume()
         seconds, begun = {"setup_seconds": round(time.perf_counter() - started, 3)}, time.perf_counter()
         finished = fit(recipe, parts, dataset.held_out.to(state.device), keep, progress)

@@ -77,7 +77,8 @@ def cut_model_state(state: dict[str, Tensor], module: nn.Module) -> dict[str, Te
 def cut_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """A whole `state_dict` as `optimizer` can load it: what has a parameter's shape is cut as the parameter is.
 
-    Which kernel computes the step is no part of the state: sharded parameters have no fused one.
+    Which kernel computes the step is no part of the state: sharded parameters have no fused one. Nor is the learning
+    rate, which follows from the step.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     cut = {
@@ -88,7 +89,7 @@ def cut_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimizer)
         for index, each in state["state"].items()
     }
     groups = [
-        group | {key: own[key] for key in ("fused", "foreach") if key in own}
+        group | {key: own[key] for key in ("fused", "foreach", "capturable", "lr") if key in own}
         for group, own in zip(state["param_groups"], optimizer.param_groups, strict=True)
     ]
     return {"state": cut, "param_groups": groups}

@@ -32,11 +32,15 @@ class Meter:
         """Adds a piece of a batch: its summed loss (scalar), logits (n, classes) and labels int64 (n,)."""
         correct = (logits.argmax(dim=1) == labels).sum()
         self._sums += torch.stack([loss_sum.double(), correct.double(), torch.full_like(correct, len(labels)).double()])
-        self._own_samples += len(labels)
+
+    def count_step(self, samples: int) -> None:
+        """One more step, of so many of this process's samples: what the host counts."""
+        self._steps += 1
+        self._own_samples += samples
 
     def begin_step(self) -> None:
+        """Remembers the sums, for `forget_step`."""
         self._before_step.copy_(self._sums)
-        self._steps += 1
 
     def forget_step(self, bad: Tensor) -> None:
         """Takes back what the current step added if `bad` (bool scalar on the device)."""

@@ -53,7 +53,10 @@ def set_rates(optimizer: Optimizer, schedule: Schedule, step: int) -> None:
     """Gives every parameter group the learning rate, and the momentum where the schedule has one, of `step`."""
     lr, momentum = schedule.lr_at(step), schedule.momentum_at(step) if schedule.momentum_at else None
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)  # where a captured step reads it
+        else:
+            group["lr"] = lr
         if momentum is not None and "betas" in group:
             group["betas"] = (momentum, *group["betas"][1:])
         elif momentum is not None:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from mnist_dist.data import Batches, EpochPlan, Images, derive_seed
+from mnist_dist.engine.capture import CapturedStep
 from mnist_dist.engine.fully_sharded import gathered, whole
 from mnist_dist.engine.metrics import GradientClock, Meter
 from mnist_dist.engine.shards import LogicalShards
@@ -46,6 +47,7 @@ class Update:
         shards: the fixed pieces of the global batch to compute instead of this process's share, or None.
         meets_in_forward: the network communicates in its forward pass, so all processes must pass equally often.
         on_nonfinite: raise `NotFinite` before an update whose gradient is not finite, or pass over it.
+        captured: replays full batches from one graph, or None.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Update:
         shards: LogicalShards | None = None,
         meets_in_forward: bool = False,
         on_nonfinite: Literal["stop", "skip"] = "stop",
+        captured: CapturedStep | None = None,
     ):
         self.accelerator, self.model, self.module, self.optimizer = accelerator, model, module, optimizer
         self.batches, self.data = batches, data
@@ -73,12 +76,16 @@ class Update:
         self.clock = clock or GradientClock()
         self.clip_grad_norm, self.label_smoothing = clip_grad_norm, label_smoothing
         self.micro_batch_size, self.meets_in_forward = micro_batch_size, meets_in_forward
-        self.on_nonfinite = on_nonfinite
+        self.on_nonfinite, self.captured = on_nonfinite, captured
         self.latches = judges_on_device(optimizer, accelerator)
-        self._norm = torch.zeros(())
-        self._bad = torch.zeros((), dtype=torch.bool, device=accelerator.device)
-        self._first_bad = torch.full((), -1, dtype=torch.int64, device=accelerator.device)
-        self._skipped = torch.zeros((), dtype=torch.int64, device=accelerator.device)
+        # Written in place, never replaced: a captured step knows them by their address.
+        device = accelerator.device
+        self._norm = torch.zeros((), device=device)
+        self._bad = torch.zeros((), dtype=torch.bool, device=device)
+        self._found_inf = torch.zeros((), device=device)
+        self._made, self._skipped = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
+        self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
+        self._last_step = -1
 
         self._parameters, self._buffers = list(module.parameters()), list(module.buffers())
 
@@ -89,6 +96,13 @@ class Update:
             NotFinite: on all processes alike, for all see the same reduced gradient. Where that is judged on the device
                 it is `check` that raises.
         """
+        self._last_step = step
+        self.meter.count_step(len(self.rows(plan, index)))
+        if self.captured is None or not self.captured(self, plan, index, step):
+            self.compute(plan, index, step)
+
+    def compute(self, plan: EpochPlan, index: int, step: int) -> None:
+        """What a step does on the device; also what is captured."""
         self.meter.begin_step()
         before = [buffer.clone() for buffer in self._buffers]
         self.optimizer.zero_grad()
@@ -97,10 +111,10 @@ class Update:
         else:
             self._compute_shards(self.shards, plan, index, step)
 
-        self._norm = self._clip()
+        self._norm.copy_(self._clip())
         # fp16's scaler passes over such steps itself, and lowers its scale.
         if self.accelerator.scaler is None:
-            self._judge(before, step)
+            self._judge(before)
             if not self.latches and self._bad:
                 self.check()
                 return
@@ -115,8 +129,7 @@ class Update:
         if len(rows) == 0 and not self.meets_in_forward:
             # A short last batch can leave a process nothing, but all must meet in the reduction.
             rows, weight = plan.order[:1], 0.0
-        # Dropout's generator follows from the step, so there is no random state to save.
-        self._seed(derive_seed(self.batches.seed, step, rank))
+        self.seed(step, rank)
         pieces = self._pieces(rows, -(-self.batches.size(index) // world_size))
         for number, piece in enumerate(pieces, start=1):
             last = number == len(pieces)
@@ -128,16 +141,24 @@ class Update:
         size = self.batches.size(index)
         used = min(shards.count, size)
         for shard in shards.each(used):
-            self._seed(derive_seed(self.batches.seed, step, shard))
+            self.seed(step, shard)
             rows = self.batches.rows(plan, index, rank=shard, world_size=shards.count)
             for piece in self._pieces(rows, len(rows)):
                 self._accumulate(self.module, plan, piece, 1 / size)
         shards.combine(used)
 
-    def _seed(self, seed: int) -> None:
-        """`torch.manual_seed`, for this device alone: the other kinds that it seeds too cost a CPU 1 % of a step."""
-        if self.accelerator.device.type == "cpu":
+    def seed(self, step: int, piece: int) -> None:
+        """Dropout's random numbers follow from the step and the piece of its batch, so there is no state to save.
+
+        For this device alone: the other kinds that `torch.manual_seed` seeds too cost a CPU 1 % of a step.
+        """
+        if self.captured is not None and self.captured.is_recording:
+            return  # each replay is seeded before it begins
+        device, seed = self.accelerator.device, derive_seed(self.batches.seed, step, piece)
+        if device.type == "cpu":
             torch.default_generator.manual_seed(seed)
+        elif device.type == "cuda":
+            torch.cuda.default_generators[device.index or 0].manual_seed(seed)
         else:
             torch.manual_seed(seed)
 
@@ -197,24 +218,25 @@ class Update:
         To be asked before anything is made of the weights: since that step nothing has changed but the step's number.
         """
         if self.on_nonfinite == "stop" and self._bad:
-            step = int(self._first_bad)
+            step = self._last_step - int(self._made - self._first_bad)
             self._bad.zero_()
             self._first_bad.fill_(-1)
             raise NotFinite(step)
 
-    def _judge(self, before: list[Tensor], step: int) -> None:
+    def _judge(self, before: list[Tensor]) -> None:
         """Has the update do nothing, and undoes what the forward pass did, if the gradient is not finite.
 
         On a GPU without waiting for it: the optimizer's kernel reads the flag, as it does for a gradient scaler, and
         steps after a bad one change nothing either until `check` is asked.
         """
         bad = ~torch.isfinite(self._norm)
-        self._bad = bad if self.on_nonfinite == "skip" else self._bad | bad
+        self._bad.copy_(bad if self.on_nonfinite == "skip" else self._bad | bad)
+        self._made += 1  # the device counts for itself: telling it the step would be one more transfer
+        if self.latches or self._bad:
+            self._first_bad.copy_(torch.where(self._bad & (self._first_bad < 0), self._made, self._first_bad))
         if self.latches:
-            self._first_bad = torch.where(self._bad & (self._first_bad < 0), step, self._first_bad)
-            self.optimizer.found_inf = self._bad.float()  # type: ignore[attr-defined]
+            self.optimizer.found_inf = self._found_inf.copy_(self._bad)  # type: ignore[attr-defined]
         elif self._bad:
-            self._first_bad.fill_(step)
             self.optimizer.zero_grad()
         else:
             return
@@ -222,12 +244,25 @@ class Update:
         self._take_back(before, self._bad)
 
     def _move_average(self, average: AveragedModel) -> None:
-        """Moves the averaged weights towards the new ones, unless the step was passed over on the device."""
-        tensors = [*average.parameters(), *average.buffers()] if self.latches else []
-        before = [tensor.detach().clone() for tensor in tensors]
-        average.update_parameters(self.module)
-        for tensor, value in zip(tensors, before, strict=True):
-            tensor.data.copy_(torch.where(self._bad, value, tensor.data))
+        """Moves the averaged weights towards the new ones, unless the step was passed over on the device.
+
+        `update_parameters` asks the device whether this is the first time; where nobody may wait for it, it is told.
+        """
+        if not self.latches:
+            average.update_parameters(self.module)
+            return
+        mine = [*average.module.parameters(), *average.module.buffers()]
+        new = [each.detach() for each in [*self.module.parameters(), *self.module.buffers()]]
+        before, first = [each.detach().clone() for each in mine], average.n_averaged == 0
+        for floating in (True, False):
+            chosen = [i for i, each in enumerate(mine) if each.is_floating_point() == floating]
+            if chosen:
+                average.multi_avg_fn(  # type: ignore[misc]  # AveragedModel may have none; ours has
+                    [mine[i].data for i in chosen], [new[i] for i in chosen], average.n_averaged
+                )
+        for target, value, old in zip(mine, new, before, strict=True):
+            target.data.copy_(torch.where(self._bad, old, torch.where(first, value, target.data)))
+        average.n_averaged += ~self._bad
 
     def _take_back(self, before: list[Tensor], bad: Tensor) -> None:
         """Undoes what a forward pass left in buffers and counters if `bad` (bool scalar on the device)."""

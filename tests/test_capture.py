@@ -1,0 +1,282 @@
+"""A recorded step replayed makes the numbers of an eager one. On a GPU the recording is a CUDA graph; here, on any
+machine, it is a list of operations that are done again on the very tensors they were done on, which is all that a graph
+can do: what Python decides anew at each step, or reads from the device, shows as a difference or is refused."""
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mnist_dist import load_recipe, train
+from mnist_dist.data import Augmentation, Batches, Images
+from mnist_dist.engine import capture, step
+from mnist_dist.engine.capture import WARM_UP_STEPS, CapturedStep
+from mnist_dist.engine.metrics import Meter
+from mnist_dist.engine.optim import build_optimizer, build_schedule, set_rates
+from mnist_dist.engine.step import NotFinite, Update
+from mnist_dist.models import build_model
+
+NUM_SAMPLES, BATCH_SIZE, STEPS = 144, 16, 24  # nine full batches an epoch
+ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU to record a graph on")
+
+# --- a recorder for machines without graphs -----------------------------------------------------------------------
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps every operation with the tensors it was given and gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.done: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        result = function(*args, **(kwargs or {}))
+        self.done.append((function, args, kwargs or {}, result))
+        return result
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for function, args, kwargs, recorded in self.done:
+            fresh = function(*args, **kwargs)
+            for target, value in zip(tensors(recorded), tensors(fresh), strict=True):
+                if target.untyped_storage().data_ptr() != value.untyped_storage().data_ptr():
+                    target.copy_(value)
+
+
+def tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [each for item in value for each in tensors(item)] if isinstance(value, list | tuple) else []
+
+
+@contextmanager
+def nothing_happens() -> Iterator[None]:
+    """Puts the content of every tensor back: a graph's recording does not do what it records."""
+    found = [each.detach() for each in gc.get_objects() if isinstance(each, Tensor) and each.device.type == "cpu"]
+    before = [each.clone() for each in found]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(found, before, strict=True):
+                tensor.copy_(value)
+
+
+def record(body: Callable[[], None]) -> Callable[[], None]:
+    with nothing_happens(), Recorder() as recorder:
+        body()
+    return recorder.replay
+
+
+# --- the same run, eager and captured -----------------------------------------------------------------------------
+
+
+def noisy_network() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 5, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.5), nn.Linear(576, 10)
+    )
+
+
+def noise(samples: int = NUM_SAMPLES) -> Images:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (samples, 1, 28, 28), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(0, 10, (samples,), generator=generator)
+    return Images(images, labels, tuple("0123456789"), mean=0.5, std=0.29)
+
+
+def run(
+    captured: CapturedStep | None,
+    *,
+    build: Callable[[], nn.Module] = noisy_network,
+    optimizer: str = "sgd",
+    keywords: dict[str, Any] | None = None,
+    ema: bool = False,
+    data: Images | None = None,
+    batch_size: int = BATCH_SIZE,
+    steps: int = STEPS,
+    first: int = 0,
+    accelerator: Accelerator | None = None,
+    **update_keywords: Any,
+) -> Update:
+    accelerator, data = accelerator or Accelerator(cpu=True), data or noise()
+    torch.manual_seed(0)
+    module = build().to(accelerator.device)
+    augmentation = Augmentation(rotation=20, translation=0.1)
+    batches = Batches(len(data), batch_size, 3, augmentation=augmentation)
+    made = build_optimizer(module.parameters(), optimizer, lr=0.25, **(keywords or {}))
+    average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(0.75), use_buffers=True) if ema else None
+    lengths = {"steps_per_epoch": batches.steps_per_epoch, "total_steps": steps}
+    schedule = build_schedule("step", lr=2**-5, step_size=1, gamma=0.5, **lengths)
+    update = Update(
+        accelerator, accelerator.prepare_model(module), module, made, batches, data.to(accelerator.device),
+        meter=Meter(accelerator), average=average, captured=captured, **update_keywords,
+    )  # fmt: skip
+    for number in range(first, steps):
+        epoch, index = divmod(number, batches.steps_per_epoch)
+        set_rates(made, schedule, number)
+        update(batches.plan(epoch, accelerator.device), index, number)
+    return update
+
+
+def state(update: Update) -> dict[str, Tensor]:
+    found = dict(update.module.state_dict())
+    if update.average:
+        found |= {f"average.{name}": value for name, value in update.average.state_dict().items()}
+    for place, each in enumerate(update.optimizer.state.values()):
+        found |= {f"{place}.{key}": value for key, value in each.items()}
+    return found | {"sums": update.meter._sums, "norm": update._norm, "skipped": update._skipped}
+
+
+def assert_equal(found: Update, expected: Update) -> None:
+    found_state, expected_state = state(found), state(expected)
+    assert found_state.keys() == expected_state.keys()
+    for name, value in expected_state.items():
+        assert torch.equal(found_state[name], value), name
+    assert found.meter._own_samples == expected.meter._own_samples
+
+
+@pytest.fixture
+def on_device(monkeypatch):
+    """Gradients are judged as on a GPU, without asking."""
+    monkeypatch.setattr(step, "judges_on_device", lambda optimizer, accelerator: True)
+
+
+def recorded() -> CapturedStep:
+    return CapturedStep(torch.device("cpu"), record, say=lambda line: pytest.fail(line))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {},
+        {"optimizer": "sgd", "keywords": {"momentum": 0.9, "nesterov": True}, "clip_grad_norm": 0.5},
+        {"optimizer": "adam", "ema": True},
+        {"optimizer": "adamw", "label_smoothing": 0.1, "micro_batch_size": 7},
+        {"build": lambda: build_model("lenet5"), "batch_size": 20, "steps": 30},  # a short last batch stays eager
+    ],
+    ids=lambda words: "-".join(words) or "plain",
+)
+def test_replayed_steps_are_the_eager_ones(on_device, words):
+    captured = recorded()
+    found = run(captured, **words)
+    assert captured._replay is not None
+    assert_equal(found, run(None, **words))
+
+
+def test_a_run_that_goes_on_warms_up_again_and_makes_the_same_steps(on_device):
+    expected = run(None, first=5)
+    assert_equal(run(recorded(), first=5), expected)
+
+
+@pytest.mark.parametrize("bad_step", [1, WARM_UP_STEPS + 4])
+def test_a_replayed_step_with_a_bad_gradient_is_passed_over_or_named(on_device, bad_step):
+    data = noise()
+    batches = Batches(NUM_SAMPLES, BATCH_SIZE, 3)
+    images = data.images.float()
+    images[batches.rows(batches.plan(0), bad_step)] = torch.nan
+    data = Images(images, data.labels, data.classes, data.mean, data.std)
+    words = {"data": data, "steps": 9, "ema": True, "optimizer": "adam"}
+    assert_equal(run(recorded(), on_nonfinite="skip", **words), run(None, on_nonfinite="skip", **words))
+
+    stopped = run(recorded(), **words)
+    with pytest.raises(NotFinite, match=f"step {bad_step} "):
+        stopped.check()
+    before = run(None, **words | {"steps": bad_step})
+    for name, value in before.module.state_dict().items():
+        assert torch.equal(stopped.module.state_dict()[name], value), name
+
+
+class AsksTheDevice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(784, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        flat = images.flatten(1)
+        return self.layer(flat if float(flat.mean()) > 0 else -flat)
+
+
+def test_a_network_that_cannot_be_recorded_trains_eagerly_and_says_so_once(on_device):
+    said: list[str] = []
+    found = run(CapturedStep(torch.device("cpu"), record, say=said.append), build=AsksTheDevice)
+    assert len(said) == 1
+    assert "not permitted when stream is capturing" in said[0]
+    assert_equal(found, run(None, build=AsksTheDevice))
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ({}, None),
+        ({"device": torch.device("cpu")}, "records no graphs"),
+        ({"world_size": 2}, "several processes"),
+        ({"scaler": True}, "bf16"),
+        ({"moves_momentum": True}, "cycle_momentum=false"),
+        ({"shards": True}, "logical_shards"),
+        ({"compile_mode": "max-autotune"}, "graphs of its own"),
+        ({"compile_mode": True}, None),
+        ({"optimizer": torch.optim.RMSprop([torch.zeros(1)])}, "RMSprop has no fused kernel"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_captured_is_said_before(words, reason):
+    optimizer = torch.optim.SGD([torch.zeros(1)], fused=True)
+    usual = {"world_size": 1, "moves_momentum": False, "scaler": False, "shards": False, "compile_mode": False}
+    found = capture.why_not(**({"device": torch.device("cuda"), "optimizer": optimizer} | usual | words))
+    assert (found is None) if reason is None else (reason in found)
+
+
+def test_on_a_cpu_the_user_who_asks_for_a_graph_is_told(tmp_path):
+    words = ("engine.capture=step", "max_steps=2", "data.limit_train=300", "tracking.wandb.mode=disabled")
+    train(load_recipe("debug", *words), tmp_path / "run")
+    assert "engine.capture: all steps are eager: a cpu records no graphs" in (tmp_path / "run/console.log").read_text()
+
+
+def test_a_compiled_network_trains_as_the_eager_one(tmp_path):
+    words = ("max_steps=6", "data.limit_train=300", "tracking.wandb.mode=disabled", "log_every=1")
+    losses = []
+    for name, compiled in (("eager", "false"), ("compiled", "true")):
+        train(load_recipe("debug", *words, f"compile={compiled}"), tmp_path / name)
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses.append([line.split('"train/loss": ')[1].split(",")[0] for line in lines if "train/loss" in line])
+    assert [float(each) for each in losses[1]] == pytest.approx([float(each) for each in losses[0]], rel=1e-4)
+
+
+# --- on a GPU -----------------------------------------------------------------------------------------------------
+
+
+@ON_GPU
+@pytest.mark.parametrize("name", ["model_v1", "model_v3", "simple_cnn", "mnistnet", "lenet5", "ms_ran", "resnet18"])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_cuda_graph_makes_the_eager_steps(name, precision):
+    device = torch.device("cuda", 0)
+    torch.backends.cudnn.benchmark = False
+    words = {"build": lambda: build_model(name), "optimizer": "adam", "ema": True, "clip_grad_norm": 1.0, "steps": 20}
+    results = []
+    for captured in (CapturedStep(device, say=lambda line: pytest.fail(line)), None):
+        AcceleratorState._reset_state(True)
+        results.append(run(captured, accelerator=Accelerator(mixed_precision=precision), **words))
+    found, expected = (state(each) for each in results)
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-2, atol=1e-3, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@ON_GPU
+def test_a_captured_run_ends_where_the_eager_one_does(tmp_path):
+    words = ("epochs=1", "data.limit_train=3000", "tracking.wandb.mode=disabled", "log_every=5")
+    losses = {}
+    for how in ("off", "step"):
+        summary = train(load_recipe("model_v1_onecycle", *words, f"engine.capture={how}"), tmp_path / how)
+        losses[how] = summary["train.last.loss"]
+    assert "eager" not in (tmp_path / "step/console.log").read_text()
+    assert losses["step"] == pytest.approx(losses["off"], rel=0.05)
