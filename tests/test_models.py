@@ -26,6 +26,7 @@ PARAMETERS = {
     "model_v3": 8_650,
     "lenet5": 61_706,
     "small_cnn": 59_630,
+    "patch_cnn": 22_346,
 }
 QUICK = sorted(set(MODELS) - {"resnet34", "resnet50", "resnet101", "resnet152"})
 FORMATS = [torch.contiguous_format, torch.channels_last]
@@ -96,6 +97,8 @@ def test_simple_cnn_keeps_no_running_statistics():
         ("mnistnet", {"hidden": -1}, "hidden"),
         ("mnistnet", {"dropout": 1.5}, "dropout"),
         ("ms_ran", {"bottleneck": 0}, "bottleneck"),
+        ("patch_cnn", {"widths": (8, 0)}, "widths"),
+        ("patch_cnn", {"widths": (8, 8, 8, 8)}, "widths"),
         ("ms_ran", {"dropout": math.nan}, "dropout"),
         ("model_v3", {"dropout": -0.1}, "dropout"),
         *((name, {"num_classes": 0}, "num_classes") for name in sorted(MODELS)),

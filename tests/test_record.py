@@ -1,0 +1,46 @@
+"""A record's seeds are the runs that `train` makes, though they share one network's memory; all are told of."""
+
+import pytest
+
+from mnist_dist import load_recipe, record, train
+from mnist_dist.recipe_file import RecipeError
+
+WORDS = ("data.dataset=synthetic", "data.limit_train=700", "data.limit_test=200", "mixed_precision=no", "epochs=2")
+
+
+@pytest.fixture
+def small_reference(monkeypatch):
+    """The reference over a few steps: its epoch of 60,000 images is not what these tests are about."""
+    whole = record._reference
+    monkeypatch.setattr(record, "_reference", lambda train, test, seed, steps=None: whole(train, test, seed, 2))
+
+
+@pytest.mark.parametrize("words", [(), ("optimizer.name=sgd", "optimizer.betas=null", "ema_decay=0.9")], ids=str)
+def test_each_seed_is_the_run_that_train_makes(small_reference, tmp_path, words):
+    recipe = load_recipe("speed/mnist_99", *WORDS, *words, "schedule.max_lr=0.003", "tracking.wandb.mode=disabled")
+    found = record.measure(recipe, 3)
+    expected = []
+    for seed in range(3):
+        summary = train(recipe.model_copy(update={"seed": seed}), tmp_path / str(seed))
+        expected.append(summary["eval.last.accuracy"])
+    assert list(found["ours"]["accuracy"]["each"]) == expected
+    assert len(set(expected)) > 1
+    assert found["parameters"] == 22_346
+
+
+def test_the_lines_tell_mean_deviation_and_number(small_reference, tmp_path):
+    result = record.measure(load_recipe("speed/mnist_99", *WORDS, "max_steps=3"), 2)
+    accuracy = result["ours"]["accuracy"]
+    text = record.to_markdown(result, "the command")
+    assert f"{accuracy['mean']:.3f} ± {accuracy['sd']:.3f} %" in text
+    assert "n = 2" in text and "`the command`" in text and "fp32" in text
+
+
+def test_a_record_is_of_one_process(monkeypatch):
+    class Two:
+        num_processes = 2
+
+    monkeypatch.setattr(record, "launched_world", Two)
+    monkeypatch.setattr(record, "check_size", lambda state: None)
+    with pytest.raises(RecipeError, match="one process"):
+        record.measure(load_recipe("speed/mnist_99"), 1)
