@@ -1,10 +1,18 @@
 #!/usr/bin/env bash
 # Trains in N processes on this machine's CPU; each takes its share of the cores, or as many threads as are named.
-#   launch/cpu.sh 2 --recipe lenet5 epochs=1        launch/cpu.sh 2 4 --recipe lenet5        # N, then N and THREADS
+#   launch/cpu.sh --recipe lenet5 epochs=1          # as many processes as cores, up to 8: small networks gain most so
+#   launch/cpu.sh 2 --recipe lenet5                 # N
+#   launch/cpu.sh 2 4 --recipe lenet5               # N and THREADS
 set -euo pipefail
 
-n=${1:?how many processes? launch/cpu.sh N [THREADS] --recipe NAME}
-shift
+: "${1:?what shall be trained? launch/cpu.sh [N [THREADS]] --recipe NAME}"
+if [[ ${1-} =~ ^[0-9]+$ ]]; then
+    n=$1
+    shift
+else
+    cores=$(nproc)
+    n=$((cores < 8 ? cores : 8))
+fi
 if [[ ${1-} =~ ^[0-9]+$ ]]; then
     export OMP_NUM_THREADS=$1
     shift

@@ -188,6 +188,16 @@ def test_a_launcher_gets_an_explicit_file_and_the_trainer_the_world_it_starts(sc
     assert arguments.training_script_args == ["--world-size", "4", "--recipe", "lenet5", "model.name=a b"]
 
 
+@pytest.mark.parametrize(("cores", "processes"), [(3, 3), (64, 8)])
+def test_cpu_sh_starts_a_process_a_core_unless_told(cores, processes, tmp_path):
+    executable(tmp_path / "nproc", f"#!/bin/sh\necho {cores}\n")
+    executable(tmp_path / "accelerate", '#!/bin/sh\nshift; printf "%s\\n" "$@"\n')
+    words = launch(LAUNCH / "cpu.sh", "--recipe", "lenet5", PATH=environment(tmp_path)["PATH"]).splitlines()
+    arguments = launch_command_parser().parse_args(words)
+    assert arguments.num_processes == processes
+    assert arguments.training_script_args == ["--world-size", str(processes), "--recipe", "lenet5"]
+
+
 @pytest.mark.parametrize("script", [["local.sh"], ["cpu.sh", "1"]], ids=lambda words: words[0])
 def test_one_process_needs_no_launcher(script, tmp_path):
     # Says that torch sees no GPU, or with which words it was called.
