@@ -313,6 +313,8 @@ def build_parts(recipe: Recipe, precision: str, train_data: Images, module: nn.M
         captured=CapturedStep(accelerator.device) if captures else None,
     )
     notes = ["FSDP2: parameters, gradients and optimizer state lie in shards over the processes"] if sharded else []
+    if recipe.ddp.comm_hook != "none" and not isinstance(model, nn.parallel.DistributedDataParallel):
+        notes.append("ddp.comm_hook is without effect: this run's gradients do not travel by data parallel")
     on_gpu = accelerator.device.type == "cuda"
     if obstacle and (recipe.engine.capture == "step" or (recipe.engine.capture == "auto" and on_gpu)):
         notes.append(f"engine.capture: all steps are eager: {obstacle}")
