@@ -82,10 +82,7 @@ def evaluate(run: Run, *overrides: str, split: str = "test") -> dict[str, Any]:
 
 def report(found: Evaluation, labels: Tensor, classes: tuple[str, ...]) -> dict[str, Any]:
     """An evaluation in plain values, class by class."""
-    predictions = found.probabilities.argmax(dim=1)
-    pairs = torch.bincount(labels * len(classes) + predictions, minlength=len(classes) ** 2)
-    confusion = pairs.view(len(classes), len(classes))
-    counts, hits = confusion.sum(dim=1).tolist(), confusion.diagonal().tolist()
+    counts, hits = found.confusion.sum(dim=1).tolist(), found.confusion.diagonal().tolist()
     return {
         "accuracy": found.accuracy,
         "loss": found.loss,
@@ -95,7 +92,7 @@ def report(found: Evaluation, labels: Tensor, classes: tuple[str, ...]) -> dict[
             name: {"images": count, "correct": hit, "accuracy": 100 * hit / count if count else None}
             for name, count, hit in zip(classes, counts, hits, strict=True)
         },
-        "confusion": confusion.tolist(),
+        "confusion": found.confusion.tolist(),
     }
 
 

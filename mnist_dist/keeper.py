@@ -18,6 +18,7 @@ from mnist_dist.engine.checkpoint import (
     newest_checkpoint,
     save_checkpoint,
 )
+from mnist_dist.engine.evaluation import Evaluation
 from mnist_dist.engine.step import NotFinite
 from mnist_dist.parts import Parts, Progress
 from mnist_dist.recipe import Recipe, load_recipe
@@ -39,6 +40,14 @@ class Keeper:
     def last(self) -> None:
         self._parts.save_weights(self._folder.last, self._recipe)
 
+    def show(self, evaluation: Evaluation) -> None:
+        """Gives W&B what of an evaluation is more than its two figures."""
+        tensors = self._parts.tensors() if self._recipe.tracking.wandb.histograms else {}
+        classes = self._parts.update.data.classes
+        for tracker in self._parts.accelerator.trackers:  # there are none but on rank 0
+            if isinstance(tracker, WandbTracker):
+                tracker.log_evaluation(evaluation.confusion, classes, tensors, step=self._progress.step)
+
     def is_due(self, logged: bool) -> bool:
         """After every `every_steps` updates; by `every_minutes` at log lines, where all processes know the time."""
         rule, seconds = self._recipe.checkpoint, self._parts.meter.train_seconds - self._saved_at
@@ -54,7 +63,7 @@ class Keeper:
         self._parts.update.check()
         state: dict[str, Any] = {"parts": self._parts.state_dict(), "progress": asdict(self._progress)}
         self._saved_at = self._parts.meter.train_seconds
-        for tracker in self._parts.accelerator.trackers:  # there are none but on rank 0
+        for tracker in self._parts.accelerator.trackers:
             if isinstance(tracker, JSONLTracker):
                 state["metrics_bytes"] = tracker.bytes_written()
             if isinstance(tracker, WandbTracker):
@@ -68,6 +77,12 @@ class Keeper:
     def last_words(self) -> None:
         """For a run that ends by force: the status, and nothing that could wait for anybody."""
         self._folder.set_status("failed")
+
+    def alert(self, what: str) -> None:
+        """Has W&B tell the user that the run failed, and of what."""
+        for tracker in self._parts.accelerator.trackers:
+            if isinstance(tracker, WandbTracker):
+                tracker.fail(f"{self._recipe.name} failed", what)
 
     def explain(self, error: BaseException) -> str | None:
         """What the user can do about a run that broke off, and what is left; None where only a traceback helps."""

@@ -151,6 +151,12 @@ class Parts:
         with gathered(self.judged):
             return evaluate(self.accelerator, self.judged, data, batch_size=batch_size, interrupted=interrupted)
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The trained weights, and the gradients of the last step, by name; asks all processes."""
+        named = dict(self.module.named_parameters())
+        gradients = {f"gradients/{name}": each.grad for name, each in named.items() if each.grad is not None}
+        return whole({f"weights/{name}": each.detach() for name, each in named.items()} | gradients)
+
     def state_dict(self) -> dict[str, Any]:
         """All that the next update depends on; asks all processes. No random state: there is none."""
         scaler = self.accelerator.scaler

@@ -157,7 +157,11 @@ class WandbSection(Section):
     project: str = "mnist_dist"
     entity: str | None = None
     group: str | None = None
+    """Null: the recipe's name, so that its seeds stand together."""
+    job_type: str = "train"
     tags: list[str] = []
+    histograms: bool = False
+    """Of all weights, and of the last step's gradients, at each evaluation."""
 
 
 class TrackingSection(Section):

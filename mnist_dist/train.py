@@ -83,6 +83,7 @@ def fit(recipe: Recipe, parts: Parts, held_out: Images, keep: Keeper, progress: 
                 if progress.note(evaluation, meter.read_epoch(), parts.epoch(progress)):
                     keep.best()
                 accelerator.log({"step": progress.step, "epoch": parts.epoch(progress), **progress.last})
+                keep.show(evaluation)
                 parts.schedule.observe(evaluation.loss)
                 meter.resume()
 
@@ -166,6 +167,7 @@ def train(
                 console.say(note)
             if parts.update.captured:
                 parts.update.captured.say = console.say
+        parts.accelerator.wait_for_everyone()  # W&B's start on rank 0 is no part of the others' first step
         parts.meter.resume()
         seconds, begun = {"setup_seconds": round(time.perf_counter() - started, 3)}, time.perf_counter()
         finished = fit(recipe, parts, dataset.held_out.to(state.device), keep, progress)
@@ -188,7 +190,10 @@ def train(
         if state.is_main_process:
             with suppress(OSError):
                 folder.set_status("failed")
-        if keep and (message := keep.explain(error)):
+        message = keep.explain(error) if keep else None
+        if keep and isinstance(error, Exception):
+            keep.alert(message or f"{type(error).__name__}: {error}")
+        if message:
             raise RunError(message) from error
         raise
     return summary
@@ -243,10 +248,12 @@ def open_trackers(
         console.say(f"goes on after step {checkpoint['progress']['step']:,}")
     trackers: list[Any] = [console, JSONLTracker(folder.metrics, checkpoint.get("metrics_bytes", 0))]
     if mode != "disabled":
-        init = {"name": recipe.name, "entity": wandb.entity, "group": wandb.group, "tags": wandb.tags}
+        init: dict[str, Any] = wandb.model_dump(include={"entity", "job_type", "tags"})
+        init |= {"mode": mode, "name": f"{recipe.name}-seed{recipe.seed}", "group": wandb.group or recipe.name}
         if checkpoint.get("wandb_id"):
             init |= {"id": checkpoint["wandb_id"], "resume": "allow"}
-        trackers.append(WandbTracker(wandb.project, mode=mode, directory=folder.path, say=console.say, **init))
+        files = {"directory": folder.path, "recipe": folder.recipe}
+        trackers.append(WandbTracker(wandb.project, **files, say=console.say, gauges=parts.meter.gauges, **init))
     parts.accelerator.log_with = trackers
     parts.accelerator.init_trackers(wandb.project, config=recipe.model_dump())
     return console
@@ -318,6 +325,12 @@ def _finish(
     for tracker in parts.accelerator.trackers:
         if isinstance(tracker, WandbTracker):
             tracker.summarize(summary)
+            data, step = dataset.test, summary["steps"]
+            tracker.log_most_wrong(data.images, data.labels, test.probabilities, data.classes, step=step)
+            for which in ("best", "last"):
+                run = load_run(folder.path, which)
+                about = run.about | {"accuracy": summary[f"eval.{which}.accuracy"], "split": summary["eval.split"]}
+                tracker.log_weights([folder.recipe, folder.path / f"{which}.safetensors"], which, about)
     _draw(folder, recipe.name, parts.batches, dataset, test, summary["eval.split"])
     best = f"best {summary['eval.best.accuracy']:.2f} % at epoch {summary['eval.best.epoch']:g}"
     last = f"{summary['eval.split']} accuracy {summary['eval.last.accuracy']:.2f} % at the last epoch"
@@ -335,9 +348,9 @@ def _draw(folder: RunFolder, title: str, batches: Batches, dataset: Dataset, tes
     for plot, name in ((plots.plot_predictions, "predictions"), (plots.plot_misclassified, "misclassified")):
         path = folder.plots / f"{name}.png"
         plot(data.images, data.labels, test.probabilities, path, classes=data.classes, title=title)
-    pairs = data.labels * len(data.classes) + test.probabilities.argmax(dim=1)
-    matrix = torch.bincount(pairs, minlength=len(data.classes) ** 2).view(len(data.classes), -1)
-    plots.plot_confusion_matrix(matrix, folder.plots / "confusion_matrix.png", classes=data.classes, title=title)
+    plots.plot_confusion_matrix(
+        test.confusion, folder.plots / "confusion_matrix.png", classes=data.classes, title=title
+    )
     originals, warped = _augmented_samples(batches, dataset.train)
     plots.plot_augmented_samples(originals, warped, folder.plots / "augmented_samples.png", title=title)
 

@@ -15,11 +15,15 @@ from mnist_dist.data import Images
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`accuracy` in percent, `loss` the mean cross entropy, `probabilities` float32 (N, classes) on the CPU."""
+    """`accuracy` in percent, `loss` the mean cross entropy, `probabilities` float32 (N, classes) on the CPU.
+
+    `confusion`: int64 (classes, classes), images by truth (rows) and prediction (columns).
+    """
 
     accuracy: float
     loss: float
     probabilities: Tensor
+    confusion: Tensor
 
 
 class Interrupted(Exception):
@@ -65,5 +69,7 @@ def evaluate(
     log_probabilities = accelerator.reduce(table, reduction="sum").cpu()
     labels = data.labels.cpu()
     loss = F.nll_loss(log_probabilities.double(), labels).item()
-    correct = int((log_probabilities.argmax(dim=1) == labels).sum())
-    return Evaluation(100 * correct / len(labels), loss, log_probabilities.exp())
+    pairs = labels * len(data.classes) + log_probabilities.argmax(dim=1)
+    confusion = torch.bincount(pairs, minlength=len(data.classes) ** 2).view(len(data.classes), -1)
+    correct = int(confusion.diagonal().sum())
+    return Evaluation(100 * correct / len(labels), loss, log_probabilities.exp(), confusion)

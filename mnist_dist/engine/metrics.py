@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -27,6 +28,7 @@ class Meter:
         """Time spent training, all intervals together, by rank 0's clock; equal on all processes."""
         self.seconds_per_step = 0.0
         """Of the last interval; equal on all processes."""
+        self._speeds: list[float] = []
 
     def add(self, loss_sum: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Adds a piece of a batch: its summed loss (scalar), logits (n, classes) and labels int64 (n,)."""
@@ -50,8 +52,11 @@ class Meter:
         """Mean loss, accuracy in percent and images/s, over all processes, since the last read; starts anew."""
         mine = self._sums.tolist()  # waits for the device, so that the clock below sees its work
         seconds = time.perf_counter() - self._started if self._accelerator.is_main_process else 0.0
-        together = torch.tensor([*mine, seconds], dtype=torch.float64, device=self._accelerator.device)
-        loss, correct, seen, seconds = self._accelerator.reduce(together, reduction="sum").tolist()
+        seen_by = [0.0] * self._accelerator.num_processes
+        seen_by[self._accelerator.process_index] = mine[2]
+        together = torch.tensor([*mine, seconds, *seen_by], dtype=torch.float64, device=self._accelerator.device)
+        loss, correct, seen, seconds, *seen_by = self._accelerator.reduce(together, reduction="sum").tolist()
+        self._speeds = [each / seconds for each in seen_by]
         self._own_seconds += seconds
         self._epoch_sums = [old + new for old, new in zip(self._epoch_sums, (loss, correct, seen), strict=True)]
         self.train_seconds += seconds
@@ -70,6 +75,17 @@ class Meter:
         loss, correct, seen = self._epoch_sums
         self._epoch_sums = [0.0, 0.0, 0.0]
         return {"train/epoch_loss": loss / max(seen, 1), "train/epoch_accuracy": 100 * correct / max(seen, 1)}
+
+    def gauges(self) -> dict[str, float]:
+        """How the machine does, no result of the training: rank 0's memory in MB, each process's images/s of late.
+
+        Memory is what tensors took at most on a GPU, what the process takes now on a CPU.
+        """
+        device = self._accelerator.device
+        on_gpu = device.type == "cuda"
+        used = torch.cuda.max_memory_allocated(device) if on_gpu else psutil.Process().memory_info().rss
+        speeds = {f"process/{rank}/images_per_second": speed for rank, speed in enumerate(self._speeds)}
+        return {"train/memory_mb": used / 2**20, **speeds}
 
     def per_process(self, clock: GradientClock) -> dict[str, list[float]]:
         """Each process's images/s since it started, and the share of that time it waited; asks all processes."""

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import netrc
 import os
+import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+import numpy as np
 from accelerate.tracking import WandBTracker
+from accelerate.utils import patch_environment
+from torch import Tensor
 
 INIT_SECONDS = 30
 """How long an online run may take to reach the server before the run goes offline."""
+
+PACKAGE = Path(__file__).parent.parent
 
 
 def resolve_mode(mode: str) -> tuple[str, str]:
@@ -48,16 +55,33 @@ def _has_credentials() -> bool:
 
 
 class WandbTracker(WandBTracker):
-    """One W&B run. Whatever it raises is said once and the training goes on; metrics.jsonl holds everything anyway."""
+    """One W&B run. Whatever it raises is said once and the training goes on; metrics.jsonl holds everything anyway.
 
-    def __init__(self, project: str, *, mode: str, directory: Path, say: Any, **init: Any):
+    Args:
+        directory: the run folder. recipe: the resolved one, a file in it.
+        gauges: asked for further figures with each line of training; they are of the machine, not of the result.
+    """
+
+    def __init__(
+        self,
+        project: str,
+        *,
+        directory: Path,
+        recipe: Path,
+        say: Callable[[str], None],
+        gauges: Callable[[], dict[str, float]] = dict,
+        **init: Any,
+    ):
         from wandb import Settings
 
-        settings = Settings(init_timeout=INIT_SECONDS, finish_timeout=60, silent=True, console="off")
-        super().__init__(project, mode=mode, dir=str(directory), settings=settings, **init)
-        self._say, self._alive = say, False
+        settings = Settings(init_timeout=INIT_SECONDS, finish_timeout=60, silent=True, console="off", save_code=True)
+        if (PACKAGE.parent / ".git").exists():  # else wandb looks for a repository around the run folder
+            settings.git_root = str(PACKAGE.parent)
+        super().__init__(project, dir=str(directory), settings=settings, **init)
+        self._directory, self._recipe, self._say, self._gauges = directory, recipe, say, gauges
+        self._alive = False
         self.log_seconds = 0.0
-        """What all calls of `log` took of the training's time."""
+        """What logging took of the training's time."""
 
     def start(self) -> None:
         try:
@@ -65,13 +89,25 @@ class WandbTracker(WandBTracker):
         except Exception as error:
             self._say(f"wandb could not start online ({_first_line(error)}); this run is logged offline")
             self.init_kwargs["mode"] = "offline"
+            self._alive = True
             self._guard("start offline", super().start)
         self._alive = getattr(self, "run", None) is not None
-        if self._alive:
-            # The step is a metric of its own: wandb refuses to go back in its built-in step after a resume.
-            self._guard("define metrics", self.run.define_metric, "*", step_metric="step")
-            for metric, goal in (("eval/accuracy", "max"), ("eval/loss", "min")):
-                self._guard("define metrics", self.run.define_metric, metric, step_metric="step", summary=goal)
+        self._guard("define metrics", self._define_metrics)
+        self._guard("save the code", self._save_code)
+
+    def _define_metrics(self) -> None:
+        # The step is a metric of its own: wandb refuses to go back in its built-in step after a resume.
+        self.run.define_metric("*", step_metric="step")
+        for metric, goal in (("eval/accuracy", "max"), ("eval/loss", "min")):
+            self.run.define_metric(metric, step_metric="step", summary=goal)
+        # Leaves no line; what wandb imports at the first call it imports here, not beside the first steps.
+        self.run.log({}, commit=False)
+
+    def _save_code(self) -> None:
+        self.run.log_code(str(PACKAGE))
+        # A copy, which stays as it is; wandb by itself would link to the file.
+        copy = shutil.copy(self._recipe, self.run.dir)
+        self.run.save(copy, base_path=self.run.dir, policy="now")
 
     @property
     def run_id(self) -> str | None:
@@ -79,30 +115,115 @@ class WandbTracker(WandBTracker):
         return self.run.id if self._alive else None
 
     def store_init_configuration(self, values: dict[str, Any]) -> None:
-        if self._alive:
-            self._guard("store the recipe", super().store_init_configuration, values)
+        self._guard("store the recipe", lambda: self.run.config.update(values, allow_val_change=True))
 
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        if self._alive:
-            started = time.perf_counter()
-            self._guard("log", self.run.log, values)
-            self.log_seconds += time.perf_counter() - started
+        self._timed("log", lambda: self.run.log(values | (self._gauges() if "train/loss" in values else {})))
+
+    def log_evaluation(
+        self, confusion: Tensor, classes: tuple[str, ...], tensors: dict[str, Tensor], *, step: int
+    ) -> None:
+        """Confusion matrix, accuracy of each class, and a histogram of each tensor.
+
+        Args:
+            confusion: int64 (classes, classes), images by truth and prediction.
+            tensors: of any shape, by the name of their histogram.
+        """
+
+        def content() -> dict[str, Any]:
+            from wandb import Histogram
+
+            values: dict[str, Any] = {"step": step, "eval/confusion": _confusion_chart(confusion, classes)}
+            for name, hits, count in zip(
+                classes, confusion.diagonal().tolist(), confusion.sum(1).tolist(), strict=True
+            ):
+                if count:
+                    values[f"eval/class/{name.replace('/', '-')}"] = 100 * hits / count
+            for name, tensor in tensors.items():
+                finite = tensor[tensor.isfinite()].float().cpu().numpy()
+                if len(finite):
+                    values[name] = Histogram(np_histogram=np.histogram(finite, bins=64))
+            return values
+
+        self._timed("log an evaluation", lambda: self.run.log(content()))
+
+    def log_most_wrong(
+        self, images: Tensor, labels: Tensor, probabilities: Tensor, classes: tuple[str, ...], *, step: int
+    ) -> None:
+        """A table of the 32 images that the network gives the least probability to be what they are.
+
+        Args:
+            images: uint8 (N, 1, height, width). labels: int64 (N,). probabilities: float32 (N, classes).
+        """
+
+        def content() -> dict[str, Any]:
+            from wandb import Image, Table
+
+            table = Table(["index", "picture", "truth", "prediction", "confidence", "probability of the truth"])
+            confidence, prediction = probabilities.max(dim=1)
+            of_truth = probabilities.gather(1, labels[:, None])[:, 0]
+            for index in of_truth.argsort()[:32].tolist():
+                names = classes[int(labels[index])], classes[int(prediction[index])]
+                picture = Image(images[index, 0].numpy())
+                table.add_data(index, picture, *names, float(confidence[index]), float(of_truth[index]))
+            return {"step": step, "test/most_wrong": table}
+
+        self._guard("log the most wrong images", lambda: self.run.log(content()))
+
+    def log_weights(self, files: list[Path], alias: str, about: dict[str, Any]) -> None:
+        """A version of the artifact `model-<run id>`: what `load_run` needs, with `about` as its metadata."""
+
+        def send() -> None:
+            from wandb import Artifact
+
+            artifact = Artifact(f"model-{self.run.id}", type="model", metadata=about)
+            for file in files:
+                # Uploaded from where they lie: a finished run's weights do not change.
+                artifact.add_file(str(file), policy="immutable", skip_cache=True)
+            self.run.log_artifact(artifact, aliases=[alias])
+
+        self._guard("log the weights", send)
 
     def summarize(self, values: dict[str, Any]) -> None:
         """Best and last values, shown in W&B's table of runs."""
-        if self._alive:
-            self._guard("write the summary", self.run.summary.update, values)
+        self._guard("write the summary", lambda: self.run.summary.update(values))
+
+    def fail(self, title: str, what: str) -> None:
+        """Alerts whoever asked W&B for alerts, and ends the W&B run as failed."""
+        self._guard("send an alert", lambda: self.run.alert(title=title, text=what, level="ERROR"))
+        self._guard("finish", lambda: self.run.finish(exit_code=1))
 
     def finish(self) -> None:
-        if self._alive:
-            self._guard("finish", super().finish)
+        self._guard("finish", super().finish)
 
-    def _guard(self, what: str, call: Any, *arguments: Any, **keywords: Any) -> None:
+    def _timed(self, what: str, call: Callable[[], Any]) -> None:
+        started = time.perf_counter()
+        self._guard(what, call)
+        self.log_seconds += time.perf_counter() - started
+
+    def _guard(self, what: str, call: Callable[[], Any]) -> None:
+        if not self._alive:
+            return
         try:
-            call(*arguments, **keywords)
+            # What waits to be uploaded stays in the run folder: a home may be full, or read-only.
+            with patch_environment(WANDB_DATA_DIR=os.environ.get("WANDB_DATA_DIR", self._directory / "wandb")):
+                call()
         except Exception as error:  # wandb raises anything from its own errors to broken pipes
             self._alive = False
             self._say(f"wandb could not {what} ({_first_line(error)}); training goes on without it")
+
+
+def _confusion_chart(confusion: Tensor, classes: tuple[str, ...]) -> Any:
+    """W&B's own chart, from counts; its function for it would go through every image in Python."""
+    from wandb import Table, plot_table
+
+    rows = [
+        [truth, prediction, count]
+        for truth, counts in zip(classes, confusion.tolist(), strict=True)
+        for prediction, count in zip(classes, counts, strict=True)
+    ]
+    fields: dict[str, Any] = {name: name for name in ("Actual", "Predicted", "nPredictions")}
+    return plot_table("wandb/confusion_matrix/v1", Table(list(fields), rows), fields, {"title": "confusions"})
 
 
 def _first_line(error: Exception) -> str:
