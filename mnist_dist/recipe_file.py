@@ -86,8 +86,12 @@ for _kind, _pattern, _first in [
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(rf"^(?:{_pattern})$"), list(_first))
 
 
-def _parse(text: str, where: Callable[[int | None], str], key: str = "") -> tuple[Any, dict[str, str]]:
-    """The value of a YAML text, and `where` each dotted key in it stands by its line."""
+def parse(text: str, where: Callable[[int | None], str], key: str = "") -> tuple[Any, dict[str, str]]:
+    """The value of a YAML text, and `where` each dotted key in it stands by its line.
+
+    Raises:
+        RecipeError: the text is no YAML, or holds what has no place in a recipe.
+    """
     places: dict[str, str] = {}
 
     def refuse(node: yaml.Node, problem: str) -> None:
@@ -128,7 +132,7 @@ def _parse(text: str, where: Callable[[int | None], str], key: str = "") -> tupl
 
 def read_recipe(path: Path) -> tuple[dict[str, Any], Origins]:
     try:
-        values, places = _parse(path.read_text(encoding="utf-8"), lambda line: f"{path}:{line}" if line else str(path))
+        values, places = parse(path.read_text(encoding="utf-8"), lambda line: f"{path}:{line}" if line else str(path))
         if isinstance(values, dict):
             return values, Origins(str(path), places)
         problem = "a recipe is a mapping of keys to values, such as `epochs: 10`; this file holds none"
@@ -148,7 +152,7 @@ def apply_overrides(values: dict[str, Any], origins: Origins, words: Iterable[st
             yield Problem(here, word, "an override is written key=value, e.g. optimizer.lr=0.05")
             continue
         try:
-            value, places = _parse(text, lambda line: here, key)
+            value, places = parse(text, lambda line: here, key)
         except RecipeError as error:
             yield from error.problems
             continue

@@ -192,7 +192,8 @@ def train(
                 folder.set_status("failed")
         message = keep.explain(error) if keep else None
         if keep and isinstance(error, Exception):
-            keep.alert(message or f"{type(error).__name__}: {error}")
+            with suppress(OSError):
+                keep.alert(message or f"{type(error).__name__}: {error}")
         if message:
             raise RunError(message) from error
         raise

@@ -10,7 +10,9 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "mnist_dist"
 
 ROOMS = {"models", "data", "engine", "tracking", "reports"}
-DOORS = {"train", "evaluate", "predict", "export", "benchmark", "record", "compare", "doctor"}
+DOORS = {
+    "train", "evaluate", "predict", "explain", "ensemble", "export", "benchmark", "record", "compare", "sweep", "doctor",
+}  # fmt: skip
 BEHIND_THE_DOORS = {"keeper", "parts", "runs", "command_line", "recipe", "recipe_file", "world", "ranks", "probes"}
 MAY_USE = {"engine": {"data"}}
 
