@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,15 @@ def find_checkpoint(source: str, recipe: Recipe, allow_recipe_change: bool) -> t
         listed = "\n".join(changes)
         raise refuse(f"{candidate} is of another recipe:\n{listed}\ngo on all the same with --allow-recipe-change")
     return origin, state
+
+
+def has_checkpoint(run_dir: str | Path | None, resume: str, state: PartialState) -> bool:
+    """Whether the run will go on from a checkpoint, whole or damaged, as rank 0 sees it; asks all processes."""
+    found = resume not in ("auto", "never")
+    if state.is_main_process and run_dir is not None:
+        with suppress(OSError):  # that the folder cannot be used is said when it is opened
+            found = found or bool(list_checkpoints(RunFolder(Path(run_dir)).checkpoints))
+    return broadcast_object_list([found])[0]
 
 
 def adopt(folder: RunFolder, origin: RunFolder, state: dict[str, Any], keep: int) -> None:

@@ -21,12 +21,13 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin, broadcast, patch_environment
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mnist_dist.data import Batches, Dataset, Images, derive_seed, load_dataset
 from mnist_dist.engine.all_reduce import reduce_gradients
 from mnist_dist.engine.capture import CapturedStep, compile_network, why_not
-from mnist_dist.engine.checkpoint import save_weights
+from mnist_dist.engine.checkpoint import load_weights, save_weights
 from mnist_dist.engine.evaluation import Evaluation, evaluate
 from mnist_dist.engine.fully_sharded import cut_model_state, cut_optimizer_state, gathered, shard_parameters, whole
 from mnist_dist.engine.metrics import GradientClock, Meter
@@ -37,6 +38,7 @@ from mnist_dist.engine.sync_batchnorm import synchronize_batch_norm
 from mnist_dist.models import build_model
 from mnist_dist.recipe import Recipe, check_freeze
 from mnist_dist.recipe_file import Problem, RecipeError
+from mnist_dist.runs import RunFolder
 from mnist_dist.world import asks_for_fsdp, check_engine, fsdp_settings, together
 
 
@@ -81,6 +83,10 @@ def load_data(recipe: Recipe, state: PartialState) -> Dataset:
 def build_module(recipe: Recipe, dataset: Dataset) -> nn.Module:
     """The recipe's network with its initial weights, which follow from the seed; frozen as asked; tried on one batch.
 
+    A frozen parameter is no part of the optimizer, so nothing moves it, weight decay and averaging included. A batch
+    norm whose parameters are all frozen stays in eval mode: it normalises by its running statistics and keeps them, so
+    a frozen stage remains the function that it was.
+
     Raises:
         RecipeError: it cannot be built, or does not turn (N, 1, 28, 28) into (N, classes).
     """
@@ -113,7 +119,50 @@ def build_module(recipe: Recipe, dataset: Dataset) -> nn.Module:
     except (ValueError, RuntimeError) as error:
         what = f"{recipe.optimizer.name} cannot train {name}: {error}"
         raise RecipeError([recipe.problem("optimizer.name", what)]) from error
-    return module.train()
+    for part in module.train().modules():
+        if isinstance(part, _BatchNorm) and part.affine and not any(p.requires_grad for p in part.parameters()):
+            part.eval()
+    return module
+
+
+def load_initial_weights(recipe: Recipe, module: nn.Module) -> list[str]:
+    """Gives the network what fits it, by name and shape, of the weights in `model.init_from`; notes on what does not.
+
+    Raises:
+        RecipeError: the weights cannot be read, or fit nothing, or lack something that is frozen.
+    """
+    if recipe.model.init_from is None:
+        return []
+
+    def refuse(message: str) -> RecipeError:
+        return RecipeError([recipe.problem("model.init_from", message)])
+
+    path = Path(recipe.model.init_from)
+    path = RunFolder(path).last if path.is_dir() else path
+    try:
+        given, about = load_weights(path, foreign=True)
+    except FileNotFoundError as error:
+        raise refuse(f"there is no {path}; name a finished run's folder or a .safetensors file") from error
+    except (OSError, ValueError) as error:
+        raise refuse(str(error)) from error
+    origin, own = about.get("model", "a network that it does not name"), module.state_dict()
+    fitting = {name for name, value in own.items() if name in given and given[name].shape == value.shape}
+    parameters = dict(module.named_parameters())
+    if not fitting & parameters.keys():
+        raise refuse(f"{path} is of {origin}: not one of its tensors fits {recipe.model.name} by name and shape")
+    left, unused = ([name for name in names if name not in fitting] for names in (own, given))
+    random = [name for name in left if name in parameters and not parameters[name].requires_grad]
+    if random:
+        raise refuse(f"{path} ({origin}) does not bring {_listed(random)}, which model.freeze would leave as it is")
+    module.load_state_dict({name: given[name] for name in fitting}, strict=False)
+    notes = [f"{len(fitting)} of {len(own)} tensors begin as in {path} ({origin})"]
+    notes += [f"begins anew: {_listed(left)}"] if left else []
+    notes += [f"not used: {_listed(unused)}"] if unused else []
+    return ["; ".join(notes)]
+
+
+def _listed(names: list[str], most: int = 6) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,8 @@ class ModelSection(OpenSection):
     """ms_ran, resnet18 … resnet152, simple_cnn, …, `torchvision/<name>`, `timm/<name>` or `package.module:Name`."""
     freeze: list[str] = []
     """Patterns of parameter names that are not trained, e.g. `layer1.*`."""
+    init_from: str | None = None
+    """Weights to begin with: of a run folder the last ones, or a .safetensors file; from the working directory."""
 
 
 class OptimizerSection(OpenSection):

@@ -25,7 +25,7 @@ from mnist_dist.engine.evaluation import Evaluation, Interrupted
 from mnist_dist.engine.interrupts import PREEMPTED, Interrupts
 from mnist_dist.engine.optim import set_rates
 from mnist_dist.engine.watchdog import Watchdog
-from mnist_dist.keeper import Keeper, adopt, find_checkpoint, load_newest
+from mnist_dist.keeper import Keeper, adopt, find_checkpoint, has_checkpoint, load_newest
 from mnist_dist.models import build_model, count_parameters
 from mnist_dist.parts import (
     Parts,
@@ -34,6 +34,7 @@ from mnist_dist.parts import (
     build_parts,
     check_world,
     load_data,
+    load_initial_weights,
 )
 from mnist_dist.recipe import Recipe, load_recipe
 from mnist_dist.recipe_file import bundled_recipes, recipe_notes
@@ -150,20 +151,26 @@ def train(
     precision = check_world(recipe, state)
     recipe = recipe.model_copy(update={"mixed_precision": precision})  # a resume under another launcher sees the change
     dataset = load_data(recipe, state)
-    module = together(state, lambda: build_module(recipe, dataset))
+    module, notes = together(state, lambda: build_module(recipe, dataset)), []
+    # A checkpoint has all the weights: what the run once began from may be gone by then.
+    goes_on = has_checkpoint(run_dir, resume, state)
+    if not goes_on:
+        notes = together(state, lambda: load_initial_weights(recipe, module))
     folder, keep = _open_folder(recipe, run_dir, state, resume, allow_recipe_change), None
     try:
         if state.is_main_process:
             write_text(folder.model_summary, summarize_model(module) + "\n")
-        parts = build_parts(recipe, precision, dataset.train, module)
         checkpoint, problems = load_newest(folder, state)
+        if goes_on and not checkpoint:  # all of them were damaged
+            notes = together(state, lambda: load_initial_weights(recipe, module))
+        parts = build_parts(recipe, precision, dataset.train, module)
         progress = Progress(**checkpoint.get("progress", {}))
         keep = Keeper(folder, recipe, parts, progress)
         if checkpoint:
             parts.load_state_dict(checkpoint["parts"])
         console = open_trackers(recipe, parts, dataset, folder, checkpoint)
         if console:
-            for note in [*problems, *parts.notes]:
+            for note in [*problems, *notes, *parts.notes]:
                 console.say(note)
             if parts.update.captured:
                 parts.update.captured.say = console.say

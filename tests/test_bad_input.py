@@ -210,7 +210,7 @@ def test_an_unknown_key(refused_recipe, text, expected):
             "name: ms_ran\n  widht: 8",
             "my.yaml:3: model.widht unknown key; did you mean 'width'?",
         ),
-        ("name: ms_ran\n  num_classes: 8", "my.yaml:3: model.num_classes unknown key; known: name, freeze, width"),
+        ("name: ms_ran\n  num_classes: 8", "model.num_classes unknown key; known: name, freeze, init_from, width"),
         ("name: lenet5\n  width: 8", "my.yaml:3: model.width unknown key; known: name, freeze"),
         ("name: torchvision/resnet18\n  widht: 8", "my.yaml:3: model.widht"),
     ],

@@ -29,15 +29,19 @@ def save_weights(path: Path, state: dict[str, Tensor], about: dict[str, Any]) ->
     _flush(path.parent)  # a checkpoint that counts on these weights may follow at once
 
 
-def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_weights(path: Path, *, foreign: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Reads what `save_weights` wrote: tensors on the CPU, and `about`.
+
+    Args:
+        foreign: read any safetensors file; `about` is empty where it is not of this package.
 
     Raises:
         ValueError: not a weights file of this package, or a damaged one.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})["about"])
+            metadata = file.metadata() or {}
+            about = {} if foreign and "about" not in metadata else json.loads(metadata["about"])
             return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118 - not a dict
     except FileNotFoundError:
         raise

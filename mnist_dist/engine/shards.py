@@ -31,7 +31,9 @@ class LogicalShards:
         self.count, self._accelerator, self._clock = count, accelerator, clock
         self.mine = range(rank * count // world_size, (rank + 1) * count // world_size)
         self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        buffers = list(module.buffers())
+        # A layer in eval mode is frozen: adding its buffers up and dividing again would not give the same bits.
+        trained = (part for part in module.modules() if part.training)
+        buffers = list(dict.fromkeys(buffer for part in trained for buffer in part.buffers(recurse=False)))
         # Whole numbers (num_batches_tracked) count the step once, in whichever shard: each starts from the same one.
         self._buffers = [buffer for buffer in buffers if buffer.is_floating_point()]
         self._counters = [buffer for buffer in buffers if not buffer.is_floating_point()]
