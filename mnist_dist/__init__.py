@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 if TYPE_CHECKING:
+    from mnist_dist.explain import get_feature_maps
     from mnist_dist.models import build_model
     from mnist_dist.predict import predict_digit
     from mnist_dist.recipe import load_recipe
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from mnist_dist.train import train
 
 __version__ = "0.1.0"
-__all__ = ["build_model", "load_recipe", "load_run", "predict_digit", "train"]
+__all__ = ["build_model", "get_feature_maps", "load_recipe", "load_run", "predict_digit", "train"]
 
 
 def __getattr__(name: str) -> Any:
@@ -27,6 +28,7 @@ def __getattr__(name: str) -> Any:
 
     homes = {
         "build_model": "models",
+        "get_feature_maps": "explain",
         "load_recipe": "recipe",
         "load_run": "runs",
         "predict_digit": "predict",

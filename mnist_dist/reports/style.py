@@ -93,10 +93,10 @@ def new_sheet(width: float, height: float, title: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def draw_tile(axes: Axes, x: float, y: float, image: ndarray) -> None:
+def draw_tile(axes: Axes, x: float, y: float, image: ndarray, side: float = TILE) -> None:
     """One image, (H, W) of grey levels 0..255, as ink on paper with its top left corner at (x, y) inches."""
-    axes.imshow(image, cmap="gray_r", vmin=0, vmax=255, extent=(x, x + TILE, y + TILE, y), interpolation="nearest")
-    axes.add_patch(Rectangle((x, y), TILE, TILE, fill=False, edgecolor="#BBBBBB", linewidth=0.5))
+    axes.imshow(image, cmap="gray_r", vmin=0, vmax=255, extent=(x, x + side, y + side, y), interpolation="nearest")
+    axes.add_patch(Rectangle((x, y), side, side, fill=False, edgecolor="#BBBBBB", linewidth=0.5))
 
 
 def write_png(figure: Figure, path: str | Path) -> Path:
