@@ -6,7 +6,6 @@ With the run's own data the numbers are those of its last evaluation, to the ima
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,9 @@ from mnist_dist.data import Images
 from mnist_dist.engine.evaluation import Evaluation
 from mnist_dist.engine.evaluation import evaluate as judge
 from mnist_dist.parts import load_data, place
-from mnist_dist.recipe import load_recipe
+from mnist_dist.recipe import Recipe, load_recipe
 from mnist_dist.recipe_file import Problem, RecipeError
-from mnist_dist.runs import Run, load_run
+from mnist_dist.runs import Run, open_run
 from mnist_dist.world import choose_threads, launched_world
 
 EXAMPLES = """\
@@ -51,33 +50,39 @@ def evaluate(run: Run, *overrides: str, split: str = "test") -> dict[str, Any]:
         `correct` and `accuracy`), `confusion` (rows: truth, columns: prediction), `weights`, `split`, `dataset`.
 
     Raises:
-        RecipeError: no weights there, no such data, or data of another number of classes.
+        RecipeError: no such data, or data of another number of classes.
+        OSError, ValueError: no whole weights there.
     """
-    state = launched_world()
-    choose_threads(state)
-    recipe = load_recipe(run.folder.recipe, *overrides)
-    dataset = load_data(recipe, state)
-    if split == "validation" and not dataset.has_validation:
-        raise RecipeError([Problem("command line", "--split", "this run held no validation images out")])
-    data = dataset.held_out if split == "validation" else dataset.test
-    try:
-        module, classes = run.model, run.about["classes"]
-    except (OSError, ValueError) as error:
-        raise RecipeError([Problem(str(run.folder.path), "", str(error))]) from error
-    if len(classes) != len(data.classes):
-        what = f"{recipe.data.dataset} has {len(data.classes)} classes, the network {len(classes)}"
-        raise RecipeError([Problem("command line", "data.dataset", what)])
-    AcceleratorState._reset_state()  # a notebook may evaluate runs of two precisions
-    accelerator = Accelerator(mixed_precision=recipe.mixed_precision or "no")
-    place(module, accelerator.device, channels_last=recipe.engine.channels_last)
-    # Normalised as the network was trained, also on other data.
-    images = Images(data.images, data.labels, data.classes, run.about["mean"], run.about["std"]).to(accelerator.device)
-    found = judge(accelerator, module, images, batch_size=recipe.eval_batch_size)
-    return report(found, data.labels, data.classes) | {
+    recipe, data = read_data(run, *overrides, split=split)
+    return report(judge_run(run, recipe, data), data.labels, data.classes) | {
         "dataset": recipe.data.dataset,
         "split": split,
         "weights": run.weights,
     }
+
+
+def read_data(run: Run, *overrides: str, split: str = "test") -> tuple[Recipe, Images]:
+    """The run's recipe with `overrides`, and the images that it is to be judged on; arguments and errors as above."""
+    recipe = load_recipe(run.folder.recipe, *overrides)
+    dataset = load_data(recipe, launched_world())
+    if split == "validation" and not dataset.has_validation:
+        raise RecipeError([Problem("command line", "--split", "this run held no validation images out")])
+    data, classes = dataset.held_out if split == "validation" else dataset.test, run.about["classes"]
+    if len(classes) != len(data.classes):
+        what = f"{recipe.data.dataset} has {len(data.classes)} classes, the network {len(classes)}"
+        raise RecipeError([Problem("command line", "data.dataset", what)])
+    return recipe, data
+
+
+def judge_run(run: Run, recipe: Recipe, data: Images) -> Evaluation:
+    """The network's evaluation in the recipe's precision and batches."""
+    choose_threads(launched_world())
+    AcceleratorState._reset_state()  # a notebook may evaluate runs of two precisions
+    accelerator = Accelerator(mixed_precision=recipe.mixed_precision or "no")
+    module = place(run.model, accelerator.device, channels_last=recipe.engine.channels_last)
+    # Normalised as the network was trained, also on other data.
+    images = Images(data.images, data.labels, data.classes, run.about["mean"], run.about["std"]).to(accelerator.device)
+    return judge(accelerator, module, images, batch_size=recipe.eval_batch_size)
 
 
 def report(found: Evaluation, labels: Tensor, classes: tuple[str, ...]) -> dict[str, Any]:
@@ -109,6 +114,21 @@ def calibration_error(probabilities: Tensor, labels: Tensor) -> float:
     return float(gaps.abs().sum() / len(labels))
 
 
+def write_report(path: Path | None, result: dict[str, Any]) -> None:
+    """Writes the report as JSON, where a file was named.
+
+    Raises:
+        RecipeError: it cannot be written.
+    """
+    try:
+        if path:
+            path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(
+            [Problem("command line: --json", "", f"{path} cannot be written: {error.strerror}")]
+        ) from error
+
+
 def show(result: dict[str, Any], classes: list[str]) -> None:
     """The report as two tables."""
     console = Console()
@@ -135,15 +155,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report to FILE")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys, e.g. data.root=/data")
     arguments = parser.parse_intermixed_args(argv)
-    try:
-        run = load_run(arguments.run, arguments.weights)
-    except FileNotFoundError as error:
-        raise RecipeError([Problem(arguments.run, "", str(error))]) from error
+    run = open_run(arguments.run, arguments.weights)
     data = [f"data.dataset={arguments.data}"] if arguments.data else []
     result = evaluate(run, *data, *arguments.overrides, split=arguments.split)
     if launched_world().is_main_process:
-        if arguments.json:
-            arguments.json.write_text(json.dumps(result, indent=2) + os.linesep, encoding="utf-8")
+        write_report(arguments.json, result)
         show(result, list(result["classes"]))
     launched_world().destroy_process_group()
     return 0

@@ -18,7 +18,7 @@ from mnist_dist.command_line import Parser, run_door
 from mnist_dist.data.augment import normalize
 from mnist_dist.predict import predict, read_picture
 from mnist_dist.recipe_file import Problem, RecipeError, nearest
-from mnist_dist.runs import Run, load_run
+from mnist_dist.runs import Run, open_run
 
 EXAMPLES = """\
 examples:
@@ -143,11 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     def refuse(where: object, error: Exception) -> RecipeError:
         return RecipeError([Problem(str(where), "", str(error))])
 
-    try:
-        run = load_run(arguments.run, arguments.weights)
-        _ = run.model
-    except (OSError, ValueError) as error:
-        raise refuse(arguments.run, error) from error
+    run = open_run(arguments.run, arguments.weights)
     try:
         picture = read_picture(arguments.picture)
     except ValueError as error:

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from mnist_dist.command_line import FAILED, Parser, run_door
 from mnist_dist.data.augment import normalize
-from mnist_dist.recipe_file import Problem, RecipeError
-from mnist_dist.runs import Run, load_run
+from mnist_dist.runs import Run, load_run, open_run
 
 EXAMPLES = """\
 examples:
@@ -140,12 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--weights", choices=["last", "best"], default="last", help="default: last")
     parser.add_argument("--json", action="store_true", help="print a list of objects instead of lines")
     arguments = parser.parse_args(argv)
-    try:
-        run = load_run(arguments.run, arguments.weights)
-        _ = run.model
-    except (OSError, ValueError) as error:
-        raise RecipeError([Problem(arguments.run, "", str(error))]) from error
-
+    run = open_run(arguments.run, arguments.weights)
     paths = [path for given in arguments.pictures for path in _files(given)]
     found, failed = [], len(paths) == 0
     for path in paths:

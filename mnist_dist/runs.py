@@ -172,6 +172,20 @@ def load_run(folder: str | Path, weights: str = "best") -> Run:
     return run
 
 
+def open_run(folder: str | Path, weights: str) -> Run:
+    """`load_run` for a command: with the network read.
+
+    Raises:
+        RecipeError: no run folder there, or no whole weights in it.
+    """
+    try:
+        run = load_run(folder, weights)
+        _ = run.model
+    except (OSError, ValueError) as error:
+        raise RecipeError([Problem(str(folder), "", str(error))]) from error
+    return run
+
+
 # --- what ran ---------------------------------------------------------------------------------------------------
 
 

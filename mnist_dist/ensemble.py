@@ -1,0 +1,127 @@
+"""Run folders -> one answer, the mean of their probabilities: `python -m mnist_dist.ensemble runs/a runs/b runs/c`.
+
+It says what each network is worth alone, what they are worth together, and on how many images they disagree. Such a
+mean is the "deep ensemble" of Lakshminarayanan, Pritzel, Blundell, NeurIPS 2017.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+
+from mnist_dist.command_line import Parser, run_door
+from mnist_dist.engine.evaluation import Evaluation
+from mnist_dist.evaluate import calibration_error, judge_run, read_data, report, write_report
+from mnist_dist.recipe_file import Problem, RecipeError
+from mnist_dist.runs import Run, open_run
+from mnist_dist.world import launched_world
+
+EXAMPLES = """\
+examples:
+  python -m mnist_dist.ensemble runs/results/simple_cnn-seed*
+  python -m mnist_dist.ensemble runs/a runs/b --data qmnist data.root=/data --json report.json
+"""
+
+
+def ensemble(runs: list[Run], *overrides: str) -> dict[str, Any]:
+    """Judges the mean of the runs' probabilities on their test set, or on other data that `overrides` name.
+
+    Returns:
+        What `evaluate` returns for the whole, and `members` (for each its `run`, `accuracy`, `loss` and
+        `calibration_error`) and `disagreements`, the number of images that not all members take for the same.
+
+    Raises:
+        RecipeError: fewer than two runs, one twice, different classes or test sets, or no such data.
+        OSError, ValueError: no whole weights there.
+    """
+
+    def refuse(run: Run, what: str) -> RecipeError:
+        return RecipeError([Problem(str(run.folder.path), "", what)])
+
+    first, others = runs[0], runs[1:]
+    if not others:
+        raise refuse(first, "one run is no ensemble; name at least two")
+    recipes, sets = zip(*(read_data(run, *overrides) for run in runs), strict=True)
+    seen: dict[Path, Run] = {}
+    for run, data in zip(runs, sets, strict=True):
+        if twin := seen.get(run.folder.path.resolve()):
+            raise refuse(run, f"the same run as {twin.folder.path}: it would have two votes")
+        seen[run.folder.path.resolve()] = run
+        if run.about["classes"] != first.about["classes"]:
+            raise refuse(run, f"knows other classes than {first.folder.path}")
+        if not (torch.equal(data.images, sets[0].images) and torch.equal(data.labels, sets[0].labels)):
+            hint = "name one for all, e.g. --data mnist data.limit_test=null"
+            raise refuse(run, f"has another test set than {first.folder.path}; {hint}")
+
+    members = [judge_run(run, recipe, data) for run, recipe, data in zip(runs, recipes, sets, strict=True)]
+    labels, classes = sets[0].labels.cpu(), sets[0].classes
+    whole = mean_of(members, labels)
+    guesses = torch.stack([member.probabilities.argmax(dim=1) for member in members])
+    return report(whole, labels, classes) | {
+        "dataset": recipes[0].data.dataset,
+        "split": "test",
+        "weights": first.weights,
+        "disagreements": int((guesses != guesses[0]).any(dim=0).sum()),
+        "members": [
+            {
+                "run": str(run.folder.path),
+                "accuracy": member.accuracy,
+                "loss": member.loss,
+                "calibration_error": calibration_error(member.probabilities, labels),
+            }
+            for run, member in zip(runs, members, strict=True)
+        ],
+    }
+
+
+def mean_of(members: list[Evaluation], labels: torch.Tensor) -> Evaluation:
+    """The evaluation of the mean of the members' probabilities; `labels` int64 (N,)."""
+    probabilities = torch.stack([member.probabilities for member in members]).mean(dim=0)
+    # A probability may have been too small for float32, where each member's own loss comes from its logarithm.
+    logarithms = probabilities.double().clamp(min=torch.finfo(torch.float32).tiny).log()
+    correct = int((probabilities.argmax(dim=1) == labels).sum())
+    return Evaluation(100 * correct / len(labels), F.nll_loss(logarithms, labels).item(), probabilities)
+
+
+def show(result: dict[str, Any]) -> None:
+    """One line a member, one for the whole."""
+    console = Console()
+    console = console if console.is_terminal else Console(width=160)
+    table = Table("run", "accuracy", "loss", "calibration error", box=None)
+    for each in [*result["members"], {"run": f"mean of {len(result['members'])}"} | result]:
+        figures = f"{each['accuracy']:.2f} %", f"{each['loss']:.4f}", f"{each['calibration_error']:.4f}"
+        table.add_row(each["run"], *figures)
+    console.print(table)
+    what = f"{result['images']:,} images ({result['dataset']}, {result['split']}), {result['weights']} weights"
+    console.print(f"{what}; the members disagree on {result['disagreements']:,}", highlight=False)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The door: exit code 0, or 2 for runs or data that do not go together."""
+    parser = Parser("mnist_dist.ensemble", "Judges the mean of several networks' probabilities.", EXAMPLES)
+    parser.add_argument("words", nargs="+", metavar="RUN|key=value", help="run folders; recipe keys, e.g. data.root=…")
+    parser.add_argument("--weights", choices=["last", "best"], default="last", help="default: last")
+    parser.add_argument("--data", metavar="NAME", help="another data set of as many classes, e.g. qmnist")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report to FILE")
+    arguments = parser.parse_intermixed_args(argv)
+    overrides = [word for word in arguments.words if "=" in word and not Path(word).exists()]
+    folders = [word for word in arguments.words if word not in overrides]
+    if not folders:
+        parser.error("name at least two run folders")
+    data = [f"data.dataset={arguments.data}"] if arguments.data else []
+    result = ensemble([open_run(folder, arguments.weights) for folder in folders], *data, *overrides)
+    if launched_world().is_main_process:
+        write_report(arguments.json, result)
+        show(result)
+    launched_world().destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_door(main))
