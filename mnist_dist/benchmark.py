@@ -116,8 +116,9 @@ def tensor_loop(recipe: Recipe, precision: str, dataset: Dataset, state: Partial
             for rows in torch.randperm(len(labels), device=state.device).split(size):
                 batch = images[rows].float()
                 if not augmentation.is_identity:
-                    draws = torch.rand(len(rows), augmentation.DRAWS, device=state.device)
-                    batch = augmentation.apply(batch, augmentation.warps(draws, batch.shape[-1]))
+                    side = batch.shape[-1]
+                    draws = torch.rand(len(rows), augmentation.count_draws(side), device=state.device)
+                    batch = augmentation.apply(batch, augmentation.warps(draws, side))
                 yield dataset.train.normalize(batch), labels[rows]
 
     source = batches()

@@ -103,6 +103,10 @@ class AugmentSection(Section):
     interpolation: Literal["nearest", "bilinear"] = "nearest"
     fill: Annotated[float, Field(ge=0, le=255)] = 0.0
     """Grey level of what comes in from outside."""
+    elastic: Annotated[float, Field(ge=0)] = 0.0
+    """Pixels, standard deviation of a smooth random displacement; 1.4 is that of Simard et al. 2003."""
+    elastic_sigma: Annotated[float, Field(ge=3)] = 4.0
+    """Pixels over which neighbours are displaced alike."""
 
     def build(self) -> Augmentation:
         return Augmentation(**self.model_dump())

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
 from mnist_dist.data import Augmentation, normalize
-from mnist_dist.data.augment import affine_grid, affine_matrices
+from mnist_dist.data.augment import affine_grid, affine_matrices, elastic_shift
 from mnist_dist.data.batches import uniform
 
 COUNT, SIDE = 40, 28
@@ -209,6 +209,8 @@ def test_shears_fill_plus_minus_shear():
         ({"translation": 0.1}, False),
         ({"scale": (0.9, 1.0)}, False),
         ({"shear": 1.0}, False),
+        ({"elastic_sigma": 9.0}, True),
+        ({"elastic": 0.1}, False),
     ],
 )
 def test_is_identity_only_if_no_warp_moves_a_pixel(keywords, identity):
@@ -230,11 +232,85 @@ def test_is_identity_only_if_no_warp_moves_a_pixel(keywords, identity):
         ("interpolation", "bicubic"),
         ("fill", -1.0),
         ("fill", 256.0),
+        ("elastic", -1.0),
+        ("elastic", math.inf),
+        ("elastic_sigma", 2.9),
+        ("elastic_sigma", math.nan),
     ],
 )
 def test_a_value_out_of_range_is_named(keyword, value):
     with pytest.raises(ValueError, match=keyword):
         Augmentation(**{keyword: value})
+
+
+# Elastic warps
+
+ELASTIC = Augmentation(elastic=1.4, elastic_sigma=4.0, interpolation="bilinear")
+
+
+def elastic_draws(augmentation: Augmentation, count: int) -> Tensor:
+    return uniform(0, 0, torch.arange(count), augmentation.count_draws(SIDE))
+
+
+def shifts(augmentation: Augmentation, count: int) -> Tensor:
+    """Pixels, (count, SIDE, SIDE, 2)."""
+    knots = augmentation.warps(elastic_draws(augmentation, count), SIDE)[:, :, 3:]
+    return elastic_shift(knots, SIDE, augmentation.elastic_sigma).double() * SIDE / 2
+
+
+def test_every_pixel_moves_as_far_as_asked_and_its_neighbours_alike():
+    count = 8000
+    for augmentation in (ELASTIC, Augmentation(elastic=0.5, elastic_sigma=7.0)):
+        moved = shifts(augmentation, count)
+        assert abs(moved.mean(dim=0)).max() < 6 * augmentation.elastic / math.sqrt(count)
+        deviations = moved.std(dim=0) / augmentation.elastic
+        assert (deviations - 1).abs().max() < 6 / math.sqrt(2 * count)
+        # Two Gaussians of width sigma, one for each pixel, overlap so far; x and y have nothing to do with each other.
+        for distance in (2, 5, 9):
+            along = torch.corrcoef(moved[:, 14, [9, 9 + distance], 0].T)[0, 1]
+            assert along == pytest.approx(math.exp(-(distance**2) / (4 * augmentation.elastic_sigma**2)), abs=0.06)
+        assert abs(torch.corrcoef(moved[:, 14, 14].T)[0, 1]) < 5 / math.sqrt(count)
+
+
+def test_an_elastic_warp_moves_ink_by_its_field():
+    # On a ramp a displacement along x shows as a change of grey level.
+    ramp = torch.arange(SIDE).float().expand(1, 1, SIDE, SIDE)
+    warps = ELASTIC.warps(elastic_draws(ELASTIC, 30), SIDE)
+    found = ELASTIC.apply(ramp.expand(30, 1, SIDE, SIDE), warps)
+    expected = ramp[0] + shifts(ELASTIC, 30)[..., 0]
+    inside = (slice(None), 0, slice(7, -7), slice(7, -7))
+    torch.testing.assert_close(found[inside].double(), expected[:, 7:-7, 7:-7], rtol=0, atol=1e-3)
+
+
+def test_the_elastic_field_lies_on_top_of_the_affine_warp():
+    rotated = Augmentation(rotation=30, elastic=1e-6, interpolation="bilinear")
+    numbers, images = elastic_draws(rotated, COUNT), grey_images()
+    plain = Augmentation(rotation=30, interpolation="bilinear")
+    expected = plain.apply(images, plain.warps(numbers[:, : plain.DRAWS], SIDE))
+    assert_same_images(rotated.apply(images, rotated.warps(numbers, SIDE)), expected, "bilinear")
+
+
+def test_a_samples_elastic_warp_is_the_same_in_any_batch():
+    images, numbers = grey_images(), elastic_draws(ELASTIC, COUNT)
+    together = ELASTIC.apply(images, ELASTIC.warps(numbers, SIDE))
+    for size in (1, 7, 16):
+        parts = zip(images.split(size), numbers.split(size), strict=True)
+        found = torch.cat([ELASTIC.apply(part, ELASTIC.warps(draws, SIDE)) for part, draws in parts])
+        torch.testing.assert_close(found, together, rtol=0, atol=0.01)
+    assert (together - images).abs().mean() > 20
+
+
+def test_without_elasticity_a_warp_is_what_it_was():
+    plain = Augmentation(rotation=10, shear=5)
+    for other in (Augmentation(rotation=10, shear=5, elastic=0.0, elastic_sigma=9.0), plain):
+        assert other.count_draws(SIDE) == Augmentation.DRAWS
+        assert torch.equal(other.warps(draws(COUNT), SIDE), plain.warps(draws(COUNT), SIDE))
+        assert other.warps(draws(COUNT), SIDE).shape == (COUNT, 2, 3)
+    # The affine numbers of a sample do not depend on whether others are drawn after them.
+    with_elastic = Augmentation(rotation=10, shear=5, elastic=1.0)
+    assert torch.equal(
+        with_elastic.warps(elastic_draws(with_elastic, COUNT), SIDE)[:, :, :3], plain.warps(draws(COUNT), SIDE)
+    )
 
 
 # Normalisation

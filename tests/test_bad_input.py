@@ -309,6 +309,9 @@ def test_a_wrong_type(refused_recipe, text, expected):
             "data.augment.interpolation expected 'nearest' or 'bilinear', got \"cubic\"",
         ),
         ("  augment: {fill: 300}", "data.augment.fill expected at most 255, got 300"),
+        ("  augment: {elastic: -1}", "data.augment.elastic expected at least 0, got -1"),
+        ("  augment: {elastic: {alpha: 3}}", "data.augment.elastic expected a number"),
+        ("  augment: {elastic: 1, elastic_sigma: 2}", "data.augment.elastic_sigma expected at least 3, got 2"),
         ("  augment: {shear: 95}", "data.augment.shear expected less than 90, got 95"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -97,6 +98,9 @@ def test_a_samples_warp_depends_on_seed_epoch_and_sample_alone():
     expected = warps(100, 10, 0, 0)
     assert expected.shape == (100, 2, 3)
     assert torch.equal(warps(60, 7, 0, 0), expected[:60])
+    elastic = Batches(60, 7, 0, augmentation=replace(augmentation, elastic=1.0)).plan(0).warps
+    torch.testing.assert_close(elastic[:, :, :3], expected[:60])
+    assert elastic[:, :, 3:].unique(dim=0).shape == (60, 2, 64)
     for seed, epoch in [(0, 1), (1, 0)]:
         assert (warps(100, 10, seed, epoch) != expected).flatten(1).any(dim=1).all()
 
@@ -148,6 +152,12 @@ def test_pairs_of_numbers_fill_the_square_evenly():
     expected = 60_000 / 256
     chi_squared = float(((counts - expected) ** 2 / expected).sum())
     assert abs(chi_squared - 255) < 5 * math.sqrt(2 * 255)
+
+
+def test_uniform_is_equal_in_whatever_parts_it_is_drawn():
+    together = uniform(3, 1, torch.arange(10_000), 7)
+    assert torch.equal(together[4090:4100], uniform(3, 1, torch.arange(4090, 4100), 7))
+    assert uniform(3, 1, torch.arange(0), 7).shape == (0, 7)
 
 
 def test_uniform_takes_the_upper_24_bits_of_the_hash():
