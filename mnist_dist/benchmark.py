@@ -44,6 +44,7 @@ from mnist_dist.parts import (
     build_parts,
     check_world,
     load_data,
+    load_teachers,
     place,
 )
 from mnist_dist.recipe import Recipe, load_recipe
@@ -87,7 +88,8 @@ def trainer(
     recipe: Recipe, precision: str, dataset: Dataset, state: PartialState, folder: Path, name: str = "mnist_dist"
 ) -> Contender:
     """The trainer as a user runs it: data, augmentation, clipping, metrics, console, W&B offline."""
-    parts = build_parts(recipe, precision, dataset.train, build_module(recipe, dataset))
+    module, teachers = build_module(recipe, dataset), load_teachers(recipe, dataset.train)
+    parts = build_parts(recipe, precision, dataset.train, module, teachers)
     run = RunFolder.open(folder / f"{name}-{state.process_index}", recipe)
     open_trackers(recipe, parts, dataset, run, {}, quiet=True)
     progress = Progress()

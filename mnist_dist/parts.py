@@ -10,7 +10,7 @@ import fnmatch
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from mnist_dist.data import Batches, Dataset, Images, derive_seed, load_dataset
 from mnist_dist.engine.all_reduce import reduce_gradients
 from mnist_dist.engine.capture import CapturedStep, compile_network, why_not
 from mnist_dist.engine.checkpoint import load_weights, save_weights
+from mnist_dist.engine.distillation import Distillation
 from mnist_dist.engine.evaluation import Evaluation, evaluate
 from mnist_dist.engine.fully_sharded import cut_model_state, cut_optimizer_state, gathered, shard_parameters, whole
 from mnist_dist.engine.metrics import GradientClock, Meter
@@ -38,7 +39,7 @@ from mnist_dist.engine.sync_batchnorm import synchronize_batch_norm
 from mnist_dist.models import build_model
 from mnist_dist.recipe import Recipe, check_freeze
 from mnist_dist.recipe_file import Problem, RecipeError
-from mnist_dist.runs import RunFolder
+from mnist_dist.runs import Run, RunFolder, load_run
 from mnist_dist.world import asks_for_fsdp, check_engine, fsdp_settings, together
 
 
@@ -159,6 +160,27 @@ def load_initial_weights(recipe: Recipe, module: nn.Module) -> list[str]:
     notes += [f"begins anew: {_listed(left)}"] if left else []
     notes += [f"not used: {_listed(unused)}"] if unused else []
     return ["; ".join(notes)]
+
+
+def load_teachers(recipe: Recipe, data: Images) -> list[Run]:
+    """The trained networks that the recipe's is to learn from.
+
+    Raises:
+        RecipeError: a run or its weights are not there, or it knows other classes.
+    """
+    teachers = []
+    for folder in recipe.distill.teachers or []:
+        try:
+            teacher = load_run(folder, "last")
+            _, known = teacher.model, tuple(teacher.about["classes"])
+        except (OSError, ValueError) as error:
+            raise RecipeError([recipe.problem("distill.from", str(error))]) from error
+        if known != data.classes:
+            what = f"{folder} knows {len(known)} classes ({_listed(list(known), 10)}), {recipe.data.dataset} has "
+            what += f"{len(data.classes)} ({_listed(list(data.classes), 10)})"
+            raise RecipeError([recipe.problem("distill.from", what)])
+        teachers.append(teacher)
+    return teachers
 
 
 def _listed(names: list[str], most: int = 6) -> str:
@@ -284,7 +306,9 @@ def place(module: nn.Module, device: torch.device, *, channels_last: bool) -> nn
     return module.to(device, memory_format=layout)  # type: ignore[call-overload]  # torch types it for tensors only
 
 
-def build_parts(recipe: Recipe, precision: str, train_data: Images, module: nn.Module) -> Parts:
+def build_parts(
+    recipe: Recipe, precision: str, train_data: Images, module: nn.Module, teachers: Sequence[Run] = ()
+) -> Parts:
     """Builds everything the loop uses, on the device, prepared by Accelerate."""
     _set_determinism(recipe.deterministic)
     _set_kernels(recipe)
@@ -339,6 +363,16 @@ def build_parts(recipe: Recipe, precision: str, train_data: Images, module: nn.M
             optimizer = accelerator.prepare(optimizer)  # without a scaler it adds nothing but its own time
     meter, clock = Meter(accelerator), GradientClock()
     reduce_gradients(model, accelerator.device, recipe.ddp.comm_hook, clock)
+    for teacher in teachers:
+        place(teacher.model, accelerator.device, channels_last=recipe.engine.channels_last)
+    distillation = Distillation(
+        [(teacher.model, teacher.about["mean"], teacher.about["std"]) for teacher in teachers],
+        weight=recipe.distill.weight,
+        temperature=recipe.distill.temperature,
+        mean=train_data.mean,
+        std=train_data.std,
+        autocast=accelerator.autocast,
+    )
     shards = LogicalShards(recipe.logical_shards, accelerator, module, clock) if recipe.logical_shards else None
     obstacle = why_not(
         accelerator.device,
@@ -364,6 +398,7 @@ def build_parts(recipe: Recipe, precision: str, train_data: Images, module: nn.M
         clock=clock,
         shards=shards,
         meets_in_forward=synchronized,
+        distillation=distillation if teachers else None,
         on_nonfinite=recipe.on_nonfinite,
         captured=CapturedStep(accelerator.device) if captures else None,
     )

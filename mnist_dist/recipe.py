@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 import torch
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, Strict, TypeAdapter
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, Strict, TypeAdapter
 
 from mnist_dist.data import DATASETS, Augmentation
 from mnist_dist.engine import optim
@@ -53,10 +53,22 @@ def _a_power_of_two(count: int) -> int:
     return count
 
 
+def _a_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 class Section(BaseModel):
     """Strict: 2.5 is not an int, "3" is not a number, an unknown key is refused, and nothing changes afterwards."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    def model_dump(self, **keywords: Any) -> dict[str, Any]:
+        """With the keys as a recipe spells them: one of them, `from`, is a word of Python's."""
+        return super().model_dump(**{"by_alias": True, **keywords})
+
+    @classmethod
+    def known_keys(cls) -> list[str]:
+        return [field.alias or name for name, field in cls.model_fields.items()]
 
 
 class OpenSection(Section):
@@ -123,6 +135,16 @@ class DataSection(Section):
     limit_train: Positive | None = None
     limit_test: Positive | None = None
     augment: AugmentSection = AugmentSection()
+
+
+class DistillSection(Section):
+    teachers: Annotated[list[str] | None, Field(alias="from"), BeforeValidator(_a_list)] = None
+    """A run folder, or a list of them: trained networks of the same classes to learn from; null: none. What they say
+    of the same augmented images counts beside the labels (Hinton et al. 2015)."""
+    weight: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Of the teachers; the labels have the rest."""
+    temperature: AboveZero = 1.0
+    """Divides the logits of both sides: above 1 the less likely classes count more."""
 
 
 class EarlyStoppingSection(Section):
@@ -213,6 +235,7 @@ class Recipe(Section):
     early_stopping: EarlyStoppingSection = EarlyStoppingSection()
     model: ModelSection
     data: DataSection = DataSection()
+    distill: DistillSection = DistillSection()
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
     engine: EngineSection = EngineSection()
@@ -288,7 +311,7 @@ def _check_schema(values: dict[str, Any]) -> Findings:
                 schema: Any = Recipe
                 for section in sections:
                     schema = schema.model_fields[section].annotation
-                yield key, unknown_key(str(last), schema.model_fields)
+                yield key, unknown_key(str(last), schema.known_keys())
             elif key in ("model", "model.name") and each["type"] == "missing":
                 yield key, "this key is needed, e.g. `model: {name: simple_cnn}`"
             else:
@@ -373,6 +396,8 @@ def _check_combinations(recipe: Recipe) -> Findings:
         yield "sync_batchnorm", "with logical_shards batch norm belongs to the shard; leave one of the two out"
     if recipe.data.split is not None and recipe.data.dataset != "emnist":
         yield "data.split", f"only emnist has splits, not {recipe.data.dataset}; leave it out"
+    if not recipe.distill.teachers and recipe.distill != DistillSection():
+        yield "distill.from", "this key is needed, e.g. `distill: {from: runs/teacher}`"
     yield from _attempt("data.augment", recipe.data.augment.model_dump(), Augmentation)[1]
 
     kind, parameter = optim.OPTIMIZERS[optimizer.name], torch.nn.Parameter(torch.zeros(2, 2))

@@ -35,6 +35,7 @@ from mnist_dist.parts import (
     check_world,
     load_data,
     load_initial_weights,
+    load_teachers,
 )
 from mnist_dist.recipe import Recipe, load_recipe
 from mnist_dist.recipe_file import bundled_recipes, recipe_notes
@@ -152,6 +153,7 @@ def train(
     recipe = recipe.model_copy(update={"mixed_precision": precision})  # a resume under another launcher sees the change
     dataset = load_data(recipe, state)
     module, notes = together(state, lambda: build_module(recipe, dataset)), []
+    teachers = together(state, lambda: load_teachers(recipe, dataset.train))
     # A checkpoint has all the weights: what the run once began from may be gone by then.
     goes_on = has_checkpoint(run_dir, resume, state)
     if not goes_on:
@@ -163,7 +165,7 @@ def train(
         checkpoint, problems = load_newest(folder, state)
         if goes_on and not checkpoint:  # all of them were damaged
             notes = together(state, lambda: load_initial_weights(recipe, module))
-        parts = build_parts(recipe, precision, dataset.train, module)
+        parts = build_parts(recipe, precision, dataset.train, module, teachers)
         progress = Progress(**checkpoint.get("progress", {}))
         keep = Keeper(folder, recipe, parts, progress)
         if checkpoint:

@@ -222,9 +222,11 @@ def test_a_recipe_written_out_loads_to_an_equal_one():
         "schedule: {name: step, step_size: 3, gamma: 0.5}\n"
         "data: {dataset: synthetic, augment: {scale: [0.9, 1.1], rotation: 7}}\n"
         "mixed_precision: no\n"
+        "distill: {from: runs/teacher, temperature: 4}\n"
     )
     assert again(recipe) == recipe
     assert "lr: 0.001" in recipe.to_yaml()
+    assert "distill:\n  from:\n  - runs/teacher\n  weight: 0.5\n" in recipe.to_yaml()
 
 
 names = st.from_regex(r"\w[^/\\\x00-\x1f]{0,20}", fullmatch=True)

@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from mnist_dist.data import Batches, EpochPlan, Images, derive_seed
 from mnist_dist.engine.capture import CapturedStep
+from mnist_dist.engine.distillation import Distillation
 from mnist_dist.engine.fully_sharded import gathered, whole
 from mnist_dist.engine.metrics import GradientClock, Meter
 from mnist_dist.engine.shards import LogicalShards
@@ -46,6 +47,7 @@ class Update:
         average: averaged weights to keep up to date, or None.
         shards: the fixed pieces of the global batch to compute instead of this process's share, or None.
         meets_in_forward: the network communicates in its forward pass, so all processes must pass equally often.
+        distillation: makes the loss against the labels one that learns from teachers too, or None.
         on_nonfinite: raise `NotFinite` before an update whose gradient is not finite, or pass over it.
         captured: replays full batches from one graph, or None.
     """
@@ -67,6 +69,7 @@ class Update:
         clock: GradientClock | None = None,
         shards: LogicalShards | None = None,
         meets_in_forward: bool = False,
+        distillation: Distillation | None = None,
         on_nonfinite: Literal["stop", "skip"] = "stop",
         captured: CapturedStep | None = None,
     ):
@@ -76,7 +79,7 @@ class Update:
         self.clock = clock or GradientClock()
         self.clip_grad_norm, self.label_smoothing = clip_grad_norm, label_smoothing
         self.micro_batch_size, self.meets_in_forward = micro_batch_size, meets_in_forward
-        self.on_nonfinite, self.captured = on_nonfinite, captured
+        self.on_nonfinite, self.captured, self.distillation = on_nonfinite, captured, distillation
         self.latches = judges_on_device(optimizer, accelerator)
         # Written in place, never replaced: a captured step knows them by their address.
         device = accelerator.device
@@ -177,8 +180,11 @@ class Update:
     ) -> None:
         """Adds the gradient of `rows` (int64, sample indices)."""
         labels = self.data.labels[rows]
-        logits = model(self.inputs(plan, rows)).float()
+        images = self.inputs(plan, rows)
+        logits = model(images).float()
         loss_sum = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.label_smoothing)
+        if self.distillation is not None:
+            loss_sum = self.distillation(loss_sum, images, logits)
         with self.clock.backward() if reduces else nullcontext():
             self.accelerator.backward(loss_sum * weight)
         if weight:
@@ -305,8 +311,10 @@ class Update:
         @find_executable_batch_size(starting_batch_size=size, reduce_batch_size_fn=halve)
         def attempt(size: int) -> None:
             labels = self.data.labels[plan.order[:size]]
-            logits = self.module(self.inputs(plan, plan.order[:size])).float()
-            self.accelerator.backward(F.cross_entropy(logits, labels))
+            images = self.inputs(plan, plan.order[:size])
+            logits = self.module(images).float()
+            loss = F.cross_entropy(logits, labels)
+            self.accelerator.backward(self.distillation(loss, images, logits) if self.distillation else loss)
 
         before = [buffer.clone() for buffer in self._buffers]
         attempt()
