@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
 from mnist_dist.command_line import Parser, run_door
-from mnist_dist.engine.evaluation import Evaluation
+from mnist_dist.engine.evaluation import Evaluation, score
 from mnist_dist.evaluate import calibration_error, judge_run, read_data, report, write_report
 from mnist_dist.recipe_file import Problem, RecipeError
 from mnist_dist.runs import Run, open_run
@@ -84,9 +83,7 @@ def mean_of(members: list[Evaluation], labels: torch.Tensor) -> Evaluation:
     """The evaluation of the mean of the members' probabilities; `labels` int64 (N,)."""
     probabilities = torch.stack([member.probabilities for member in members]).mean(dim=0)
     # A probability may have been too small for float32, where each member's own loss comes from its logarithm.
-    logarithms = probabilities.double().clamp(min=torch.finfo(torch.float32).tiny).log()
-    correct = int((probabilities.argmax(dim=1) == labels).sum())
-    return Evaluation(100 * correct / len(labels), F.nll_loss(logarithms, labels).item(), probabilities)
+    return score(probabilities.double().clamp(min=torch.finfo(torch.float32).tiny).log(), labels)
 
 
 def show(result: dict[str, Any]) -> None:

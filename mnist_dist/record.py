@@ -29,7 +29,11 @@ from mnist_dist.train import fit
 from mnist_dist.world import check_size, choose_threads, device_name, launched_world
 
 SAVES_NOTHING: Any = SimpleNamespace(
-    best=lambda: None, checkpoint=lambda: None, is_due=lambda logged: False, last_words=lambda: None
+    best=lambda: None,
+    show=lambda evaluation: None,
+    checkpoint=lambda: None,
+    is_due=lambda logged: False,
+    last_words=lambda: None,
 )
 """In the place of a run's `Keeper`: the reference saves nothing either."""
 

@@ -10,7 +10,7 @@ import torch
 
 from mnist_dist import load_recipe, load_run, train
 from mnist_dist.data import datasets
-from mnist_dist.engine.evaluation import Evaluation
+from mnist_dist.engine.evaluation import score
 from mnist_dist.ensemble import main, mean_of
 from mnist_dist.evaluate import evaluate
 from mnist_dist.recipe_file import RecipeError
@@ -44,7 +44,7 @@ def test_members_are_what_they_are_alone_and_the_whole_is_their_mean(runs, tmp_p
 def test_the_mean_of_probabilities():
     labels = torch.tensor([0, 0, 1])
     tables = torch.tensor([[[0.9, 0.1], [0.2, 0.8], [1.0, 0.0]], [[0.5, 0.5], [0.6, 0.4], [1.0, 0.0]]])
-    found = mean_of([Evaluation(0, 0, table) for table in tables], labels)
+    found = mean_of([score(table.log(), labels) for table in tables], labels)
     torch.testing.assert_close(found.probabilities, torch.tensor([[0.7, 0.3], [0.4, 0.6], [1.0, 0.0]]))
     assert found.accuracy == pytest.approx(100 / 3)
     smallest = torch.finfo(torch.float32).tiny
@@ -55,8 +55,8 @@ def test_the_mean_of_probabilities():
 def test_disagreements_are_counted_by_image(runs, monkeypatch, tmp_path):
     first, second = torch.eye(10)[torch.zeros(203, dtype=torch.long)], torch.eye(10)[torch.zeros(203, dtype=torch.long)]
     second[:7] = torch.eye(10)[3]
-    answers = iter([first, second])
-    monkeypatch.setattr("mnist_dist.ensemble.judge_run", lambda *arguments: Evaluation(0, 0, next(answers)))
+    answers, labels = iter([first, second]), torch.zeros(203, dtype=torch.long)
+    monkeypatch.setattr("mnist_dist.ensemble.judge_run", lambda *arguments: score(next(answers).log(), labels))
     assert main([str(runs / "lenet5"), str(runs / "simple_cnn"), "--json", str(tmp_path / "report.json")]) == 0
     assert json.loads((tmp_path / "report.json").read_text())["disagreements"] == 7
 

@@ -11,7 +11,8 @@ PACKAGE = ROOT / "mnist_dist"
 
 ROOMS = {"models", "data", "engine", "tracking", "reports"}
 DOORS = {
-    "train", "evaluate", "predict", "explain", "ensemble", "export", "benchmark", "record", "compare", "sweep", "doctor",
+    "train", "evaluate", "predict", "explain", "ensemble", "export", "benchmark", "record", "compare", "sweep",
+    "doctor",
 }  # fmt: skip
 BEHIND_THE_DOORS = {"keeper", "parts", "runs", "command_line", "recipe", "recipe_file", "world", "ranks", "probes"}
 MAY_USE = {"engine": {"data"}}

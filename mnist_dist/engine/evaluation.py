@@ -66,10 +66,14 @@ def evaluate(
     finally:
         for part, mode in modes:
             part.training = mode
-    log_probabilities = accelerator.reduce(table, reduction="sum").cpu()
-    labels = data.labels.cpu()
+    return score(accelerator.reduce(table, reduction="sum").cpu(), data.labels.cpu())
+
+
+def score(log_probabilities: Tensor, labels: Tensor) -> Evaluation:
+    """What log-probabilities, (N, classes) of any floating dtype, are worth beside the labels, int64 (N,)."""
     loss = F.nll_loss(log_probabilities.double(), labels).item()
-    pairs = labels * len(data.classes) + log_probabilities.argmax(dim=1)
-    confusion = torch.bincount(pairs, minlength=len(data.classes) ** 2).view(len(data.classes), -1)
+    classes = log_probabilities.shape[1]
+    pairs = labels * classes + log_probabilities.argmax(dim=1)
+    confusion = torch.bincount(pairs, minlength=classes**2).view(classes, classes)
     correct = int(confusion.diagonal().sum())
-    return Evaluation(100 * correct / len(labels), loss, log_probabilities.exp(), confusion)
+    return Evaluation(100 * correct / len(labels), loss, log_probabilities.exp().float(), confusion)
