@@ -1,7 +1,8 @@
-"""Run folders -> one table: what was claimed, what was measured, over seeds.
+"""Run folders -> one table and one page: what was claimed, what was measured, over seeds.
 
-`python -m mnist_dist.compare runs/*/*` prints it. `--keep FILE` adds the runs' summaries to a file of JSON lines, which
-can stand in for run folders anywhere, and `--markdown FILE` writes the table between a Markdown file's marks.
+`python -m mnist_dist.compare runs` prints the table and writes the page, curves and all; `--live` serves the page and
+follows the runs that are still training. `--keep FILE` adds the runs' summaries to a file of JSON lines, which can
+stand in for run folders in the table, and `--markdown FILE` writes the table between a Markdown file's marks.
 """
 
 from __future__ import annotations
@@ -10,21 +11,30 @@ import json
 import re
 import statistics
 import sys
+from collections.abc import Callable, Hashable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from mnist_dist.command_line import Parser, run_door
 from mnist_dist.recipe import load_recipe
 from mnist_dist.recipe_file import Problem, RecipeError, bundled_recipes, recipe_notes
-from mnist_dist.runs import load_run
+from mnist_dist.reports.live import LiveServer
+from mnist_dist.reports.page import Page, PageRun, differing_keys, embedded, render, say
+from mnist_dist.run_reader import RunReader, find_runs, is_summary, numbers
+from mnist_dist.runs import write_text
 
 EXAMPLES = """\
 examples:
-  python -m mnist_dist.compare runs/*/*
+  python -m mnist_dist.compare runs
+  python -m mnist_dist.compare runs/simple_cnn runs/mine --html mine.html
+  python -m mnist_dist.compare runs --live
   python -m mnist_dist.compare runs/results/* --keep configs/results.jsonl
   python -m mnist_dist.compare configs/results.jsonl --markdown README.md --recipes
 """
@@ -43,100 +53,169 @@ COLUMNS = (
     "ran on",
     "verdict",
 )
+"""Of the Markdown table, whose rows are finished runs."""
+WIDE_COLUMNS = (
+    "recipe",
+    "parameters",
+    "last epoch",
+    "best epoch",
+    "test",
+    "n",
+    "epochs",
+    "images/s",
+    "time",
+    "world size",
+    "precision",
+    "status",
+    "verdict",
+    "device",
+)
+"""Of the printed table and the page; those that no row has anything in are left out."""
+
+# --- the table ----------------------------------------------------------------------------------------------------
 
 
-def read_summaries(paths: list[Path]) -> list[dict[str, Any]]:
-    """Summaries of run folders, and of files of JSON lines that hold summaries; unfinished runs are passed over.
+@dataclass(frozen=True)
+class Measured:
+    """The summary of a run, and the run folder it comes from; None for a kept summary."""
 
-    Raises:
-        RecipeError: a path is neither.
-    """
-    found = []
-    for path in paths:
-        if path.is_file():
-            found += [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            continue
-        try:
-            run = load_run(path)
-        except FileNotFoundError as error:
-            raise RecipeError([Problem(str(path), "", str(error))]) from error
-        if run.folder.summary.is_file():
-            found.append(run.summary)
-    return found
+    summary: dict[str, Any]
+    run: RunReader | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        return self.run is None or self.run.is_finished
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for runs that differ only in the seed; an unfinished one is alone. Kept summaries have no recipe."""
+        if self.run and not self.is_finished:
+            return self.run.name
+        keys = ("recipe", "epochs", "mixed_precision", "world_size", "device")
+        return self.run and self.run.key, *(self.summary.get(key) for key in (keys[2:] if self.run else keys))
 
 
 @dataclass(frozen=True)
 class Row:
     """Runs that differ only in their seed."""
 
-    runs: list[dict[str, Any]]
+    runs: list[Measured]
+    label: str = ""
+    """The recipe, and its keys that set it apart from other rows of the same name."""
 
-    def cells(self) -> tuple[str, ...]:
-        """One text per column of `COLUMNS`."""
-        first, name = self.runs[0], self.runs[0]["recipe"]
-        path = bundled_recipes().get(name)
-        claim = recipe_notes(path).get("claim", "") if path else ""
-        seconds = self.mean("train_seconds")
-        world = f"{first['world_size']} × " if first["world_size"] > 1 else ""
-        return (
-            name,
-            f"{first['parameters']:,}",
-            claim,
-            spread([run["eval.last.accuracy"] for run in self.runs]),
-            spread([run["eval.best.accuracy"] for run in self.runs]),
-            str(len(self.runs)),
-            f"{first['epochs']:g}",
-            f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min",
-            {"no": "fp32"}.get(first["mixed_precision"], first["mixed_precision"]),
-            world + first["device"],
-            self.verdict(claim, path),
-        )
+    @property
+    def recipe(self) -> str:
+        return self.runs[0].summary["recipe"]
 
-    def verdict(self, claim: str, path: Path | None) -> str:
+    def values(self, key: str) -> list[float]:
+        return numbers([run.summary for run in self.runs], key)
+
+    def mean(self, key: str) -> float | None:
+        return statistics.mean(self.values(key)) if self.values(key) else None
+
+    def cells(self) -> dict[str, tuple[str, float | str | None]]:
+        """For each column its text, and what to sort it by; None where there is nothing."""
+        seconds, speeds = self.mean("train_seconds"), self.values("images_per_second")
+        world, parameters, epochs = self.mean("world_size"), self.mean("parameters"), self.mean("epochs") or 0.0
+        device, precision = (str(self.runs[0].summary.get(key) or "") for key in ("device", "mixed_precision"))
+        statuses = [run.run.status for run in self.runs if run.run]
+        accuracy = {which: self.values(f"{which}.accuracy") for which in ("eval.last", "eval.best", "test")}
+        texts: dict[str, tuple[str, Any]] = {
+            "recipe": (self.label or self.recipe, None),
+            "parameters": (f"{parameters:,.0f}" if parameters else "", parameters),
+            "claim": (_claimed(self.recipe)[1], None),
+            "last epoch": (spread(accuracy["eval.last"]), self.mean("eval.last.accuracy")),
+            "best epoch": (spread(accuracy["eval.best"]), self.mean("eval.best.accuracy")),
+            "test": (spread(accuracy["test"]), self.mean("test.accuracy")),
+            "n": (str(len(self.runs)), len(self.runs)),
+            "epochs": (f"{epochs:.4g}", epochs),
+            "images/s": (spread(speeds, ",.0f"), self.mean("images_per_second")),
+            "time": ("" if seconds is None else _time(seconds), seconds),
+            "world size": ("" if world is None else f"{world:g}", world),
+            "precision": ({"no": "fp32"}.get(precision, precision), None),
+            "device": (device, None),
+            "ran on": (f"{world} × {device}" if world and world > 1 else device, None),
+            "status": (", ".join(dict.fromkeys(statuses)), None),
+            "verdict": (self.verdict(), None),
+        }
+        return {name: (text, (text or None) if value is None else value) for name, (text, value) in texts.items()}
+
+    def verdict(self) -> str:
         """The claimed accuracy against the mean of the last epochs, and of the best: how the documents judge."""
-        if path is None or not (claimed := re.search(r"(\d+(?:\.\d+)?) %", claim)):
+        path, claim, full = _claimed(self.recipe)
+        if not self.runs[0].is_finished or path is None or not (claimed := re.search(r"(\d+(?:\.\d+)?) %", claim)):
             return ""
-        full = load_recipe(path).epochs
-        if self.runs[0]["epochs"] < full:
-            return f"{self.runs[0]['epochs']:g} of {full} epochs"
+        if (epochs := self.mean("epochs") or 0.0) < full:
+            return f"{epochs:.4g} of {full} epochs"
         target = float(claimed[1]) - (0.05 if "~" in claim.split("%")[0] else 0)  # "~99.4" has no second decimal
         if "training accuracy" in claim:
-            training = self.mean("train.last.accuracy")
+            training = self.mean("train.last.accuracy") or 0.0
             return f"{'met' if training >= target else 'not met'}: {training:.2f} over the epoch's training batches"
-        if self.mean("eval.last.accuracy") >= target:
-            return "met"
-        return "met at the best epoch" if self.mean("eval.best.accuracy") >= target else "not met"
-
-    def mean(self, key: str) -> float:
-        return statistics.mean(run[key] for run in self.runs)
+        last, best = self.mean("eval.last.accuracy") or 0.0, self.mean("eval.best.accuracy") or 0.0
+        return "met" if last >= target else "met at the best epoch" if best >= target else "not met"
 
     def measured(self) -> str:
         """One line for a recipe's head comment."""
-        _, _, _, last, best, count, epochs, _, precision, device, _ = self.cells()
+        columns = ("last epoch", "best epoch", "n", "epochs", "precision", "ran on")
+        last, best, count, epochs, precision, device = (self.cells()[column][0] for column in columns)
         return f"{last} % last epoch, {best} % best (n = {count}, {epochs} epochs, {precision}, {device})"
 
 
-def spread(values: list[float]) -> str:
-    """Mean ± standard deviation, in percent."""
-    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{deviation}"
+@cache  # a live page asks every two seconds
+def _claimed(recipe: str) -> tuple[Path | None, str, float]:
+    """Of a bundled recipe its file, the document's claim and the full number of epochs."""
+    path = bundled_recipes().get(recipe)
+    return (path, recipe_notes(path).get("claim", ""), load_recipe(path).epochs) if path else (None, "", 0.0)
 
 
-def group(summaries: list[dict[str, Any]]) -> list[Row]:
+def _time(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
+
+
+def spread(values: list[float], form: str = ".2f") -> str:
+    """Mean ± standard deviation; empty for no values."""
+    if not values:
+        return ""
+    deviation = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{form}}{deviation}"
+
+
+def group(measured: list[Measured]) -> list[Row]:
     """Rows in the order of the shipped recipes; a seed that ran twice counts once, the later one."""
-    keys = ("recipe", "epochs", "mixed_precision", "world_size", "device")
-    groups: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = {}
-    for summary in summaries:
-        groups.setdefault(tuple(summary[key] for key in keys), {})[summary["seed"]] = summary
-    order = list(bundled_recipes())
-    rank = {name: place for place, name in enumerate(order)}
-    return [
-        Row(list(runs.values())) for key, runs in sorted(groups.items(), key=lambda item: rank.get(item[0][0], 999))
-    ]
+    groups: dict[Hashable, dict[Any, Measured]] = {}
+    for run in measured:
+        groups.setdefault(run.key, {})[run.summary["seed"]] = run
+    label = labels(measured)
+    rows = [list(runs.values()) for runs in groups.values()]
+    return in_order([Row(runs, label(runs[0])) for runs in rows])
+
+
+def in_order(rows: list[Row]) -> list[Row]:
+    """Sorted by the place of their recipe among the shipped ones; others behind them."""
+    rank = {name: place for place, name in enumerate(bundled_recipes())}
+    return sorted(rows, key=lambda row: rank.get(row.recipe, len(rank)))
+
+
+def labels(measured: list[Measured]) -> Callable[[Measured], str]:
+    """Names a run by its recipe, and by up to three keys that set it apart from runs of other recipes of that name."""
+    recipes: dict[str, dict[Hashable, dict[str, Any]]] = {}
+    for each in measured:
+        if each.run:
+            recipes.setdefault(each.summary["recipe"], {})[each.run.key] = each.run.telling
+    differ = {name: differing_keys(list(families.values())) for name, families in recipes.items()}
+
+    def label(each: Measured) -> str:
+        recipe = each.run.telling if each.run else {}
+        words = [f"{key}={say(recipe[key])}" for key in differ.get(each.summary["recipe"], []) if key in recipe]
+        return " ".join([each.summary["recipe"], *words[:3], *(["…"] if len(words) > 3 else [])])
+
+    return label
 
 
 def to_markdown(rows: list[Row]) -> str:
-    lines = [COLUMNS, tuple("---" for _ in COLUMNS), *(row.cells() for row in rows)]
+    lines = [COLUMNS, tuple("---" for _ in COLUMNS)]
+    for cells in (row.cells() for row in rows):
+        lines.append(tuple(cells[column][0] for column in COLUMNS))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -157,35 +236,161 @@ def replace_between_marks(path: Path, text: str, marks: tuple[str, str] = MARKS)
 def note_in_recipes(rows: list[Row]) -> None:
     """Writes each row into the `# measured:` line of its recipe; of several rows the last, the longest, stays."""
     for row in rows:
-        path = bundled_recipes().get(row.runs[0]["recipe"])
+        path = bundled_recipes().get(row.recipe)
         if path is not None:
             text = path.read_text(encoding="utf-8")
             path.write_text(re.sub(r"(?m)^# measured: .*$", f"# measured: {row.measured()}", text), encoding="utf-8")
 
 
+def print_table(rows: list[Row]) -> None:
+    cells = [row.cells() for row in rows]
+    columns = [column for column in WIDE_COLUMNS if any(row[column][0] for row in cells)]
+    table = Table(*columns, box=None)
+    for row in cells:
+        table.add_row(*(Text(row[column][0]) for column in columns))
+    console = Console()
+    (console if console.is_terminal else Console(width=200)).print(table)
+
+
+# --- the page -----------------------------------------------------------------------------------------------------
+
+
+class Comparison:
+    """Run folders, folders that hold some, and files of kept summaries, to be read as often as one likes.
+
+    Args:
+        may_wait: a folder need not hold a run yet.
+
+    Raises:
+        RecipeError: a path is none of these.
+    """
+
+    def __init__(self, paths: list[Path], *, may_wait: bool = False):
+        self._kept = [kept for path in paths if path.is_file() for kept in _read_kept(path)]
+        self._folders = [path for path in paths if not path.is_file()]
+        self._readers: dict[Path, RunReader] = {}
+        for path in self._folders:
+            if not path.is_dir():
+                raise RecipeError([Problem(str(path), "", "there is no such file or folder")])
+            if not may_wait and not any(find_runs(path)):
+                what = "not a run folder, and no folder in it is one: what makes one is its recipe.yaml"
+                raise RecipeError([Problem(str(path), "", what)])
+
+    def read(self) -> list[Measured]:
+        """All runs as they are now, with those that have come into a folder of runs since."""
+        paths = dict.fromkeys(path for folder in self._folders for path in find_runs(folder))
+        for path in paths:
+            if path in self._readers:
+                self._readers[path].refresh()
+            else:
+                self._readers[path] = RunReader(path)
+        return [*self._kept, *(Measured(self._readers[path].summary, self._readers[path]) for path in paths)]
+
+    def page_values(self, page: Page) -> dict[str, Any]:
+        """The page's values as the runs are now."""
+        measured = self.read()
+        label = labels(measured)
+        single = in_order([Row([each], label(each)) for each in measured])
+        runs = [
+            PageRun(
+                name=run.name,
+                label=row.label,
+                family=run.key,
+                recipe=run.telling,
+                seed=run.summary["seed"],
+                status=run.status,
+                accuracy=run.summary["eval.last.accuracy"] if run.is_finished else None,
+                lines=run.lines,
+                changes=run.changes,
+                plots=run.folder.plots,
+            )
+            for row in single
+            if (run := row.runs[0].run)
+        ]
+        return page.data(runs, tables={"groups": plain(group(measured)), "single": plain(single)})
+
+
+def plain(rows: list[Row]) -> list[dict[str, Any]]:
+    """Rows as the page takes them: their runs' names, and the cells of the wide columns."""
+    taken = []
+    for row in rows:
+        cells = row.cells()
+        names = [each.run.name for each in row.runs if each.run]
+        taken.append({"runs": names, "cells": {column: cells[column] for column in WIDE_COLUMNS}})
+    return taken
+
+
+def _read_kept(path: Path) -> list[Measured]:
+    found = []
+    try:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            values = json.loads(line)
+            if not is_summary(values):
+                raise ValueError(f"line {number} is not the summary of a run")
+            found.append(Measured(values))
+    except (OSError, ValueError) as error:
+        what = f"not a file of kept summaries: {error}\ngive run folders, or a file that --keep has written"
+        raise RecipeError([Problem(str(path), "", what)]) from error
+    return found
+
+
+# --- the command line ---------------------------------------------------------------------------------------------
+
+
+def follow(comparison: Comparison, port: int) -> None:
+    """Serves the page until Ctrl-C.
+
+    Raises:
+        RecipeError: the port cannot be had.
+    """
+    try:
+        server = LiveServer(port, comparison.page_values)
+    except (OSError, OverflowError) as error:
+        what = f"cannot serve on port {port}: {getattr(error, 'strerror', None) or error}; give another, or 0 for any"
+        raise RecipeError([Problem("command line", "--port", what)]) from error
+    with server, suppress(KeyboardInterrupt):
+        print(f"{server.url} follows these runs; Ctrl-C ends it", flush=True)
+        server.serve_forever()
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser("mnist_dist.compare", "Tables what run folders measured.", EXAMPLES)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or files of kept summaries")
+    """The door: exit code 0, or 2 for what is no run, a file that cannot be written, or a port that is taken."""
+    parser = Parser("mnist_dist.compare", "Tables what run folders measured, and draws it on one page.", EXAMPLES)
+    what = "run folders, folders of run folders, or files of kept summaries"
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=what)
+    parser.add_argument("--html", type=Path, metavar="FILE", help="where to write the page (default: compare.html)")
+    parser.add_argument("--no-html", action="store_true", help="write no page")
+    parser.add_argument("--live", action="store_true", help="serve the page to this machine and follow the runs")
+    parser.add_argument("--port", type=int, metavar="N", default=8765, help="for --live (default: 8765; 0: any)")
     parser.add_argument("--keep", type=Path, metavar="FILE", help="add the summaries to this file of JSON lines")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table between this file's marks")
     parser.add_argument("--recipes", action="store_true", help="write the figures into the recipes' head comments")
     arguments = parser.parse_args(argv)
-    summaries = read_summaries(arguments.runs)
-    if not summaries:
-        raise RecipeError([Problem("command line", "", "none of these runs has finished: there is nothing to compare")])
-    rows = group(summaries)
-    if arguments.keep:
-        with arguments.keep.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(summary) + "\n" for summary in summaries)
-    if arguments.markdown:
-        replace_between_marks(arguments.markdown, to_markdown(rows))
-    if arguments.recipes:
-        note_in_recipes(rows)
-    table = Table(*COLUMNS, box=None)
-    for row in rows:
-        table.add_row(*row.cells())
-    console = Console()
-    (console if console.is_terminal else Console(width=200)).print(table)
+    if arguments.html and arguments.html.is_dir():
+        parser.error(f"--html names a file, and {arguments.html} is a folder")
+    comparison = Comparison(arguments.runs, may_wait=arguments.live)
+    measured = comparison.read()
+    print_table(group(measured))
+    finished = [each for each in measured if each.is_finished]
+    if not finished and (arguments.keep or arguments.markdown or arguments.recipes):
+        raise RecipeError([Problem("command line", "", "none of these runs has finished: there is nothing to write")])
+    try:
+        if arguments.keep:
+            with arguments.keep.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(each.summary) + "\n" for each in finished)
+        if arguments.markdown:
+            replace_between_marks(arguments.markdown, to_markdown(group(finished)))
+        if arguments.recipes:
+            note_in_recipes(group(finished))
+        if arguments.live:
+            follow(comparison, arguments.port)
+        elif arguments.html or (not arguments.no_html and any(each.run for each in measured)):
+            path = arguments.html or Path("compare.html")
+            write_text(path, render(comparison.page_values(Page(embedded))))
+            print(f"{path}: the table with curves and pictures, for any browser")
+    except (OSError, UnicodeError) as error:
+        where, why = getattr(error, "filename", None), getattr(error, "strerror", None)
+        raise RecipeError([Problem(str(where or "the file"), "", f"cannot be written: {why or error}")]) from error
     return 0
 
 

@@ -89,15 +89,16 @@ HARMLESS_KEYS = ("checkpoint.", "tracking.", "data.root", "engine.hang_seconds")
 
 def describe_changes(old: Recipe, new: Recipe) -> list[str]:
     """A line for each key that differs and changes the result."""
-    before, after = (_flatten(recipe.model_dump()) for recipe in (old, new))
+    before, after = (flatten(recipe.model_dump()) for recipe in (old, new))
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if not key.startswith(HARMLESS_KEYS)]
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested recipe as dotted keys and their values."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
 
 

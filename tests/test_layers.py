@@ -14,7 +14,10 @@ DOORS = {
     "train", "evaluate", "predict", "explain", "ensemble", "export", "benchmark", "record", "compare", "sweep",
     "doctor",
 }  # fmt: skip
-BEHIND_THE_DOORS = {"keeper", "parts", "runs", "command_line", "recipe", "recipe_file", "world", "ranks", "probes"}
+BEHIND_THE_DOORS = {
+    "keeper", "parts", "runs", "run_reader", "command_line", "recipe", "recipe_file", "world", "ranks", "probes", "peers",
+    "inference", "contenders",
+}  # fmt: skip
 MAY_USE = {"engine": {"data"}}
 
 # Heavy or optional packages, and the one place that imports each.

@@ -60,7 +60,7 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
 
 
 def test_the_results_table_is_the_generated_one():
-    rows = compare.group(compare.read_summaries([ROOT / "configs" / "results.jsonl"]))
+    rows = compare.group(compare.Comparison([ROOT / "configs" / "results.jsonl"]).read())
     table = README.partition(compare.MARKS[0])[2].partition(compare.MARKS[1])[0].strip()
     assert table == compare.to_markdown(rows)
 
@@ -77,6 +77,6 @@ def test_the_worked_error_is_the_one_that_is_shown(capsys, monkeypatch):
 
 
 def test_the_recipes_say_what_was_measured():
-    rows = compare.group(compare.read_summaries([ROOT / "configs" / "results.jsonl"]))
-    for name, row in {row.runs[0]["recipe"]: row for row in rows}.items():
+    rows = compare.group(compare.Comparison([ROOT / "configs" / "results.jsonl"]).read())
+    for name, row in {row.recipe: row for row in rows}.items():
         assert recipe_notes(bundled_recipes()[name])["measured"] == row.measured()

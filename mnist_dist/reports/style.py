@@ -22,6 +22,7 @@ from matplotlib.patches import Rectangle
 from numpy import ndarray
 
 BLUE, SKY, GREEN, VERMILLION = "#0072B2", "#56B4E9", "#009E73", "#D55E00"
+ORANGE, PURPLE = "#E69F00", "#CC79A7"
 INK, GREY, PALE = "#222222", "#666666", "#E4E4E4"
 
 DPI = 150

@@ -1,9 +1,10 @@
-"""metrics.jsonl: one object a line, always written, whatever becomes of the other trackers."""
+"""metrics.jsonl: one object a line, always written, whatever becomes of the other trackers; and following it."""
 
 from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,3 +43,28 @@ class JSONLTracker(GeneralTracker):
 
     def finish(self) -> None:
         self._file.close()
+
+
+class JSONLReader:
+    """Follows a file that a tracker may still be writing: each `read` parses only what is new since the last."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.lines: list[dict[str, Any]] = []
+        self._end, self._last = 0, b""
+
+    def read(self) -> list[dict[str, Any]]:
+        """All whole lines so far; half a line, a line that is no JSON object or a missing file is passed over."""
+        with suppress(OSError), self.path.open("rb") as file:
+            file.seek(self._end - len(self._last))
+            text = file.read()
+            if not text.startswith(self._last):  # the run went back to a checkpoint and has written other lines
+                file.seek(0)
+                text, self.lines, self._end, self._last = file.read(), [], 0, b""
+            new = text[len(self._last) : text.rfind(b"\n") + 1].splitlines(keepends=True)
+            for line in new:
+                with suppress(ValueError):
+                    values = json.loads(line)
+                    self.lines += [values] if isinstance(values, dict) else []
+            self._end, self._last = self._end + sum(map(len, new)), new[-1] if new else self._last
+        return self.lines

@@ -1,0 +1,361 @@
+"""The page in a browser: it sorts, filters, draws and follows, asks nothing of any network, and fits a telephone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mnist_dist import compare, load_recipe, train
+from mnist_dist.command_line import run_door
+from mnist_dist.reports.live import LiveServer
+from mnist_dist.reports.page import POINTS, Page, curves, embedded, render
+from tests.test_compare import lines, summary, write_run
+
+HOSTILE = [
+    "</script><script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "\"q\" 's' & ${x} {{data}}",
+    "数字 ✓ \u2028 é",
+]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    with playwright.sync_playwright() as started:
+        try:
+            words = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+            opened = started.chromium.launch(executable_path=chromium, args=words)
+        except playwright.Error as error:
+            pytest.skip(f"no Chromium to look at the page with: {error}")
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def look(browser) -> Iterator[Callable[..., Any]]:
+    """Opens a page; at the end nothing may have been said in its console, nor asked of anyone but where it is from."""
+    heard, contexts = [], []
+
+    def open_page(address: str, **more: Any) -> Any:
+        contexts.append(browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **more}))
+        page = contexts[-1].new_page()
+        page.set_default_timeout(10_000)
+        page.on("console", lambda message: heard.append(message.text))
+        page.on("pageerror", lambda error: heard.append(str(error)))
+        page.on("dialog", lambda dialog: (heard.append(dialog.message), dialog.dismiss()))
+        here = ("data:", address.partition("?")[0])
+        page.on("request", lambda request: None if request.url.startswith(here) else heard.append(request.url))
+        page.goto(address)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert heard == []
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """A run as the trainer leaves it, and others of every kind beside it."""
+    folder = tmp_path_factory.mktemp("page") / "runs"
+    words = ["data.limit_train=320", "data.limit_test=100", "epochs=2", "log_every=1", "tracking.wandb.mode=disabled"]
+    train(load_recipe("simple_cnn", *words, "data.dataset=synthetic"), folder / "real")
+    for seed, last in enumerate((99.4, 99.6)):
+        write_run(folder / f"wide-{seed}", last=last, best=last, recipe={"seed": seed}, parameters=900)
+    write_run(folder / "lower", last=98.0, recipe={"optimizer": {"name": "sgd", "lr": 0.01}}, parameters=10_000)
+    write_run(folder / "stopped", status="preempted", steps=12, recipe={"name": "deep"})
+    with (folder / "stopped" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 13, "epo')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(runs, tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("page") / "page.html"
+    assert compare.main([str(runs), "--html", str(path)]) == 0
+    return path.as_uri()
+
+
+def column(page: Any, name: str) -> list[str]:
+    """The texts of a column of the table, from the top."""
+    names = page.locator("#table thead th").evaluate_all("all => all.map(th => th.dataset.column)")
+    return page.locator(f"#table tbody tr > :nth-child({names.index(name) + 1})").all_inner_texts()
+
+
+def drawn(page: Any) -> set[str]:
+    """Names of the folders whose curves are drawn."""
+    return {Path(name).name for name in page.locator(".run").evaluate_all("all => all.map(g => g.dataset.run)")}
+
+
+def test_it_shows_what_was_measured(look, address):
+    page = look(address)
+    recipes = [text.splitlines()[0] for text in column(page, "recipe")]
+    assert recipes == ["simple_cnn", "wide optimizer.lr=0.01", "deep", "wide optimizer.lr=0.1"]
+    assert column(page, "last epoch")[1:] == ["98.00", "99.01", "99.50 ± 0.14"]
+    assert column(page, "status")[1:] == ["done", "preempted at 1.2 of 3 epochs", "done"]
+    assert drawn(page) == {"real", "wide-0", "wide-1", "lower", "stopped"}
+    titles = page.locator("#charts h3").all_inner_texts()
+    assert [title.partition(" (")[0] for title in titles] == [
+        *("Training loss", "Evaluation loss", "Training accuracy", "Evaluation accuracy", "Learning rate", "Images/s")
+    ]
+    assert "optimizer.lr" in page.locator("#differences tbody th").all_inner_texts()
+    page.locator("details").evaluate_all("all => all.forEach(each => each.open = true)")
+    pictures = page.locator("#pictures img")
+    assert pictures.count() == 2
+    pictures.evaluate_all("all => all.forEach(image => image.loading = 'eager')")
+    pictures.evaluate_all("all => Promise.all(all.map(image => image.decode()))")  # raises for a broken one
+
+
+def test_it_sorts_by_click_and_by_key_and_what_is_missing_is_last(look, address):
+    page = look(address)
+    header, button = page.locator("th[data-column=parameters]"), page.locator("th[data-column=parameters] button")
+    assert header.get_attribute("aria-sort") == "none"
+    button.click()
+    assert column(page, "parameters") == ["21,614", "10,000", "900", ""]
+    assert header.get_attribute("aria-sort") == "descending"
+    button.press("Enter")
+    assert column(page, "parameters") == ["900", "10,000", "21,614", ""]
+    assert header.get_attribute("aria-sort") == "ascending"
+    page.locator("th[data-column=recipe] button").click()
+    assert [text.split()[0] for text in column(page, "recipe")] == ["deep", "simple_cnn", "wide", "wide"]
+    assert header.get_attribute("aria-sort") == "none"
+
+
+@pytest.mark.parametrize(
+    ("words", "rows", "expected"),
+    [
+        ("WIDE", 2, {"wide-0", "wide-1", "lower"}),
+        ("wide lr=0.01", 1, {"lower"}),
+        ("wide-1", 1, {"wide-1"}),
+        ("preempted", 1, {"stopped"}),
+        ("nothing like it", 0, set()),
+    ],
+)
+def test_a_filter_holds_for_rows_and_curves_alike(look, address, words, rows, expected):
+    page = look(address)
+    page.fill("#filter", words)
+    assert page.locator("#table tbody tr").count() == rows
+    assert drawn(page) == expected
+    assert page.locator("#nothing").is_visible() == (not rows)
+    page.fill("#filter", "")
+    assert len(drawn(page)) == 5
+
+
+def test_the_legend_hides_runs_and_the_switches_change_scale_and_rows(look, address):
+    page = look(address)
+    page.locator("#legend button", has_text="wide optimizer.lr=0.1").last.click()
+    assert drawn(page) == {"real", "lower", "stopped"}
+    page.locator("#legend button[aria-label$='lr=0.1, seed 1']").click()
+    assert drawn(page) == {"real", "lower", "stopped", "wide-1"}
+    page.locator("#legend button", has_text="deep").dblclick()
+    assert drawn(page) == {"stopped"}
+    page.locator("#legend button", has_text="deep").dblclick()  # alone already: all again
+    assert len(drawn(page)) == 5
+    path = "document.querySelector('.run .line').getAttribute('d')"
+    before = page.evaluate(path)
+    page.uncheck("#log")
+    assert page.evaluate(path) != before
+    page.check("#each")
+    assert page.locator("#table tbody tr").count() == 5 and set(column(page, "n")) == {"1"}
+
+
+def test_seeds_share_a_look_and_recipes_do_not(look, address):
+    looks: dict[str, set] = {}
+    read = (
+        "all => all.map(g => [g.dataset.run, g.getAttribute('style') + g.firstChild.getAttribute('stroke-dasharray')])"
+    )
+    for name, found in look(address).locator(".run").evaluate_all(read):
+        looks.setdefault(Path(name).name, set()).add(found)
+    assert looks["wide-0"] == looks["wide-1"] and all(len(found) == 1 for found in looks.values())
+    assert len(set.union(*looks.values())) == 4
+
+
+def test_the_pointer_reads_values_out(look, address):
+    page = look(address)
+    page.fill("#filter", "wide-1")
+    page.locator("figure", has_text="Evaluation accuracy").locator("svg[role=img]").hover(position={"x": 500, "y": 60})
+    [text] = [text for text in page.locator("output").all_inner_texts() if "%" in text and "99.03" in text]
+    assert text == "99.03 % · epoch 3 · wide optimizer.lr=0.1, seed 1"
+    assert page.locator("#table tbody tr.lit").count() == 1
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_a_telephone(look, tmp_path, scheme):
+    for place, name in enumerate(HOSTILE):
+        write_run(tmp_path / "runs" / ("long_" * 20 + str(place)), recipe={"name": name + "x" * 90})
+    values = compare.Comparison([tmp_path / "runs"]).page_values(Page(embedded))
+    (tmp_path / "page.html").write_text(render(values))
+    page = look((tmp_path / "page.html").as_uri(), viewport={"width": 390, "height": 844}, color_scheme=scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    widths = page.locator("figure svg[role=img]").evaluate_all(
+        "all => all.map(svg => svg.getBoundingClientRect().width)"
+    )
+    assert len(widths) == 6 and min(widths) > 300
+
+
+def test_no_name_breaks_it(look, tmp_path):
+    for place, name in enumerate(HOSTILE):
+        write_run(tmp_path / "runs" / name.replace("/", "∕"), recipe={"name": name, "seed": place})
+    write_run(Path(os.fsdecode(os.fsencode(tmp_path / "runs") + b"/not-utf8-\xff")))
+    values = compare.Comparison([tmp_path / "runs"]).page_values(Page(embedded))
+    (tmp_path / "page.html").write_text(render(values))
+    page = look((tmp_path / "page.html").as_uri())
+    page.check("#each")
+    shown = column(page, "recipe")
+    assert len(shown) == 5
+    for name in HOSTILE:
+        assert any(text.startswith(" ".join(name.split())[:20]) for text in (" ".join(each.split()) for each in shown))
+    assert any("not-utf8-?" in text for text in shown)
+    assert len(drawn(page)) == 5
+
+
+def test_kept_summaries_alone_make_a_table_and_only_when_asked(look, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("kept.jsonl").write_text(json.dumps(summary()) + "\n")
+    assert compare.main(["kept.jsonl"]) == 0
+    assert not Path("compare.html").exists()
+    assert compare.main(["kept.jsonl", "--html", "page.html"]) == 0
+    page = look((tmp_path / "page.html").as_uri())
+    assert column(page, "last epoch") == ["99.50"]
+    assert not page.locator("#curves").is_visible() and not page.locator("#pictures").is_visible()
+
+
+def test_it_is_written_where_one_is_unless_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "run")
+    assert compare.main(["run", "--no-html"]) == 0 and not Path("compare.html").exists()
+    assert compare.main(["run"]) == 0 and Path("compare.html").is_file()
+    assert "compare.html" in capsys.readouterr().out
+
+
+def test_curves_are_short_and_hold_no_nan():
+    measured = [{"epoch": step, "train/loss": float(step)} for step in range(10 * POINTS)]
+    measured[15]["train/loss"] = float("nan")
+    epochs, losses = curves(measured)["train/loss"]
+    assert len(epochs) == len(losses) == POINTS
+    assert (epochs[0], losses[0], losses[1]) == (9, 4.5, None)
+    assert epochs[-1] == measured[-1]["epoch"]
+
+
+# --- live -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def serving(*paths: Path) -> Iterator[str]:
+    comparison = compare.Comparison(list(paths), may_wait=True)
+    with LiveServer(0, comparison.page_values) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        try:
+            yield server.url
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+PLACE = "document.querySelector('#charts').getBoundingClientRect().top"
+
+
+def test_a_live_page_follows_and_keeps_what_was_set(look, tmp_path):
+    folder = tmp_path / "runs"
+    write_run(folder / "wide-0", parameters=900)
+    growing = write_run(folder / "wide-1", status="running", steps=4, recipe={"seed": 1})
+    write_run(folder / "deep", recipe={"name": "deep"}, parameters=5)
+    with serving(folder) as url:
+        page = look(url)
+        page.locator("th[data-column=recipe] button").dblclick()
+        page.locator("#legend button[aria-label$='seed 0']").click()
+        page.fill("#filter", "wide")
+        page.evaluate("scrollTo(0, 300)")
+        place = page.evaluate(PLACE)
+        assert page.locator("#table tbody tr").count() == 2 and drawn(page) == {"wide-1"}
+
+        def append() -> None:
+            for start in range(4, 24):
+                with (growing / "metrics.jsonl").open("a") as file:
+                    file.write(lines(1, start))
+
+        writer = threading.Thread(target=append)
+        writer.start()
+        writer.join()
+        write_run(folder / "later", recipe={"seed": 2})
+        page.wait_for_selector("text=running at 2.4 of 3 epochs")
+        page.wait_for_function("document.querySelectorAll('.run[data-run$=later]').length")
+        assert drawn(page) == {"wide-1", "later"}
+        assert column(page, "n") == ["2", "1"] or column(page, "n") == ["1", "2"]
+        assert page.locator("th[data-column=recipe]").get_attribute("aria-sort") == "descending"
+        assert page.input_value("#filter") == "wide"
+        assert page.evaluate(PLACE) == pytest.approx(place, abs=2)
+        assert "live" in page.inner_text("#note")
+
+
+def test_a_live_page_waits_for_the_first_run(look, tmp_path):
+    with serving(tmp_path) as url:
+        page = look(url)
+        assert page.inner_text("#nothing") == "No run yet."
+        write_run(tmp_path / "first", status="running")
+        page.wait_for_selector("text=running at 3 of 3 epochs")
+
+
+def ask(url: str, path: str, host: str = "") -> tuple[int, bytes]:
+    request = urllib.request.Request(url.rstrip("/") + path, headers={"Host": host} if host else {})
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
+def test_the_server_answers_this_machine_and_nothing_but_the_page(runs):
+    with serving(runs) as url:
+        port = url.rpartition(":")[2].rstrip("/")
+        assert url.startswith("http://127.0.0.1:")
+        assert [ask(url, "/", host)[0] for host in ("", f"localhost:{port}", "localhost")] == [200] * 3
+        for host in ("evil.example", f"evil.example:{port}", "localhost.evil.example", "127.0.0.1.nip.io", "10.0.0.1"):
+            assert ask(url, "/data", host)[0] == 403
+        status, text = ask(url, "/data")
+        pictures = [found for family in json.loads(text)["families"].values() for _, found in family["pictures"]]
+        assert status == 200 and len(pictures) == 2
+        assert all(ask(url, found)[1].startswith(b"\x89PNG") for found in pictures)
+        bad = ("/etc/passwd", "/picture//etc/passwd", pictures[0].replace("misclassified", "x") + "x", "/../setup.cfg")
+        assert {ask(url, path)[0] for path in bad} == {404}
+
+
+def test_what_is_not_new_is_not_sent_again(runs):
+    with serving(runs) as url, urllib.request.urlopen(url + "data", timeout=10) as answer:
+        assert ask(url, "/data?" + answer.headers["X-Version"]) == (204, b"")
+        assert ask(url, "/data?other")[0] == 200
+
+
+def test_a_port_that_is_taken_is_refused(runs, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for words in (str(port), "99999"):
+            assert run_door(lambda words=words: compare.main([str(runs), "--live", "--port", words])) == 2
+            assert f"port {words}" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_it_well(runs):
+    command = [sys.executable, "-m", "mnist_dist.compare", str(runs), "--live", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        said = next(line for line in process.stdout if "http://" in line)
+        assert ask(said.split()[0], "/")[0] == 200
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) == 0
+        assert process.stderr.read() == ""
