@@ -108,11 +108,13 @@ def test_runs_of_one_recipe_are_one_row_and_other_overrides_another(tmp_path):
     write_run(tmp_path / "a" / "seed1", last=99.6, recipe={"seed": 1, "data": {"root": "/elsewhere"}})
     write_run(tmp_path / "lower", last=99.0, recipe={"optimizer": {"name": "sgd", "lr": 0.01}})
     write_run(tmp_path / "other", recipe={"name": "deep"})
+    (write_run(tmp_path / "broken") / "recipe.yaml").write_text("")
     found = {cell(row, "recipe"): (cell(row, "n"), cell(row, "last epoch")) for row in compared(tmp_path)}
     assert found == {
         "wide optimizer.lr=0.1": ("2", "99.50 ± 0.14"),
         "wide optimizer.lr=0.01": ("1", "99.00"),
         "deep": ("1", "99.50"),
+        "wide": ("1", "99.50"),
     }
 
 

@@ -120,7 +120,8 @@ class Page:
 
 
 def differing_keys(recipes: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The keys that not all recipes give the same value, in their order; the name aside."""
+    """The keys that not all recipes give the same value, in their order; the name and unreadable recipes aside."""
+    recipes = [recipe for recipe in recipes if recipe]
     keys = dict.fromkeys(key for recipe in recipes for key in recipe)
     return [key for key in keys if key != "name" and len({repr(recipe.get(key)) for recipe in recipes}) > 1]
 
