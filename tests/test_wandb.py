@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -81,7 +83,7 @@ def local(artifact: dict[str, Any]) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wandb") / "run"
-    train(tiny("tracking.wandb.histograms=true", "seed=3", "optimizer.lr=0.003"), folder)
+    train(tiny("tracking.wandb.histograms=true", "seed=3", "optimizer.lr=0.003"), os.path.relpath(folder))
     return folder
 
 
@@ -314,8 +316,8 @@ def test_the_dashboard_says_in_one_line_what_it_lacks(capfd, monkeypatch):
     monkeypatch.setattr(wandb, "Api", lambda: (_ for _ in ()).throw(wandb.errors.UsageError("No API key\nmore")))
     assert module.main(["--entity", "me"]) == 2
     assert capfd.readouterr().err.splitlines() == ["dashboard: W&B did not take it (No API key); wandb login?"]
-    monkeypatch.setitem(__import__("sys").modules, "wandb_workspaces", None)
-    monkeypatch.setitem(__import__("sys").modules, "wandb_workspaces.reports.v2", None)
+    monkeypatch.setitem(sys.modules, "wandb_workspaces", None)
+    monkeypatch.setitem(sys.modules, "wandb_workspaces.reports.v2", None)
     assert module.main(["--entity", "me"]) == 2
     [line] = capfd.readouterr().err.splitlines()
     assert "pip install" in line

@@ -179,7 +179,7 @@ class WandbTracker(WandBTracker):
             artifact = Artifact(f"model-{self.run.id}", type="model", metadata=about)
             for file in files:
                 # Uploaded from where they lie: a finished run's weights do not change.
-                artifact.add_file(str(file), policy="immutable", skip_cache=True)
+                artifact.add_file(str(file.resolve()), policy="immutable", skip_cache=True)
             self.run.log_artifact(artifact, aliases=[alias])
 
         self._guard("log the weights", send)
