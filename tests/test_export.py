@@ -1,0 +1,377 @@
+"""From a run folder to files that stand alone: the same answers, or no file."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+
+from mnist_dist import build_model, export, load_recipe, load_run, train
+from mnist_dist.command_line import RunError, run_door
+from mnist_dist.data import load_dataset, normalize
+from mnist_dist.engine.checkpoint import save_weights
+from mnist_dist.predict import read_picture
+from mnist_dist.recipe_file import RecipeError
+from mnist_dist.reports import draw_page
+
+CHROMIUM = Path("/usr/bin/chromium")
+QUIET = ["tracking.wandb.mode=disabled", "engine.channels_last=false"]
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export") / "run"
+    words = ["data.dataset=synthetic", "epochs=3", "optimizer.lr=0.003", "data.augment.rotation=0", *QUIET]
+    train(load_recipe("lenet5", *words, "data.limit_test=203"), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fp32(run_dir):
+    """The ONNX file, in the default place."""
+    assert export.main([str(run_dir), "--format", "onnx"]) == 0
+    return run_dir / "export" / "last.onnx"
+
+
+@pytest.fixture(scope="module")
+def expected(run_dir):
+    run, test = load_run(run_dir, "last"), load_dataset("synthetic").test
+    with torch.no_grad():
+        logits = run.model(normalize(test.images, run.about["mean"], run.about["std"]))
+    return test, logits.softmax(dim=1)
+
+
+def untrained(folder, name):
+    """A run folder as training leaves it, with a network's first weights."""
+    folder.mkdir()
+    recipe = load_recipe("lenet5", "data.dataset=synthetic", f"model.name={name}")
+    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    about = {"recipe": "lenet5", "model": name, "keywords": {}, "classes": list("0123456789"), "mean": 0.4, "std": 0.3}
+    save_weights(folder / "last.safetensors", build_model(name).state_dict(), about)
+    return folder
+
+
+def session(path):
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize("kind", ["torch", "onnx"])
+def test_a_file_answers_as_the_network_does_for_any_batch(run_dir, expected, tmp_path, capsys, kind):
+    path = tmp_path / "made" / "file"
+    assert export.main([str(run_dir), "--format", kind, "--output", str(path)]) == 0
+    package = str(Path(export.__file__).parent)
+    assert package.encode() not in path.read_bytes(), "the file names places of the machine that made it"
+    if kind == "torch":
+        answer = torch.export.load(path.rename(path.with_suffix(".pt2"))).module()
+    else:
+        opened = session(path)
+        assert opened.get_inputs()[0].type == "tensor(uint8)"
+        assert opened.get_modelmeta().custom_metadata_map["classes"].startswith('["0", "1"')
+
+        def answer(images):
+            return torch.from_numpy(opened.run(None, {"images": images.numpy()})[0])
+
+    test, probabilities = expected
+    for count in (1, 2, 77):
+        found = answer(test.images[:count])
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, probabilities[:count], atol=1e-5, rtol=0)
+    # The whole test set was compared, although the run was judged on 203 images.
+    assert "1,024 of 1,024" in capsys.readouterr().out
+
+
+def test_the_default_place_is_in_the_run_folder_and_nothing_else_is_left(fp32):
+    assert list(fp32.parent.iterdir()) == [fp32]
+
+
+def test_int8_is_small_and_as_accurate(run_dir, fp32, expected, tmp_path, capsys):
+    int8 = tmp_path / "int8.onnx"
+    assert export.main([str(run_dir), "--format", "onnx-int8", "--output", str(int8)]) == 0
+    assert int8.stat().st_size <= 0.35 * fp32.stat().st_size
+    test, probabilities = expected
+    correct = probabilities.argmax(dim=1) == test.labels
+    found = session(int8).run(None, {"images": test.images.numpy()})[0].argmax(axis=1) == test.labels.numpy()
+    assert abs(found.mean() - float(correct.float().mean())) <= 0.001
+    assert onnx.TensorProto.INT8 in {tensor.data_type for tensor in onnx.load(int8).graph.initializer}
+    assert "onnx-int8 (static, QDQ" in capsys.readouterr().out
+
+
+def test_int8_weights_are_nearer_than_plain_rounding(fp32, expected, tmp_path):
+    model = onnx.load(fp32)
+    before = {each.name: onnx.numpy_helper.to_array(each) for each in model.graph.initializer}
+    export._quantise_weights(model, smallest=500)
+    after = {each.name: onnx.numpy_helper.to_array(each) for each in model.graph.initializer}
+    quantised = [name for name in before if f"{name}/integers" in after]
+    assert len(quantised) == 4  # the first convolution has 150 weights
+    errors = []
+    for name in quantised:
+        rows, scales = before[name].reshape(len(before[name]), -1), after[f"{name}/scales"][:, None]
+        found = after[f"{name}/integers"].reshape(rows.shape) * scales
+        plain = np.abs(rows).max(axis=1, keepdims=True) / 127
+        errors.append([np.square(each - rows).sum(axis=1) for each in (found, np.rint(rows / plain) * plain)])
+    ours, rounded = np.concatenate(errors, axis=1)
+    assert (ours <= 1.001 * rounded).all() and ours.sum() < 0.995 * rounded.sum()
+    onnx.save(model, tmp_path / "file")
+    test, probabilities = expected
+    found = session(tmp_path / "file").run(None, {"images": test.images.numpy()})[0]
+    np.testing.assert_allclose(found, probabilities.numpy(), atol=0.05)
+
+
+def test_int8_that_is_too_large_is_refused_with_both_figures(run_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "LARGEST_SHARE", 0.2)
+    with pytest.raises(RunError) as refused:
+        export.main([str(run_dir), "--format", "onnx-int8", "--output", str(tmp_path / "file")])
+    lines = str(refused.value).splitlines()
+    assert "20% of fp32's" in lines[0]
+    assert len(lines) == 7 and all("bytes (" in line and " %, " in line for line in lines[1:])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_answers_otherwise_is_never_left(run_dir, tmp_path, monkeypatch, capsys):
+    faithful = export._session
+
+    def unfaithful(path):
+        answer = faithful(path)
+
+        def tells_lies(images):
+            probabilities = answer(images)
+            probabilities[7] = probabilities[7].roll(1)
+            return probabilities
+
+        return tells_lies
+
+    monkeypatch.setattr(export, "_session", unfaithful)
+    (tmp_path / "file").write_text("an older file")
+    words = [str(run_dir), "--format", "onnx", "--output", str(tmp_path / "file")]
+    assert run_door(lambda: export.main(words)) == 1
+    error = capsys.readouterr().err
+    assert "onnx answers 3 of 1,024 test images otherwise" in error and "  image 7: " in error  # batches of 500
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "an older file"
+
+
+NETS = """
+import torch
+from torch import nn
+
+class Base(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(784, 10)
+
+class LooksAtValues(Base):
+    def forward(self, images):
+        logits = self.linear(images.flatten(1))
+        return logits if logits.sum() > 1e9 else 2 * logits
+
+class CountsImages(Base):
+    def forward(self, images):
+        logits = self.linear(images.flatten(1))
+        return logits if len(images) < 100 else 2 * logits
+
+class Noisy(Base):
+    def forward(self, images):
+        return self.linear(images.flatten(1)) + torch.randn(10)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("simple_cnn", "other images of its batch.*initial.1 and others normalise by the batch"),
+        ("nets_to_export:LooksAtValues", "cannot be exported"),
+        ("nets_to_export:CountsImages", "cannot be exported"),
+        ("nets_to_export:Noisy", "depends on the other images of its batch, or on chance"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["torch", "onnx"])
+def test_a_network_that_no_file_can_hold_is_refused(tmp_path, monkeypatch, name, kind, expected):
+    (tmp_path / "nets_to_export.py").write_text(NETS)
+    monkeypatch.syspath_prepend(tmp_path)
+    run = untrained(tmp_path / "run", name)
+    with pytest.raises(RecipeError, match=expected):
+        export.main([str(run), "--format", kind])
+    assert not list((run / "export").glob("*")) + list((run / "export").glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["nowhere", "--format", "onnx"], "not a run folder"),
+        (["RUN", "--format", "oonx"], "invalid choice"),
+        (["RUN", "--format", "onnx", "--output", "TMP"], "is a folder"),
+        (["RUN", "--format", "onnx", "--output", "/dev/null/file"], "--output"),
+        (["RUN", "--format", "onnx", "data.dataset=emnist", "data.root=/nowhere"], "data.root"),
+        (["RUN", "--format", "page", "--onnxruntime-web", "absent.tgz"], "No such file"),
+        (["RUN", "--format", "page", "--onnxruntime-web", __file__], "SHA-512 differs"),
+    ],
+)
+def test_bad_input_is_refused(run_dir, tmp_path, words, expected):
+    places = {"RUN": str(run_dir), "TMP": str(tmp_path)}
+    with pytest.raises(RecipeError, match=expected):
+        export.main([places.get(word, word) for word in words])
+
+
+def test_a_missing_package_is_named_with_the_command_that_brings_it(run_dir, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(RecipeError, match=r'onnxscript is missing: pip install -e "\.\[export\]"'):
+        export.main([str(run_dir), "--format", "onnx"])
+
+
+def test_no_network_and_nothing_cached_says_what_to_do(run_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(draw_page, "URL", (tmp_path / "absent.tgz").as_uri())
+    with pytest.raises(RecipeError, match="name the file with --onnxruntime-web"):
+        export.main([str(run_dir), "--format", "page"])
+
+
+def test_a_damaged_cache_is_loaded_again(archive, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(draw_page, "URL", archive.as_uri())
+    cached = tmp_path / "mnist_dist" / draw_page.ARCHIVE
+    cached.parent.mkdir()
+    cached.write_bytes(b"half of it")
+    assert draw_page.load_runtime()["wasm"].startswith(b"\0asm")
+    assert cached.read_bytes() == archive.read_bytes() and len(list(cached.parent.iterdir())) == 1
+
+
+# --- the page -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def archive():
+    try:
+        draw_page.load_runtime()
+    except OSError as error:
+        pytest.skip(f"onnxruntime-web is neither cached nor to be had from the npm registry: {error}")
+    return draw_page.cached_archive()
+
+
+@pytest.fixture(scope="module")
+def page_file(archive, mnist_root, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("page")
+    words = ["data.limit_train=10000", "data.limit_test=500", "epochs=2", "optimizer.lr=0.003", *QUIET]
+    train(load_recipe("lenet5", *words, f"data.root={mnist_root}"), folder / "run")
+    assert export.main([str(folder / "run"), "--format", "page", "--output", str(folder / "page.html")]) == 0
+    return folder / "page.html"
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    if not CHROMIUM.is_file():
+        pytest.skip(f"there is no Chromium at {CHROMIUM}")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with sync_api.sync_playwright() as playwright:
+        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=flags)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def opened(chromium, page_file, request):
+    """Opens the page on a screen (width, height); afterwards: no error, and no request but for what is in the file."""
+    contexts, errors, requests = [], [], []
+
+    def open_page(width, height, **settings):
+        context = chromium.new_context(viewport={"width": width, "height": height}, offline=True, **settings)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: errors.append(message.text))
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("request", lambda sent: requests.append(sent.url))
+        page.goto(page_file.as_uri())
+        page.wait_for_selector("#sure:has-text('while you draw')")
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not errors
+    assert {url.partition(":")[0] for url in requests} == {"file", "blob"}
+
+
+TURN = [2 * math.pi * step / 20 for step in range(21)]
+STROKES = {
+    "1": [(0.52, 0.15), (0.48, 0.85)],
+    "7": [(0.25, 0.2), (0.75, 0.2), (0.45, 0.85)],
+    "0": [(0.5 + 0.25 * math.sin(angle), 0.5 - 0.35 * math.cos(angle)) for angle in TURN],
+}
+
+
+def places(page, digit):
+    frame = page.locator("#paper").bounding_box()
+    return [(frame["x"] + x * frame["width"], frame["y"] + y * frame["height"]) for x, y in STROKES[digit]]
+
+
+def draw_with_mouse(page, digit):
+    first, *rest = places(page, digit)
+    page.mouse.move(*first)
+    page.mouse.down()
+    for place in rest:
+        page.mouse.move(*place, steps=5)
+    return page.mouse.up
+
+
+def draw_with_finger(page, digit):
+    channel = page.context.new_cdp_session(page)
+
+    def touch(kind, *points):
+        channel.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [{"x": x, "y": y} for x, y in points]})
+
+    first, *rest = places(page, digit)
+    touch("touchStart", first)
+    for place in rest:
+        touch("touchMove", place)
+    return lambda: touch("touchEnd")
+
+
+@pytest.mark.parametrize(
+    ("draw", "screen"),
+    [
+        (draw_with_mouse, {"width": 1100, "height": 760}),
+        (draw_with_finger, {"width": 390, "height": 844, "has_touch": True, "color_scheme": "dark"}),
+    ],
+    ids=["mouse", "finger"],
+)
+def test_the_page_reads_what_is_drawn_while_it_is_drawn(opened, draw, screen):
+    page = opened(**screen)
+    assert page.locator("#bars li").count() == 10
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    for digit in STROKES:
+        lift = draw(page, digit)
+        page.wait_for_selector(f"#bars li.best .name:text-is('{digit}')")
+        assert not page.locator("#spoken").inner_text().startswith(digit)  # it is said once, when the pen is lifted
+        lift()
+        page.wait_for_selector(f"#spoken:has-text('{digit}, ')")
+        page.get_by_role("button", name="Clear").click()
+        page.wait_for_selector("#bars li.best", state="detached")
+
+
+def test_the_page_prepares_a_drawing_as_predict_does_a_picture(opened, tmp_path):
+    page = opened(800, 700)
+    for digit in STROKES:
+        draw_with_mouse(page, digit)()
+        page.wait_for_selector("#spoken:has-text('sure')")
+        pictures = []
+        for canvas in ("paper", "preview"):
+            address = page.evaluate(f"document.getElementById('{canvas}').toDataURL()")
+            pictures.append(Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))))
+        # The ink alone: to put it on white first would round some of it.
+        pictures[0].getchannel("A").save(tmp_path / "ink.png")
+        expected = read_picture(tmp_path / "ink.png")[0].int()
+        found = torch.from_numpy(np.array(pictures[1].convert("L"))).int()
+        assert expected.max() > 200
+        # Older Pillows shrink the width of a tall figure first.
+        assert (expected - found).abs().max() <= (8 if digit == "1" else 1)
+        page.get_by_role("button", name="Clear").click()
+        page.wait_for_selector("#spoken:has-text('empty')")
