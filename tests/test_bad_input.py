@@ -191,7 +191,7 @@ def test_a_file_that_is_not_a_recipe(refused, content, expected):
         ("'': 3", "unknown key; known: name, seed"),
         ("distill: {form: runs/a}", "my.yaml:5: distill.form unknown key; did you mean 'from'?"),
         ("distill: {teachers: runs/a}", "distill.teachers unknown key; known: from, weight, temperature"),
-        ("engine: {gpu: true}", "my.yaml:5: engine.gpu unknown key; known: channels_last"),
+        ("engine: {gpu: true}", "my.yaml:5: engine.gpu unknown key; known: capture, channels_last"),
         (
             "optimizer: {momentun: 0.9}",
             "optimizer.momentun unknown key; did you mean 'momentum'?",

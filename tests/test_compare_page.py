@@ -353,7 +353,12 @@ def test_a_port_that_is_taken_is_refused(runs, capsys):
 
 def test_ctrl_c_ends_it_well(runs):
     command = [sys.executable, "-m", "mnist_dist.compare", str(runs), "--live", "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+
+    def heard() -> None:  # where the tests run in the background, their children would not hear Ctrl-C
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": heard}
+    with subprocess.Popen(command, **pipes) as process:
         said = next(line for line in process.stdout if "http://" in line)
         assert ask(said.split()[0], "/")[0] == 200
         process.send_signal(signal.SIGINT)
