@@ -34,14 +34,13 @@ from mnist_dist.parts import (
     build_parts,
     check_world,
     load_data,
-    load_initial_weights,
-    load_teachers,
 )
 from mnist_dist.recipe import Recipe, load_recipe
 from mnist_dist.recipe_file import bundled_recipes, recipe_notes
 from mnist_dist.reports.model_summary import summarize_model
 from mnist_dist.runs import RunFolder, git_commit, load_run, versions, write_text
 from mnist_dist.tracking import ConsoleTracker, JSONLTracker, WandbTracker, resolve_mode
+from mnist_dist.transfer import load_initial_weights, load_teachers
 from mnist_dist.world import (
     check_size,
     choose_threads,

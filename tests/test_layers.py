@@ -16,7 +16,7 @@ DOORS = {
 }  # fmt: skip
 BEHIND_THE_DOORS = {
     "keeper", "parts", "runs", "run_reader", "command_line", "recipe", "recipe_file", "world", "ranks", "probes",
-    "contenders", "peers", "inference",
+    "contenders", "peers", "inference", "transfer",
 }  # fmt: skip
 MAY_USE = {"engine": {"data"}}
 

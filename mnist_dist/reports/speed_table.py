@@ -5,6 +5,7 @@ A `result` is what `mnist_dist.benchmark --json` writes of one recipe, of its tr
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -59,7 +60,8 @@ def to_markdown(result: dict[str, Any], command: str) -> str:
     made = f"{result['date']}, torch {result['versions']['torch']}, commit {str(result['git_commit'])[:12]}"
     lines = [f"\n### {title_of(result)}\n", f"`{command}`, {made}.", circumstances(result) + "\n"]
     table = [" | ".join(row) for row in (heads, ["---"] * len(heads), *rows)]
-    return "\n".join([*lines, *(f"| {row} |" for row in table)]) + "\n"
+    whole = f"\n<details><summary>JSON</summary>\n\n```json\n{json.dumps(result)}\n```\n\n</details>"
+    return "\n".join([*lines, *(f"| {row} |" for row in table), whole]) + "\n"
 
 
 SMALL = ("model_v1", "model_v2", "model_v3", "simple_cnn", "mnistnet")
