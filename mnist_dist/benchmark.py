@@ -114,15 +114,19 @@ def measure(recipe: Recipe, rounds: int, steps: int) -> dict[str, Any]:
         first_step = time.time() - psutil.Process().create_time()
         contenders = [enter(ours)]
         memory = _peak_memory_mb(device)
-        workers = best_workers(task, steps=min(steps, 20))
+        tutorial = task.in_default_layout()  # as who follows a tutorial has it
+        workers = best_workers(tutorial, steps=min(steps, 20))
         contenders += [enter(contender) for contender in (bare_step(task), tensor_loop(task))]
         loaders = [plain_loader, accelerate_loader, *([lightning_loader] if HAS_LIGHTNING else [])]
-        contenders += [enter(loader(task, workers)) for loader in loaders]
+        contenders += [enter(loader(tutorial, workers)) for loader in loaders]
+        if recipe.engine.channels_last:  # as who has read further has it
+            contenders.append(enter(plain_loader(task, workers, "PyTorch + DataLoader, channels last")))
         if recipe.logical_shards:  # what exactness costs
             plain = replace(task, recipe=recipe.model_copy(update={"logical_shards": None}))
             contenders.append(enter(trainer(plain, Path(folder), f"{OURS} without logical shards")[0]))
         if task.precision != "no":  # what a user has who does not turn autocast on
-            contenders.append(enter(plain_loader(replace(task, precision="no"), workers, "PyTorch + DataLoader, fp32")))
+            fp32 = replace(tutorial, precision="no")
+            contenders.append(enter(plain_loader(fp32, workers, "PyTorch + DataLoader, fp32")))
         paces = {each.name: each.run(steps) / steps for each in contenders}
         counts = {name: max(steps, math.ceil(SHORTEST_ROUND / pace)) for name, pace in paces.items()}
         [counts] = broadcast_object_list([counts])

@@ -1,7 +1,6 @@
 """What the benchmark times: a contender, the task that all of them are given, and the two that load no data.
 
-All train the same model with the same batch size, augmentation, precision and memory layout, on a device and in a world
-that they share. `peers` has those that one would write with a DataLoader.
+All train the same model with the same batch size, augmentation and precision, on a device and in a world that they share. `peers` has those that one would write with a DataLoader.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
 from importlib.metadata import version
@@ -71,6 +70,11 @@ class Task:
             raise RecipeError([recipe.problem("batch_size", what)])
         together(state, lambda: build_module(recipe, dataset))
         return cls(recipe, precision, dataset, state)
+
+    def in_default_layout(self) -> Task:
+        """The same with PyTorch's own memory layout of images, which no tutorial changes."""
+        engine = self.recipe.engine.model_copy(update={"channels_last": False})
+        return replace(self, recipe=self.recipe.model_copy(update={"engine": engine}))
 
     def about(self) -> dict[str, Any]:
         """What was measured, where and with what, in plain values."""

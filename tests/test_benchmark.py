@@ -25,7 +25,7 @@ from mnist_dist.reports import speed_plot, speed_table
 ROOT = Path(__file__).parent.parent
 LOADERS = [peers.plain_loader, peers.accelerate_loader, peers.lightning_loader]
 NAMES = ["mnist_dist", "bare step", "plain loop, device tensors", "PyTorch + DataLoader", "Accelerate + DataLoader"]
-NAMES += ["Lightning + DataLoader"] * peers.HAS_LIGHTNING
+NAMES += ["Lightning + DataLoader"] * peers.HAS_LIGHTNING + ["PyTorch + DataLoader, channels last"]
 
 
 @pytest.fixture(autouse=True)
