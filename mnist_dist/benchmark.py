@@ -36,7 +36,7 @@ from mnist_dist.keeper import Keeper
 from mnist_dist.parts import Parts, Progress, build_module, build_parts
 from mnist_dist.peers import HAS_LIGHTNING, accelerate_loader, best_workers, lightning_loader, plain_loader
 from mnist_dist.recipe import Recipe, load_recipe
-from mnist_dist.recipe_file import Problem, RecipeError
+from mnist_dist.recipe_file import Problem, RecipeError, find_recipe
 from mnist_dist.reports.speed_table import OURS, circumstances, floors, table_of, title_of, to_markdown
 from mnist_dist.runs import RunFolder
 from mnist_dist.train import fit, open_trackers
@@ -106,7 +106,8 @@ def measure(recipe: Recipe, rounds: int, steps: int) -> dict[str, Any]:
 
         def enter(contender: Contender) -> Contender:
             stack.callback(contender.close)
-            contender.run(5)  # what is slow once: kernels are chosen, workers start, a step is compiled or captured
+            # What is slow once: kernels are chosen, workers start, a step is compiled or, after three others, captured.
+            contender.run(5 if device.type == "cuda" else min(5, steps))
             return contender
 
         ours, parts = trainer(task, Path(folder))
@@ -197,6 +198,8 @@ def show_record(arguments: argparse.Namespace, words: list[str]) -> None:
     """Measures a record, prints it and writes it where it was asked for."""
     result = record.measure(load_recipe(arguments.record, *arguments.overrides), arguments.seeds)
     record.print_lines(result)
+    if arguments.note:
+        record.note_in_recipe(find_recipe(arguments.record), result)
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     if arguments.markdown:
@@ -217,6 +220,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="interleaved rounds (default 7)")
     parser.add_argument("--steps", type=int, default=50, metavar="N", help="steps, or calls, a round (default 50)")
     parser.add_argument("--seeds", type=int, default=30, metavar="N", help="of --record (default 30)")
+    parser.add_argument("--note", action="store_true", help="write what --record found into the recipe's head comment")
     parser.add_argument("--sweep", metavar="KEY=a,b,c", help="measure with each of these values of a recipe key")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="the sweep's picture (default sweep.png)")
     parser.add_argument("--inference", action="store_true", help="time the network's answers instead of its training")

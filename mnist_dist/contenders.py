@@ -1,6 +1,7 @@
 """What the benchmark times: a contender, the task that all of them are given, and the two that load no data.
 
-All train the same model with the same batch size, augmentation and precision, on a device and in a world that they share. `peers` has those that one would write with a DataLoader.
+All train the same model with the same batch size, augmentation and precision, on a device and in a world that they
+share. `peers` has those that one would write with a DataLoader.
 """
 
 from __future__ import annotations

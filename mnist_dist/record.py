@@ -7,10 +7,12 @@ github.com/tuomaso/train_mnist_fast, written from its description and run in tur
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from dataclasses import replace
 from datetime import datetime, timezone
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -175,6 +177,17 @@ def to_markdown(result: dict[str, Any], command: str) -> str:
     commit = str(result["git_commit"])[:12]
     made = f"`{command}`, {result['date']}, torch {result['versions']['torch']}, commit {commit}.\n\n"
     return head + made + "\n".join(f"- {line}" for line in summary_lines(result)) + "\n"
+
+
+def note_in_recipe(path: Path, result: dict[str, Any]) -> None:
+    """Writes the figures into the `# measured:` line of the recipe's file."""
+    accuracy, seconds = result["ours"]["accuracy"], result["ours"]["seconds"]
+    measured = (
+        f"{accuracy['mean']:.2f} ± {accuracy['sd']:.2f} % in {seconds['mean']:.2f} ± {seconds['sd']:.2f} s "
+        f"(n = {result['seeds']}, {result['device']}; the reference {result['reference']['seconds']['mean']:.2f} s)"
+    )
+    text = path.read_text(encoding="utf-8")
+    path.write_text(re.sub(r"(?m)^# measured: .*$", f"# measured: {measured}", text), encoding="utf-8")
 
 
 def print_lines(result: dict[str, Any]) -> None:

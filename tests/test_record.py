@@ -2,8 +2,8 @@
 
 import pytest
 
-from mnist_dist import load_recipe, record, train
-from mnist_dist.recipe_file import RecipeError
+from mnist_dist import benchmark, load_recipe, record, train
+from mnist_dist.recipe_file import RecipeError, bundled_recipes
 
 WORDS = ("data.dataset=synthetic", "data.limit_train=700", "data.limit_test=200", "mixed_precision=no", "epochs=2")
 
@@ -34,6 +34,15 @@ def test_the_lines_tell_mean_deviation_and_number(small_reference, tmp_path):
     text = record.to_markdown(result, "the command")
     assert f"{accuracy['mean']:.3f} ± {accuracy['sd']:.3f} %" in text
     assert "n = 2" in text and "`the command`" in text and "fp32" in text
+
+
+def test_the_figures_go_into_the_recipe_s_head(small_reference, tmp_path):
+    path = tmp_path / "fast.yaml"
+    path.write_text(bundled_recipes()["speed/mnist_99"].read_text(encoding="utf-8"), encoding="utf-8")
+    words = ["--record", str(path), "--seeds", "1", "--note", *WORDS, "max_steps=3"]
+    assert benchmark.main(words) == 0
+    [line] = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("# measured:")]
+    assert " % in " in line and "n = 1, cpu" in line
 
 
 def test_a_record_is_of_one_process(monkeypatch):
