@@ -130,7 +130,7 @@ def _reference(train: Images, test: Images, seed: int, steps: int | None = None)
     ).to(device)  # fmt: skip
     images, labels = train.normalize(train.images), train.labels
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-2, betas=(0.7, 0.9))
-    total = len(labels) // batch_size
+    total = max(1, len(labels) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=total)
     order = torch.randperm(len(labels), device=device)
     for step in range(steps or total):
