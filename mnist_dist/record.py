@@ -133,7 +133,7 @@ def _reference(train: Images, test: Images, seed: int, steps: int | None = None)
     total = max(1, len(labels) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=total)
     order = torch.randperm(len(labels), device=device)
-    for step in range(steps or total):
+    for step in range(min(steps or total, total)):
         rows: Tensor = order[step * batch_size : (step + 1) * batch_size]
         optimizer.zero_grad()
         F.cross_entropy(network(images[rows]), labels[rows]).backward()

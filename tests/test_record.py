@@ -36,6 +36,11 @@ def test_the_lines_tell_mean_deviation_and_number(small_reference, tmp_path):
     assert "n = 2" in text and "`the command`" in text and "fp32" in text
 
 
+def test_less_than_a_batch_of_images_is_measured_too():
+    words = ("data.dataset=synthetic", "data.limit_train=64", "data.limit_test=16", "batch_size=8", "mixed_precision=no")
+    assert record.measure(load_recipe("speed/mnist_99_4", *words), 1)["seeds"] == 1
+
+
 def test_the_figures_go_into_the_recipe_s_head(small_reference, tmp_path):
     path = tmp_path / "fast.yaml"
     path.write_text(bundled_recipes()["speed/mnist_99"].read_text(encoding="utf-8"), encoding="utf-8")
