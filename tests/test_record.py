@@ -37,8 +37,9 @@ def test_the_lines_tell_mean_deviation_and_number(small_reference, tmp_path):
 
 
 def test_less_than_a_batch_of_images_is_measured_too():
-    words = ("data.dataset=synthetic", "data.limit_train=64", "data.limit_test=16", "batch_size=8", "mixed_precision=no")
-    assert record.measure(load_recipe("speed/mnist_99_4", *words), 1)["seeds"] == 1
+    words = ("data.limit_train=64", "data.limit_test=16", "batch_size=8", "mixed_precision=no")
+    recipe = load_recipe("speed/mnist_99_4", "data.dataset=synthetic", *words)
+    assert record.measure(recipe, 1)["seeds"] == 1
 
 
 def test_the_figures_go_into_the_recipe_s_head(small_reference, tmp_path):
