@@ -178,6 +178,15 @@ def test_a_run_that_goes_on_warms_up_again_and_makes_the_same_steps(on_device):
     assert_equal(run(recorded(), first=5), expected)
 
 
+def test_another_seed_s_epoch_of_the_same_number_brings_its_own_warps(on_device):
+    captured = recorded()
+    update = run(captured, steps=5)
+    assert captured._plan is not None
+    plan = Batches(NUM_SAMPLES, BATCH_SIZE, 99, augmentation=Augmentation(rotation=20)).plan(0)
+    update(plan, 5, 5)
+    assert plan.warps is not None and torch.equal(captured._plan.warps, plan.warps)
+
+
 @pytest.mark.parametrize("bad_step", [1, WARM_UP_STEPS + 4])
 def test_a_replayed_step_with_a_bad_gradient_is_passed_over_or_named(on_device, bad_step):
     data = noise()

@@ -25,7 +25,7 @@ Record = Callable[[Callable[[], None]], Callable[[], None]]
 """Records what a function does on the device, and returns what does it again."""
 
 
-def record_cuda_graph(body: Callable[[], None], stream: torch.cuda.Stream) -> Callable[[], None]:
+def record_cuda_graph(body: Callable[[], object], stream: torch.cuda.Stream) -> Callable[[], None]:
     """The kernels of `body` as a CUDA graph; returns its replay."""
     graph = torch.cuda.CUDAGraph()
     # Other threads (W&B, the watchdog) may call CUDA while this one records.
@@ -56,6 +56,8 @@ class CapturedStep:
         self._record = record or self._record_graph
         self._replay: Callable[[], None] | None = None
         self._plan: EpochPlan | None = None
+        self._source: EpochPlan | None = None
+        """Whose warps stand in `_plan`."""
         self._warm, self._failed = 0, False
 
     def __call__(self, update: Update, plan: EpochPlan, index: int, step: int) -> bool:
@@ -87,12 +89,12 @@ class CapturedStep:
         """Puts a batch's rows, and a new epoch's warps, where the recorded step looks for them."""
         if self._plan is None:
             self._plan = EpochPlan(plan.epoch, rows.clone(), None if plan.warps is None else plan.warps.clone())
-            return
-        self._plan.order.copy_(rows)
-        if self._plan.warps is not None and plan.epoch != self._plan.epoch:
-            assert plan.warps is not None
-            self._plan.warps.copy_(plan.warps)
-            self._plan = EpochPlan(plan.epoch, self._plan.order, self._plan.warps)
+        else:
+            self._plan.order.copy_(rows)
+            if plan.warps is not None and plan is not self._source:
+                assert self._plan.warps is not None
+                self._plan.warps.copy_(plan.warps)
+        self._source = plan
 
     def _try_to_record(self, update: Update, step: int) -> bool:
         static, started = self._plan, time.perf_counter()
