@@ -24,6 +24,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from mnist_dist.data import Dataset
+from mnist_dist.engine.capture import WARM_UP_STEPS, record_cuda_graph
 from mnist_dist.engine.optim import build_optimizer
 from mnist_dist.parts import build_module, check_world, load_data, place
 from mnist_dist.recipe import Recipe
@@ -212,13 +213,10 @@ def captured(call: Step) -> Callable[[], None]:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):
+        for _ in range(WARM_UP_STEPS):
             call()
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
+    return record_cuda_graph(call, stream)
 
 
 @contextmanager

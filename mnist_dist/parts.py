@@ -302,27 +302,8 @@ def build_parts(
             optimizer = accelerator.prepare(optimizer)  # without a scaler it adds nothing but its own time
     meter, clock = Meter(accelerator), GradientClock()
     reduce_gradients(model, accelerator.device, recipe.ddp.comm_hook, clock)
-    for teacher in teachers:
-        place(teacher.model, accelerator.device, channels_last=recipe.engine.channels_last)
-    distillation = Distillation(
-        [(teacher.model, teacher.about["mean"], teacher.about["std"]) for teacher in teachers],
-        weight=recipe.distill.weight,
-        temperature=recipe.distill.temperature,
-        mean=train_data.mean,
-        std=train_data.std,
-        autocast=accelerator.autocast,
-    )
     shards = LogicalShards(recipe.logical_shards, accelerator, module, clock) if recipe.logical_shards else None
-    obstacle = why_not(
-        accelerator.device,
-        accelerator.num_processes,
-        optimizer,
-        moves_momentum=schedule.momentum_at is not None,
-        scaler=accelerator.scaler is not None,
-        shards=shards is not None,
-        compile_mode=recipe.compile,
-    )
-    captures = recipe.engine.capture != "off" and obstacle is None
+    captured, obstacles = _build_capture(recipe, accelerator, optimizer, schedule)
     update = Update(
         accelerator,
         model,
@@ -337,16 +318,14 @@ def build_parts(
         clock=clock,
         shards=shards,
         meets_in_forward=synchronized,
-        distillation=distillation if teachers else None,
+        distillation=_build_distillation(recipe, accelerator, train_data, teachers),
         on_nonfinite=recipe.on_nonfinite,
-        captured=CapturedStep(accelerator.device) if captures else None,
+        captured=captured,
     )
     notes = ["FSDP2: parameters, gradients and optimizer state lie in shards over the processes"] if sharded else []
     if recipe.ddp.comm_hook != "none" and not isinstance(model, nn.parallel.DistributedDataParallel):
         notes.append("ddp.comm_hook is without effect: this run's gradients do not travel by data parallel")
-    on_gpu = accelerator.device.type == "cuda"
-    if obstacle and (recipe.engine.capture == "step" or (recipe.engine.capture == "auto" and on_gpu)):
-        notes.append(f"engine.capture: all steps are eager: {obstacle}")
+    notes += obstacles
     if recipe.micro_batch_size == "auto":
         update.micro_batch_size = update.find_micro_batch_size(batches.plan(0, accelerator.device))
         notes.append(f"micro_batch_size auto: {update.micro_batch_size} images at once fit into memory")
@@ -356,13 +335,51 @@ def build_parts(
     return Parts(accelerator, batches, schedule, update, module, judged, meter, total_steps, notes)
 
 
+def _build_distillation(
+    recipe: Recipe, accelerator: Accelerator, data: Images, teachers: Sequence[Run]
+) -> Distillation | None:
+    if not teachers:
+        return None
+    for teacher in teachers:
+        place(teacher.model, accelerator.device, channels_last=recipe.engine.channels_last)
+    return Distillation(
+        [(teacher.model, teacher.about["mean"], teacher.about["std"]) for teacher in teachers],
+        weight=recipe.distill.weight,
+        temperature=recipe.distill.temperature,
+        mean=data.mean,
+        std=data.std,
+        autocast=accelerator.autocast,
+    )
+
+
+def _build_capture(
+    recipe: Recipe, accelerator: Accelerator, optimizer: torch.optim.Optimizer, schedule: Schedule
+) -> tuple[CapturedStep | None, list[str]]:
+    """What replays steps, where the recipe wants it and it can be done; else why not, for who expects it."""
+    if recipe.engine.capture == "off":
+        return None, []
+    obstacle = why_not(
+        accelerator.device,
+        accelerator.num_processes,
+        optimizer,
+        moves_momentum=schedule.momentum_at is not None,
+        scaler=accelerator.scaler is not None,
+        shards=recipe.logical_shards is not None,
+        compile_mode=recipe.compile,
+    )
+    if obstacle is None:
+        return CapturedStep(accelerator.device), []
+    expected = recipe.engine.capture == "step" or accelerator.device.type == "cuda"
+    return None, [f"engine.capture: all steps are eager: {obstacle}"] if expected else []
+
+
 def _set_determinism(deterministic: bool) -> None:
     """Bit-for-bit repeatable kernels where PyTorch has them; it warns of those it has not."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     # The filling of fresh memory is a debugging aid that costs time.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # torch declares it nowhere
 
 
 def _set_kernels(recipe: Recipe) -> None:

@@ -92,14 +92,14 @@ class ModelSection(OpenSection):
 
 
 class OptimizerSection(OpenSection):
-    name: Literal[tuple(sorted(optim.OPTIMIZERS))] = "sgd"  # type: ignore[valid-type]
+    name: Literal[tuple(sorted(optim.OPTIMIZERS))] = "sgd"  # type: ignore[valid-type]  # made while running; pydantic reads it
     """The lower-case name of a `torch.optim` class; its own keywords stand beside it."""
     lr: AboveZero | None = None
     """Null: PyTorch's default; with schedule onecycle: `max_lr / div_factor`."""
 
 
 class ScheduleSection(OpenSection):
-    name: Literal[tuple(optim.SCHEDULES)] = "constant"  # type: ignore[valid-type]
+    name: Literal[tuple(optim.SCHEDULES)] = "constant"  # type: ignore[valid-type]  # made while running; pydantic reads it
     """PyTorch's own keywords stand beside it; durations are in epochs."""
 
 
@@ -125,7 +125,7 @@ class AugmentSection(Section):
 
 
 class DataSection(Section):
-    dataset: Literal[tuple(DATASETS)] = "mnist"  # type: ignore[valid-type]
+    dataset: Literal[tuple(DATASETS)] = "mnist"  # type: ignore[valid-type]  # made while running; pydantic reads it
     root: str | None = None
     """The folder that holds MNIST/raw; null: the environment variable MNIST_DIST_DATA, else ./data."""
     split: Literal["balanced", "byclass", "bymerge", "letters", "digits", "mnist"] | None = None

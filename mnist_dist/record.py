@@ -11,7 +11,6 @@ import re
 import statistics
 import time
 from dataclasses import replace
-from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,14 +20,13 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
+from mnist_dist.contenders import Task
 from mnist_dist.data import Images
 from mnist_dist.models import count_parameters
-from mnist_dist.parts import Parts, Progress, build_module, build_parts, check_world, load_data
+from mnist_dist.parts import Parts, Progress, build_module, build_parts
 from mnist_dist.recipe import Recipe
 from mnist_dist.recipe_file import Problem, RecipeError
-from mnist_dist.runs import git_commit, versions
 from mnist_dist.train import fit
-from mnist_dist.world import check_size, choose_threads, device_name, launched_world
 
 SAVES_NOTHING: Any = SimpleNamespace(
     best=lambda: None,
@@ -46,38 +44,31 @@ def measure(recipe: Recipe, seeds: int) -> dict[str, Any]:
     Raises:
         RecipeError: the world is of several processes.
     """
-    state = launched_world()
-    check_size(state)
-    if state.num_processes > 1:
+    task = Task.prepare(recipe)
+    if task.state.num_processes > 1:
         raise RecipeError([Problem("command line", "--record", "a record is of one process")])
-    choose_threads(state)
-    precision = check_world(recipe, state)
-    dataset = load_data(recipe, state)
-    train, test = dataset.train.to(state.device), dataset.test.to(state.device)
-    parts = build_parts(recipe, precision, train, build_module(recipe, dataset))
+    dataset, device = task.dataset, task.state.device
+    train, test = dataset.train.to(device), dataset.test.to(device)
+    parts = build_parts(recipe, task.precision, train, build_module(recipe, dataset))
     ours: list[tuple[float, float]] = []
     theirs: list[tuple[float, float]] = []
     preparation = _warm_up(parts, recipe, train, test, dataset.train.classes)
     _reference(train, test, seed=0, steps=10)
     for seed in range(seeds):
+        task.wait()
         ours.append(_ours(parts, recipe.model_copy(update={"seed": seed}), dataset, test))
+        task.wait()
         theirs.append(_reference(train, test, seed))
     captured = parts.update.captured
-    return {
-        "recipe": recipe.name,
+    return task.about() | {
         "parameters": count_parameters(parts.module),
-        "mixed_precision": precision,
         "epochs": recipe.epochs,
-        "device": device_name(state.device),
         "seeds": seeds,
         "preparation_seconds": preparation,
         "capture_seconds": captured.seconds if captured else None,
         "ours": _figures(ours),
         "reference": _figures(theirs),
         "reference_time_to_ours": statistics.median(b[1] / a[1] for a, b in zip(ours, theirs, strict=True)),
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "versions": versions(),
-        "git_commit": git_commit(),
     }
 
 
@@ -103,7 +94,6 @@ def _warm_up(parts: Parts, recipe: Recipe, train: Images, test: Images, classes:
 
 def _ours(parts: Parts, recipe: Recipe, dataset: Any, test: Images) -> tuple[float, float]:
     """Accuracy in percent and seconds of one seed. The tensors keep their places, which a recorded step knows."""
-    _wait(test.images.device)
     started = time.perf_counter()
     parts.module.load_state_dict(build_module(recipe, dataset).state_dict())
     for state in parts.update.optimizer.state.values():
@@ -121,7 +111,6 @@ def _ours(parts: Parts, recipe: Recipe, dataset: Any, test: Images) -> tuple[flo
 def _reference(train: Images, test: Images, seed: int, steps: int | None = None) -> tuple[float, float]:
     """Accuracy in percent and seconds: one epoch in fp32 from tensors on the device, Adam with OneCycle."""
     device, batch_size = train.images.device, 256
-    _wait(device)
     started = time.perf_counter()
     torch.manual_seed(seed)
     network = nn.Sequential(
@@ -144,11 +133,6 @@ def _reference(train: Images, test: Images, seed: int, steps: int | None = None)
         found = torch.cat([network(test.normalize(part)).argmax(dim=1) for part in test.images.split(2000)])
     accuracy = 100 * float((found == test.labels).double().mean())
     return accuracy, time.perf_counter() - started
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def summary_lines(result: dict[str, Any]) -> list[str]:

@@ -42,7 +42,7 @@ def together(state: PartialState, action: Callable[[], T]) -> T:
     found = next((each for each in gather_object([problems]) if each), None)
     if found:
         raise RecipeError(found)
-    return result  # type: ignore[return-value]
+    return result  # type: ignore[return-value]  # it is None only where a problem was raised
 
 
 def check_size(state: PartialState, expected: int | None = None) -> None:

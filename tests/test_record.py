@@ -1,5 +1,7 @@
 """A record's seeds are the runs that `train` makes, though they share one network's memory; all are told of."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from mnist_dist import benchmark, load_recipe, record, train
@@ -52,10 +54,7 @@ def test_the_figures_go_into_the_recipe_s_head(small_reference, tmp_path):
 
 
 def test_a_record_is_of_one_process(monkeypatch):
-    class Two:
-        num_processes = 2
-
-    monkeypatch.setattr(record, "launched_world", Two)
-    monkeypatch.setattr(record, "check_size", lambda state: None)
+    two = SimpleNamespace(state=SimpleNamespace(num_processes=2))
+    monkeypatch.setattr(record.Task, "prepare", lambda recipe: two)
     with pytest.raises(RecipeError, match="one process"):
         record.measure(load_recipe("speed/mnist_99"), 1)

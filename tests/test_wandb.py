@@ -55,15 +55,15 @@ class Told:
 
     @property
     def summary(self) -> dict[str, Any]:
-        merged: dict[str, Any] = {}
-        for record in self.all("summary"):
-            merged |= record["update"]
-        return merged
+        return self._merged("summary")
 
     @property
     def config(self) -> dict[str, Any]:
+        return self._merged("config")
+
+    def _merged(self, kind: str) -> dict[str, Any]:
         merged: dict[str, Any] = {}
-        for record in self.all("config"):
+        for record in self.all(kind):
             merged |= record["update"]
         return merged
 

@@ -241,7 +241,7 @@ class Update:
         if self.latches or self._bad:
             self._first_bad.copy_(torch.where(self._bad & (self._first_bad < 0), self._made, self._first_bad))
         if self.latches:
-            self.optimizer.found_inf = self._found_inf.copy_(self._bad)  # type: ignore[attr-defined]
+            self.optimizer.found_inf = self._found_inf.copy_(self._bad)  # type: ignore[attr-defined]  # torch reads it but declares it nowhere
         elif self._bad:
             self.optimizer.zero_grad()
         else:
