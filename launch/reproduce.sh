@@ -1,20 +1,35 @@
 #!/usr/bin/env bash
-# Re-makes rows of the README's table: trains what is missing, goes on where it was stopped, then prints the table.
-#   launch/reproduce.sh model_v1_onecycle mnistnet      SEEDS="0 1 2" launch/reproduce.sh simple_cnn epochs=2
+# Re-makes rows of the README's table: trains what is missing, teachers first, goes on where it was stopped, prints the
+# table of what was asked for and writes that of all runs so far into runs/reproduce/results.md.
+#   launch/reproduce.sh                                       every recipe of the table, five seeds: days on a CPU
+#   launch/reproduce.sh model_v1_onecycle mnistnet            SEEDS="0 1 2" launch/reproduce.sh simple_cnn epochs=2
 set -euo pipefail
 
-recipes=() overrides=()
+folder=runs/reproduce recipes=() overrides=()
 for word in "$@"; do
     case "$word" in *=*) overrides+=("$word") ;; *) recipes+=("$word") ;; esac
 done
+if [ ${#recipes[@]} = 0 ]; then
+    mapfile -t recipes < <(sed -n 's/^{"recipe": "\([^"]*\)".*/\1/p' configs/results.jsonl | sort -u)
+fi
+
+reproduce() { # recipe seed overrides…
+    local recipe=$1 seed=$2 run teacher
+    shift 2
+    run="$folder/$recipe-seed$seed${*:+-${*//[ \/]/-}}"
+    runs+=("$run")
+    [ "$(cat "$run/STATUS" 2>/dev/null)" = "done" ] && return
+    while read -r teacher; do # a recipe names its teachers by the folders that this script gives them
+        (reproduce "${teacher%-seed*}" "${teacher##*-seed}")
+    done < <(python -m mnist_dist.train --recipe "$recipe" --print-recipe "$@" | sed -n "s|^ *- $folder/||p")
+    python -m mnist_dist.train --recipe "$recipe" --run-dir "$run" --world-size 1 seed="$seed" "$@" </dev/null
+}
 
 runs=()
 for seed in ${SEEDS:-0 1 2 3 4}; do
     for recipe in "${recipes[@]}"; do
-        run="runs/reproduce/$recipe-seed$seed${overrides[*]:+-${overrides[*]// /-}}"
-        runs+=("$run")
-        [ "$(cat "$run/STATUS" 2>/dev/null)" = "done" ] && continue
-        python -m mnist_dist.train --recipe "$recipe" --run-dir "$run" --world-size 1 seed="$seed" "${overrides[@]}"
+        reproduce "$recipe" "$seed" "${overrides[@]}"
     done
 done
-python -m mnist_dist.compare "${runs[@]}"
+python -m mnist_dist.compare "${runs[@]}" --no-html
+python -m mnist_dist.compare "$folder" --no-html --markdown "$folder/results.md" >/dev/null

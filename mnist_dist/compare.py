@@ -51,6 +51,7 @@ COLUMNS = (
     "time",
     "precision",
     "ran on",
+    "commit",
     "verdict",
 )
 """Of the Markdown table, whose rows are finished runs."""
@@ -119,6 +120,7 @@ class Row:
         world, parameters, epochs = self.mean("world_size"), self.mean("parameters"), self.mean("epochs") or 0.0
         device, precision = (str(self.runs[0].summary.get(key) or "") for key in ("device", "mixed_precision"))
         statuses = [run.run.status for run in self.runs if run.run]
+        commits = [_short(str(run.summary.get("git_commit") or "")) for run in self.runs]
         accuracy = {which: self.values(f"{which}.accuracy") for which in ("eval.last", "eval.best", "test")}
         texts: dict[str, tuple[str, Any]] = {
             "recipe": (self.label or self.recipe, None),
@@ -135,6 +137,7 @@ class Row:
             "precision": ({"no": "fp32"}.get(precision, precision), None),
             "device": (device, None),
             "ran on": (f"{world} × {device}" if world and world > 1 else device, None),
+            "commit": (", ".join(dict.fromkeys(filter(None, commits))), None),
             "status": (", ".join(dict.fromkeys(statuses)), None),
             "verdict": (self.verdict(), None),
         }
@@ -161,10 +164,21 @@ class Row:
         return f"{last} % last epoch, {best} % best (n = {count}, {epochs} epochs, {precision}, {device})"
 
 
+def _shipped() -> dict[str, Path]:
+    """The file of each shipped recipe by its runs' name, which is without the folder."""
+    return {path.stem: path for path in bundled_recipes().values()}
+
+
+def _short(commit: str) -> str:
+    """As git shortens it, with what may follow it, e.g. -dirty."""
+    name, dash, rest = commit.partition("-")
+    return f"{name[:7]}{dash}{rest}"
+
+
 @cache  # a live page asks every two seconds
 def _claimed(recipe: str) -> tuple[Path | None, str, float]:
     """Of a bundled recipe its file, the document's claim and the full number of epochs."""
-    path = bundled_recipes().get(recipe)
+    path = _shipped().get(recipe)
     return (path, recipe_notes(path).get("claim", ""), load_recipe(path).epochs) if path else (None, "", 0.0)
 
 
@@ -192,7 +206,7 @@ def group(measured: list[Measured]) -> list[Row]:
 
 def in_order(rows: list[Row]) -> list[Row]:
     """Sorted by the place of their recipe among the shipped ones; others behind them."""
-    rank = {name: place for place, name in enumerate(bundled_recipes())}
+    rank = {name: place for place, name in enumerate(_shipped())}
     return sorted(rows, key=lambda row: rank.get(row.recipe, len(rank)))
 
 
@@ -220,12 +234,12 @@ def to_markdown(rows: list[Row]) -> str:
 
 
 def replace_between_marks(path: Path, text: str, marks: tuple[str, str] = MARKS) -> None:
-    """Writes `text` between a file's two marks, and leaves the rest as it is.
+    """Writes `text` between a file's two marks, and leaves the rest as it is; a new file has nothing else.
 
     Raises:
         RecipeError: the file lacks the marks.
     """
-    content = path.read_text(encoding="utf-8")
+    content = path.read_text(encoding="utf-8") if path.exists() else "\n".join(marks) + "\n"
     before, start, rest = content.partition(marks[0])
     _, end, after = rest.partition(marks[1])
     if not start or not end:
@@ -236,7 +250,7 @@ def replace_between_marks(path: Path, text: str, marks: tuple[str, str] = MARKS)
 def note_in_recipes(rows: list[Row]) -> None:
     """Writes each row into the `# measured:` line of its recipe; of several rows the last, the longest, stays."""
     for row in rows:
-        path = bundled_recipes().get(row.recipe)
+        path = _shipped().get(row.recipe)
         if path is not None:
             text = path.read_text(encoding="utf-8")
             path.write_text(re.sub(r"(?m)^# measured: .*$", f"# measured: {row.measured()}", text), encoding="utf-8")

@@ -176,7 +176,7 @@ def bundled_recipes() -> dict[str, Path]:
     folder = next((f for f in (package / "configs", package.parent / "configs") if f.is_dir()), None)
     if folder is None:
         return {}
-    files = sorted(folder.rglob("*.yaml"))
+    files = sorted(folder.rglob("*.yaml"), key=lambda file: (len(file.parts), file))  # folders behind single files
     return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
 
 

@@ -43,6 +43,12 @@ def test_other_precision_device_or_length_are_other_rows():
     assert len(rows_of(others)) == 4
 
 
+def test_a_row_says_which_commits_its_runs_are_of():
+    commits = ["dd4fd25a33", "dd4fd25a33", "c1c367aa11-dirty", None]
+    [row] = rows_of([summary(seed=seed, git_commit=commit) for seed, commit in enumerate(commits)])
+    assert cell(row, "commit") == "dd4fd25, c1c367a-dirty"
+
+
 def test_a_seed_that_ran_twice_counts_once():
     [row] = rows_of([summary(last=99.0), summary(last=99.4)])
     assert (cell(row, "n"), cell(row, "last epoch")) == ("1", "99.40")

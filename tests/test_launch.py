@@ -212,6 +212,31 @@ def test_one_process_needs_no_launcher(script, tmp_path):
 BECOME = "import os, socket, sys; socket.sethostname(sys.argv[1]); os.execvp(sys.argv[2], sys.argv[2:])"
 
 
+def test_reproduce_trains_what_is_missing_teachers_first_and_writes_the_table(tmp_path):
+    small = "model: {name: lenet5}\ndata: {dataset: synthetic, limit_train: 64, limit_test: 20}\nbatch_size: 32\n"
+    small += "tracking: {wandb: {mode: disabled}}\n"
+    (tmp_path / "teacher").write_text(small)
+    (tmp_path / "pupil").write_text(small + "distill: {from: [runs/reproduce/teacher-seed1]}\n")
+
+    def reproduce(*words: str) -> str:
+        command = [LAUNCH / "reproduce.sh", *words]
+        settings = environment(SEEDS="3")
+        result = subprocess.run(command, cwd=tmp_path, env=settings, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    assert "pupil" in reproduce("pupil", "epochs=2")
+    folder = tmp_path / "runs" / "reproduce"
+    made = {"teacher-seed1", "pupil-seed3-epochs=2"}
+    assert {path.name for path in folder.iterdir()} == {*made, "results.md"}
+    table = (folder / "results.md").read_text()
+    assert re.search(r"\| pupil \|.* 1 \| 2 \|", table)
+    assert re.search(r"\| teacher \|.* 1 \| 1 \|", table)
+    before = {name: (folder / name / "summary.json").stat().st_mtime_ns for name in made}
+    reproduce("pupil", "epochs=2")
+    assert before == {name: (folder / name / "summary.json").stat().st_mtime_ns for name in made}, "trained again"
+
+
 @pytest.fixture
 def machines() -> Iterator[dict[str, str]]:
     """Two machines with a cable between them, host name -> network namespace; they see nothing else."""

@@ -40,9 +40,13 @@ def test_the_promised_recipes_are_shipped():
 def test_a_recipe_says_what_it_is(name):
     notes = recipe_notes(bundled_recipes()[name])
     assert set(notes) >= {"command", "document", "claim", "measured"}
-    trains = f"accelerate launch -m mnist_dist.train --recipe {name}.yaml"
-    records = f"python -m mnist_dist.benchmark --record configs/{name}.yaml --seeds 30"
-    assert notes["command"] == (records if name.startswith("speed/") else trains)
+    folder, _, stem = name.rpartition("/")
+    commands = {
+        "": f"accelerate launch -m mnist_dist.train --recipe {name}.yaml",
+        "plus": f"launch/reproduce.sh {stem}",
+        "speed": f"python -m mnist_dist.benchmark --record configs/{name}.yaml --seeds 30",
+    }
+    assert notes["command"] == commands[folder]
     assert load_recipe(name).name == name.rpartition("/")[2]
 
 
