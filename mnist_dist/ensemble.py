@@ -6,7 +6,9 @@ mean is the "deep ensemble" of Lakshminarayanan, Pritzel, Blundell, NeurIPS 2017
 
 from __future__ import annotations
 
+import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ EXAMPLES = """\
 examples:
   python -m mnist_dist.ensemble runs/results/simple_cnn-seed*
   python -m mnist_dist.ensemble runs/a runs/b --data qmnist data.root=/data --json report.json
+  python -m mnist_dist.ensemble runs/a runs/b runs/c --keep configs/results.jsonl      # a row of compare's table
 """
 
 
@@ -86,6 +89,26 @@ def mean_of(members: list[Evaluation], labels: torch.Tensor) -> Evaluation:
     return score(probabilities.double().clamp(min=torch.finfo(torch.float32).tiny).log(), labels)
 
 
+def summary(runs: list[Run], accuracy: float) -> dict[str, Any]:
+    """What compare tables of an ensemble, in the words of a run's summary: sizes and times summed, the rest shared.
+
+    The seed is the first member's. What the members do not share is left out.
+    """
+    of_all = [json.loads(run.folder.summary.read_text(encoding="utf-8")) for run in runs]
+    shared = {key: value for key, value in of_all[0].items() if all(each.get(key) == value for each in of_all)}
+    kept = ("world_size", "device", "mixed_precision", "epochs", "versions", "git_commit")
+    names = Counter(each["recipe"] for each in of_all)
+    return {
+        "recipe": "mean of " + " + ".join(f"{count} × {name}" for name, count in names.items()),
+        "seed": of_all[0]["seed"],
+        **{key: sum(each[key] for each in of_all) for key in ("parameters", "train_seconds")},
+        "epochs": max(each["epochs"] for each in of_all),
+        **{key: shared[key] for key in kept if key in shared},
+        "eval.last.accuracy": accuracy,
+        "eval.best.accuracy": accuracy,
+    }
+
+
 def show(result: dict[str, Any]) -> None:
     """One line a member, one for the whole."""
     console = Console()
@@ -106,15 +129,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--weights", choices=["last", "best"], default="last", help="default: last")
     parser.add_argument("--data", metavar="NAME", help="another data set of as many classes, e.g. qmnist")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report to FILE")
+    what = "add a summary to this file of JSON lines, for compare's table; needs the members' own test set"
+    parser.add_argument("--keep", type=Path, metavar="FILE", help=what)
     arguments = parser.parse_intermixed_args(argv)
     overrides = [word for word in arguments.words if "=" in word and not Path(word).exists()]
     folders = [word for word in arguments.words if word not in overrides]
     if not folders:
         parser.error("name at least two run folders")
     data = [f"data.dataset={arguments.data}"] if arguments.data else []
-    result = ensemble([open_run(folder, arguments.weights) for folder in folders], *data, *overrides)
+    if arguments.keep and (data or overrides or arguments.weights != "last"):
+        parser.error("--keep is for the last weights on the members' own test set: no --data, --weights or key=value")
+    runs = [open_run(folder, arguments.weights) for folder in folders]
+    result = ensemble(runs, *data, *overrides)
     if launched_world().is_main_process:
         write_report(arguments.json, result)
+        if arguments.keep:
+            with arguments.keep.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(summary(runs, result["accuracy"])) + "\n")
         show(result)
     launched_world().destroy_process_group()
     return 0

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from mnist_dist import load_recipe, load_run, train
+from mnist_dist import compare, load_recipe, load_run, train
 from mnist_dist.data import datasets
 from mnist_dist.engine.evaluation import score
 from mnist_dist.ensemble import main, mean_of
@@ -39,6 +40,25 @@ def test_members_are_what_they_are_alone_and_the_whole_is_their_mean(runs, tmp_p
     assert found["loss"] < sum(member["loss"] for member in found["members"]) / 2
     assert "mean of 2  " in printed and f"the members disagree on {found['disagreements']}" in printed
     assert "\x1b" not in printed
+
+
+def test_an_ensemble_is_kept_as_a_row_of_the_table(tmp_path):
+    folders = []
+    for seed in (3, 4):
+        folders.append(str(tmp_path / str(seed)))
+        train(load_recipe("debug", "data.limit_train=64", "data.limit_test=50", f"seed={seed}"), folders[-1])
+    kept, report = tmp_path / "kept.jsonl", tmp_path / "report.json"
+    assert main([*folders, "--keep", str(kept), "--json", str(report)]) == 0
+    [row] = compare.group(compare.Comparison([kept]).read())
+    own = [json.loads((Path(folder) / "summary.json").read_text()) for folder in folders]
+    cells = {column: text for column, (text, _) in row.cells().items()}
+    assert cells["recipe"] == "mean of 2 × debug" and cells["n"] == "1"
+    assert cells["parameters"] == f"{2 * own[0]['parameters']:,}"
+    assert cells["last epoch"] == f"{json.loads(report.read_text())['accuracy']:.2f}"
+    assert cells["ran on"] == own[0]["device"] and cells["verdict"] == ""
+    with pytest.raises(RecipeError, match="own test set"):
+        main([*folders, "--keep", str(kept), "data.limit_test=20"])
+    assert len(kept.read_text().splitlines()) == 1
 
 
 def test_the_mean_of_probabilities():
