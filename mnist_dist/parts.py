@@ -26,7 +26,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mnist_dist.data import Batches, Dataset, Images, derive_seed, load_dataset
 from mnist_dist.engine.all_reduce import reduce_gradients
-from mnist_dist.engine.capture import CapturedStep, compile_network, why_not
+from mnist_dist.engine.capture import STEPS_A_REPLAY, CapturedStep, compile_network, why_not
 from mnist_dist.engine.checkpoint import save_weights
 from mnist_dist.engine.distillation import Distillation
 from mnist_dist.engine.evaluation import Evaluation, evaluate
@@ -368,8 +368,8 @@ def _build_capture(
         compile_mode=recipe.compile,
     )
     if obstacle is None:
-        return CapturedStep(accelerator.device), []
-    expected = recipe.engine.capture == "step" or accelerator.device.type == "cuda"
+        return CapturedStep(accelerator.device, STEPS_A_REPLAY if recipe.engine.capture == "epoch" else 1), []
+    expected = recipe.engine.capture != "auto" or accelerator.device.type == "cuda"
     return None, [f"engine.capture: all steps are eager: {obstacle}"] if expected else []
 
 

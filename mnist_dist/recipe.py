@@ -153,8 +153,9 @@ class EarlyStoppingSection(Section):
 
 
 class EngineSection(Section):
-    capture: Literal["auto", "off", "step"] = "auto"
-    """Of a GPU: replay a step from one CUDA graph; changes rounding, never meaning. auto: where it can be done."""
+    capture: Literal["auto", "off", "step", "epoch"] = "auto"
+    """Of a GPU: replay a step from one CUDA graph; changes rounding, never meaning. auto: where it can be done; epoch:
+    ten steps a replay between two looks at the weights, for networks without dropout."""
     channels_last: bool = True
     """Memory layout of images and convolutions; changes rounding, never meaning."""
     tf32: Literal["off", "convolutions", "on"] = "convolutions"

@@ -106,6 +106,7 @@ def run(
     steps: int = STEPS,
     first: int = 0,
     accelerator: Accelerator | None = None,
+    looks: tuple[int, ...] = (),
     **update_keywords: Any,
 ) -> Update:
     accelerator, data = accelerator or Accelerator(cpu=True), data or noise()
@@ -124,7 +125,13 @@ def run(
     for number in range(first, steps):
         epoch, index = divmod(number, batches.steps_per_epoch)
         set_rates(made, schedule, number)
-        update(batches.plan(epoch, accelerator.device), index, number)
+        if index == 0 or number == first:  # as in `fit`: steps of an epoch share its plan
+            plan = batches.plan(epoch, accelerator.device)
+        update(plan, index, number)
+        if number + 1 in looks:
+            update.check()
+    if captured is not None:
+        captured.finish(update)
     return update
 
 
@@ -134,7 +141,8 @@ def state(update: Update) -> dict[str, Tensor]:
         found |= {f"average.{name}": value for name, value in update.average.state_dict().items()}
     for place, each in enumerate(update.optimizer.state.values()):
         found |= {f"{place}.{key}": value for key, value in each.items()}
-    return found | {"sums": update.meter._sums, "norm": update._norm, "skipped": update._skipped}
+    gradients = {f"{place}.grad": each.grad for place, each in enumerate(update.module.parameters())}
+    return found | gradients | {"sums": update.meter._sums, "norm": update._norm, "skipped": update._skipped}
 
 
 def assert_equal(found: Update, expected: Update) -> None:
@@ -151,8 +159,8 @@ def on_device(monkeypatch):
     monkeypatch.setattr(step, "judges_on_device", lambda optimizer, accelerator: True)
 
 
-def recorded() -> CapturedStep:
-    return CapturedStep(torch.device("cpu"), record, say=lambda line: pytest.fail(line))
+def recorded(steps: int = 1) -> CapturedStep:
+    return CapturedStep(torch.device("cpu"), steps, record, say=lambda line: pytest.fail(line))
 
 
 @pytest.mark.parametrize(
@@ -169,8 +177,48 @@ def recorded() -> CapturedStep:
 def test_replayed_steps_are_the_eager_ones(on_device, words):
     captured = recorded()
     found = run(captured, **words)
-    assert captured._replay is not None
+    assert captured._replay_one is not None
     assert_equal(found, run(None, **words))
+
+
+def plain_network() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 4, 5, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(576, 10))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {},
+        {"looks": (8, 9, 17)},  # in the middle of a replay, and beside its ends
+        {"batch_size": 20, "steps": 30, "optimizer": "adam", "ema": True},  # a short last batch finds steps that wait
+        {"first": 5, "keywords": {"momentum": 0.9, "nesterov": True}},
+    ],
+    ids=str,
+)
+def test_several_steps_a_replay_are_the_eager_ones(on_device, words):
+    captured = recorded(4)
+    found = run(captured, build=plain_network, **words)
+    assert captured._replay_all is not captured._replay_one is not None
+    assert_equal(found, run(None, build=plain_network, **words))
+
+
+def test_steps_wait_for_a_replay_until_someone_looks(on_device):
+    captured = recorded(4)
+    update = run(captured, build=plain_network, steps=WARM_UP_STEPS + 4)
+    before = update.module[0].weight.detach().clone()
+    plan = update.batches.plan(0)
+    update(plan, WARM_UP_STEPS + 4, WARM_UP_STEPS + 4)
+    assert torch.equal(update.module[0].weight, before)
+    update.grad_norm()
+    assert not torch.equal(update.module[0].weight, before)
+
+
+def test_a_network_that_draws_gets_one_step_a_replay_and_says_so_once(on_device):
+    said: list[str] = []
+    captured = CapturedStep(torch.device("cpu"), 4, record, say=said.append)
+    assert_equal(run(captured), run(None))
+    assert captured._replay_all is captured._replay_one
+    assert len(said) == 1 and "one step a replay" in said[0]
 
 
 def test_a_run_that_goes_on_warms_up_again_and_makes_the_same_steps(on_device):
@@ -187,17 +235,18 @@ def test_another_seed_s_epoch_of_the_same_number_brings_its_own_warps(on_device)
     assert plan.warps is not None and torch.equal(captured._plan.warps, plan.warps)
 
 
+@pytest.mark.parametrize("together", [1, 3])
 @pytest.mark.parametrize("bad_step", [1, WARM_UP_STEPS + 4])
-def test_a_replayed_step_with_a_bad_gradient_is_passed_over_or_named(on_device, bad_step):
+def test_a_replayed_step_with_a_bad_gradient_is_passed_over_or_named(on_device, bad_step, together):
     data = noise()
     batches = Batches(NUM_SAMPLES, BATCH_SIZE, 3)
     images = data.images.float()
     images[batches.rows(batches.plan(0), bad_step)] = torch.nan
     data = Images(images, data.labels, data.classes, data.mean, data.std)
-    words = {"data": data, "steps": 9, "ema": True, "optimizer": "adam"}
-    assert_equal(run(recorded(), on_nonfinite="skip", **words), run(None, on_nonfinite="skip", **words))
+    words = {"data": data, "steps": 9, "ema": True, "optimizer": "adam", "build": plain_network}
+    assert_equal(run(recorded(together), on_nonfinite="skip", **words), run(None, on_nonfinite="skip", **words))
 
-    stopped = run(recorded(), **words)
+    stopped = run(recorded(together), **words)
     with pytest.raises(NotFinite, match=f"step {bad_step} "):
         stopped.check()
     before = run(None, **words | {"steps": bad_step})
@@ -217,7 +266,7 @@ class AsksTheDevice(nn.Module):
 
 def test_a_network_that_cannot_be_recorded_trains_eagerly_and_says_so_once(on_device):
     said: list[str] = []
-    found = run(CapturedStep(torch.device("cpu"), record, say=said.append), build=AsksTheDevice)
+    found = run(CapturedStep(torch.device("cpu"), record=record, say=said.append), build=AsksTheDevice)
     assert len(said) == 1
     assert "not permitted when stream is capturing" in said[0]
     assert_equal(found, run(None, build=AsksTheDevice))
@@ -272,7 +321,8 @@ def test_a_cuda_graph_makes_the_eager_steps(name, precision):
     torch.backends.cudnn.benchmark = False
     words = {"build": lambda: build_model(name), "optimizer": "adam", "ema": True, "clip_grad_norm": 1.0, "steps": 20}
     results = []
-    for captured in (CapturedStep(device, say=lambda line: pytest.fail(line)), None):
+    together = 4 if name in ("lenet5", "simple_cnn", "resnet18") else 1  # the others have dropout
+    for captured in (CapturedStep(device, together, say=lambda line: pytest.fail(line)), None):
         AcceleratorState._reset_state(True)
         results.append(run(captured, accelerator=Accelerator(mixed_precision=precision), **words))
     found, expected = (state(each) for each in results)
@@ -284,8 +334,9 @@ def test_a_cuda_graph_makes_the_eager_steps(name, precision):
 def test_a_captured_run_ends_where_the_eager_one_does(tmp_path):
     words = ("epochs=1", "data.limit_train=3000", "tracking.wandb.mode=disabled", "log_every=5")
     losses = {}
-    for how in ("off", "step"):
+    for how in ("off", "step", "epoch"):
         summary = train(load_recipe("model_v1_onecycle", *words, f"engine.capture={how}"), tmp_path / how)
         losses[how] = summary["train.last.loss"]
     assert "eager" not in (tmp_path / "step/console.log").read_text()
-    assert losses["step"] == pytest.approx(losses["off"], rel=0.05)
+    assert "one step a replay" in (tmp_path / "epoch/console.log").read_text()
+    assert losses["step"] == losses["epoch"] == pytest.approx(losses["off"], rel=0.05)

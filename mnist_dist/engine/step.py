@@ -157,13 +157,21 @@ class Update:
         """
         if self.captured is not None and self.captured.is_recording:
             return  # each replay is seeded before it begins
-        device, seed = self.accelerator.device, derive_seed(self.batches.seed, step, piece)
-        if device.type == "cpu":
-            torch.default_generator.manual_seed(seed)
-        elif device.type == "cuda":
-            torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+        seed = derive_seed(self.batches.seed, step, piece)
+        if self.accelerator.device.type in ("cpu", "cuda"):
+            self._generator().manual_seed(seed)
         else:
             torch.manual_seed(seed)
+
+    def drew(self, step: int) -> bool:
+        """Whether `step`, the newest, drew random numbers: its seed alone would have left the generator otherwise."""
+        after = self._generator().get_state()
+        self.seed(step, 0)
+        return not torch.equal(after, self._generator().get_state())
+
+    def _generator(self) -> torch.Generator:
+        device = self.accelerator.device
+        return torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
 
     def rows(self, plan: EpochPlan, index: int) -> Tensor:
         """The sample indices that this process computes."""
@@ -213,7 +221,7 @@ class Update:
 
     @property
     def skipped(self) -> int:
-        """Steps passed over so far. Waits for the device."""
+        """Steps passed over so far, as of the last `check`. Waits for the device."""
         return int(self._skipped)
 
     # --- what can go wrong --------------------------------------------------------------------------------------
@@ -221,8 +229,11 @@ class Update:
     def check(self) -> None:
         """Raises NotFinite for the first step whose gradient was not, where the run shall stop. Waits for the device.
 
-        To be asked before anything is made of the weights: since that step nothing has changed but the step's number.
+        To be asked before anything is made of the weights: since that step nothing has changed but the step's number,
+        and steps that wait to be replayed together are made now.
         """
+        if self.captured is not None:
+            self.captured.finish(self)
         if self.on_nonfinite == "stop" and self._bad:
             step = self._last_step - int(self._made - self._first_bad)
             self._bad.zero_()
