@@ -183,6 +183,9 @@ def train(
             if console:
                 console.say(f"asked to stop: saved after step {progress.step:,}; the same command goes on from there")
                 folder.set_status("preempted")
+            for tracker in parts.accelerator.trackers:
+                if isinstance(tracker, WandbTracker):
+                    tracker.preempt(PREEMPTED)
             _close(parts)
             return {"status": "preempted", "step": progress.step}
         seconds["train_seconds"] = round(time.perf_counter() - begun, 3)

@@ -27,6 +27,7 @@ PARAMETERS = {
     "lenet5": 61_706,
     "small_cnn": 59_630,
     "patch_cnn": 22_346,
+    "separable_cnn": 7_914,
 }
 QUICK = sorted(set(MODELS) - {"resnet34", "resnet50", "resnet101", "resnet152"})
 FORMATS = [torch.contiguous_format, torch.channels_last]
@@ -99,6 +100,8 @@ def test_simple_cnn_keeps_no_running_statistics():
         ("ms_ran", {"bottleneck": 0}, "bottleneck"),
         ("patch_cnn", {"widths": (8, 0)}, "widths"),
         ("patch_cnn", {"widths": (8, 8, 8, 8)}, "widths"),
+        ("separable_cnn", {"widths": (8, 0)}, "widths"),
+        ("separable_cnn", {"widths": (8,) * 6, "pooled": tuple(range(6))}, "pooled"),
         ("ms_ran", {"dropout": math.nan}, "dropout"),
         ("model_v3", {"dropout": -0.1}, "dropout"),
         *((name, {"num_classes": 0}, "num_classes") for name in sorted(MODELS)),

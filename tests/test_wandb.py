@@ -18,6 +18,7 @@ import wandb
 import yaml
 
 from mnist_dist import load_recipe, load_run, train
+from mnist_dist.engine.interrupts import PREEMPTED
 from mnist_dist.recipe import Recipe
 from mnist_dist.tracking import WandbTracker, weights_and_biases
 
@@ -270,6 +271,15 @@ def test_a_failure_is_an_alert_and_a_failed_run(tmp_path, monkeypatch):
     assert alert["text"] == "ZeroDivisionError: division by zero"
     assert told.all("exit")[0]["exit_code"] == 1
     assert wandb.run is None, "the next training in this process is a run of its own"
+
+
+def test_a_run_that_was_asked_to_stop_is_a_preempted_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("mnist_dist.train.fit", lambda *arguments: False)
+    assert train(tiny(), tmp_path / "run")["status"] == "preempted"
+    [folder] = offline_runs(tmp_path / "run")
+    told = Told(folder)
+    assert told.all("preempting") and told.all("exit")[0]["exit_code"] == PREEMPTED
+    assert wandb.run is None
 
 
 @pytest.mark.parametrize("what", ["init", "plot_table", "Artifact.add_file", "Image"])

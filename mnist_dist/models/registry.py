@@ -17,6 +17,7 @@ from mnist_dist.models.model_v import model_v1, model_v2, model_v3
 from mnist_dist.models.ms_ran import MSRAN
 from mnist_dist.models.patch_cnn import PatchCNN
 from mnist_dist.models.resnet import resnet18, resnet34, resnet50, resnet101, resnet152
+from mnist_dist.models.separable_cnn import SeparableCNN
 from mnist_dist.models.simple_cnn import SimpleCNN
 from mnist_dist.models.small_cnn import small_cnn
 
@@ -37,6 +38,7 @@ MODELS: dict[str, Builder] = {
     "lenet5": lenet5,
     "small_cnn": small_cnn,
     "patch_cnn": PatchCNN,
+    "separable_cnn": SeparableCNN,
 }
 
 

@@ -193,6 +193,11 @@ class WandbTracker(WandBTracker):
         self._guard("send an alert", lambda: self.run.alert(title=title, text=what, level="ERROR"))
         self._guard("finish", lambda: self.run.finish(exit_code=1))
 
+    def preempt(self, exit_code: int) -> None:
+        """Ends the W&B run as preempted: W&B knows then that it will go on, and its sweeps start it again."""
+        self._guard("say that it was preempted", lambda: self.run.mark_preempting())
+        self._guard("finish", lambda: self.run.finish(exit_code=exit_code))
+
     def finish(self) -> None:
         self._guard("finish", super().finish)
 
