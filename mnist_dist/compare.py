@@ -116,7 +116,8 @@ class Row:
 
     def cells(self) -> dict[str, tuple[str, float | str | None]]:
         """For each column its text, and what to sort it by; None where there is nothing."""
-        seconds, speeds = self.mean("train_seconds"), self.values("images_per_second")
+        times, speeds = self.values("train_seconds"), self.values("images_per_second")
+        seconds = statistics.median(times) if times else None  # a run that stood still for a while says little
         world, parameters, epochs = self.mean("world_size"), self.mean("parameters"), self.mean("epochs") or 0.0
         device, precision = (str(self.runs[0].summary.get(key) or "") for key in ("device", "mixed_precision"))
         statuses = [run.run.status for run in self.runs if run.run]
