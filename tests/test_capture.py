@@ -185,6 +185,7 @@ def plain_network() -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, 4, 5, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(576, 10))
 
 
+@pytest.mark.parametrize("together", [4, 50])  # the latter more than an epoch has
 @pytest.mark.parametrize(
     "words",
     [
@@ -195,8 +196,8 @@ def plain_network() -> nn.Module:
     ],
     ids=str,
 )
-def test_several_steps_a_replay_are_the_eager_ones(on_device, words):
-    captured = recorded(4)
+def test_several_steps_a_replay_are_the_eager_ones(on_device, words, together):
+    captured = recorded(together)
     found = run(captured, build=plain_network, **words)
     assert captured._replay_all is not captured._replay_one is not None
     assert_equal(found, run(None, build=plain_network, **words))

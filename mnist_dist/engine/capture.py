@@ -127,6 +127,8 @@ class CapturedStep:
 
     def _prepare(self, update: Update, plan: EpochPlan, step: int) -> None:
         """Makes the tensors that a recorded step reads, for as many steps as a replay can have."""
+        # Never more than an epoch's full batches: a new epoch brings other warps.
+        self._steps = min(self._steps, update.batches.num_samples // update.batches.batch_size)
         if self._steps > 1 and update.drew(step - 1):
             self._steps = 1
             self.say("engine.capture: the network draws random numbers, seeded at each step: one step a replay")
