@@ -10,7 +10,13 @@ import torchvision
 from torch import Tensor, nn
 
 from mnist_dist.models import MODELS, build_model, count_parameters, find_builder
-from mnist_dist.models.layers import Dropout, draw_bernoulli_positions
+from mnist_dist.models.layers import (
+    Dropout,
+    draw_bernoulli_positions,
+    most_zeros,
+    sparse_dropout,
+    sparse_dropout_backward,
+)
 
 PARAMETERS = {
     "ms_ran": 443_994,
@@ -204,6 +210,46 @@ def test_dropout_follows_the_seed(p):
 
     assert torch.equal(draw(1), draw(1))
     assert not torch.equal(draw(1), draw(2))
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("gradient_format", FORMATS)
+def test_compiled_dropout_is_the_eager_one(memory_format, gradient_format, monkeypatch):
+    layer, results = Dropout(0.1), []
+    gradient = torch.rand(8, 6, 13, 11).contiguous(memory_format=gradient_format)
+    for compiling in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
+        torch.manual_seed(0)
+        values = torch.ones(8, 6, 13, 11).contiguous(memory_format=memory_format).requires_grad_()
+        output = layer(values)
+        output.backward(gradient)
+        assert output.is_contiguous(memory_format=memory_format)
+        results.append((output, values.grad))
+    for eager, compiled in zip(*results, strict=True):
+        assert torch.equal(eager, compiled)
+
+
+def test_a_compiled_network_drops_what_the_eager_one_does():
+    images, labels = torch.randn(16, 1, 28, 28, dtype=torch.float64), torch.arange(16) % 10
+    gradients = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        network = build_model("model_v1", dropout=0.05).double().to(memory_format=torch.channels_last)
+        if compiled:
+            network.compile()
+        torch.manual_seed(1)
+        torch.nn.functional.cross_entropy(network(images), labels).backward()
+        gradients.append([each.grad for each in network.parameters()])
+    for eager, found in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, eager, rtol=1e-9, atol=1e-12)
+
+
+def test_compiled_dropout_does_what_it_tells_the_compiler():
+    values = torch.rand(4, 3, 5, 5, requires_grad=True).contiguous(memory_format=torch.channels_last)
+    for utility in ("test_schema", "test_autograd_registration", "test_faketensor"):
+        torch.library.opcheck(sparse_dropout, (values, 0.1, True), test_utils=utility)
+    nothing_dropped = torch.full((most_zeros(3, 0.01),), -1)
+    assert torch.equal(sparse_dropout_backward(torch.ones(3), nothing_dropped, 0.5, False), torch.full((3,), 2.0))
 
 
 def test_dropout_is_an_identity_in_evaluation_and_at_zero():
