@@ -226,7 +226,8 @@ class Recipe(Section):
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Averaged weights, which are then the ones evaluated and saved."""
     compile: bool | Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = False
-    """`torch.compile` of the network, true or its mode; changes rounding. Its first steps take seconds to minutes."""
+    """`torch.compile` of the network, true or its mode; changes rounding, and on a GPU what dropout drops. Its first
+    steps take seconds to minutes."""
     deterministic: bool = True
     """Deterministic kernels only; false lets a GPU choose faster ones, and runs then differ in rounding."""
     eval_every: Positive = 1
