@@ -78,5 +78,7 @@ def test_the_worked_error_is_the_one_that_is_shown(capsys, monkeypatch):
 
 def test_the_recipes_say_what_was_measured():
     rows = compare.group(compare.Comparison([ROOT / "configs" / "results.jsonl"]).read())
-    for name, row in {row.recipe: row for row in rows}.items():
-        assert recipe_notes(bundled_recipes()[name])["measured"] == row.measured()
+    shipped = {path.stem: path for path in bundled_recipes().values()}
+    longest = {row.recipe: row for row in rows if not row.recipe.startswith("mean of ")}  # ensembles have no recipe
+    for name, row in longest.items():
+        assert recipe_notes(shipped[name])["measured"] == row.measured()
