@@ -73,8 +73,8 @@ for record in mnist_99 mnist_99_4 mnist_99_5; do
     part "record_$record" 75 python -m mnist_dist.benchmark --record "configs/speed/$record.yaml" --seeds "$seeds" \
         --json "$out/record_$record.json" "${overrides[@]}"
 done
-part record_mnist_99_ten_steps_a_replay 75 python -m mnist_dist.benchmark --record configs/speed/mnist_99.yaml \
-    --seeds "$seeds" --json "$out/record_mnist_99_ten_steps_a_replay.json" "${overrides[@]}" engine.capture=epoch
+part record_mnist_99_ten_a_replay 75 python -m mnist_dist.benchmark --record configs/speed/mnist_99.yaml \
+    --seeds "$seeds" --json "$out/record_mnist_99_ten_a_replay.json" "${overrides[@]}" engine.capture=epoch
 for recipe in $recipes; do
     part "speed_$recipe" 45 python -m mnist_dist.benchmark --recipe "$recipe" --rounds "$rounds" --steps "$steps" \
         --json "$out/speed_$recipe.json" --markdown "$out/report.md" "${overrides[@]}"

@@ -109,6 +109,21 @@ def summary(runs: list[Run], accuracy: float) -> dict[str, Any]:
     }
 
 
+def keep(path: Path, runs: list[Run], accuracy: float) -> None:
+    """Adds the ensemble's summary to a file of JSON lines.
+
+    Raises:
+        RecipeError: it cannot be written, or a member has no summary.
+    """
+    try:
+        line = json.dumps(summary(runs, accuracy))
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}; --keep needs a file to write and the members' summary.json"
+        raise RecipeError([Problem("command line: --keep", "", what)]) from error
+
+
 def show(result: dict[str, Any]) -> None:
     """One line a member, one for the whole."""
     console = Console()
@@ -144,8 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     if launched_world().is_main_process:
         write_report(arguments.json, result)
         if arguments.keep:
-            with arguments.keep.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(summary(runs, result["accuracy"])) + "\n")
+            keep(arguments.keep, runs, result["accuracy"])
         show(result)
     launched_world().destroy_process_group()
     return 0

@@ -59,6 +59,8 @@ def test_an_ensemble_is_kept_as_a_row_of_the_table(tmp_path):
     with pytest.raises(RecipeError, match="own test set"):
         main([*folders, "--keep", str(kept), "data.limit_test=20"])
     assert len(kept.read_text().splitlines()) == 1
+    with pytest.raises(RecipeError, match="--keep needs a file"):
+        main([*folders, "--keep", str(tmp_path)])
 
 
 def test_the_mean_of_probabilities():
