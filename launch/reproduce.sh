@@ -10,7 +10,8 @@ for word in "$@"; do
     case "$word" in *=*) overrides+=("$word") ;; *) recipes+=("$word") ;; esac
 done
 if [ ${#recipes[@]} = 0 ]; then
-    mapfile -t recipes < <(sed -n 's/^{"recipe": "\([^"]*\)".*/\1/p' configs/results.jsonl | sort -u)
+    # An ensemble's name has spaces in it: it is a row, but no recipe.
+    mapfile -t recipes < <(sed -n 's/^{"recipe": "\([^" ]*\)".*/\1/p' configs/results.jsonl | sort -u)
 fi
 
 reproduce() { # recipe seed overrides…

@@ -95,15 +95,15 @@ def summary(runs: list[Run], accuracy: float) -> dict[str, Any]:
     The seed is the first member's. What the members do not share is left out.
     """
     of_all = [json.loads(run.folder.summary.read_text(encoding="utf-8")) for run in runs]
-    shared = {key: value for key, value in of_all[0].items() if all(each.get(key) == value for each in of_all)}
-    kept = ("world_size", "device", "mixed_precision", "epochs", "versions", "git_commit")
+    kept = ("world_size", "device", "mixed_precision", "versions", "git_commit")
+    shared = [key for key in kept if all(each.get(key) == of_all[0].get(key) for each in of_all)]
     names = Counter(each["recipe"] for each in of_all)
     return {
         "recipe": "mean of " + " + ".join(f"{count} × {name}" for name, count in names.items()),
         "seed": of_all[0]["seed"],
         **{key: sum(each[key] for each in of_all) for key in ("parameters", "train_seconds")},
         "epochs": max(each["epochs"] for each in of_all),
-        **{key: shared[key] for key in kept if key in shared},
+        **{key: of_all[0].get(key) for key in shared},
         "eval.last.accuracy": accuracy,
         "eval.best.accuracy": accuracy,
     }

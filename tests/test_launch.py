@@ -237,6 +237,17 @@ def test_reproduce_trains_what_is_missing_teachers_first_and_writes_the_table(tm
     assert before == {name: (folder / name / "summary.json").stat().st_mtime_ns for name in made}, "trained again"
 
 
+def test_reproduce_without_words_takes_every_recipe_of_the_table(tmp_path):
+    (tmp_path / "configs").mkdir()
+    shutil.copy(ROOT / "configs" / "results.jsonl", tmp_path / "configs")
+    executable(tmp_path / "bin" / "python", '#!/bin/sh\necho "$@" >> calls\n')
+    settings = environment(tmp_path / "bin", SEEDS="7")
+    done = subprocess.run([LAUNCH / "reproduce.sh"], cwd=tmp_path, env=settings, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    trained = set(re.findall(r"--recipe (\S.*?) --run-dir", (tmp_path / "calls").read_text()))
+    assert {"ms_ran", "resnet152", "plus_8k"} <= trained <= {path.stem for path in (ROOT / "configs").rglob("*.yaml")}
+
+
 @pytest.fixture
 def machines() -> Iterator[dict[str, str]]:
     """Two machines with a cable between them, host name -> network namespace; they see nothing else."""
