@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # All that is to be known of how fast and how right one GPU trains, in under nine minutes, into a folder.
+# Needs pip install -e ".[test,export]": its first part is the tests of the captured step.
 #   launch/gpu_report.sh                         RECIPES="simple_cnn ms_ran" launch/gpu_report.sh bf16 mixed_precision=bf16
 #   launch/gpu_report.sh --rehearse rehearsal    # every part once on the CPU, too small for any figure to mean anything
 #   PATIENCE=20 launch/gpu_report.sh cpu         # a CPU in earnest: twenty times as long for each part
