@@ -33,13 +33,14 @@ from mnist_dist.command_line import Parser, RunError, run_door
 from mnist_dist.contenders import Contender, Task, bare_step, spread, tensor_loop
 from mnist_dist.inference import measure_inference
 from mnist_dist.keeper import Keeper
+from mnist_dist.outputs import open_trackers
 from mnist_dist.parts import Parts, Progress, build_module, build_parts
 from mnist_dist.peers import HAS_LIGHTNING, accelerate_loader, best_workers, lightning_loader, plain_loader
 from mnist_dist.recipe import Recipe, load_recipe
 from mnist_dist.recipe_file import Problem, RecipeError, find_recipe
 from mnist_dist.reports.speed_table import OURS, circumstances, floors, table_of, title_of, to_markdown
 from mnist_dist.runs import RunFolder
-from mnist_dist.train import fit, open_trackers
+from mnist_dist.train import fit
 from mnist_dist.transfer import load_teachers
 from mnist_dist.world import launched_world
 

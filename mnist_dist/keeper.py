@@ -25,7 +25,7 @@ from mnist_dist.parts import Parts, Progress
 from mnist_dist.recipe import Recipe, load_recipe
 from mnist_dist.recipe_file import Problem, RecipeError
 from mnist_dist.runs import RunFolder, describe_changes
-from mnist_dist.tracking import JSONLTracker, WandbTracker
+from mnist_dist.tracking import JSONLTracker, WandbTracker, find_tracker
 
 
 class Keeper:
@@ -45,9 +45,8 @@ class Keeper:
         """Gives W&B what of an evaluation is more than its two figures."""
         tensors = self._parts.tensors() if self._recipe.tracking.wandb.histograms else {}
         classes = self._parts.update.data.classes
-        for tracker in self._parts.accelerator.trackers:  # there are none but on rank 0
-            if isinstance(tracker, WandbTracker):
-                tracker.log_evaluation(evaluation.confusion, classes, tensors, step=self._progress.step)
+        if wandb := find_tracker(self._parts.accelerator, WandbTracker):
+            wandb.log_evaluation(evaluation.confusion, classes, tensors, step=self._progress.step)
 
     def is_due(self, logged: bool) -> bool:
         """After every `every_steps` updates; by `every_minutes` at log lines, where all processes know the time."""
@@ -64,11 +63,10 @@ class Keeper:
         self._parts.update.check()
         state: dict[str, Any] = {"parts": self._parts.state_dict(), "progress": asdict(self._progress)}
         self._saved_at = self._parts.meter.train_seconds
-        for tracker in self._parts.accelerator.trackers:
-            if isinstance(tracker, JSONLTracker):
-                state["metrics_bytes"] = tracker.bytes_written()
-            if isinstance(tracker, WandbTracker):
-                state["wandb_id"] = tracker.run_id
+        if metrics := find_tracker(self._parts.accelerator, JSONLTracker):
+            state["metrics_bytes"] = metrics.bytes_written()
+        if wandb := find_tracker(self._parts.accelerator, WandbTracker):
+            state["wandb_id"] = wandb.run_id
         if self._parts.accelerator.is_main_process:
             # Before the first evaluation what stands there is of a later moment, from before a kill.
             if self._progress.evaluated_at and self._folder.best.is_file():
@@ -81,9 +79,8 @@ class Keeper:
 
     def alert(self, what: str) -> None:
         """Has W&B tell the user that the run failed, and of what."""
-        for tracker in self._parts.accelerator.trackers:
-            if isinstance(tracker, WandbTracker):
-                tracker.fail(f"{self._recipe.name} failed", what)
+        if wandb := find_tracker(self._parts.accelerator, WandbTracker):
+            wandb.fail(f"{self._recipe.name} failed", what)
 
     def explain(self, error: BaseException) -> str | None:
         """What the user can do about a run that broke off, and what is left; None where only a traceback helps."""

@@ -15,8 +15,8 @@ DOORS = {
     "doctor",
 }  # fmt: skip
 BEHIND_THE_DOORS = {
-    "keeper", "parts", "runs", "run_reader", "command_line", "recipe", "recipe_file", "world", "ranks", "probes",
-    "contenders", "peers", "inference", "transfer",
+    "keeper", "outputs", "parts", "runs", "run_reader", "command_line", "recipe", "recipe_file", "world", "ranks",
+    "probes", "contenders", "peers", "inference", "transfer",
 }  # fmt: skip
 MAY_USE = {"engine": {"data"}}
 

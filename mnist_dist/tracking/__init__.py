@@ -1,7 +1,18 @@
 """Console, JSON lines and Weights & Biases, each an Accelerate tracker: `accelerator.log(...)` tells all of them."""
 
+from typing import TypeVar
+
+from accelerate import Accelerator
+
 from mnist_dist.tracking.console import ConsoleTracker
 from mnist_dist.tracking.jsonl import JSONLReader, JSONLTracker
 from mnist_dist.tracking.weights_and_biases import WandbTracker, resolve_mode
 
-__all__ = ["ConsoleTracker", "JSONLReader", "JSONLTracker", "WandbTracker", "resolve_mode"]
+__all__ = ["ConsoleTracker", "JSONLReader", "JSONLTracker", "WandbTracker", "find_tracker", "resolve_mode"]
+
+Tracker = TypeVar("Tracker", ConsoleTracker, JSONLTracker, WandbTracker)
+
+
+def find_tracker(accelerator: Accelerator, kind: type[Tracker]) -> Tracker | None:
+    """The tracker of this kind; None where the run has none, as on every rank but 0."""
+    return next((each for each in accelerator.trackers if isinstance(each, kind)), None)
