@@ -10,7 +10,7 @@ import fnmatch
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -307,17 +307,34 @@ def _check_schema(values: dict[str, Any]) -> Findings:
     try:
         Recipe.model_validate(values)
     except pydantic.ValidationError as error:
+        by_key: dict[str, list[Any]] = {}
         for each in error.errors():
-            key, (*sections, last) = ".".join(map(str, each["loc"])), each["loc"]
-            if each["type"] == "extra_forbidden":
-                schema: Any = Recipe
-                for section in sections:
-                    schema = schema.model_fields[section].annotation
-                yield key, unknown_key(str(last), schema.known_keys())
-            elif key in ("model", "model.name") and each["type"] == "missing":
+            by_key.setdefault(_dotted(each["loc"]), []).append(each)
+        for key, errors in by_key.items():
+            *sections, last = errors[0]["loc"]
+            if errors[0]["type"] == "extra_forbidden":
+                yield key, unknown_key(str(last), _section(sections).known_keys())
+            elif key in ("model", "model.name") and errors[0]["type"] == "missing":
                 yield key, "this key is needed, e.g. `model: {name: simple_cnn}`"
             else:
-                yield key, _mismatch([each], each["input"])
+                yield key, _mismatch(errors, errors[0]["input"])
+
+
+def _dotted(place: tuple[int | str, ...]) -> str:
+    """Where pydantic found an error, as the recipe spells it: without the member of a union that was tried."""
+    depth = next((depth for depth in range(len(place)) if _section(place[:depth]) is None), len(place))
+    return ".".join(str(part) for at, part in enumerate(place) if at < depth or isinstance(part, int))
+
+
+def _section(path: Sequence[int | str]) -> Any:
+    """The schema that stands at a path; None where there is a plain value."""
+    schema: Any = Recipe
+    for part in path:
+        field = schema.model_fields.get(part)
+        schema = field.annotation if field and isinstance(field.annotation, type) else None
+        if schema is None or not issubclass(schema, Section):
+            return None
+    return schema
 
 
 _PLAIN_WORDS = {
@@ -340,10 +357,10 @@ def _mismatch(errors: list[Any], given: Any) -> str:
     if errors[0]["type"] == "value_error":
         return str(errors[0]["ctx"]["error"])
     # Some signatures take Python objects beside plain values; no YAML can give those.
-    wanted = dict.fromkeys(each["msg"] for each in errors if each["type"] != "needs_python_object")
-    expected = " or ".join(wanted)
+    wanted = [each["msg"] for each in errors if each["type"] != "needs_python_object"]
     for pattern, words in _PLAIN_WORDS.items():
-        expected = re.sub(pattern, words, expected)
+        wanted = [re.sub(pattern, words, each) for each in wanted]
+    expected = " or ".join(dict.fromkeys(wanted))
     near = nearest(str(given), re.findall(r"'([^']*)'", expected))
     return f"expected {expected}, got {json.dumps(given, ensure_ascii=False)[:80]}{near}"
 

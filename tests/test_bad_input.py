@@ -436,6 +436,21 @@ def test_timm_where_it_is_not_installed(refused_recipe, monkeypatch):
     assert "my.yaml:1: model.name model 'timm/resnet18' needs timm: pip install timm" in message
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("compile: defalt", "my.yaml:5: compile expected true or false or 'default', 'reduce-overhead'"),
+        ("compile: defalt", "got \"defalt\"; did you mean 'default'?"),
+        ("micro_batch_size: big", "my.yaml:5: micro_batch_size expected a whole number or 'auto', got \"big\""),
+        ("micro_batch_size: 0", "my.yaml:5: micro_batch_size expected at least 1 or 'auto', got 0"),
+    ],
+)
+def test_a_key_that_takes_values_of_two_kinds_is_one_problem(refused_recipe, text, expected):
+    message = refused_recipe(GOOD + text)
+    assert expected in message
+    assert "1 problem;" in message
+
+
 @pytest.mark.parametrize("text", ["model: lenet5\n", "epochs: 3\n", "model:\n", "epochs: 3\nmodel: [lenet5]\n"])
 def test_a_recipe_without_a_model(refused_recipe, text):
     assert "model" in refused_recipe(text)

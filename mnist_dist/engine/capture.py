@@ -90,7 +90,7 @@ class CapturedStep:
         if self._warm < WARM_UP_STEPS:
             self._warm += 1
             return self._warm_up(update, plan, index, step)
-        if self._rates is None:
+        if self._plan is None:
             self._prepare(update, plan, step)
         if plan is not self._source:
             self.finish(update)  # with the warps that they belong to
