@@ -97,6 +97,16 @@ def test_simple_cnn_keeps_no_running_statistics():
     assert not list(build_model("simple_cnn").buffers())
 
 
+def test_a_weighted_head_of_equal_weights_is_the_mean():
+    mean, weighted = (build_model("separable_cnn", activation="hardswish", head=head) for head in ("mean", "weighted"))
+    weighted.load_state_dict(mean.state_dict(), strict=False)
+    nn.init.constant_(weighted.head[0].weight, 1 / 36)  # of 6×6 places
+    weighted.head[1].eps = 0
+    images = torch.randn(4, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(weighted.eval()(images), mean.eval()(images))
+    assert count_parameters(weighted) - count_parameters(mean) == 32 * 36 + 2 * 32
+
+
 @pytest.mark.parametrize(
     ("name", "keywords", "named"),
     [
@@ -108,6 +118,8 @@ def test_simple_cnn_keeps_no_running_statistics():
         ("patch_cnn", {"widths": (8, 8, 8, 8)}, "widths"),
         ("separable_cnn", {"widths": (8, 0)}, "widths"),
         ("separable_cnn", {"widths": (8,) * 6, "pooled": tuple(range(6))}, "pooled"),
+        ("separable_cnn", {"activation": "swish"}, "activation must be one of relu, hardswish"),
+        ("separable_cnn", {"head": "max"}, "head must be mean or weighted"),
         ("ms_ran", {"dropout": math.nan}, "dropout"),
         ("model_v3", {"dropout": -0.1}, "dropout"),
         *((name, {"num_classes": 0}, "num_classes") for name in sorted(MODELS)),
