@@ -292,6 +292,7 @@ def test_whatever_wandb_raises_is_said_and_not_the_end(what, tmp_path, monkeypat
     lines = (tmp_path / "run" / "console.log").read_text().splitlines()
     said = [line for line in lines if line.startswith("wandb could not")]
     assert len(said) == (2 if what == "init" else 1) and all("No space left" in line for line in said)
+    assert wandb.run is None, "the next training in this process is a run of its own"
 
 
 # --- the dashboard ------------------------------------------------------------------------------------------------

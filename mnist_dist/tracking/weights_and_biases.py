@@ -191,15 +191,20 @@ class WandbTracker(WandBTracker):
     def fail(self, title: str, what: str) -> None:
         """Alerts whoever asked W&B for alerts, and ends the W&B run as failed."""
         self._guard("send an alert", lambda: self.run.alert(title=title, text=what, level="ERROR"))
-        self._guard("finish", lambda: self.run.finish(exit_code=1))
+        self._end(exit_code=1)
 
     def preempt(self, exit_code: int) -> None:
         """Ends the W&B run as preempted: W&B knows then that it will go on, and its sweeps start it again."""
         self._guard("say that it was preempted", lambda: self.run.mark_preempting())
-        self._guard("finish", lambda: self.run.finish(exit_code=exit_code))
+        self._end(exit_code)
 
     def finish(self) -> None:
-        self._guard("finish", super().finish)
+        self._end()
+
+    def _end(self, exit_code: int | None = None) -> None:
+        # One that broke as well: wandb would take the next training of this process for more of an open run.
+        self._alive = getattr(self, "run", None) is not None
+        self._guard("finish", lambda: self.run.finish(exit_code=exit_code))
 
     def _timed(self, what: str, call: Callable[[], Any]) -> None:
         started = time.perf_counter()
