@@ -60,7 +60,11 @@ def test_a_recipe_has_the_parameters_of_its_document(name, count):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_takes_two_steps(name, tmp_path):
     words = ["data.dataset=synthetic", "data.limit_test=20", "batch_size=16", "max_steps=2", "epochs=1"]
-    summary = train(load_recipe(name, *words, "tracking.wandb.mode=disabled"), tmp_path / "run")
+    words += ["tracking.wandb.mode=disabled"]
+    if load_recipe(name).distill.teachers:
+        train(load_recipe("lenet5", *words), tmp_path / "teacher")
+        words += [f"distill.from={tmp_path / 'teacher'}"]
+    summary = train(load_recipe(name, *words), tmp_path / "run")
     assert summary["steps"] == 2
     assert 0 <= summary["eval.last.accuracy"] <= 100
 
