@@ -41,7 +41,6 @@ from mnist_dist.recipe_file import Problem, RecipeError, find_recipe
 from mnist_dist.reports.speed_table import OURS, circumstances, floors, table_of, title_of, to_markdown
 from mnist_dist.runs import RunFolder
 from mnist_dist.train import fit
-from mnist_dist.transfer import load_teachers
 from mnist_dist.world import launched_world
 
 EXAMPLES = """\
@@ -62,8 +61,7 @@ SHORTEST_ROUND = 0.1
 def trainer(task: Task, folder: Path, name: str = OURS) -> tuple[Contender, Parts]:
     """The trainer as a user runs it: data, augmentation, clipping, metrics, console, W&B offline."""
     recipe, dataset = task.recipe, task.dataset
-    teachers = load_teachers(recipe, dataset.train)
-    parts = build_parts(recipe, task.precision, dataset.train, build_module(recipe, dataset), teachers)
+    parts = build_parts(recipe, task.precision, dataset.train, build_module(recipe, dataset))
     run = RunFolder.open(folder / f"{name}-{task.state.process_index}", recipe)
     open_trackers(recipe, parts, dataset, run, {}, quiet=True)
     progress = Progress()

@@ -66,6 +66,9 @@ class Task:
         precision = check_world(recipe, state)
         if precision not in PRECISIONS:
             raise RecipeError([Problem("the recipe", "mixed_precision", "the benchmark compares fp32 and bf16 only")])
+        if recipe.distill.teachers:
+            what = 'the peers learn from labels alone; leave the teachers out: "distill={}"'
+            raise RecipeError([recipe.problem("distill.from", what)])
         dataset = load_data(recipe, state)
         if recipe.batch_size > len(dataset.train):
             what = f"the peers drop short batches, and there are but {len(dataset.train):,} training images"

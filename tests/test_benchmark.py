@@ -244,6 +244,7 @@ def test_two_processes_are_one_group(tmp_path):
         (["--recipe", "debug", "--json", "/"], "is a folder"),
         (["--recipe", "debug", "--rounds", "0"], "at least 1"),
         (["--recipe", "debug", "batch_size=513"], "but 512 training images"),
+        (["--recipe", "plus_8k"], "distill.from"),
         (["--floors", "no_such.json"], "no_such.json"),
         (["--floors", str(ROOT / "setup.cfg")], "holds no figures"),
     ],
