@@ -83,7 +83,7 @@ def trainer(task: Task, folder: Path, name: str = OURS) -> tuple[Contender, Part
         return parts.meter.train_seconds - before
 
     def close() -> None:
-        for tracker in parts.accelerator.trackers:
+        for tracker in reversed(parts.accelerator.trackers):
             tracker.finish()
 
     return Contender(name, train, close), parts

@@ -197,7 +197,7 @@ def train(
 
 def _close(parts: Parts) -> None:
     """Lets the trackers finish. Not end_training, which ends the process group too: train may be called again."""
-    for tracker in parts.accelerator.trackers:
+    for tracker in reversed(parts.accelerator.trackers):  # the console last: it says what the others could not finish
         tracker.finish()
     parts.accelerator.wait_for_everyone()
 

@@ -295,6 +295,19 @@ def test_whatever_wandb_raises_is_said_and_not_the_end(what, tmp_path, monkeypat
     assert wandb.run is None, "the next training in this process is a run of its own"
 
 
+def test_a_finish_that_fails_is_said_and_not_the_end(tmp_path, monkeypatch):
+    def broken(*arguments: Any, **keywords: Any) -> None:
+        raise ConnectionResetError("Connection lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("wandb.sdk.wandb_run.Run.finish", broken)
+        assert train(tiny("epochs=1"), tmp_path / "run")["steps"] == 4
+    wandb.finish()
+    said = [line for line in (tmp_path / "run" / "console.log").read_text().splitlines() if "wandb could" in line]
+    assert said == ["wandb could not finish (Connection lost); training goes on without it"]
+    assert (tmp_path / "run" / "STATUS").read_text() == "done\n"
+
+
 # --- the dashboard ------------------------------------------------------------------------------------------------
 
 

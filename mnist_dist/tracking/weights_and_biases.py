@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -202,8 +203,10 @@ class WandbTracker(WandBTracker):
         self._end()
 
     def _end(self, exit_code: int | None = None) -> None:
-        # One that broke as well: wandb would take the next training of this process for more of an open run.
-        self._alive = getattr(self, "run", None) is not None
+        if not self._alive and getattr(self, "run", None):
+            # It broke, and that was said. Left open, it would take in the next training of this process.
+            with suppress(Exception):
+                self.run.finish(exit_code=exit_code)
         self._guard("finish", lambda: self.run.finish(exit_code=exit_code))
 
     def _timed(self, what: str, call: Callable[[], Any]) -> None:
