@@ -33,7 +33,7 @@ from mnist_dist.command_line import Parser, RunError, run_door
 from mnist_dist.contenders import Contender, Task, bare_step, spread, tensor_loop
 from mnist_dist.inference import measure_inference
 from mnist_dist.keeper import Keeper
-from mnist_dist.outputs import open_trackers
+from mnist_dist.outputs import close_trackers, open_trackers
 from mnist_dist.parts import Parts, Progress, build_module, build_parts
 from mnist_dist.peers import HAS_LIGHTNING, accelerate_loader, best_workers, lightning_loader, plain_loader
 from mnist_dist.recipe import Recipe, load_recipe
@@ -82,11 +82,7 @@ def trainer(task: Task, folder: Path, name: str = OURS) -> tuple[Contender, Part
         assert progress.step == last, "a round that ends early looks fast"
         return parts.meter.train_seconds - before
 
-    def close() -> None:
-        for tracker in reversed(parts.accelerator.trackers):
-            tracker.finish()
-
-    return Contender(name, train, close), parts
+    return Contender(name, train, lambda: close_trackers(parts)), parts
 
 
 def measure(recipe: Recipe, rounds: int, steps: int) -> dict[str, Any]:
@@ -144,7 +140,7 @@ def measure(recipe: Recipe, rounds: int, steps: int) -> dict[str, Any]:
         "capture_seconds": parts.update.captured.seconds if parts.update.captured else None,
         "compile_seconds": round(first_run - paces[OURS], 3) if task.is_compiled else None,
         "peak_memory_mb": round(memory),
-        "images_per_second": {name: spread(each, 1) for name, each in speeds.items()},
+        "images_per_second": {name: spread(each, 3) for name, each in speeds.items()},
         "ms_per_step": {name: spread([1000 * s / counts[name] for s in each], 4) for name, each in seconds.items()},
         "share_of_bare_step": {
             name: _ratio(each, speeds["bare step"]) for name, each in speeds.items() if name != "bare step"

@@ -49,6 +49,12 @@ def open_trackers(
     return console
 
 
+def close_trackers(parts: Parts) -> None:
+    """The console last: it says what the others could not finish."""
+    for tracker in reversed(parts.accelerator.trackers):
+        tracker.finish()
+
+
 def _header(recipe: Recipe, parts: Parts, dataset: Dataset) -> dict[str, str]:
     accelerator, held_out = parts.accelerator, f"{len(dataset.test):,} test"
     if dataset.has_validation:

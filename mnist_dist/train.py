@@ -26,7 +26,7 @@ from mnist_dist.engine.optim import set_rates
 from mnist_dist.engine.watchdog import Watchdog
 from mnist_dist.keeper import Keeper, adopt, find_checkpoint, has_checkpoint, load_newest
 from mnist_dist.models import build_model, count_parameters
-from mnist_dist.outputs import open_trackers, summarize, write_outputs
+from mnist_dist.outputs import close_trackers, open_trackers, summarize, write_outputs
 from mnist_dist.parts import Parts, Progress, build_module, build_parts, check_world, load_data
 from mnist_dist.recipe import Recipe, load_recipe
 from mnist_dist.recipe_file import bundled_recipes, recipe_notes
@@ -197,8 +197,7 @@ def train(
 
 def _close(parts: Parts) -> None:
     """Lets the trackers finish. Not end_training, which ends the process group too: train may be called again."""
-    for tracker in reversed(parts.accelerator.trackers):  # the console last: it says what the others could not finish
-        tracker.finish()
+    close_trackers(parts)
     parts.accelerator.wait_for_everyone()
 
 

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -203,11 +203,16 @@ class WandbTracker(WandBTracker):
         self._end()
 
     def _end(self, exit_code: int | None = None) -> None:
-        if not self._alive and getattr(self, "run", None):
+        if self._alive:
+            self._guard("finish", lambda: self.run.finish(exit_code=exit_code))
+        elif getattr(self, "run", None):
             # It broke, and that was said. Left open, it would take in the next training of this process.
-            with suppress(Exception):
+            with suppress(Exception), self._data_here():
                 self.run.finish(exit_code=exit_code)
-        self._guard("finish", lambda: self.run.finish(exit_code=exit_code))
+
+    def _data_here(self) -> AbstractContextManager[None]:
+        """What waits to be uploaded stays in the run folder: a home may be full, or read-only."""
+        return patch_environment(WANDB_DATA_DIR=os.environ.get("WANDB_DATA_DIR", self._directory / "wandb"))
 
     def _timed(self, what: str, call: Callable[[], Any]) -> None:
         started = time.perf_counter()
@@ -218,8 +223,7 @@ class WandbTracker(WandBTracker):
         if not self._alive:
             return
         try:
-            # What waits to be uploaded stays in the run folder: a home may be full, or read-only.
-            with patch_environment(WANDB_DATA_DIR=os.environ.get("WANDB_DATA_DIR", self._directory / "wandb")):
+            with self._data_here():
                 call()
         except Exception as error:  # wandb raises anything from its own errors to broken pipes
             self._alive = False
