@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +32,11 @@ class ConsoleTracker(GeneralTracker):
             TimeRemainingColumn(),
             console=self._console,
             refresh_per_second=4,
+            speed_estimate_period=3600,  # a big network logs less than once in rich's own 30 s
             transient=True,
         )
         self._bar = self._progress.add_task("", total=total_steps, epoch=f"1/{epochs}", figures="")
-        self._last_plain = time.monotonic()
-        self._started = self._last_plain
+        self._last_plain = self._progress.get_time()
 
     @property
     def tracker(self) -> Console:
@@ -70,11 +69,12 @@ class ConsoleTracker(GeneralTracker):
         figures = f"loss {values['train/loss']:.4f}  acc {values['train/accuracy']:.2f} %  {speed:,.0f} images/s"
         epoch = min(int(values["epoch"]) + 1, self._epochs)
         self._progress.update(self._bar, completed=values["step"], epoch=f"{epoch}/{self._epochs}", figures=figures)
-        now = time.monotonic()
+        now = self._progress.get_time()
         if not self._console.is_terminal and now - self._last_plain >= PLAIN_SECONDS:
             self._last_plain = now
-            left = (now - self._started) / values["step"] * (self._total_steps - values["step"])
-            self.say(f"step {values['step']:,}/{self._total_steps:,}  {figures}  {left / 60:.0f} min left")
+            left = self._progress.tasks[self._bar].time_remaining  # None until two intervals are known
+            ending = "" if left is None else f"  {left / 60:.0f} min left"
+            self.say(f"step {values['step']:,}/{self._total_steps:,}  {figures}{ending}")
 
     def _show_epoch(self, values: dict[str, Any]) -> None:
         number = -(-values["epoch"] // 1)
