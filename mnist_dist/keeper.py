@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import time
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -34,6 +35,15 @@ class Keeper:
     def __init__(self, folder: RunFolder, recipe: Recipe, parts: Parts, progress: Progress):
         self._folder, self._recipe, self._parts, self._progress = folder, recipe, parts, progress
         self._saved_at = parts.meter.train_seconds
+        self._began = 0.0
+
+    def start(self, seconds_before: float) -> None:
+        """Starts the clock of the training, which goes on from where the checkpoint's stood."""
+        self._began = time.perf_counter() - seconds_before
+
+    def train_seconds(self) -> float:
+        """How long the loop took for the steps so far, evaluations included; what a killed process did again, once."""
+        return round(time.perf_counter() - self._began, 3)
 
     def best(self) -> None:
         self._parts.save_weights(self._folder.best, self._recipe)
@@ -63,6 +73,7 @@ class Keeper:
         self._parts.update.check()
         state: dict[str, Any] = {"parts": self._parts.state_dict(), "progress": asdict(self._progress)}
         self._saved_at = self._parts.meter.train_seconds
+        state["train_seconds"] = self.train_seconds()
         if metrics := find_tracker(self._parts.accelerator, JSONLTracker):
             state["metrics_bytes"] = metrics.bytes_written()
         if wandb := find_tracker(self._parts.accelerator, WandbTracker):

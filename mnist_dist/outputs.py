@@ -93,7 +93,7 @@ def summarize(recipe: Recipe, parts: Parts, progress: Progress, test: Evaluation
         "steps": progress.step,
         "images_per_second": round(images / parts.meter.train_seconds, 1),
         **parts.meter.per_process(parts.update.clock),
-        "wandb_share": round(wandb.log_seconds / parts.meter.train_seconds, 6) if wandb else 0.0,
+        "wandb_share": round(wandb.log_seconds / parts.meter.own_seconds, 6) if wandb else 0.0,
         "skipped_steps": parts.update.skipped,
         "launch": launch_settings(),
         "train.last.loss": progress.last["train/epoch_loss"],

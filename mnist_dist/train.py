@@ -162,7 +162,8 @@ def train(
                 parts.update.captured.say = console.say
         parts.accelerator.wait_for_everyone()  # W&B's start on rank 0 is no part of the others' first step
         parts.meter.resume()
-        seconds, begun = {"setup_seconds": round(time.perf_counter() - started, 3)}, time.perf_counter()
+        seconds = {"setup_seconds": round(time.perf_counter() - started, 3)}
+        keep.start(checkpoint.get("train_seconds", 0.0))
         finished = fit(recipe, parts, dataset.held_out.to(state.device), keep, progress)
         if not finished:
             if console:
@@ -172,7 +173,7 @@ def train(
                 wandb.preempt(PREEMPTED)
             _close(parts)
             return {"status": "preempted", "step": progress.step}
-        seconds["train_seconds"] = round(time.perf_counter() - begun, 3)
+        seconds["train_seconds"] = keep.train_seconds()
         keep.last()
         # Without a validation part this repeats the last evaluation, for its probabilities; with one, the test set
         # is used here for the first time.

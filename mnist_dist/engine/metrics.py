@@ -23,7 +23,9 @@ class Meter:
         self._steps = 0
         self._before_step = torch.zeros_like(self._sums)
         self._started = time.perf_counter()
-        self._own_samples, self._own_seconds = 0, 0.0
+        self._own_samples = 0
+        self.own_seconds = 0.0
+        """Time spent training by this process, without those that the run was resumed from."""
         self.train_seconds = 0.0
         """Time spent training, all intervals together, by rank 0's clock; equal on all processes."""
         self.seconds_per_step = 0.0
@@ -57,7 +59,7 @@ class Meter:
         together = torch.tensor([*mine, seconds, *seen_by], dtype=torch.float64, device=self._accelerator.device)
         loss, correct, seen, seconds, *seen_by = self._accelerator.reduce(together, reduction="sum").tolist()
         self._speeds = [each / seconds for each in seen_by]
-        self._own_seconds += seconds
+        self.own_seconds += seconds
         self._epoch_sums = [old + new for old, new in zip(self._epoch_sums, (loss, correct, seen), strict=True)]
         self.train_seconds += seconds
         self.seconds_per_step = seconds / max(self._steps, 1)
@@ -89,7 +91,7 @@ class Meter:
 
     def per_process(self, clock: GradientClock) -> dict[str, list[float]]:
         """Each process's images/s since it started, and the share of that time it waited; asks all processes."""
-        mine = [self._own_samples / max(self._own_seconds, 1e-9), clock.seconds / max(self._own_seconds, 1e-9)]
+        mine = [self._own_samples / max(self.own_seconds, 1e-9), clock.seconds / max(self.own_seconds, 1e-9)]
         table = self._accelerator.gather(torch.tensor([mine], dtype=torch.float64, device=self._accelerator.device))
         speed, waited = table.T.tolist()
         return {

@@ -107,7 +107,8 @@ def bytes_of(run_dir: Path) -> dict[str, Any]:
 def checkpoint_bytes(path: Path) -> dict[str, Any]:
     """The values of a checkpoint, each under its place in it; times, and the metrics' length, which tells them."""
     state = load_checkpoint(path)
-    state.pop("metrics_bytes")
+    for key in ("metrics_bytes", "train_seconds"):
+        state.pop(key)
     state["parts"]["meter"].pop("train_seconds")
     return dict(_leaves(state, path.name))
 
