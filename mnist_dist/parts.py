@@ -22,7 +22,6 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin, broadcast, patch_environment
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mnist_dist.data import Batches, Dataset, Images, derive_seed, load_dataset
 from mnist_dist.engine.all_reduce import reduce_gradients
@@ -32,7 +31,7 @@ from mnist_dist.engine.distillation import Distillation
 from mnist_dist.engine.evaluation import Evaluation, evaluate
 from mnist_dist.engine.fully_sharded import cut_model_state, cut_optimizer_state, gathered, shard_parameters, whole
 from mnist_dist.engine.metrics import GradientClock, Meter
-from mnist_dist.engine.optim import Schedule, build_optimizer, build_schedule
+from mnist_dist.engine.optim import Schedule, build_average, build_optimizer, build_schedule
 from mnist_dist.engine.shards import LogicalShards
 from mnist_dist.engine.step import Update
 from mnist_dist.engine.sync_batchnorm import synchronize_batch_norm
@@ -286,9 +285,7 @@ def build_parts(
         module = synchronize_batch_norm(module, accelerator.device)
     if sharded:
         shard_parameters(module, accelerator.device, **fsdp_settings())
-    average = None
-    if recipe.ema_decay is not None:
-        average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay), use_buffers=True)
+    average = None if recipe.ema_decay is None else build_average(module, recipe.ema_decay)
     optimizer = build_optimizer(
         module.parameters(), recipe.optimizer.name, lr=schedule.lr_at(0), **recipe.optimizer.keywords
     )

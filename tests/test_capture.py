@@ -4,7 +4,7 @@ can do: what Python decides anew at each step, or reads from the device, shows a
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,8 +20,9 @@ from mnist_dist import load_recipe, train
 from mnist_dist.data import Augmentation, Batches, Images
 from mnist_dist.engine import capture, step
 from mnist_dist.engine.capture import WARM_UP_STEPS, CapturedStep
+from mnist_dist.engine.distillation import Distillation
 from mnist_dist.engine.metrics import Meter
-from mnist_dist.engine.optim import build_optimizer, build_schedule, set_rates
+from mnist_dist.engine.optim import build_average, build_optimizer, build_schedule, set_rates
 from mnist_dist.engine.step import NotFinite, Update
 from mnist_dist.models import build_model
 
@@ -115,7 +117,7 @@ def run(
     augmentation = Augmentation(rotation=20, translation=0.1)
     batches = Batches(len(data), batch_size, 3, augmentation=augmentation)
     made = build_optimizer(module.parameters(), optimizer, lr=0.25, **(keywords or {}))
-    average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(0.75), use_buffers=True) if ema else None
+    average = build_average(module, 0.75) if ema else None
     lengths = {"steps_per_epoch": batches.steps_per_epoch, "total_steps": steps}
     schedule = build_schedule("step", lr=2**-5, step_size=1, gamma=0.5, **lengths)
     update = Update(
@@ -309,6 +311,106 @@ def test_a_compiled_network_trains_as_the_eager_one(tmp_path):
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         losses.append([line.split('"train/loss": ')[1].split(",")[0] for line in lines if "train/loss" in line])
     assert [float(each) for each in losses[1]] == pytest.approx([float(each) for each in losses[0]], rel=1e-4)
+
+
+# --- a GPU that is not there --------------------------------------------------------------------------------------
+
+GPU = torch.device("cuda", 0)
+
+
+class PretendedGPU:
+    """What an update asks of Accelerate, for PyTorch's fake tensors: they have a device and a shape, and no content.
+
+    A step that brings tensors of two devices together, or asks one for its content, fails as it would on the device and
+    in a recording. The backward pass and the optimizer's kernel are left out: they want the driver.
+    """
+
+    device, num_processes, process_index, scaler, is_main_process = GPU, 1, 0, None, True
+
+    def __init__(self, module: nn.Module):
+        self._parameters = list(module.parameters())
+
+    def no_sync(self, model: nn.Module) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        assert loss.device == GPU and loss.ndim == 0
+        for parameter in self._parameters:
+            parameter.grad = torch.zeros_like(parameter)
+
+    def clip_grad_norm_(self, parameters: list[Tensor], max_norm: float) -> Tensor:
+        return nn.utils.clip_grad_norm_(parameters, max_norm)
+
+
+def pretend_a_step(
+    build: Callable[[], nn.Module],
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    optimizer: str = "adam",
+    ema: bool = False,
+    learns: bool = False,
+    elastic: float = 0.0,
+    **keywords: Any,
+) -> None:
+    # A copy of a network, as averaged weights begin with, stays among the tensors of its mode.
+    monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda self, memo: self, raising=False)
+    monkeypatch.setattr(Update, "seed", lambda self, step, piece: None)
+    with FakeTensorMode():
+        with GPU:
+            module, teacher = build(), build_model("lenet5").eval()
+            images = torch.zeros(64, 1, 28, 28, dtype=torch.uint8)
+            data = Images(images, torch.zeros(64, dtype=torch.int64), tuple("0123456789"), mean=0.1, std=0.3)
+        augmentation = Augmentation(rotation=10, elastic=elastic, fill=elastic, interpolation="bilinear")
+        batches = Batches(64, 16, 0, augmentation=augmentation)
+        made = build_optimizer(module.parameters(), optimizer, lr=0.1)
+        monkeypatch.setattr(made, "step", lambda: None)
+        accelerator: Any = PretendedGPU(module)
+        teachers = [(teacher, 0.2, 0.3)]
+        update = Update(
+            accelerator, module, module, made, batches, data, meter=Meter(accelerator),
+            average=build_average(module, 0.9) if ema else None,
+            distillation=Distillation(teachers, weight=0.5, temperature=2, mean=0.1, std=0.3) if learns else None,
+            **keywords,
+        )  # fmt: skip
+        assert update.latches == (optimizer != "rmsprop")
+        update.compute(batches.plan(0, GPU), 0, 0)
+        assert all(group["lr"].device == GPU for group in rated(made).param_groups)
+        update.compute(batches.plan(0, GPU), 1, 1)
+
+
+def rated(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    capture.rates_on_device(optimizer)
+    return optimizer
+
+
+@pytest.mark.parametrize("name", ["model_v1", "model_v3", "simple_cnn", "mnistnet", "lenet5", "ms_ran", "resnet18"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"optimizer": "sgd"},
+        {"ema": True, "clip_grad_norm": 1.0, "on_nonfinite": "skip"},
+        {"learns": True, "label_smoothing": 0.1, "micro_batch_size": 5, "elastic": 1.4},
+    ],
+    ids=lambda words: "-".join(words),
+)
+def test_a_step_on_a_gpu_stays_there_and_never_waits(monkeypatch, name, words):
+    pretend_a_step(lambda: build_model(name), monkeypatch, **words)
+
+
+def test_an_averaged_weight_s_count_on_the_cpu_would_have_been_found(monkeypatch):
+    def elsewhere(module: nn.Module, decay: float) -> AveragedModel:
+        return AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+    monkeypatch.setitem(globals(), "build_average", elsewhere)
+    with pytest.raises(RuntimeError, match="device"):
+        pretend_a_step(lambda: build_model("lenet5"), monkeypatch, ema=True)
+
+
+def test_a_question_to_the_device_would_have_been_found(monkeypatch):
+    with pytest.raises(DataDependentOutputException):
+        pretend_a_step(AsksTheDevice, monkeypatch)
+    with pytest.raises(DataDependentOutputException):
+        pretend_a_step(plain_network, monkeypatch, optimizer="rmsprop")  # no kernel of its that could judge
 
 
 # --- on a GPU -----------------------------------------------------------------------------------------------------

@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mnist_dist.data import Augmentation, Batches, EpochPlan, Images
 from mnist_dist.engine.metrics import Meter
-from mnist_dist.engine.optim import build_optimizer
+from mnist_dist.engine.optim import build_average, build_optimizer
 from mnist_dist.engine.step import Update
 from mnist_dist.models import build_model
 from mnist_dist.models.layers import Dropout
@@ -218,7 +217,7 @@ def test_averaged_weights_follow_the_moving_average(accelerator):
     torch.manual_seed(0)
     module = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 26 * 26, 10))
     decay = 0.8
-    average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    average = build_average(module, decay)
     update = make_update(accelerator, module, average=average)
     expected: dict[str, Tensor] = {}
     for step in range(5):

@@ -201,6 +201,7 @@ def rates_on_device(optimizer: Optimizer) -> None:
         group["lr"] = torch.tensor(float(group["lr"]), device=group["params"][0].device)
         if "capturable" in group:
             group["capturable"] = True
+    optimizer._warned_capturable_if_run_uncaptured = True  # short batches stay eager
 
 
 def why_not(

@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 # --- optimizers ---------------------------------------------------------------------------------------------------
 
@@ -43,10 +44,17 @@ def build_optimizer(parameters: Iterable[torch.nn.Parameter], name: str, *, lr: 
     kind, parameters = OPTIMIZERS[name], [parameter for parameter in parameters if parameter.requires_grad]
     # One kernel for all tensors: the small networks are bound by the number of calls.
     if "fused" in inspect.signature(kind).parameters and not {"foreach", "fused"} & keywords.keys():
-        # Sharded parameters know no fused kernel of SGD.
-        known = (p.device.type in ("cpu", "cuda") and not hasattr(p, "device_mesh") for p in parameters)
+        # Adagrad's is for CPUs alone before torch 2.10 or so. Sharded parameters know no fused kernel of SGD.
+        devices = ("cpu",) if kind is torch.optim.Adagrad else ("cpu", "cuda")
+        known = (p.device.type in devices and not hasattr(p, "device_mesh") for p in parameters)
         keywords["fused"] = all(known) and all(p.is_floating_point() for p in parameters)
     return kind(parameters, lr=lr, **keywords)  # type: ignore[call-arg]  # torch types only the base class's arguments
+
+
+def build_average(module: torch.nn.Module, decay: float) -> AveragedModel:
+    """Averaged weights and buffers of a network that lies where it will train: decay × average + (1 - decay) × new."""
+    with next(module.parameters()).device:  # else the count of its updates is on the CPU
+        return AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
 
 def set_rates(optimizer: Optimizer, schedule: Schedule, step: int) -> None:
