@@ -108,7 +108,7 @@ class Ranks:
 
         def work() -> None:
             try:
-                if self.device.type == "cuda":  # the current device is a thread's own
+                if self.device.type == "cuda" and self.device.index is not None:  # a thread has its own current one
                     torch.cuda.set_device(self.device)
                 answer["value"] = json.loads(json.dumps(action()))
             except BaseException as error:

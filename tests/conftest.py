@@ -13,6 +13,8 @@ from accelerate.state import AcceleratorState
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 os.environ["WANDB_MODE"] = "offline"
+# On any machine the tests are of the CPU; those of a GPU ask for the fixture of that name.
+os.environ["ACCELERATE_USE_CPU"] = "true"
 
 
 @pytest.fixture
@@ -20,6 +22,17 @@ def accelerator() -> Iterator[Accelerator]:
     """A fresh one, alone on the CPU: Accelerate keeps its state between tests, with another's device and precision."""
     AcceleratorState._reset_state(reset_partial_state=True)
     yield Accelerator(cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """The first GPU, which Accelerate takes as long as the test lasts."""
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA GPU to record a graph on")
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield torch.device("cuda", 0)
     AcceleratorState._reset_state(reset_partial_state=True)
 
 

@@ -46,7 +46,7 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 
 @pytest.fixture(autouse=True)
 def an_empty_folder(tmp_path, monkeypatch):
-    """A working directory without data, on a CPU, without the network."""
+    """A working directory without data, without the network."""
 
     def unreachable(*args: object, **keywords: object) -> None:
         raise URLError("Name or service not known")
@@ -55,7 +55,6 @@ def an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])  # a model of one's own adds the folder
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     monkeypatch.setattr(urllib.request, "urlopen", unreachable)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setenv("WANDB_MODE", "disabled")
     for name in ("ACCELERATE_MIXED_PRECISION", "MNIST_DIST_DATA", "RANK"):
         monkeypatch.delenv(name, raising=False)

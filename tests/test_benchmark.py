@@ -29,8 +29,7 @@ NAMES += ["Lightning + DataLoader"] * peers.HAS_LIGHTNING + ["PyTorch + DataLoad
 
 
 @pytest.fixture(autouse=True)
-def _on_the_cpu(monkeypatch) -> Iterator[None]:
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+def _state_of_its_own() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -130,10 +129,7 @@ def test_peers_are_free_in_their_kernels_and_leave_no_trace(monkeypatch):
     assert seen == [(False, True), (True, False)]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
-def test_a_captured_step_trains_as_an_eager_one(monkeypatch):
-    monkeypatch.delenv("ACCELERATE_USE_CPU")
-
+def test_a_captured_step_trains_as_an_eager_one(gpu, monkeypatch):
     def weights(is_captured: bool) -> list[torch.Tensor]:
         made: list[torch.nn.Module] = []
         build = Task.module

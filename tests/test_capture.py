@@ -27,7 +27,6 @@ from mnist_dist.engine.step import NotFinite, Update
 from mnist_dist.models import build_model
 
 NUM_SAMPLES, BATCH_SIZE, STEPS = 144, 16, 24  # nine full batches an epoch
-ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU to record a graph on")
 
 # --- a recorder for machines without graphs -----------------------------------------------------------------------
 
@@ -325,7 +324,8 @@ class PretendedGPU:
     in a recording. The backward pass and the optimizer's kernel are left out: they want the driver.
     """
 
-    device, num_processes, process_index, scaler, is_main_process = GPU, 1, 0, None, True
+    device = torch.device("cuda")  # as Accelerate names the GPU of a single process
+    num_processes, process_index, scaler, is_main_process = 1, 0, None, True
 
     def __init__(self, module: nn.Module):
         self._parameters = list(module.parameters())
@@ -373,9 +373,9 @@ def pretend_a_step(
             **keywords,
         )  # fmt: skip
         assert update.latches == (optimizer != "rmsprop")
-        update.compute(batches.plan(0, GPU), 0, 0)
+        update.compute(batches.plan(0, accelerator.device), 0, 0)
         assert all(group["lr"].device == GPU for group in rated(made).param_groups)
-        update.compute(batches.plan(0, GPU), 1, 1)
+        update.compute(batches.plan(0, accelerator.device), 1, 1)
 
 
 def rated(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -416,16 +416,14 @@ def test_a_question_to_the_device_would_have_been_found(monkeypatch):
 # --- on a GPU -----------------------------------------------------------------------------------------------------
 
 
-@ON_GPU
 @pytest.mark.parametrize("name", ["model_v1", "model_v3", "simple_cnn", "mnistnet", "lenet5", "ms_ran", "resnet18"])
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_a_cuda_graph_makes_the_eager_steps(name, precision):
-    device = torch.device("cuda", 0)
+def test_a_cuda_graph_makes_the_eager_steps(gpu, name, precision):
     torch.backends.cudnn.benchmark = False
     words = {"build": lambda: build_model(name), "optimizer": "adam", "ema": True, "clip_grad_norm": 1.0, "steps": 20}
     results = []
     together = 4 if name in ("lenet5", "simple_cnn", "resnet18") else 1  # the others have dropout
-    for captured in (CapturedStep(device, together, say=lambda line: pytest.fail(line)), None):
+    for captured in (CapturedStep(gpu, together, say=lambda line: pytest.fail(line)), None):
         AcceleratorState._reset_state(True)
         results.append(run(captured, accelerator=Accelerator(mixed_precision=precision), **words))
     found, expected = (state(each) for each in results)
@@ -433,8 +431,7 @@ def test_a_cuda_graph_makes_the_eager_steps(name, precision):
         torch.testing.assert_close(found[key], value, rtol=1e-2, atol=1e-3, msg=lambda text, key=key: f"{key}: {text}")
 
 
-@ON_GPU
-def test_a_captured_run_ends_where_the_eager_one_does(tmp_path):
+def test_a_captured_run_ends_where_the_eager_one_does(gpu, tmp_path):
     words = ("epochs=1", "data.limit_train=3000", "tracking.wandb.mode=disabled", "log_every=5")
     losses = {}
     for how in ("off", "step", "epoch"):

@@ -13,8 +13,11 @@ import textwrap
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -262,6 +265,12 @@ def test_weights_and_biases_is_found_or_noted(monkeypatch):
         found = check()
         server.shutdown()
     assert found.verdict == OK and "answers in" in found.figure
+
+
+def test_a_device_without_a_number_can_be_asked():
+    """As Accelerate names the GPU of a single process."""
+    state: Any = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cuda"))
+    assert ranks.Ranks(state).ask(lambda: 1) == [1]
 
 
 def test_the_recorded_losses_are_this_trainer_s_own(tmp_path, monkeypatch):
