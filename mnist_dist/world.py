@@ -29,7 +29,8 @@ T = TypeVar("T")
 def launched_world() -> PartialState:
     """The processes and the device that the launcher gave; starts the process group at the first call."""
     # Accelerator reads this variable itself, PartialState alone does not: two CPU processes would be two worlds of one.
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    # Apple's GPUs know no float64, in which the meter sums: a Mac trains on its CPU.
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or torch.backends.mps.is_available())
 
 
 def together(state: PartialState, action: Callable[[], T]) -> T:

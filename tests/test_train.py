@@ -8,9 +8,12 @@ import sys
 
 import pytest
 import torch
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 
 from mnist_dist import load_recipe, load_run, train
 from mnist_dist.runs import RunFolder
+from mnist_dist.world import launched_world
 
 TINY = [
     "data.dataset=synthetic",
@@ -41,6 +44,17 @@ def test_quickstart_through_accelerate_launch_reaches_97_percent(tmp_path):
     assert run.summary["eval.last.accuracy"] >= 97.0
     assert f"{run.summary['eval.last.accuracy']:.2f} %" in done.stdout
     assert list(run_dir.glob("wandb/offline-run-*")), "without credentials W&B logs offline into the run folder"
+
+
+def test_a_mac_trains_on_its_cpu(accelerator, monkeypatch):
+    """Its GPU knows no float64; that there is one is pretended here."""
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr("accelerate.state.is_mps_available", lambda: True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert PartialState().device.type == "mps"
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert launched_world().device.type == Accelerator().device.type == "cpu"
 
 
 def test_a_run_folder_explains_itself(tmp_path):
