@@ -277,6 +277,33 @@ def test_keywords_reach_the_optimizer():
     assert (group["lr"], group["betas"], group["weight_decay"]) == (0.3, (0.8, 0.9), 0.2)
 
 
+@pytest.fixture
+def fresh_memory_is_nan():
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+def test_a_first_step_that_the_kernel_passes_over_leaves_no_momentum(fresh_memory_is_nan):
+    """As a GPU's kernel does, told by a flag, at a gradient that is not finite."""
+    parameter, plain = toy_parameter(), toy_parameter()
+    optimizer = build_optimizer([parameter], "sgd", lr=0.1, momentum=0.9, nesterov=True)
+    parameter.grad = torch.full_like(parameter, torch.inf)
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    assert torch.equal(parameter, plain)
+    parameter.grad = plain.grad = torch.ones_like(parameter)
+    optimizer.found_inf.zero_()
+    expected = SGD([plain], lr=0.1, momentum=0.9, nesterov=True)
+    for _ in range(3):
+        optimizer.step()
+        expected.step()
+        torch.testing.assert_close(parameter, plain)
+
+
 @pytest.mark.parametrize("keywords", [{}, {"fused": False}, {"foreach": True}])
 def test_fused_unless_the_recipe_chooses(keywords):
     group = build_optimizer([toy_parameter()], "adam", lr=0.1, **keywords).param_groups[0]
