@@ -249,7 +249,7 @@ def build_parts(
 ) -> Parts:
     """Builds everything the loop uses, on the device, prepared by Accelerate."""
     _set_determinism(recipe.deterministic)
-    _set_kernels(recipe)
+    set_kernels(recipe)
     AcceleratorState._reset_state()  # a notebook may train twice, with another precision the second time
     ddp = DistributedDataParallelKwargs(
         gradient_as_bucket_view=True,
@@ -379,7 +379,7 @@ def _set_determinism(deterministic: bool) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # torch declares it nowhere
 
 
-def _set_kernels(recipe: Recipe) -> None:
+def set_kernels(recipe: Recipe) -> None:
     """What a GPU may choose: kernels by trial, and products of fewer bits."""
     torch.backends.cudnn.benchmark = recipe.engine.cudnn_benchmark and not recipe.deterministic
     torch.backends.cudnn.allow_tf32 = recipe.engine.tf32 != "off"

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from mnist_dist.data import Batches, Dataset, load_dataset
 from mnist_dist.engine.optim import build_optimizer, set_rates
-from mnist_dist.parts import build_module, build_parts, place
+from mnist_dist.parts import build_module, build_parts, place, set_kernels
 from mnist_dist.ranks import Ranks
 from mnist_dist.recipe import Recipe, load_recipe
 
@@ -235,10 +235,9 @@ def recorded_losses() -> list[float]:
 
 def build_reference() -> tuple[Recipe, Dataset, nn.Module]:
     """lenet5 in fp32, the seed 0, on data that need no file."""
-    # TF32 keeps ten bits, and would hide faults of the size of its rounding.
-    torch.backends.cudnn.allow_tf32 = False
-    words = ("seed=0", "batch_size=128", "epochs=1", f"max_steps={STEPS}", "mixed_precision=no")
+    words = ("seed=0", "batch_size=128", "epochs=1", f"max_steps={STEPS}", "mixed_precision=no", "engine.tf32=off")
     recipe = load_recipe("lenet5", *words, "data.dataset=synthetic", "tracking.wandb.mode=disabled")
+    set_kernels(recipe)  # TF32 keeps ten bits, and would hide faults of the size of its rounding
     data = load_dataset("synthetic")
     return recipe, data, build_module(recipe, data)
 

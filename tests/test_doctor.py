@@ -20,6 +20,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn.functional import cross_entropy
 
 from mnist_dist import doctor, probes, ranks
 from mnist_dist.command_line import run_door
@@ -265,6 +266,20 @@ def test_weights_and_biases_is_found_or_noted(monkeypatch):
         found = check()
         server.shutdown()
     assert found.verdict == OK and "answers in" in found.figure
+
+
+@pytest.mark.parametrize("training", [probes.train_alone, probes.train_together])
+def test_the_reference_training_has_no_tf32_which_would_leave_its_tolerance(training, monkeypatch):
+    found = []
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+
+    def loss(*arguments: Any, **keywords: Any) -> torch.Tensor:
+        found.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+        return cross_entropy(*arguments, **keywords)
+
+    monkeypatch.setattr("torch.nn.functional.cross_entropy", loss)
+    training(torch.device("cpu"))
+    assert found == [(False, False)] * probes.STEPS
 
 
 def test_a_device_without_a_number_can_be_asked():
