@@ -5,6 +5,7 @@ With the run's own data the numbers are those of its last evaluation, to the ima
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -79,7 +80,8 @@ def judge_run(run: Run, recipe: Recipe, data: Images) -> Evaluation:
     choose_threads(launched_world())
     AcceleratorState._reset_state()  # a notebook may evaluate runs of two precisions
     accelerator = Accelerator(mixed_precision=recipe.mixed_precision or "no")
-    module = place(run.model, accelerator.device, channels_last=recipe.engine.channels_last)
+    # A copy: the run's own stays on the CPU for whoever asks it next.
+    module = place(copy.deepcopy(run.model), accelerator.device, channels_last=recipe.engine.channels_last)
     # Normalised as the network was trained, also on other data.
     images = Images(data.images, data.labels, data.classes, run.about["mean"], run.about["std"]).to(accelerator.device)
     return judge(accelerator, module, images, batch_size=recipe.eval_batch_size)

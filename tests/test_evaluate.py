@@ -29,6 +29,13 @@ def test_the_numbers_are_the_training_s_own(run_dir, split, prefix):
     assert found["images"] == {"validation": 100, "test": 203}[split]
 
 
+def test_the_run_s_own_network_stays_where_and_as_it_was(run_dir):
+    run = load_run(run_dir, "last")
+    before = {name: (value.device, value.stride()) for name, value in run.model.state_dict().items()}
+    evaluate(run)
+    assert {name: (value.device, value.stride()) for name, value in run.model.state_dict().items()} == before
+
+
 def test_classes_and_confusions_add_up(run_dir):
     found = evaluate(load_run(run_dir, "last"))
     confusion = torch.tensor(found["confusion"])
