@@ -79,7 +79,7 @@ def _header(recipe: Recipe, parts: Parts, dataset: Dataset) -> dict[str, str]:
 def summarize(recipe: Recipe, parts: Parts, progress: Progress, test: Evaluation | None) -> dict[str, Any]:
     full_epochs, rest = divmod(progress.step, parts.batches.steps_per_epoch)
     images = full_epochs * parts.batches.num_samples + rest * recipe.batch_size
-    wandb = find_tracker(parts.accelerator, WandbTracker)
+    wandb, own_seconds = find_tracker(parts.accelerator, WandbTracker), parts.meter.own_seconds
     summary = {
         "recipe": recipe.name,
         "model": recipe.model.name,
@@ -93,7 +93,8 @@ def summarize(recipe: Recipe, parts: Parts, progress: Progress, test: Evaluation
         "steps": progress.step,
         "images_per_second": round(images / parts.meter.train_seconds, 1),
         **parts.meter.per_process(parts.update.clock),
-        "wandb_share": round(wandb.log_seconds / parts.meter.own_seconds, 6) if wandb else 0.0,
+        # A process that only ended a run has made no step.
+        "wandb_share": round(wandb.log_seconds / own_seconds, 6) if wandb and own_seconds else 0.0,
         "skipped_steps": parts.update.skipped,
         "launch": launch_settings(),
         "train.last.loss": progress.last["train/epoch_loss"],

@@ -47,14 +47,17 @@ def test_another_world_size_goes_on_with_the_same_samples(tmp_path):
     assert found == sorted(logged | evaluated)
 
 
-def test_the_time_of_a_resumed_run_is_that_of_all_its_steps(tmp_path):
-    words = ("data.limit_train=200", "data.limit_test=50", "batch_size=50", "epochs=2", "checkpoint.every_steps=5")
+@pytest.mark.parametrize("step", [4, 8])  # in the middle, and where nothing is left but the end
+def test_the_time_of_a_resumed_run_is_that_of_all_its_steps(tmp_path, step):
+    words = ("data.limit_train=200", "data.limit_test=50", "batch_size=50", "epochs=2", "checkpoint.every_steps=4")
+    words += ("tracking.wandb.mode=offline",)
     first = train(load_recipe("debug", *words), tmp_path / "first")
-    checkpoint = load_checkpoint(tmp_path / "first" / "checkpoints" / "step-5")
+    checkpoint = load_checkpoint(tmp_path / "first" / "checkpoints" / f"step-{step}")
     assert 0 < checkpoint["train_seconds"] <= first["train_seconds"]
-    save_checkpoint(tmp_path, 5, checkpoint | {"train_seconds": 1000.0}, keep=1)
-    resumed = train(load_recipe("debug", *words), tmp_path / "second", resume=str(tmp_path / "step-5"))
+    save_checkpoint(tmp_path, step, checkpoint | {"train_seconds": 1000.0}, keep=1)
+    resumed = train(load_recipe("debug", *words), tmp_path / "second", resume=str(tmp_path / f"step-{step}"))
     assert 1000 < resumed["train_seconds"] < 1000 + 60
+    assert (resumed["wandb_share"] > 0) == (step == 4)
 
 
 # --- checkpoints on disk ------------------------------------------------------------------------------------------

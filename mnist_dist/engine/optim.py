@@ -48,7 +48,7 @@ def build_optimizer(parameters: Iterable[torch.nn.Parameter], name: str, *, lr: 
         devices = ("cpu",) if kind is torch.optim.Adagrad or keywords.get("dampening") else ("cpu", "cuda")
         known = (p.device.type in devices and not hasattr(p, "device_mesh") for p in parameters)
         keywords["fused"] = all(known) and all(p.is_floating_point() for p in parameters)
-    optimizer = kind(parameters, lr=lr, **keywords)  # type: ignore[call-arg]  # torch types only the base class's
+    optimizer = kind(parameters, lr=lr, **keywords)  # type: ignore[call-arg]  # torch types its base class's alone
     if kind is torch.optim.SGD and keywords.get("fused") and keywords.get("momentum") and not keywords.get("dampening"):
         # On a GPU the kernel passes over a step that is not finite, as fp16's first often is, and PyTorch would take it
         # for the one that has filled the momentum. From zeros, and without dampening, the first step is the same.
