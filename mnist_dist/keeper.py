@@ -35,7 +35,7 @@ class Keeper:
     def __init__(self, folder: RunFolder, recipe: Recipe, parts: Parts, progress: Progress):
         self._folder, self._recipe, self._parts, self._progress = folder, recipe, parts, progress
         self._saved_at = parts.meter.train_seconds
-        self._began = 0.0
+        self.start(0.0)
 
     def start(self, seconds_before: float) -> None:
         """Starts the clock of the training, which goes on from where the checkpoint's stood."""

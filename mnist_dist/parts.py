@@ -31,7 +31,7 @@ from mnist_dist.engine.distillation import Distillation
 from mnist_dist.engine.evaluation import Evaluation, evaluate
 from mnist_dist.engine.fully_sharded import cut_model_state, cut_optimizer_state, gathered, shard_parameters, whole
 from mnist_dist.engine.metrics import GradientClock, Meter
-from mnist_dist.engine.optim import Schedule, build_average, build_optimizer, build_schedule
+from mnist_dist.engine.optim import Schedule, build_average, build_optimizer, build_schedule, fill_momentum
 from mnist_dist.engine.shards import LogicalShards
 from mnist_dist.engine.step import Update
 from mnist_dist.engine.sync_batchnorm import synchronize_batch_norm
@@ -289,6 +289,7 @@ def build_parts(
     optimizer = build_optimizer(
         module.parameters(), recipe.optimizer.name, lr=schedule.lr_at(0), **recipe.optimizer.keywords
     )
+    fill_momentum(optimizer)
     compile_network(module, recipe.compile)
     with warnings.catch_warnings():
         # torch 2.15 renames the option; accelerate 1.15 knows it by its old name only.

@@ -379,13 +379,9 @@ def pretend_a_step(
         )  # fmt: skip
         assert update.latches == (optimizer != "rmsprop")
         update.compute(batches.plan(0, accelerator.device), 0, 0)
-        assert all(group["lr"].device == GPU for group in rated(made).param_groups)
+        capture.rates_on_device(made)
+        assert all(group["lr"].device == GPU for group in made.param_groups)
         update.compute(batches.plan(0, accelerator.device), 1, 1)
-
-
-def rated(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    capture.rates_on_device(optimizer)
-    return optimizer
 
 
 @pytest.mark.parametrize("name", ["model_v1", "model_v3", "simple_cnn", "mnistnet", "lenet5", "ms_ran", "resnet18"])

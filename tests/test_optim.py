@@ -15,6 +15,7 @@ from mnist_dist.engine.optim import (
     build_optimizer,
     build_schedule,
     default_lr,
+    fill_momentum,
     set_rates,
 )
 
@@ -291,6 +292,7 @@ def test_a_first_step_that_the_kernel_passes_over_leaves_no_momentum(fresh_memor
     """As a GPU's kernel does, told by a flag, at a gradient that is not finite."""
     parameter, plain = toy_parameter(), toy_parameter()
     optimizer = build_optimizer([parameter], "sgd", lr=0.1, momentum=0.9, nesterov=True)
+    fill_momentum(optimizer)
     parameter.grad = torch.full_like(parameter, torch.inf)
     optimizer.found_inf = torch.ones(())
     optimizer.step()

@@ -12,6 +12,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 
 from mnist_dist import load_recipe, load_run, train
+from mnist_dist.parts import build_module, build_parts, load_data
 from mnist_dist.runs import RunFolder
 from mnist_dist.world import launched_world
 
@@ -55,6 +56,14 @@ def test_a_mac_trains_on_its_cpu(accelerator, monkeypatch):
     assert PartialState().device.type == "mps"
     AcceleratorState._reset_state(reset_partial_state=True)
     assert launched_world().device.type == Accelerator().device.type == "cpu"
+
+
+def test_a_run_s_momentum_begins_with_zeros(accelerator):
+    recipe = load_recipe("model_v1_step", *TINY)
+    dataset = load_data(recipe, launched_world())
+    parts = build_parts(recipe, "no", dataset.train, build_module(recipe, dataset))
+    for parameter in parts.module.parameters():
+        assert not parts.update.optimizer.state[parameter]["momentum_buffer"].any()
 
 
 def test_a_run_folder_explains_itself(tmp_path):

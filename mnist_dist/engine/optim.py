@@ -44,17 +44,23 @@ def build_optimizer(parameters: Iterable[torch.nn.Parameter], name: str, *, lr: 
     kind, parameters = OPTIMIZERS[name], [parameter for parameter in parameters if parameter.requires_grad]
     # One kernel for all tensors: the small networks are bound by the number of calls.
     if "fused" in inspect.signature(kind).parameters and not {"foreach", "fused"} & keywords.keys():
-        # Adagrad's is for CPUs alone before torch 2.10 or so; of dampening see below. Shards know none of SGD.
+        # Adagrad's is for CPUs alone before torch 2.10 or so; for dampening see `fill_momentum`. Shards: none of SGD.
         devices = ("cpu",) if kind is torch.optim.Adagrad or keywords.get("dampening") else ("cpu", "cuda")
         known = (p.device.type in devices and not hasattr(p, "device_mesh") for p in parameters)
         keywords["fused"] = all(known) and all(p.is_floating_point() for p in parameters)
-    optimizer = kind(parameters, lr=lr, **keywords)  # type: ignore[call-arg]  # torch types its base class's alone
-    if kind is torch.optim.SGD and keywords.get("fused") and keywords.get("momentum") and not keywords.get("dampening"):
-        # On a GPU the kernel passes over a step that is not finite, as fp16's first often is, and PyTorch would take it
-        # for the one that has filled the momentum. From zeros, and without dampening, the first step is the same.
-        for parameter in parameters:
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer
+    return kind(parameters, lr=lr, **keywords)  # type: ignore[call-arg]  # torch types only the base class's arguments
+
+
+def fill_momentum(optimizer: Optimizer) -> None:
+    """Lets fused SGD begin with a momentum of zeros, from which, without dampening, its first step is the same.
+
+    On a GPU the kernel passes over a step that is not finite, as fp16's first often is, and PyTorch would take it for
+    the one that has filled the momentum.
+    """
+    for group in optimizer.param_groups:
+        if isinstance(optimizer, torch.optim.SGD) and group["fused"] and group["momentum"] and not group["dampening"]:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def build_average(module: torch.nn.Module, decay: float) -> AveragedModel:
