@@ -227,12 +227,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also add the table to the end of FILE")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any recipe key by its dotted name")
     arguments = parser.parse_intermixed_args(argv)
+    _check_words(parser, arguments)
     if arguments.floors:
         print_floors(arguments.floors)
         return 0
     if arguments.record:
-        if arguments.seeds < 1:
-            parser.error("--seeds is at least 1")
         show_record(arguments, sys.argv[1:] if argv is None else argv)
         return 0
     recipes = _recipes(parser, arguments)
@@ -260,10 +259,14 @@ def main(argv: list[str] | None = None) -> int:
 ENDLESS = {"epochs": "1000", "eval_every": "1000", "max_steps": "null", "early_stopping.patience": "null"}
 
 
-def _recipes(parser: Parser, arguments: argparse.Namespace) -> dict[str, Recipe]:
-    """What to measure: one recipe under "", or one under each `key=value` of the sweep. Refuses what cannot be done."""
-    if min(arguments.rounds, arguments.steps) < 1:
-        parser.error("--rounds and --steps are at least 1")
+def _check_words(parser: Parser, arguments: argparse.Namespace) -> None:
+    """Refuses, before anything is measured, numbers out of range and files that could not be written."""
+    if min(arguments.rounds, arguments.steps, arguments.seeds) < 1:
+        parser.error("--rounds, --steps and --seeds are at least 1")
+    if arguments.record and (arguments.sweep is not None or arguments.inference):
+        parser.error("--record times whole seeds, and neither a --sweep nor --inference")
+    if arguments.note and not arguments.record:
+        parser.error("--note is of --record")
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", arguments.batches):
         parser.error(f"--batches: expected numbers of images, e.g. 1,32, got {arguments.batches!r}")
     for file in filter(None, (arguments.json, arguments.markdown, arguments.plot)):
@@ -271,6 +274,12 @@ def _recipes(parser: Parser, arguments: argparse.Namespace) -> dict[str, Recipe]
             parser.error(f"{file} is a folder; name a file")
         if not file.absolute().parent.is_dir():
             parser.error(f"there is no folder {file.absolute().parent}")
+    if arguments.plot and arguments.sweep is None:
+        parser.error("--plot draws a --sweep")
+
+
+def _recipes(parser: Parser, arguments: argparse.Namespace) -> dict[str, Recipe]:
+    """What to measure: one recipe under "", or one under each `key=value` of the sweep."""
     changes = [""]
     if arguments.sweep is not None:
         key, _, listed = arguments.sweep.partition("=")
@@ -279,8 +288,6 @@ def _recipes(parser: Parser, arguments: argparse.Namespace) -> dict[str, Recipe]
             parser.error(f"--sweep: expected a key and its values, e.g. batch_size=32,128, got {arguments.sweep!r}")
         if key in ENDLESS or arguments.inference:
             parser.error(f"--sweep {key}: makes no difference to what is measured")
-    elif arguments.plot:
-        parser.error("--plot draws a --sweep")
     words = list(arguments.overrides)
     if not any(word.startswith("tracking.wandb.mode=") for word in words):
         words.append("tracking.wandb.mode=offline")

@@ -7,12 +7,14 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from mnist_dist.recipe_file import Problem, RecipeError
 
 FAILED = 1
 BAD_INPUT = 2
 LAST_WORD = 30.0
+"""Seconds in which rank 0 speaks and a launcher then ends the other ranks, before these would say the same."""
 
 
 class RunError(Exception):
@@ -20,7 +22,7 @@ class RunError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, whose refusals come out like every other problem: once, not once per process."""
+    """argparse, whose refusals come out like every other problem: by rank 0 alone."""
 
     def __init__(self, door: str, description: str, examples: str):
         super().__init__(
@@ -39,19 +41,25 @@ def run_door(main: Callable[[], int]) -> int:
     try:
         return main()
     except RecipeError as error:
-        if not is_main_process():
-            time.sleep(LAST_WORD)  # when one process ends, a launcher ends the others: let rank 0 speak first
-        print(f"mnist_dist: {error}", file=sys.stderr)
-        return BAD_INPUT
+        return _say(error, BAD_INPUT)
     except RunError as error:
-        if not is_main_process():
-            time.sleep(LAST_WORD)
-        print(f"mnist_dist: {error}", file=sys.stderr)
-        return FAILED
+        return _say(error, FAILED)
     except KeyboardInterrupt:
         if is_main_process():
             print("mnist_dist: interrupted", file=sys.stderr)
         return 130
+
+
+def _say(error: Exception, code: int) -> int:
+    if not is_main_process():
+        time.sleep(LAST_WORD)
+    print(f"mnist_dist: {error}", file=sys.stderr)
+    return code
+
+
+def printable(path: Path) -> str:
+    """A path as any console takes it: a name on disk may be no text."""
+    return str(path).encode(errors="replace").decode()
 
 
 def is_main_process() -> bool:

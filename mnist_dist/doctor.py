@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import statistics
 import sys
@@ -45,7 +44,7 @@ from mnist_dist.probes import (
 from mnist_dist.ranks import Failed, Ranks
 from mnist_dist.recipe_file import Problem, RecipeError
 from mnist_dist.runs import git_commit, versions
-from mnist_dist.tracking import resolve_mode
+from mnist_dist.tracking import resolve_mode, server_url
 from mnist_dist.world import check_size, choose_threads, device_name, launch_settings, launched_world
 
 EXAMPLES = """\
@@ -268,7 +267,7 @@ def check_all_reduce(ranks: Ranks) -> Findings:
 
 def check_wandb(ranks: Ranks) -> Findings:
     """From rank 0, which alone logs. Never a failure: without the server runs are logged offline."""
-    server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    server = server_url()
     try:
         # The time limit of a request does not hold for the look-up of the server's name.
         seconds, problem = ranks.ask(lambda: [0, ""] if ranks.rank else reach(server), limit=2 * WANDB_SECONDS)[0]

@@ -22,7 +22,7 @@ from mnist_dist.command_line import Parser, run_door
 from mnist_dist.data import Images
 from mnist_dist.engine.evaluation import Evaluation
 from mnist_dist.engine.evaluation import evaluate as judge
-from mnist_dist.parts import load_data, place
+from mnist_dist.parts import load_data, place, set_determinism, set_kernels
 from mnist_dist.recipe import Recipe, load_recipe
 from mnist_dist.recipe_file import Problem, RecipeError
 from mnist_dist.runs import Run, open_run
@@ -63,7 +63,7 @@ def evaluate(run: Run, *overrides: str, split: str = "test") -> dict[str, Any]:
 
 
 def read_data(run: Run, *overrides: str, split: str = "test") -> tuple[Recipe, Images]:
-    """The run's recipe with `overrides`, and the images that it is to be judged on; arguments and errors as above."""
+    """The run's recipe with `overrides`, and the images that it is to be judged on; the rest is as for `evaluate`."""
     recipe = load_recipe(run.folder.recipe, *overrides)
     dataset = load_data(recipe, launched_world())
     if split == "validation" and not dataset.has_validation:
@@ -78,6 +78,8 @@ def read_data(run: Run, *overrides: str, split: str = "test") -> tuple[Recipe, I
 def judge_run(run: Run, recipe: Recipe, data: Images) -> Evaluation:
     """The network's evaluation in the recipe's precision and batches."""
     choose_threads(launched_world())
+    set_determinism(recipe.deterministic)
+    set_kernels(recipe)
     AcceleratorState._reset_state()  # a notebook may evaluate runs of two precisions
     accelerator = Accelerator(mixed_precision=recipe.mixed_precision or "no")
     # A copy: the run's own stays on the CPU for whoever asks it next.

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mnist_dist.command_line import Parser, run_door
+from mnist_dist.command_line import Parser, printable, run_door
 from mnist_dist.data.augment import normalize
 from mnist_dist.predict import predict, read_picture
 from mnist_dist.recipe_file import Problem, RecipeError, nearest
@@ -148,9 +148,9 @@ def main(argv: list[str] | None = None) -> int:
         picture = read_picture(arguments.picture)
     except ValueError as error:
         raise refuse(arguments.picture, error) from error
-    title = f"{run.about['model']} on {arguments.picture.name}"
+    title = f"{run.about['model']} on {printable(Path(arguments.picture.name))}"
     try:
-        print(explain(run, picture, output, arguments.layers, title))
+        print(printable(explain(run, picture, output, arguments.layers, title)))
     except ValueError as error:
         raise refuse("command line: --layers", error) from error
     except OSError as error:

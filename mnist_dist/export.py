@@ -33,7 +33,7 @@ from mnist_dist.parts import load_data
 from mnist_dist.recipe import load_recipe
 from mnist_dist.recipe_file import Problem, RecipeError
 from mnist_dist.reports.draw_page import VERSION, build_page, load_runtime
-from mnist_dist.runs import Run, load_run
+from mnist_dist.runs import Run, open_run
 from mnist_dist.world import choose_threads, device_name, launched_world
 
 EXAMPLES = """\
@@ -105,10 +105,7 @@ def export(run: Run, kind: str, output: Path, *overrides: str, onnxruntime_web: 
     if kind != "torch":
         _require_onnx()
     runtime = _web_runtime(onnxruntime_web) if kind == "page" else {}
-    try:
-        deployed, about = Deployed(run.model, run.about["mean"], run.about["std"]).eval(), run.about
-    except (OSError, ValueError) as error:
-        raise RecipeError([Problem(str(run.folder.path), "", str(error))]) from error
+    deployed, about = Deployed(run.model, run.about["mean"], run.about["std"]).eval(), run.about
     # Nobody's override or limit makes the check smaller.
     recipe = load_recipe(run.folder.recipe, *overrides, "data.limit_test=null")
     data = load_data(recipe, state)
@@ -448,10 +445,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys, e.g. data.root=/data")
     arguments = parser.parse_intermixed_args(argv)
-    try:
-        run = load_run(arguments.run, arguments.weights)
-    except FileNotFoundError as error:
-        raise RecipeError([Problem(arguments.run, "", str(error))]) from error
+    run = open_run(arguments.run, arguments.weights)
     name = arguments.weights + ENDINGS[arguments.format]
     output = arguments.output or run.folder.path / "export" / name
     if output.is_dir():

@@ -6,6 +6,7 @@ The weights are the initial ones, the images lie normalised on the device, and e
 from __future__ import annotations
 
 import importlib.util
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -34,7 +35,12 @@ def measure_inference(recipe: Recipe, batch_sizes: list[int], rounds: int, calls
     task = Task.prepare(recipe)
     if task.state.num_processes > 1:
         raise RecipeError([Problem("the launcher", "", "inference is timed in one process, not in several")])
-    session, found = onnx_session(task) if HAS_ONNX else None, {}
+    session, found = None, {}
+    if HAS_ONNX:
+        try:
+            session = onnx_session(task)
+        except Exception as error:  # what cannot be exported fails in many ways; PyTorch's figures need no file
+            print(f"no ONNX Runtime: {type(error).__name__}, the network cannot be exported", file=sys.stderr)
     for size in batch_sizes:
         rows = torch.arange(size) % len(task.dataset.test)
         images = task.dataset.test.normalize(task.dataset.test.images[rows]).to(task.state.device)

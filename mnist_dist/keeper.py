@@ -25,7 +25,7 @@ from mnist_dist.engine.step import NotFinite
 from mnist_dist.parts import Parts, Progress
 from mnist_dist.recipe import Recipe, load_recipe
 from mnist_dist.recipe_file import Problem, RecipeError
-from mnist_dist.runs import RunFolder, describe_changes
+from mnist_dist.runs import RunFolder, refuse_changes
 from mnist_dist.tracking import JSONLTracker, WandbTracker, find_tracker
 
 
@@ -34,12 +34,12 @@ class Keeper:
 
     def __init__(self, folder: RunFolder, recipe: Recipe, parts: Parts, progress: Progress):
         self._folder, self._recipe, self._parts, self._progress = folder, recipe, parts, progress
-        self._saved_at = parts.meter.train_seconds
         self.start(0.0)
 
     def start(self, seconds_before: float) -> None:
         """Starts the clock of the training, which goes on from where the checkpoint's stood."""
         self._began = time.perf_counter() - seconds_before
+        self._saved_at = self._parts.meter.train_seconds
 
     def train_seconds(self) -> float:
         """How long the loop took for the steps so far, evaluations included; what a killed process did again, once."""
@@ -88,10 +88,13 @@ class Keeper:
         """For a run that ends by force: the status, and nothing that could wait for anybody."""
         self._folder.set_status("failed")
 
-    def alert(self, what: str) -> None:
-        """Has W&B tell the user that the run failed, and of what."""
-        if wandb := find_tracker(self._parts.accelerator, WandbTracker):
-            wandb.fail(f"{self._recipe.name} failed", what)
+    def fail(self, what: str | None) -> None:
+        """Ends the trackers of a run that broke off; has W&B tell the user of what, where that is known."""
+        for tracker in self._parts.accelerator.trackers:
+            if not isinstance(tracker, WandbTracker):
+                tracker.finish()  # a terminal would stay without its cursor
+            elif what is not None:
+                tracker.fail(f"{self._recipe.name} failed", what)
 
     def explain(self, error: BaseException) -> str | None:
         """What the user can do about a run that broke off, and what is left; None where only a traceback helps."""
@@ -152,26 +155,26 @@ def find_checkpoint(source: str, recipe: Recipe, allow_recipe_change: bool) -> t
     else:
         raise refuse("\n".join(problems) or f"{path} holds no checkpoint; name a run folder or its checkpoints/step-N")
     origin = RunFolder(candidate.absolute().parent.parent)
-    changes = describe_changes(load_recipe(origin.recipe), recipe) if origin.recipe.is_file() else []
-    if changes and not allow_recipe_change:
-        listed = "\n".join(changes)
-        raise refuse(f"{candidate} is of another recipe:\n{listed}\ngo on all the same with --allow-recipe-change")
+    if origin.recipe.is_file() and (changes := refuse_changes(load_recipe(origin.recipe), recipe, allow_recipe_change)):
+        raise refuse(f"{candidate} is of another recipe:\n{changes}")
     return origin, state
 
 
 def has_checkpoint(run_dir: str | Path | None, resume: str, state: PartialState) -> bool:
     """Whether the run will go on from a checkpoint, whole or damaged, as rank 0 sees it; asks all processes."""
-    found = resume not in ("auto", "never")
-    if state.is_main_process and run_dir is not None:
-        with suppress(OSError):  # that the folder cannot be used is said when it is opened
-            found = found or bool(list_checkpoints(RunFolder(Path(run_dir)).checkpoints))
+    found = resume not in ("auto", "never") or (state.is_main_process and holds_checkpoint(run_dir))
     return broadcast_object_list([found])[0]
+
+
+def holds_checkpoint(run_dir: str | Path | None) -> bool:
+    """Whether one, whole or damaged, lies in this run folder."""
+    with suppress(OSError):  # that the folder cannot be used is said when it is opened
+        return run_dir is not None and bool(list_checkpoints(RunFolder(Path(run_dir)).checkpoints))
+    return False
 
 
 def adopt(folder: RunFolder, origin: RunFolder, state: dict[str, Any], keep: int) -> None:
     """Puts another run's checkpoint and its metrics up to there into a fresh folder, which goes on as its own run."""
-    if list_checkpoints(folder.checkpoints):
-        return  # the same command again, after it was killed: the folder's own are further on
     if origin.metrics.is_file():
         folder.metrics.write_bytes(origin.metrics.read_bytes()[: state.get("metrics_bytes", 0)])
     state = {key: value for key, value in state.items() if key != "wandb_id"}

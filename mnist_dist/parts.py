@@ -31,7 +31,7 @@ from mnist_dist.engine.distillation import Distillation
 from mnist_dist.engine.evaluation import Evaluation, evaluate
 from mnist_dist.engine.fully_sharded import cut_model_state, cut_optimizer_state, gathered, shard_parameters, whole
 from mnist_dist.engine.metrics import GradientClock, Meter
-from mnist_dist.engine.optim import Schedule, build_average, build_optimizer, build_schedule, fill_momentum
+from mnist_dist.engine.optim import MovingAverage, Schedule, build_optimizer, build_schedule, fill_momentum, set_rates
 from mnist_dist.engine.shards import LogicalShards
 from mnist_dist.engine.step import Update
 from mnist_dist.engine.sync_batchnorm import synchronize_batch_norm
@@ -80,15 +80,16 @@ def load_data(recipe: Recipe, state: PartialState) -> Dataset:
     return together(state, lambda: first or load(download=False))
 
 
-def build_module(recipe: Recipe, dataset: Dataset) -> nn.Module:
-    """The recipe's network with its initial weights, which follow from the seed; frozen as asked; tried on one batch.
+def build_module(recipe: Recipe, dataset: Dataset, world_size: int = 1) -> nn.Module:
+    """The recipe's network with its initial weights, which follow from the seed; frozen as asked; tried on images.
 
     A frozen parameter is no part of the optimizer, so nothing moves it, weight decay and averaging included. A batch
     norm whose parameters are all frozen stays in eval mode: it normalises by its running statistics and keeps them, so
     a frozen stage remains the function that it was.
 
     Raises:
-        RecipeError: it cannot be built, or does not turn (N, 1, 28, 28) into (N, classes).
+        RecipeError: it cannot be built, or does not turn (N, 1, 28, 28) into (N, classes), or not one image alone where
+            a process of so many would have to.
     """
     classes, name = len(dataset.train.classes), recipe.model.name
     torch.manual_seed(derive_seed(recipe.seed))
@@ -122,7 +123,47 @@ def build_module(recipe: Recipe, dataset: Dataset) -> nn.Module:
     for part in module.train().modules():
         if isinstance(part, _BatchNorm) and part.affine and not any(p.requires_grad for p in part.parameters()):
             part.eval()
+    smallest, key = _smallest_piece(recipe, len(dataset.train), world_size)
+    try:
+        output = _try_to_train(module, dataset.train.normalize(dataset.train.images[:2]))
+    except Exception as error:
+        what = f"{name} cannot be trained: {type(error).__name__}: {error}"
+        raise RecipeError([recipe.problem("model.name", what)]) from error
+    if not isinstance(output, torch.Tensor):
+        what = f"{name} gives a tensor in evaluation, but {type(output).__name__} in training"
+        raise RecipeError([recipe.problem("model.name", what)])
+    try:
+        if smallest == 1:
+            _try_to_train(module, dataset.train.normalize(dataset.train.images[:1]))
+    except Exception as error:
+        what = f"leaves a process one image at a time, on which {name} cannot be trained: {error}"
+        raise RecipeError([recipe.problem(key, f"{getattr(recipe, key)} {what}")]) from error
     return module
+
+
+def _try_to_train(module: nn.Module, images: torch.Tensor) -> object:
+    """What the network gives while it trains; it stays as it is."""
+    before = [buffer.clone() for buffer in module.buffers()]
+    with torch.no_grad():
+        output = module(images)
+        for buffer, value in zip(module.buffers(), before, strict=True):
+            buffer.copy_(value)
+    return output
+
+
+def _smallest_piece(recipe: Recipe, samples: int, world_size: int) -> tuple[int, str]:
+    """The fewest images that pass through the network at once in an epoch, and the key that makes them so few."""
+    shares, micro = recipe.logical_shards or world_size, recipe.micro_batch_size
+    batches = {min(recipe.batch_size, samples), samples % recipe.batch_size} - {0}
+    if recipe.sync_batchnorm and world_size > 1:
+        return min(batches), "batch_size"  # the images of all processes count
+    pieces: dict[int, str] = {}
+    for size in batches:
+        for share in (max(1, size // shares), -(-size // shares)):
+            count = -(-share // micro) if isinstance(micro, int) else 1
+            key = "micro_batch_size" if count > 1 else "logical_shards" if recipe.logical_shards else "batch_size"
+            pieces.setdefault(share // count, key)
+    return min(pieces.items())
 
 
 @dataclass(frozen=True)
@@ -155,8 +196,7 @@ class Parts:
     def judge(self, data: Images, batch_size: int, interrupted: Callable[[], bool] = lambda: False) -> Evaluation:
         # Each process gathered batch norm's statistics from its own rows; rank 0's are the run's.
         if self.accelerator.num_processes > 1:
-            for buffer in self.judged.buffers():
-                broadcast(buffer)
+            broadcast(list(self.judged.buffers()))
         with gathered(self.judged):
             return evaluate(self.accelerator, self.judged, data, batch_size=batch_size, interrupted=interrupted)
 
@@ -183,8 +223,10 @@ class Parts:
         optimizer = self.update.optimizer
         self.module.load_state_dict(cut_model_state(state["model"], self.module))
         optimizer.load_state_dict(cut_optimizer_state(state["optimizer"], optimizer))
-        if self.update.average:
+        if self.update.average and state["average"]:
             self.update.average.load_state_dict(state["average"])
+        elif self.update.average:  # the recipe has it since: it begins here
+            self.update.average.module.load_state_dict(state["model"])
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.schedule.load_state_dict(state["schedule"])
@@ -248,14 +290,12 @@ def build_parts(
     recipe: Recipe, precision: str, train_data: Images, module: nn.Module, teachers: Sequence[Run] = ()
 ) -> Parts:
     """Builds everything the loop uses, on the device, prepared by Accelerate."""
-    _set_determinism(recipe.deterministic)
+    set_determinism(recipe.deterministic)
     set_kernels(recipe)
     AcceleratorState._reset_state()  # a notebook may train twice, with another precision the second time
     ddp = DistributedDataParallelKwargs(
         gradient_as_bucket_view=True,
         broadcast_buffers=False,
-        # PyTorch's own size, but for the first bucket too, which is 1 MB unless told: small gradients travel once.
-        bucket_cap_mb=25,
         find_unused_parameters=recipe.ddp.find_unused_parameters,
     )
     # Said here, so that no launcher's variable says otherwise: accumulation and compilation are the recipe's.
@@ -285,10 +325,11 @@ def build_parts(
         module = synchronize_batch_norm(module, accelerator.device)
     if sharded:
         shard_parameters(module, accelerator.device, **fsdp_settings())
-    average = None if recipe.ema_decay is None else build_average(module, recipe.ema_decay)
+    average = None if recipe.ema_decay is None else MovingAverage(module, recipe.ema_decay)
     optimizer = build_optimizer(
         module.parameters(), recipe.optimizer.name, lr=schedule.lr_at(0), **recipe.optimizer.keywords
     )
+    set_rates(optimizer, schedule, 0)  # a schedule may bring the momentum
     fill_momentum(optimizer)
     compile_network(module, recipe.compile)
     with warnings.catch_warnings():
@@ -371,7 +412,7 @@ def _build_capture(
     return None, [f"engine.capture: all steps are eager: {obstacle}"] if expected else []
 
 
-def _set_determinism(deterministic: bool) -> None:
+def set_determinism(deterministic: bool) -> None:
     """Bit-for-bit repeatable kernels where PyTorch has them; it warns of those it has not."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

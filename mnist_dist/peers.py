@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import logging
+import math
 import os
 import threading
 import time
@@ -186,7 +187,13 @@ class _PerImage(TorchDataset):
                     fill=int(augment.fill),
                 )
             )
-        steps += [transforms.ToTensor(), transforms.Normalize((data.mean,), (data.std,))]
+        steps.append(transforms.ToTensor())
+        if augment.elastic:
+            sigma = min(augment.elastic_sigma, 6.5)  # torchvision mirrors four of them beyond the edge
+            # Its alpha is in half pixels, of uniform noise in ±1 before it is smoothed.
+            alpha = augment.elastic * 4 * sigma * math.sqrt(3 * math.pi)
+            steps.append(transforms.ElasticTransform(alpha, sigma))
+        steps.append(transforms.Normalize((data.mean,), (data.std,)))
         self._data, self._transform = data, transforms.Compose(steps)
 
     def __len__(self) -> int:

@@ -18,8 +18,9 @@ from PIL import Image, ImageOps
 from rich.console import Console
 from torch import Tensor
 
-from mnist_dist.command_line import FAILED, Parser, run_door
+from mnist_dist.command_line import FAILED, Parser, printable, run_door
 from mnist_dist.data.augment import normalize
+from mnist_dist.run_reader import find_runs
 from mnist_dist.runs import Run, load_run, open_run
 
 EXAMPLES = """\
@@ -45,14 +46,16 @@ def read_picture(path: str | Path) -> Tensor:
         with Image.open(path) as file:
             if file.width * file.height > LARGEST:
                 raise ValueError(f"{file.width:,}×{file.height:,} are too many pixels; at most {LARGEST:,}")
-            ink = _ink(ImageOps.exif_transpose(file))
+            picture = ImageOps.exif_transpose(file)
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        raise ValueError(error.strerror) from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"too many pixels; at most {LARGEST:,}") from error
-    except (OSError, SyntaxError) as error:
-        if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
-            raise ValueError(error.strerror) from error
+    except ValueError:
+        raise
+    except Exception as error:  # Pillow raises a kind of its own for every sort of damage
         raise ValueError("not a picture, or a damaged one") from error
-    return _as_mnist(ink)
+    return _as_mnist(_ink(picture))
 
 
 def _ink(picture: Image.Image) -> np.ndarray:
@@ -89,6 +92,8 @@ def _as_mnist(ink: np.ndarray) -> Tensor:
     size = (max(1, round(figure.shape[1] * scale)), max(1, round(figure.shape[0] * scale)))
     small = Image.fromarray((255 * figure).astype(np.uint8)).resize(size, Image.Resampling.LANCZOS)
     values = np.asarray(small, dtype=np.float64)
+    if not values.any():
+        raise ValueError("no figure in it: only specks")
     weights = values / values.sum()
     centre = [(weights.sum(axis=1 - axis) * np.arange(values.shape[axis])).sum() for axis in (0, 1)]
     canvas = np.zeros((SIDE, SIDE), dtype=np.uint8)
@@ -125,7 +130,7 @@ def predict_digit(path: str | Path, run: str | Path | None = None) -> tuple[str,
 
 
 def _newest_run() -> Path:
-    runs = [path.parent for path in Path("runs").glob("*/*/summary.json")]
+    runs = [run for run in find_runs(Path("runs")) if (run / "summary.json").is_file()]
     if not runs:
         raise FileNotFoundError("there is no finished run in ./runs; name a run folder")
     return max(runs, key=lambda run: (run / "summary.json").stat().st_mtime)
@@ -145,10 +150,10 @@ def main(argv: list[str] | None = None) -> int:
     for path in paths:
         try:
             [each] = predict(run, read_picture(path)[None])
-            found.append({"path": str(path), **each})
+            found.append({"path": printable(path), **each})
         except ValueError as error:
             failed = True
-            print(f"mnist_dist: {path}: {error}", file=sys.stderr)
+            print(f"mnist_dist: {printable(path)}: {error}", file=sys.stderr)
     if arguments.json:
         print(json.dumps(found, indent=2))
     else:

@@ -444,11 +444,14 @@ def _attempt(section: str, keywords: dict[str, Any], build: Callable[..., Any], 
         try:
             return build(**left), findings
         except Exception as error:  # PyTorch's and other people's constructors refuse in many ways
-            if "meta " in str(error):  # it looks into the memory that it has not: only building it in earnest will tell
+            said = str(error)
+            if "meta " in said:  # it looks into the memory that it has not: only building it in earnest will tell
                 return None, findings
-            guilty = min((key for key in left if key in str(error)), key=str(error).index, default=None)
+            # The first that it names; of elastic and elastic_sigma, which begin alike, the longer.
+            named = sorted((key for key in left if key in said), key=lambda key: (said.index(key), -len(key)))
+            guilty = named[0] if named else None
             if guilty or not findings:  # else it may only miss what was taken away
-                findings.append((f"{section}.{guilty}" if guilty else section, f"{error}{hint}"))
+                findings.append((f"{section}.{guilty}" if guilty else section, f"{said}{hint}"))
             if not guilty:
                 return None, findings
             del left[guilty]

@@ -7,6 +7,7 @@ github.com/tuomaso/train_mnist_fast, written from its description and run in tur
 
 from __future__ import annotations
 
+import copy
 import re
 import statistics
 import time
@@ -20,8 +21,10 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
+from mnist_dist.command_line import RunError
 from mnist_dist.contenders import Task
 from mnist_dist.data import Images
+from mnist_dist.engine.step import NotFinite
 from mnist_dist.models import count_parameters
 from mnist_dist.parts import Parts, Progress, build_module, build_parts
 from mnist_dist.recipe import Recipe
@@ -37,25 +40,34 @@ SAVES_NOTHING: Any = SimpleNamespace(
 )
 """In the place of a run's `Keeper`: the reference saves nothing either."""
 
+BEGIN_WITH_ZEROS = ("adam", "adamw", "radam", "adamax", "adadelta", "rmsprop", "sgd")
+"""SGD without dampening."""
+
 
 def measure(recipe: Recipe, seeds: int) -> dict[str, Any]:
     """Trains seeds 0, 1, … of a recipe and of the reference in turn; returns accuracies (percent) and seconds of each.
 
     Raises:
-        RecipeError: the world is of several processes.
+        RecipeError: the world is of several processes, or an optimizer's state does not begin with zeros.
+        RunError: the training broke off.
     """
     task = Task.prepare(recipe)
     if task.state.num_processes > 1:
         raise RecipeError([Problem("command line", "--record", "a record is of one process")])
+    if recipe.optimizer.name not in BEGIN_WITH_ZEROS or recipe.optimizer.keywords.get("dampening"):
+        what = f"each seed begins with the state filled with zeros, as {', '.join(BEGIN_WITH_ZEROS)} begin"
+        raise RecipeError([recipe.problem("optimizer.name", what)])
     dataset, device = task.dataset, task.state.device
     train, test = dataset.train.to(device), dataset.test.to(device)
     parts = build_parts(recipe, task.precision, train, build_module(recipe, dataset))
     ours: list[tuple[float, float]] = []
     theirs: list[tuple[float, float]] = []
+    schedule = copy.deepcopy(parts.schedule.state_dict())
     preparation = _warm_up(parts, recipe, train, test, dataset.train.classes)
     _reference(train, test, seed=0, steps=10)
     for seed in range(seeds):
         task.wait()
+        parts.schedule.load_state_dict(copy.deepcopy(schedule))
         ours.append(_ours(parts, recipe.model_copy(update={"seed": seed}), dataset, test))
         task.wait()
         theirs.append(_reference(train, test, seed))
@@ -87,7 +99,7 @@ def _warm_up(parts: Parts, recipe: Recipe, train: Images, test: Images, classes:
     right = train.labels.clone()
     train.labels.random_(len(classes))
     assert parts.update.data.labels.data_ptr() == train.labels.data_ptr()
-    fit(recipe, replace(parts, total_steps=min(10, parts.total_steps)), test, SAVES_NOTHING, Progress())
+    _fit(recipe, replace(parts, total_steps=min(10, parts.total_steps)), test, Progress())
     train.labels.copy_(right)
     return time.perf_counter() - started
 
@@ -104,8 +116,22 @@ def _ours(parts: Parts, recipe: Recipe, dataset: Any, test: Images) -> tuple[flo
         parts.update.average.n_averaged.zero_()
     parts.update.batches = replace(parts.batches, seed=recipe.seed)
     progress = Progress()
-    fit(recipe, replace(parts, batches=parts.update.batches), test, SAVES_NOTHING, progress)
+    _fit(recipe, replace(parts, batches=parts.update.batches), test, progress)
     return progress.last["eval/accuracy"], time.perf_counter() - started
+
+
+def _fit(recipe: Recipe, parts: Parts, test: Images, progress: Progress) -> None:
+    """Trains to the last step.
+
+    Raises:
+        RunError: it broke off, or was asked to stop.
+    """
+    try:
+        finished = fit(recipe, parts, test, SAVES_NOTHING, progress)
+    except NotFinite as error:
+        raise RunError(f"the gradient of step {error.step} of seed {recipe.seed} is not finite") from error
+    if not finished:
+        raise RunError("asked to stop while measuring")
 
 
 def _reference(train: Images, test: Images, seed: int, steps: int | None = None) -> tuple[float, float]:
@@ -115,7 +141,7 @@ def _reference(train: Images, test: Images, seed: int, steps: int | None = None)
     torch.manual_seed(seed)
     network = nn.Sequential(
         nn.Conv2d(1, 24, 5), nn.MaxPool2d(2), nn.ReLU(), nn.Conv2d(24, 32, 3), nn.MaxPool2d(2), nn.ReLU(),
-        nn.Flatten(), nn.Linear(800, 256), nn.ReLU(), nn.Linear(256, 10),
+        nn.Flatten(), nn.Linear(800, 256), nn.ReLU(), nn.Linear(256, len(train.classes)),
     ).to(device)  # fmt: skip
     images, labels = train.normalize(train.images), train.labels
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-2, betas=(0.7, 0.9))

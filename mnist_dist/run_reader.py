@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from mnist_dist.command_line import printable
 from mnist_dist.recipe_file import RecipeError, read_recipe
 from mnist_dist.runs import HARMLESS_KEYS, RunFolder, flatten
 from mnist_dist.tracking import JSONLReader
@@ -41,7 +42,7 @@ class RunReader:
 
     def __init__(self, path: Path):
         self.folder = RunFolder(path)
-        self.name = str(path).encode(errors="replace").decode()
+        self.name = printable(path)
         self.recipe: dict[str, Any] = {}
         self.summary: dict[str, Any] = {}
         self.lines: list[dict[str, Any]] = []

@@ -60,16 +60,10 @@ class RunFolder:
                 raise refuse(f"{folder.path} is not empty and not a run's; name a new folder")
             if holds and resume == "never":
                 raise refuse(f"{folder.path} holds a run, and a run is never overwritten; name a new folder")
-            if holds and folder.status.is_file() and folder.status.read_text() == "done\n":
+            if folder.is_done:
                 raise refuse(f"the run in {folder.path} is done already; name a new folder for another")
-            if holds and not allow_recipe_change:
-                changes = describe_changes(load_recipe(folder.recipe), recipe)
-                if changes:
-                    listed = "\n".join(changes)
-                    raise refuse(
-                        f"the run in {folder.path} began with another recipe:\n{listed}\n"
-                        "name a new folder, or go on with --allow-recipe-change"
-                    )
+            if holds and (changes := refuse_changes(load_recipe(folder.recipe), recipe, allow_recipe_change)):
+                raise refuse(f"the run in {folder.path} began with another recipe:\n{changes}")
             # First of all files: by it the same command knows its own folder again, whenever this one is killed.
             write_text(folder.recipe, recipe.to_yaml())
             folder.plots.mkdir(exist_ok=True)
@@ -78,6 +72,10 @@ class RunFolder:
             what = f"{error.filename or run_dir} cannot be written: {error.strerror}; give another --run-dir"
             raise refuse(what) from error
         return folder
+
+    @property
+    def is_done(self) -> bool:
+        return self.status.is_file() and self.status.read_text() == "done\n"
 
     def set_status(self, status: str) -> None:
         write_text(self.status, status + "\n")
@@ -92,6 +90,24 @@ def describe_changes(old: Recipe, new: Recipe) -> list[str]:
     before, after = (flatten(recipe.model_dump()) for recipe in (old, new))
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if not key.startswith(HARMLESS_KEYS)]
+
+
+FIXED_KEYS = ("model.", "optimizer.name", "optimizer.amsgrad", "optimizer.centered", "data.dataset", "data.split")
+"""Recipe keys on which the shape of a checkpoint depends."""
+
+
+def refuse_changes(old: Recipe, new: Recipe, allowed: bool) -> str:
+    """Why a run that began with `old` cannot go on with `new`, and what can be done; empty if it can."""
+    changes = describe_changes(old, new)
+    if fixed := [change for change in changes if change.startswith(FIXED_KEYS)]:
+        return "\n".join(
+            [*fixed, "what it has learnt does not fit; name a new folder, or begin one with model.init_from"]
+        )
+    return (
+        ""
+        if allowed or not changes
+        else "\n".join([*changes, "name a new folder, or go on with --allow-recipe-change"])
+    )
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -151,10 +167,17 @@ class Run:
 
     @cached_property
     def model(self) -> nn.Module:
-        """The trained network in eval mode on the CPU; takes normalised float32 (N, 1, 28, 28)."""
+        """The trained network in eval mode on the CPU; takes normalised float32 (N, 1, 28, 28).
+
+        Raises:
+            OSError, ValueError: no whole weights there, or its class is no longer the one that was trained.
+        """
         tensors, about = load_weights(self.folder.path / f"{self.weights}.safetensors")
-        module = build_model(about["model"], num_classes=len(about["classes"]), **about["keywords"])
-        module.load_state_dict(tensors)
+        try:
+            module = build_model(about["model"], num_classes=len(about["classes"]), **about["keywords"])
+            module.load_state_dict(tensors)
+        except Exception as error:  # a user's own class may fail in any way
+            raise ValueError(f"{about['model']} cannot be built with its weights: {error}") from error
         return module.eval()
 
 

@@ -13,6 +13,7 @@ import math
 import random
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -282,6 +283,8 @@ def _names(choices: list[Choice]) -> list[str]:
 def train_trial(sweep: Sweep, trial: Trial, log: Path) -> int:
     """Trains it in a process of its own, whose words go to `log`; returns its exit code.
 
+    SIGTERM and SIGUSR1 are passed on to it, so that it saves and does not train on alone; the code is PREEMPTED then.
+
     Raises:
         RecipeError: the command cannot be started.
     """
@@ -292,17 +295,28 @@ def train_trial(sweep: Sweep, trial: Trial, log: Path) -> int:
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
         except OSError as error:
             raise RecipeError([Problem(shlex.join(command), "", f"cannot be started: {error.strerror}")]) from error
+        asked: list[int] = []
+
+        def pass_on(number: int, frame: object) -> None:
+            asked.append(number)
+            process.send_signal(number)
+
+        before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
         try:
-            return process.wait()
+            code = process.wait()
+            return PREEMPTED if asked else code
         except KeyboardInterrupt:  # Ctrl-C reached it too: it saves
             process.wait()
             raise
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def result(trial: Trial, log: Path) -> dict[str, Any]:
     """What became of it, for the table."""
     row: dict[str, Any] = {"trial": trial.name, "values": trial.choice}
-    if not is_done(trial):
+    if not trial.folder.is_done:
         return row | {"failed": _last_words(log)}
     summary = json.loads(trial.folder.summary.read_text(encoding="utf-8"))
     assert summary["eval.split"] == "validation"
@@ -316,10 +330,6 @@ def _last_words(log: Path) -> str:
     screen = [place for place, line in enumerate(lines) if line.startswith("mnist_dist: ")]
     words = " ".join(lines[screen[-1] if screen else -1 :]) or "without a word"
     return words.removeprefix("mnist_dist: ")[:200]
-
-
-def is_done(trial: Trial) -> bool:
-    return trial.folder.status.is_file() and trial.folder.status.read_text() == "done\n"
 
 
 # --- the table ----------------------------------------------------------------------------------------------------
@@ -356,10 +366,11 @@ def write(directory: Path, sweep: Sweep, rows: list[dict[str, Any]]) -> str:
     best, lines = rows[0], cells(rows)
     said = "every trial failed"
     if "failed" not in best:
-        words = [*sweep.words, *(_word(*pair) for pair in best["values"].items())]
+        # The recipe and the sweep file's command may hold images out too; the last word counts.
+        words = [*sweep.words, *(_word(*pair) for pair in best["values"].items()), "data.validation=0"]
         said = (
             f"best: {best['trial']}, {best['eval.best.accuracy']:.2f} % of the validation images "
-            f"({best['test.accuracy']:.2f} % of the test images, after its last epoch)\n"
+            f"({best['test.accuracy']:.2f} % of the test images, after its last epoch)\n\n"
             f"on all training images: python -m mnist_dist.train --recipe {sweep.recipe} {shlex.join(words)}"
         )
     write_text(
@@ -367,7 +378,7 @@ def write(directory: Path, sweep: Sweep, rows: list[dict[str, Any]]) -> str:
     )
     lines.insert(1, ["---"] * len(lines[0]))
     table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-    write_text(directory / "sweep.md", f"# {sweep.name}\n\n{table}\n\n{said}\n".replace("\non all", "\n\non all"))
+    write_text(directory / "sweep.md", f"# {sweep.name}\n\n{table}\n\n{said}\n")
     return said
 
 
@@ -406,7 +417,7 @@ def main(argv: list[str] | None = None) -> int:
     said = ""
     for number, trial in enumerate(trials, start=1):
         log = directory / f"{trial.name}.log"
-        again = is_done(trial)
+        again = trial.folder.is_done
         if not again:
             with console.status(f"{number}/{len(trials)}  {trial.name}: tail -f {log}"):
                 code = train_trial(sweep, trial, log)

@@ -24,7 +24,7 @@ from mnist_dist.engine.evaluation import Interrupted
 from mnist_dist.engine.interrupts import PREEMPTED, Interrupts
 from mnist_dist.engine.optim import set_rates
 from mnist_dist.engine.watchdog import Watchdog
-from mnist_dist.keeper import Keeper, adopt, find_checkpoint, has_checkpoint, load_newest
+from mnist_dist.keeper import Keeper, adopt, find_checkpoint, has_checkpoint, holds_checkpoint, load_newest
 from mnist_dist.models import build_model, count_parameters
 from mnist_dist.outputs import close_trackers, open_trackers, summarize, write_outputs
 from mnist_dist.parts import Parts, Progress, build_module, build_parts, check_world, load_data
@@ -74,8 +74,8 @@ def fit(recipe: Recipe, parts: Parts, held_out: Images, keep: Keeper, progress: 
                 meter.resume()
 
             # Stop at the end, or early where the recipe asks for it.
-            out_of_patience = progress.evaluations_without_gain == recipe.early_stopping.patience
-            if progress.step >= parts.total_steps or out_of_patience:
+            patience = recipe.early_stopping.patience or sys.maxsize
+            if progress.step >= parts.total_steps or progress.evaluations_without_gain >= patience:
                 return True
 
             # One update: this process's rows of the global batch, the learning rate of this step.
@@ -136,7 +136,7 @@ def train(
     precision = check_world(recipe, state)
     recipe = recipe.model_copy(update={"mixed_precision": precision})  # a resume under another launcher sees the change
     dataset = load_data(recipe, state)
-    module, notes = together(state, lambda: build_module(recipe, dataset)), []
+    module, notes = together(state, lambda: build_module(recipe, dataset, state.num_processes)), []
     teachers = together(state, lambda: load_teachers(recipe, dataset.train))
     # A checkpoint has all the weights: what the run once began from may be gone by then.
     goes_on = has_checkpoint(run_dir, resume, state)
@@ -187,9 +187,9 @@ def train(
             with suppress(OSError):
                 folder.set_status("failed")
         message = keep.explain(error) if keep else None
-        if keep and isinstance(error, Exception):
+        if keep:
             with suppress(OSError):
-                keep.alert(message or f"{type(error).__name__}: {error}")
+                keep.fail(message or f"{type(error).__name__}: {error}" if isinstance(error, Exception) else None)
         if message:
             raise RunError(message) from error
         raise
@@ -210,7 +210,9 @@ def _open_folder(
     def on_main() -> RunFolder | None:
         if not state.is_main_process:
             return None
-        source = None if resume in ("auto", "never") else find_checkpoint(resume, recipe, allow_recipe_change)
+        # The same command again, after it was killed: the folder's own are further on, and the source may be gone.
+        named = resume not in ("auto", "never") and not holds_checkpoint(run_dir)
+        source = find_checkpoint(resume, recipe, allow_recipe_change) if named else None
         folder = RunFolder.open(run_dir, recipe, resume, allow_recipe_change)
         if source:
             adopt(folder, *source, recipe.checkpoint.keep)

@@ -61,7 +61,9 @@ def load_teachers(recipe: Recipe, data: Images) -> list[Run]:
             teacher = load_run(folder, "last")
             _, known = teacher.model, tuple(teacher.about["classes"])
         except (OSError, ValueError) as error:
-            raise RecipeError([recipe.problem("distill.from", str(error))]) from error
+            what = f"{error}\ntrain it first"
+            what += f"; launch/reproduce.sh {recipe.name} does" if "runs/reproduce/" in f"{folder}" else ""
+            raise RecipeError([recipe.problem("distill.from", what)]) from error
         if known != data.classes:
             what = f"{folder} knows {len(known)} classes ({_listed(list(known), 10)}), {recipe.data.dataset} has "
             what += f"{len(data.classes)} ({_listed(list(data.classes), 10)})"

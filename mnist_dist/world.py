@@ -81,7 +81,8 @@ def _launcher_was_asked_for() -> tuple[int | None, str]:
         if name in ("--num_processes", "--num-processes") and number.isdigit() and int(number) > 0:
             return int(number), f"accelerate launch was given {name}"
     for variable in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-        if variable in os.environ:
+        # Of torchrun under srun or mpirun they count the torchruns.
+        if variable in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
             return int(os.environ[variable]), f"mpirun's {variable} says"
     if (
         "SLURM_STEP_ID" in os.environ

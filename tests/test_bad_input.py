@@ -320,6 +320,7 @@ def test_a_wrong_type(refused_recipe, text, expected):
         ("  augment: {elastic: {alpha: 3}}", "data.augment.elastic expected a number"),
         ("  augment: {elastic: 1, elastic_sigma: 2}", "data.augment.elastic_sigma expected at least 3, got 2"),
         ("  augment: {shear: 95}", "data.augment.shear expected less than 90, got 95"),
+        ("schedule: {name: onecycle, max_lr: 1, final_div_factor: -1}", "schedule.final_div_factor"),
     ],
 )
 def test_a_value_out_of_range(refused_recipe, text, expected):
@@ -366,6 +367,14 @@ class Broken(Shapeless):
     def __init__(self):
         raise RuntimeError("out of ideas")
 
+class Twofold(nn.Linear):
+    def __init__(self):
+        super().__init__(784, 10)
+
+    def forward(self, images):
+        logits = super().forward(images.flatten(1))
+        return (logits, logits) if self.training else logits
+
 class Weightless(Shapeless):
     def forward(self, images):
         return images.flatten(1)[:, :10]
@@ -401,6 +410,8 @@ class Needy(Shapeless):
         ("name: 'my_nets:Broken'", "RuntimeError: out of ideas"),
         ("name: 'my_nets:Shapeless'", "gives (2, 784) for two images; expected (2, 10)"),
         ("name: 'my_nets:Silent'", "gives NoneType for two images; expected (2, 10)"),
+        ("name: 'my_nets:Twofold'", "gives a tensor in evaluation, but tuple in training"),
+        ("name: torchvision/googlenet", "gives a tensor in evaluation, but GoogLeNetOutputs in training"),
         ("name: 'my_nets:NoModule'", "gives a NoModule, not a torch.nn.Module"),
         ("name: 'my_nets:Weightless'", "my.yaml:1: model.name"),
         ("name: 'my_nets:Needy'", "my.yaml:1: model.depth my_nets:Needy needs this key"),
@@ -502,6 +513,19 @@ def test_a_batch_smaller_than_the_world(refused_recipe, monkeypatch):
     monkeypatch.setattr("mnist_dist.train.launched_world", lambda: world)
     message = refused_recipe(GOOD + "batch_size: 3\n")
     assert "my.yaml:5: batch_size the global batch of 3 cannot be shared by 4 processes" in message
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("batch_size: 64\ndata: {dataset: synthetic, limit_train: 129}", "batch_size 64 leaves a process one image"),
+        ("micro_batch_size: 1\ndata: {dataset: synthetic}", "micro_batch_size 1 leaves a process one image at a time"),
+        ("batch_size: 8\nlogical_shards: 8\ndata: {dataset: synthetic}", "logical_shards 8 leaves a process one image"),
+    ],
+)
+def test_one_image_alone_where_batch_norm_needs_two(refused_recipe, words, expected):
+    message = refused_recipe(f"model: {{name: separable_cnn, head: weighted}}\n{words}\n")
+    assert expected in message and "Expected more than 1 value per channel" in message
 
 
 def test_a_problem_met_while_building_names_file_and_line(refused_recipe):

@@ -78,7 +78,7 @@ def test_rows_of_all_processes_in_rank_order_are_the_global_batch(batch_size, wo
         pieces = [batches.rows(plan, index, rank=rank, world_size=world_size) for rank in range(world_size)]
         assert torch.equal(torch.cat(pieces), plan.order[index * batch_size : (index + 1) * batch_size])
         sizes = [len(piece) for piece in pieces]
-        assert max(sizes) - min(sizes) <= 1
+        assert max(sizes) - min(sizes) <= 1 and sizes == sorted(sizes, reverse=True), "empty ones are the last"
 
 
 # Warps belong to samples

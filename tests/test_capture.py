@@ -13,7 +13,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mnist_dist import load_recipe, train
@@ -22,7 +21,7 @@ from mnist_dist.engine import capture, step
 from mnist_dist.engine.capture import WARM_UP_STEPS, CapturedStep
 from mnist_dist.engine.distillation import Distillation
 from mnist_dist.engine.metrics import Meter
-from mnist_dist.engine.optim import build_average, build_optimizer, build_schedule, set_rates
+from mnist_dist.engine.optim import MovingAverage, build_optimizer, build_schedule, set_rates
 from mnist_dist.engine.step import NotFinite, Update
 from mnist_dist.models import build_model
 
@@ -116,7 +115,7 @@ def run(
     augmentation = Augmentation(rotation=20, translation=0.1)
     batches = Batches(len(data), batch_size, 3, augmentation=augmentation)
     made = build_optimizer(module.parameters(), optimizer, lr=0.25, **(keywords or {}))
-    average = build_average(module, 0.75) if ema else None
+    average = MovingAverage(module, 0.75) if ema else None
     lengths = {"steps_per_epoch": batches.steps_per_epoch, "total_steps": steps}
     schedule = build_schedule("step", lr=2**-5, step_size=1, gamma=0.5, **lengths)
     update = Update(
@@ -373,7 +372,7 @@ def pretend_a_step(
         teachers = [(teacher, 0.2, 0.3)]
         update = Update(
             accelerator, module, module, made, batches, data, meter=Meter(accelerator),
-            average=build_average(module, 0.9) if ema else None,
+            average=MovingAverage(module, 0.9) if ema else None,
             distillation=Distillation(teachers, weight=0.5, temperature=2, mean=0.1, std=0.3) if learns else None,
             **keywords,
         )  # fmt: skip
@@ -399,10 +398,12 @@ def test_a_step_on_a_gpu_stays_there_and_never_waits(monkeypatch, name, words):
 
 
 def test_an_averaged_weight_s_count_on_the_cpu_would_have_been_found(monkeypatch):
-    def elsewhere(module: nn.Module, decay: float) -> AveragedModel:
-        return AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    class Elsewhere(MovingAverage):
+        def __init__(self, module: nn.Module, decay: float):
+            super().__init__(module, decay)
+            self.n_averaged = torch.zeros((), dtype=torch.int64, device="cpu")
 
-    monkeypatch.setitem(globals(), "build_average", elsewhere)
+    monkeypatch.setitem(globals(), "MovingAverage", Elsewhere)
     with pytest.raises(RuntimeError, match="device"):
         pretend_a_step(lambda: build_model("lenet5"), monkeypatch, ema=True)
 

@@ -337,6 +337,17 @@ def test_the_server_answers_this_machine_and_nothing_but_the_page(runs):
         assert {ask(url, path)[0] for path in bad} == {404}
 
 
+def test_a_browser_finds_the_pictures_of_a_path_with_dots(runs, monkeypatch):
+    (runs / "beside").mkdir(exist_ok=True)
+    monkeypatch.chdir(runs / "beside")
+    with serving(Path("..")) as url:
+        pictures = [
+            found for family in json.loads(ask(url, "/data")[1])["families"].values() for _, found in family["pictures"]
+        ]
+        assert len(pictures) == 2 and not any("/../" in found for found in pictures)
+        assert all(ask(url, found)[1].startswith(b"\x89PNG") for found in pictures)
+
+
 def test_what_is_not_new_is_not_sent_again(runs):
     with serving(runs) as url, urllib.request.urlopen(url + "data", timeout=10) as answer:
         assert ask(url, "/data?" + answer.headers["X-Version"]) == (204, b"")

@@ -151,6 +151,8 @@ def test_a_teacher_that_cannot_teach_is_refused(teachers, tmp_path, monkeypatch)
     (half / "last.safetensors").write_bytes(b"")
     with pytest.raises(RecipeError, match=r"distill\.from\n *.*half.last\.safetensors is not a whole weights file"):
         train(load_recipe("debug", *words), tmp_path / "run")
+    with pytest.raises(RecipeError, match=r"no/such is not a run folder(.|\n)*train it first"):
+        train(load_recipe("debug", "distill.from=no/such"), tmp_path / "run")
     (half / "last.safetensors").unlink()
     with pytest.raises(RecipeError, match=r"No such file or directory.*half.last\.safetensors"):
         train(load_recipe("debug", *words), tmp_path / "run")

@@ -7,11 +7,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
+from torch import nn
 
 from mnist_dist import load_run
+from mnist_dist.engine.fully_sharded import _callable_children
+from mnist_dist.models import build_model
+from mnist_dist.recipe_file import RecipeError
+from mnist_dist.world import check_size
 
 
 def launch(world_size: int, run_dir: Path, *words: str) -> list[dict]:
@@ -119,6 +126,11 @@ def test_logical_shards_give_the_same_bytes_at_every_world_size(tmp_path):
         launch(world_size, tmp_path / str(world_size), *SHARDED)
     assert traces(tmp_path / "1") == traces(tmp_path / "2") == traces(tmp_path / "4")
 
+    # Of three samples in eight shards five are empty.
+    for world_size in (1, 2):
+        launch(world_size, tmp_path / f"eight-{world_size}", *SHARDED[:-1], "logical_shards=8")
+    assert traces(tmp_path / "eight-1") == traces(tmp_path / "eight-2")
+
     # A run that moves to another world size in the middle of an epoch leaves no trace of it either.
     moved = tmp_path / "moved"
     launch_until(3, 2, moved, *SHARDED)
@@ -188,6 +200,26 @@ def test_the_silent_single_process_is_refused_with_the_right_command():
 def test_another_world_size_than_expected_is_refused():
     message = refusal([sys.executable, "-m", "mnist_dist.train", "--recipe", "debug", "--world-size", "4"])
     assert "1 process runs, but --world-size says 4" in message
+
+
+def test_mpirun_s_count_is_not_that_of_a_torchrun_it_started(monkeypatch):
+    for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PMI_SIZE", "1")
+    two = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
+    with pytest.raises(RecipeError, match="mpirun's PMI_SIZE says 1"):
+        check_size(two)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    check_size(two)
+
+
+def test_lists_of_modules_are_sharded_child_by_child():
+    """FSDP2 takes no list, which is never called."""
+    network = build_model("separable_cnn")
+    children = list(_callable_children(network))
+    assert not any(isinstance(child, nn.ModuleList) for child in children)
+    held = {id(parameter) for child in children for parameter in child.parameters()}
+    assert held == {id(parameter) for parameter in network.parameters()}
 
 
 def test_srun_without_a_launcher_is_refused():

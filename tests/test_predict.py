@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import torch
 from PIL import Image
 
 from mnist_dist import load_recipe, train
-from mnist_dist.predict import main, predict_digit, read_picture
+from mnist_dist.predict import _newest_run, main, predict_digit, read_picture
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +94,16 @@ BAD = {
     "blank.png": lambda path: Image.new("L", (50, 50), 255).save(path),
     "huge.png": lambda path: Image.new("1", (20_000, 20_000)).save(path),
     "absent.png": lambda path: None,
+    "specks.png": lambda path: specks(path),
+    "tag.png": lambda path: Image.new("L", (30, 30), 9).save(path, exif=b"II*\0\b"),
 }
+
+
+def specks(path):
+    picture = Image.new("L", (1000, 1000), 255)
+    picture.putpixel((5, 5), 0)
+    picture.putpixel((990, 990), 0)
+    picture.save(path)
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +143,32 @@ def test_a_bad_picture_is_named_and_the_rest_go_on(run_dir, tmp_path, capsys, in
         "blank.png": "the picture is blank",
         "huge.png": "too many",
         "absent.png": "No such file",
+        "specks.png": "only specks",
+        "tag.png": "not a picture, or a damaged one",
     }.items():
         [line] = [line for line in output.err.splitlines() if name in line]
         assert expected in line
     assert output.out.count("\n") == 1 and "seven.png: " in output.out
+
+
+def test_a_name_that_is_no_text_costs_no_answer(run_dir, tmp_path, capsys, ink):
+    Image.fromarray(ink).save(tmp_path / "seven.png")
+    for name in (b"\xff.png", b"\xff.txt"):
+        (tmp_path / os.fsdecode(name)).write_bytes((tmp_path / "seven.png").read_bytes())
+    (tmp_path / "text.txt").write_text("no picture")
+    assert main([str(run_dir), str(tmp_path)]) == 1
+    assert capsys.readouterr().out.encode().count(b": 7") == 3
+
+
+@pytest.mark.parametrize("place", ["mine", "debug/20260101-120000", "sweeps/mine/lr=0.1"])
+def test_the_newest_finished_run_is_found_wherever_it_lies(tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no finished run"):
+        predict_digit("x.png")
+    for age, name in enumerate((place, "older/1", "unfinished")):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "recipe.yaml").touch()
+        if name != "unfinished":
+            (tmp_path / "runs" / name / "summary.json").touch()
+            os.utime(tmp_path / "runs" / name / "summary.json", (1e9 - age, 1e9 - age))
+    assert _newest_run() == Path("runs", place)

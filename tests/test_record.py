@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from mnist_dist import benchmark, load_recipe, record, train
+from mnist_dist.command_line import run_door
 from mnist_dist.recipe_file import RecipeError, bundled_recipes
 
 WORDS = ("data.dataset=synthetic", "data.limit_train=700", "data.limit_test=200", "mixed_precision=no", "epochs=2")
@@ -17,9 +18,17 @@ def small_reference(monkeypatch):
     monkeypatch.setattr(record, "_reference", lambda train, test, seed, steps=None: whole(train, test, seed, 2))
 
 
-@pytest.mark.parametrize("words", [(), ("optimizer.name=sgd", "optimizer.betas=null", "ema_decay=0.9")], ids=str)
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("optimizer.name=sgd", "optimizer.betas=null", "ema_decay=0.9"),
+        ("schedule={name: plateau, patience: 0, factor: 0.1}", "optimizer.lr=0.003", "epochs=3"),
+    ],
+    ids=str,
+)
 def test_each_seed_is_the_run_that_train_makes(small_reference, tmp_path, words):
-    recipe = load_recipe("speed/mnist_99", *WORDS, *words, "schedule.max_lr=0.003", "tracking.wandb.mode=disabled")
+    recipe = load_recipe("speed/mnist_99", *WORDS, "schedule.max_lr=0.003", *words, "tracking.wandb.mode=disabled")
     found = record.measure(recipe, 3)
     expected = []
     for seed in range(3):
@@ -41,7 +50,25 @@ def test_the_lines_tell_mean_deviation_and_number(small_reference, tmp_path):
 def test_less_than_a_batch_of_images_is_measured_too():
     words = ("data.limit_train=64", "data.limit_test=16", "batch_size=8", "mixed_precision=no")
     recipe = load_recipe("speed/mnist_99_4", "data.dataset=synthetic", *words)
-    assert record.measure(recipe, 1)["seeds"] == 1
+    accuracies = record.measure(recipe, 1)["ours"]["accuracy"]["each"]
+    assert len(accuracies) == 1 and accuracies[0] in [100 * hits / 16 for hits in range(17)]
+
+
+def test_a_training_that_breaks_off_is_no_figure(small_reference, monkeypatch, capsys):
+    words = ["--record", "speed/mnist_99", "--seeds", "1", *WORDS]
+    assert run_door(lambda: benchmark.main([*words, "schedule.max_lr=1e30"])) == 1
+    assert "is not finite" in capsys.readouterr().err
+    monkeypatch.setattr(record, "fit", lambda *arguments: False)
+    assert run_door(lambda: benchmark.main(words)) == 1
+    assert "asked to stop while measuring" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("optimizer", ["{name: nadam, lr: 0.1}", "{name: sgd, lr: 0.1, momentum: 0.9, dampening: 0.5}"])
+def test_an_optimizer_that_does_not_begin_with_zeros_is_refused(optimizer):
+    words = ["data.dataset=synthetic", "data.limit_train=200", f"optimizer={optimizer}"]
+    recipe = load_recipe("lenet5", *words)
+    with pytest.raises(RecipeError, match="begins with the state filled with zeros"):
+        record.measure(recipe, 1)
 
 
 def test_the_figures_go_into_the_recipe_s_head(small_reference, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ from accelerate import PartialState
 from mnist_dist import load_recipe, load_run, train
 from mnist_dist.engine.checkpoint import load_checkpoint, save_checkpoint
 from mnist_dist.engine.interrupts import PREEMPTED
-from mnist_dist.keeper import load_newest
+from mnist_dist.keeper import Keeper, load_newest
 from mnist_dist.recipe_file import RecipeError
 from mnist_dist.runs import RunFolder
 from mnist_dist.tracking import JSONLTracker
@@ -61,6 +62,22 @@ def test_the_time_of_a_resumed_run_is_that_of_all_its_steps(tmp_path, step):
 
 
 # --- checkpoints on disk ------------------------------------------------------------------------------------------
+
+
+def test_the_minutes_to_the_next_checkpoint_count_from_the_resume(tmp_path, monkeypatch):
+    words = ("data.limit_train=200", "data.limit_test=50", "batch_size=50", "epochs=2", "log_every=1")
+    recipe = load_recipe("debug", *words, "tracking.wandb.mode=disabled", "checkpoint.every_steps=4")
+    train(recipe.model_copy(update={"max_steps": 5}), tmp_path / "first")
+    path = tmp_path / "first" / "checkpoints" / "step-4"
+    state = load_checkpoint(path)
+    state["parts"]["meter"]["train_seconds"] = 3600.0  # as if it had taken long
+    save_checkpoint(tmp_path / "old" / "checkpoints", 4, state, keep=1)
+    due: list[bool] = []
+    is_due = Keeper.is_due
+    monkeypatch.setattr(Keeper, "is_due", lambda keep, logged: due.append(is_due(keep, logged)) or due[-1])
+    by_time = recipe.checkpoint.model_copy(update={"every_steps": None, "every_minutes": 5.0})
+    train(recipe.model_copy(update={"checkpoint": by_time}), tmp_path / "second", resume=str(tmp_path / "old"))
+    assert due == [False] * 4
 
 
 def test_an_old_checkpoint_goes_only_after_its_successor_is_there(tmp_path, monkeypatch):
@@ -140,8 +157,53 @@ def test_another_recipe_is_refused_with_the_difference_unless_allowed(tmp_path, 
         train(load_recipe("debug", *words, "batch_size=64"), tmp_path / "run")
     train(load_recipe("debug", *words, "checkpoint.keep=5"), tmp_path / "run")  # changes no result
     train(load_recipe("debug", *words, "batch_size=64"), tmp_path / "run", allow_recipe_change=True)
+    before = (tmp_path / "run" / "recipe.yaml").read_bytes()
+    for word in ("model.name=mnistnet", "model.freeze=[features.*]", "optimizer.name=radam", "data.dataset=digits"):
+        with pytest.raises(RecipeError, match="what it has learnt does not fit"):
+            train(load_recipe("debug", *words, "batch_size=64", word), tmp_path / "run", allow_recipe_change=True)
+    assert (tmp_path / "run" / "recipe.yaml").read_bytes() == before
     with pytest.raises(RecipeError, match="never overwritten"):
         train(recipe, tmp_path / "run", resume="never")
+
+
+def last_weights(run_dir):
+    return (run_dir / "last.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ([], ["optimizer.weight_decay=0.3"]),
+        ([], ["optimizer.betas=[0.5, 0.9]"]),
+        ([], ["ema_decay=0.9"]),
+        (["ema_decay=0.9"], []),
+        ([], ["schedule={name: plateau, patience: 0}"]),
+        (["schedule={name: plateau, patience: 0}"], ["optimizer.lr=0.01"]),
+        (["schedule={name: plateau, patience: 0}"], []),
+    ],
+    ids=str,
+)
+def test_what_a_resume_changes_takes_effect(tmp_path, before, after):
+    words = ["data.limit_train=200", "data.limit_test=50", "batch_size=50", "epochs=2", "optimizer.name=adamw"]
+    words += ["tracking.wandb.mode=disabled", "checkpoint.every_steps=4", "checkpoint.keep=9"]
+    train(load_recipe("debug", *words, *before), tmp_path / "first")
+    source = str(tmp_path / "first" / "checkpoints" / "step-4")
+    same = {"resume": source, "allow_recipe_change": True}
+    train(load_recipe("debug", *words, *after), tmp_path / "second", **same)
+    assert last_weights(tmp_path / "second") != last_weights(tmp_path / "first")
+
+
+def test_the_same_command_goes_on_although_what_it_began_from_is_gone(tmp_path, monkeypatch):
+    words = ("data.limit_train=200", "data.limit_test=50", "batch_size=50", "tracking.wandb.mode=disabled")
+    recipe = load_recipe("debug", *words, "epochs=2", "checkpoint.every_steps=3")
+    train(recipe, tmp_path / "first")
+    again = {"run_dir": tmp_path / "second", "resume": str(tmp_path / "first" / "checkpoints" / "step-3")}
+    with monkeypatch.context() as patch:
+        patch.setattr("mnist_dist.train.fit", lambda *arguments: False)
+        train(recipe, **again)
+    shutil.rmtree(tmp_path / "first" / "checkpoints")
+    train(recipe, **again)
+    assert last_weights(tmp_path / "second") == last_weights(tmp_path / "first")
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path):

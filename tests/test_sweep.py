@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +97,7 @@ def test_a_grid_becomes_a_table_best_first_and_is_not_trained_twice(started, tmp
         table.count("\n| ") == 2 + 4 and f"best: {done[0]['trial']}" in table and f"best: {done[0]['trial']}" in output
     )
     assert table.index(done[0]["trial"]) < table.index(failed[0]["trial"])
+    assert "\n\non all training images: python" in table and table.strip().endswith("data.validation=0")
 
     before = {row["trial"] for row in failed}
     started.clear()
@@ -123,6 +127,25 @@ def test_a_trial_that_is_asked_to_stop_stops_the_search(tmp_path, monkeypatch, c
     monkeypatch.setattr(sweep, "train_trial", lambda *arguments: PREEMPTED)
     assert search("lenet5", *WORDS, "optimizer.lr=0.1,0.2", "--run-dir", tmp_path) == PREEMPTED
     assert "the same command goes on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_reaches_the_trial_and_stops_the_search(tmp_path, number):
+    """Left to itself the trial would train on, and the same command would start a second one beside it."""
+    content = yaml.safe_load(SWEEP.format(method="grid", parameters='{"seed": {"values": [1, 2]}}'))
+    endless = [word for word in WORDS if "epochs" not in word] + ["data.validation=50", "epochs=100000"]
+    (tmp_path / "search.yaml").write_text(yaml.safe_dump(content))
+    where = [str(tmp_path / "search.yaml"), "--run-dir", str(tmp_path / "runs")]
+    command = [sys.executable, "-m", "mnist_dist.sweep", *where, *endless]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        metrics, deadline = tmp_path / "runs" / "seed=1" / "metrics.jsonl", time.monotonic() + 120
+        while not (metrics.is_file() and metrics.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == PREEMPTED and "the same command goes on" in output
+    assert (tmp_path / "runs" / "seed=1" / "STATUS").read_text() == "preempted\n"
+    assert not (tmp_path / "runs" / "seed=2").exists()
 
 
 def test_a_folder_of_another_search_is_refused_before_anything_is_trained(started, tmp_path, capsys):

@@ -12,8 +12,11 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 
 from mnist_dist import load_recipe, load_run, train
+from mnist_dist.engine.evaluation import evaluate
+from mnist_dist.evaluate import evaluate as judge_run_folder
 from mnist_dist.parts import build_module, build_parts, load_data
 from mnist_dist.runs import RunFolder
+from mnist_dist.tracking import ConsoleTracker, JSONLTracker
 from mnist_dist.world import launched_world
 
 TINY = [
@@ -64,6 +67,23 @@ def test_a_run_s_momentum_begins_with_zeros(accelerator):
     parts = build_parts(recipe, "no", dataset.train, build_module(recipe, dataset))
     for parameter in parts.module.parameters():
         assert not parts.update.optimizer.state[parameter]["momentum_buffer"].any()
+
+
+def test_a_momentum_that_the_schedule_brings_begins_with_zeros_too(accelerator):
+    cycle = "schedule={name: onecycle, max_lr: 0.1, cycle_momentum: true}"
+    recipe = load_recipe("lenet5", *TINY, "optimizer={name: sgd}", "optimizer.weight_decay=null", cycle)
+    dataset = load_data(recipe, launched_world())
+    parts = build_parts(recipe, "no", dataset.train, build_module(recipe, dataset))
+    for parameter in parts.module.parameters():
+        assert not parts.update.optimizer.state[parameter]["momentum_buffer"].any()
+
+
+def test_logical_shards_leave_a_table_of_whole_numbers_alone(tmp_path):
+    words = ["data.limit_train=8", "data.limit_test=8", "batch_size=4", "logical_shards=2", "max_steps=2"]
+    recipe = load_recipe("debug", *words, "model.name=torchvision/swin_t", "tracking.wandb.mode=disabled")
+    train(recipe, tmp_path / "run")
+    tables = [value for name, value in load_run(tmp_path / "run").model.state_dict().items() if name.endswith("_index")]
+    assert tables and all(int(table.max()) == 168 for table in tables)
 
 
 def test_a_run_folder_explains_itself(tmp_path):
@@ -128,11 +148,18 @@ def test_equal_seeds_give_equal_bytes_and_other_seeds_do_not(tmp_path):
     assert weights("a", 1) == weights("b", 1) != weights("c", 2)
 
 
-def test_a_validation_part_is_judged_and_the_test_set_is_used_once(tmp_path):
-    summary = train(load_recipe("lenet5", *TINY, "data.limit_train=null", "data.validation=300"), tmp_path / "run")
+def test_a_validation_part_is_judged_and_the_test_set_is_used_once(tmp_path, monkeypatch):
+    judged: list[int] = []
+
+    def evaluate_and_count(accelerator, module, data, **keywords):
+        judged.append(len(data))
+        return evaluate(accelerator, module, data, **keywords)
+
+    monkeypatch.setattr("mnist_dist.parts.evaluate", evaluate_and_count)
+    recipe = load_recipe("lenet5", *TINY, "data.limit_train=null", "data.validation=300", "epochs=3")
+    summary = train(recipe, tmp_path / "run")
     assert summary["eval.split"] == "validation"
-    assert (summary["eval.last.accuracy"] * 3) == pytest.approx(round(summary["eval.last.accuracy"] * 3))  # of 300
-    assert summary["test.accuracy"] == pytest.approx(round(summary["test.accuracy"]))  # of 100
+    assert judged == [300, 300, 300, 100]
 
 
 def test_early_stopping_counts_evaluations_without_gain(tmp_path):
@@ -153,12 +180,27 @@ def test_averaged_weights_are_the_ones_evaluated_and_saved(tmp_path):
     plain = train(load_recipe("lenet5", *TINY, "epochs=3", "optimizer.lr=0.1"), tmp_path / "plain")
     assert averaged["train.last.loss"] == plain["train.last.loss"]
     assert averaged["eval.last.loss"] != plain["eval.last.loss"]
+    found = judge_run_folder(load_run(tmp_path / "averaged", weights="last"))
+    assert found["loss"] == averaged["eval.last.loss"]
+
+
+def test_less_patience_holds_from_the_next_evaluation(tmp_path):
+    """A run that went on may have lost patience long ago."""
+    words = ("optimizer.lr=1e-12", "epochs=9", "checkpoint.every_steps=4")
+    train(load_recipe("lenet5", *TINY, *words, "early_stopping.patience=5", "max_steps=17"), tmp_path / "run")
+    recipe = load_recipe("lenet5", *TINY, *words, "early_stopping.patience=2")
+    summary = train(recipe, tmp_path / "less", resume=str(tmp_path / "run"), allow_recipe_change=True)
+    assert summary["epochs"] == 4
 
 
 def test_a_crash_is_written_down(tmp_path, monkeypatch):
+    ended: list[str] = []
+    for tracker in (ConsoleTracker, JSONLTracker):
+        monkeypatch.setattr(tracker, "finish", lambda tracker: ended.append(tracker.name))
     monkeypatch.setattr("mnist_dist.train.fit", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(load_recipe("lenet5", *TINY), tmp_path / "run")
+    assert sorted(ended) == ["console", "jsonl"], "a terminal would stay without its cursor"
     assert RunFolder(tmp_path / "run").status.read_text() == "failed\n"
 
 

@@ -116,9 +116,11 @@ class Batches:
     def rows(self, plan: EpochPlan, index: int, *, rank: int = 0, world_size: int = 1) -> Tensor:
         """The sample indices, int64 (n,), that process `rank` computes of global batch `index`.
 
-        The processes' rows are consecutive pieces of the batch whose sizes differ by at most one. A batch smaller than
-        the world never leaves rank 0 empty, whose batch norm statistics are the run's.
+        The processes' rows are consecutive pieces of the batch whose sizes differ by at most one, the longer ones
+        first: a batch smaller than the world leaves the last ranks empty, and never rank 0, whose batch norm statistics
+        are the run's.
         """
-        size, first = self.size(index), index * self.batch_size
-        start, stop = (-(-size * piece // world_size) for piece in (rank, rank + 1))
+        share, longer = divmod(self.size(index), world_size)
+        first = index * self.batch_size
+        start, stop = (piece * share + min(piece, longer) for piece in (rank, rank + 1))
         return plan.order[first + start : first + stop]

@@ -21,11 +21,20 @@ def shard_parameters(module: nn.Module, device: torch.device, smallest: int, res
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    for child in module.children():
+    for child in _callable_children(module):
         if sum(parameter.numel() for parameter in child.parameters()) >= smallest:
             fully_shard(child, mesh=mesh, reshard_after_forward=reshard)
             child.reshards = reshard  # type: ignore[assignment]  # FSDP2 does not tell
     fully_shard(module, mesh=mesh)
+
+
+def _callable_children(module: nn.Module) -> Iterator[nn.Module]:
+    """The children that are called; of a list or dictionary of modules, which never is, what it holds."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield from _callable_children(child)
+        else:
+            yield child
 
 
 @contextmanager
@@ -77,8 +86,8 @@ def cut_model_state(state: dict[str, Tensor], module: nn.Module) -> dict[str, Te
 def cut_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """A whole `state_dict` as `optimizer` can load it: what has a parameter's shape is cut as the parameter is.
 
-    Which kernel computes the step is no part of the state: sharded parameters have no fused one. Nor is the learning
-    rate, which follows from the step.
+    Of its groups the parameters' numbers count alone: all else follows from the recipe, which a resume may change, or
+    from the step.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     cut = {
@@ -89,7 +98,7 @@ def cut_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimizer)
         for index, each in state["state"].items()
     }
     groups = [
-        group | {key: own[key] for key in ("fused", "foreach", "capturable", "lr") if key in own}
-        for group, own in zip(state["param_groups"], optimizer.param_groups, strict=True)
+        own | {"params": saved["params"]}
+        for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True)
     ]
     return {"state": cut, "param_groups": groups}

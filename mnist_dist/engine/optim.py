@@ -1,4 +1,4 @@
-"""Optimizers by PyTorch's names, and the learning rate as a pure function of the step.
+"""Optimizers by PyTorch's names, and the learning rate as a pure function of the step (but for `plateau`'s).
 
 The keywords of every schedule are those of PyTorch's scheduler of that name. Durations (`step_size`, `T_max`,
 `total_iters`) are counted in epochs, as papers give them. Nothing is stepped, so nothing can be
@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 # --- optimizers ---------------------------------------------------------------------------------------------------
 
@@ -60,13 +61,36 @@ def fill_momentum(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
         if isinstance(optimizer, torch.optim.SGD) and group["fused"] and group["momentum"] and not group["dampening"]:
             for parameter in group["params"]:
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+                optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
 
 
-def build_average(module: torch.nn.Module, decay: float) -> AveragedModel:
-    """Averaged weights and buffers of a network that lies where it will train: decay × average + (1 - decay) × new."""
-    with next(module.parameters()).device:  # else the count of its updates is on the CPU
-        return AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+class MovingAverage(AveragedModel):
+    """Averaged weights and buffers of a network that lies where it will train: decay × average + (1 - decay) × new.
+
+    The first update takes the new ones, and so does every update of whole numbers, which have no mean. PyTorch's own
+    update asks the device whether it is the first, and knows no step that was passed over.
+    """
+
+    def __init__(self, module: torch.nn.Module, decay: float):
+        with next(module.parameters()).device:  # else the count of its updates is on the CPU
+            super().__init__(module, use_buffers=True)
+        self.decay = decay
+
+    @torch.no_grad()
+    def move(self, module: torch.nn.Module, passed_over: Tensor) -> None:
+        """One update from `module`, unless `passed_over` (bool scalar on the device) says that it made no step."""
+        rate = torch.full_like(self.n_averaged, 1 - self.decay, dtype=torch.float64)
+        rate = rate.masked_fill(self.n_averaged == 0, 1.0).masked_fill(passed_over, 0.0)
+        for mine, new in zip(_content(self.module), _content(module), strict=True):
+            if mine.is_floating_point():
+                mine.lerp_(new, rate.to(mine.dtype))
+            else:
+                mine.copy_(torch.where(passed_over, mine, new))
+        self.n_averaged += ~passed_over
+
+
+def _content(module: torch.nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
 
 
 def set_rates(optimizer: Optimizer, schedule: Schedule, step: int) -> None:
@@ -187,7 +211,8 @@ def onecycle(
     the first's divided by `final_div_factor`.
     """
     _require(max_lr > 0, f"max_lr is above 0, not {max_lr}")
-    _require(div_factor > 0 and final_div_factor > 0, "div_factor and final_div_factor are above 0")
+    _require(div_factor > 0, f"div_factor is above 0, not {div_factor}")
+    _require(final_div_factor > 0, f"final_div_factor is above 0, not {final_div_factor}")
     _require(0 <= pct_start <= 1, f"pct_start is a share of the run, 0 to 1, not {pct_start}")
     _require(not three_phase or pct_start <= 0.5, f"pct_start is at most 0.5 with three_phase, not {pct_start}")
     _require(0 <= base_momentum < 1, f"base_momentum is at least 0 and below 1, not {base_momentum}")
@@ -250,14 +275,18 @@ def plateau(
     )
     group = stand_in.param_groups[0]
 
+    counts = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
+
     def load_state_dict(state: dict[str, Any]) -> None:
-        scheduler.load_state_dict(state["scheduler"])
-        group["lr"] = state["lr"]
+        """Takes up the counts; all else is the recipe's, which a resume may have changed."""
+        if state:  # else the run began with another schedule
+            vars(scheduler).update(state["counts"])
+            group["lr"] = state["lr"] * (span.lr / state["of"])
 
     return Schedule(
         lr_at=lambda step: group["lr"],
         observe=scheduler.step,
-        state_dict=lambda: {"scheduler": scheduler.state_dict(), "lr": group["lr"]},
+        state_dict=lambda: {"counts": {key: vars(scheduler)[key] for key in counts}, "lr": group["lr"], "of": span.lr},
         load_state_dict=load_state_dict,
     )
 

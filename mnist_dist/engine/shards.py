@@ -33,10 +33,10 @@ class LogicalShards:
         self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         # A layer in eval mode is frozen: adding its buffers up and dividing again would not give the same bits.
         trained = (part for part in module.modules() if part.training)
-        buffers = list(dict.fromkeys(buffer for part in trained for buffer in part.buffers(recurse=False)))
-        # Whole numbers (num_batches_tracked) count the step once, in whichever shard: each starts from the same one.
-        self._buffers = [buffer for buffer in buffers if buffer.is_floating_point()]
-        self._counters = [buffer for buffer in buffers if not buffer.is_floating_point()]
+        named = [pair for part in trained for pair in part.named_buffers(recurse=False)]
+        self._buffers = list(dict.fromkeys(buffer for _, buffer in named if buffer.is_floating_point()))
+        # Batch norm counts the step once, in whichever shard. Other whole numbers are tables: they stay as they are.
+        self._counters = list(dict.fromkeys(buffer for name, buffer in named if name == "num_batches_tracked"))
         self._branches: list[tuple[int, Tensor]] = []
 
     def each(self, used: int) -> Iterator[int]:

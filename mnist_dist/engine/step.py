@@ -11,13 +11,13 @@ from accelerate import Accelerator
 from accelerate.utils import find_executable_batch_size, gather_object
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel
 
 from mnist_dist.data import Batches, EpochPlan, Images, derive_seed
 from mnist_dist.engine.capture import CapturedStep
 from mnist_dist.engine.distillation import Distillation
 from mnist_dist.engine.fully_sharded import gathered, whole
 from mnist_dist.engine.metrics import GradientClock, Meter
+from mnist_dist.engine.optim import MovingAverage
 from mnist_dist.engine.shards import LogicalShards
 
 
@@ -48,7 +48,8 @@ class Update:
         shards: the fixed pieces of the global batch to compute instead of this process's share, or None.
         meets_in_forward: the network communicates in its forward pass, so all processes must pass equally often.
         distillation: makes the loss against the labels one that learns from teachers too, or None.
-        on_nonfinite: raise `NotFinite` before an update whose gradient is not finite, or pass over it.
+        on_nonfinite: raise `NotFinite` before an update whose gradient is not finite, or pass over it. fp16's scaler
+            passes over some to find its scale: there it is raised once the scale has fallen below 1.
         captured: replays full batches from one graph, or None.
     """
 
@@ -65,7 +66,7 @@ class Update:
         clip_grad_norm: float | None = None,
         label_smoothing: float = 0.0,
         micro_batch_size: int | None = None,
-        average: AveragedModel | None = None,
+        average: MovingAverage | None = None,
         clock: GradientClock | None = None,
         shards: LogicalShards | None = None,
         meets_in_forward: bool = False,
@@ -115,15 +116,19 @@ class Update:
             self._compute_shards(self.shards, plan, index, step)
 
         self._norm.copy_(self._clip())
-        # fp16's scaler passes over such steps itself, and lowers its scale.
         if self.accelerator.scaler is None:
             self._judge(before)
             if not self.latches and self._bad:
                 self.check()
                 return
-        self.optimizer.step()
+            self.optimizer.step()
+        else:  # fp16's scaler passes over a gradient that is not finite itself, and halves its scale
+            self.optimizer.step()
+            self._bad.copy_(~torch.isfinite(self._norm))
+            self._skipped += self._bad
+            self._take_back(before, self._bad)
         if self.average is not None:
-            self._move_average(self.average)
+            self.average.move(self.module, self._bad)
 
     def _compute_share(self, plan: EpochPlan, index: int, step: int) -> None:
         """Gradients of this process's rows; the last backward pass averages them over the processes."""
@@ -234,7 +239,12 @@ class Update:
         """
         if self.captured is not None:
             self.captured.finish(self)
-        if self.on_nonfinite == "stop" and self._bad:
+        if self.accelerator.scaler is not None:
+            # Whatever its scale, this gradient is not finite; the last of the steps passed over stands for all.
+            if self.on_nonfinite == "stop" and self.accelerator.scaler.get_scale() < 1:
+                self.accelerator.scaler.update(1.0)
+                raise NotFinite(self._last_step)
+        elif self.on_nonfinite == "stop" and self._bad:
             step = self._last_step - int(self._made - self._first_bad)
             self._bad.zero_()
             self._first_bad.fill_(-1)
@@ -260,27 +270,6 @@ class Update:
         self._skipped += self._bad
         self._take_back(before, self._bad)
 
-    def _move_average(self, average: AveragedModel) -> None:
-        """Moves the averaged weights towards the new ones, unless the step was passed over on the device.
-
-        `update_parameters` asks the device whether this is the first time; where nobody may wait for it, it is told.
-        """
-        if not self.latches:
-            average.update_parameters(self.module)
-            return
-        mine = [*average.module.parameters(), *average.module.buffers()]
-        new = [each.detach() for each in [*self.module.parameters(), *self.module.buffers()]]
-        before, first = [each.detach().clone() for each in mine], average.n_averaged == 0
-        for floating in (True, False):
-            chosen = [i for i, each in enumerate(mine) if each.is_floating_point() == floating]
-            if chosen:
-                average.multi_avg_fn(  # type: ignore[misc]  # AveragedModel may have none; ours has
-                    [mine[i].data for i in chosen], [new[i] for i in chosen], average.n_averaged
-                )
-        for target, value, old in zip(mine, new, before, strict=True):
-            target.data.copy_(torch.where(self._bad, old, torch.where(first, value, target.data)))
-        average.n_averaged += ~self._bad
-
     def _take_back(self, before: list[Tensor], bad: Tensor) -> None:
         """Undoes what a forward pass left in buffers and counters if `bad` (bool scalar on the device)."""
         for buffer, value in zip(self._buffers, before, strict=True):
@@ -292,7 +281,7 @@ class Update:
         """For each rank whose rows of that step give a loss that is not finite: (rank, sample indices).
 
         Asks all processes. Samples are judged one by one (batch norm as in evaluation), so that one bad image does not
-        accuse its batch; where none is bad alone, all rows of the rank are named.
+        accuse its batch.
         """
         epoch, index = divmod(step, self.batches.steps_per_epoch)
         plan = self.batches.plan(epoch, self.accelerator.device)

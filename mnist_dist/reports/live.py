@@ -43,7 +43,7 @@ class LiveServer(ThreadingHTTPServer):
         """Another one for another content: a browser keeps pictures."""
         if not path.is_file():
             return ""
-        url = f"/picture/{quote(os.fsencode(path))}?{path.stat().st_mtime_ns}"
+        url = f"/picture/{quote(os.fsencode(path.resolve()))}?{path.stat().st_mtime_ns}"
         self.pictures[url] = path
         return url
 

@@ -6,9 +6,17 @@ from accelerate import Accelerator
 
 from mnist_dist.tracking.console import ConsoleTracker
 from mnist_dist.tracking.jsonl import JSONLReader, JSONLTracker
-from mnist_dist.tracking.weights_and_biases import WandbTracker, resolve_mode
+from mnist_dist.tracking.weights_and_biases import WandbTracker, resolve_mode, server_url
 
-__all__ = ["ConsoleTracker", "JSONLReader", "JSONLTracker", "WandbTracker", "find_tracker", "resolve_mode"]
+__all__ = [
+    "ConsoleTracker",
+    "JSONLReader",
+    "JSONLTracker",
+    "WandbTracker",
+    "find_tracker",
+    "resolve_mode",
+    "server_url",
+]
 
 Tracker = TypeVar("Tracker", ConsoleTracker, JSONLTracker, WandbTracker)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import netrc
 import os
 import shutil
@@ -40,15 +41,24 @@ def resolve_mode(mode: str) -> tuple[str, str]:
     return "offline", "offline, no credentials (wandb login); wandb sync uploads it later"
 
 
+def server_url() -> str:
+    """W&B's server: the environment's, else the one that `wandb login --host` took down, else the public one."""
+    folder = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser()
+    settings = configparser.ConfigParser(interpolation=None)
+    with suppress(configparser.Error, UnicodeDecodeError):
+        settings.read(folder / "settings")
+    noted = settings.get("default", "base_url", fallback="")
+    return os.environ.get("WANDB_BASE_URL") or noted or "https://api.wandb.ai"
+
+
 def _has_credentials() -> bool:
     """Looks where wandb looks, without importing it or asking anybody."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    candidates: list[Any] = [os.environ.get("NETRC"), Path.home() / ".netrc", Path.home() / "_netrc"]
-    for path in filter(None, candidates):
+    host = urlparse(server_url()).netloc  # with its port, as wandb writes it there
+    for path in filter(None, (os.environ.get("NETRC"), "~/.netrc", "~/_netrc")):
         try:
-            if netrc.netrc(path).authenticators(host):
+            if netrc.netrc(Path(path).expanduser()).authenticators(host):
                 return True
         except (OSError, netrc.NetrcParseError):
             continue
