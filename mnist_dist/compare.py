@@ -35,7 +35,7 @@ examples:
   python -m mnist_dist.compare runs
   python -m mnist_dist.compare runs/simple_cnn runs/mine --html mine.html
   python -m mnist_dist.compare runs --live
-  python -m mnist_dist.compare runs/results/* --keep configs/results.jsonl
+  python -m mnist_dist.compare runs/reproduce/* --keep configs/results.jsonl
   python -m mnist_dist.compare configs/results.jsonl --markdown README.md --recipes
 """
 

@@ -25,7 +25,7 @@ from mnist_dist.world import launched_world
 
 EXAMPLES = """\
 examples:
-  python -m mnist_dist.ensemble runs/results/simple_cnn-seed*
+  python -m mnist_dist.ensemble runs/reproduce/simple_cnn-seed*
   python -m mnist_dist.ensemble runs/a runs/b --data qmnist data.root=/data --json report.json
   python -m mnist_dist.ensemble runs/a runs/b runs/c --keep configs/results.jsonl      # a row of compare's table
 """

@@ -30,7 +30,7 @@ from mnist_dist.tracking import JSONLTracker, WandbTracker, find_tracker
 
 
 class Keeper:
-    """Saves a run's weights and checkpoints. All processes call it alike; rank 0 writes."""
+    """Saves a run's weights and checkpoints, knows its time, and tells of its failure. All processes call it alike."""
 
     def __init__(self, folder: RunFolder, recipe: Recipe, parts: Parts, progress: Progress):
         self._folder, self._recipe, self._parts, self._progress = folder, recipe, parts, progress

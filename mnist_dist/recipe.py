@@ -1,7 +1,8 @@
 """What a recipe may say: the schema, its checks, and how a recipe is put together from file and overrides.
 
 A value travels: schema default < file < `key=value` on the command line -> typed and checked, every problem in one
-message -> the resolved recipe. Only doors import this module; the rooms take plain keywords.
+message -> the resolved recipe. The packages below (data, models, engine, …) never import this module: they take plain
+keywords.
 """
 
 from __future__ import annotations
@@ -198,7 +199,10 @@ class TrackingSection(Section):
 
 
 class Recipe(Section):
-    """An experiment: all that changes its result. Processes, launcher and device are not in it."""
+    """An experiment: all that changes its result, and how it is saved and tracked.
+
+    How many processes compute it, on what devices and by which launcher is not in it.
+    """
 
     name: Annotated[str, AfterValidator(_a_folder)]
     """Of the run; null or absent in a file: the file's own."""

@@ -33,7 +33,7 @@ class RecipeError(ValueError):
     def __init__(self, problems: list[Problem]):
         self.problems = problems
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__("\n".join([f"{count}; nothing was trained:", *map(str, problems)]))
+        super().__init__("\n".join([f"{count}; nothing was done:", *map(str, problems)]))
 
 
 @dataclass

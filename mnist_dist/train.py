@@ -226,7 +226,7 @@ def _open_folder(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The door: exit code 0 when done, 2 for bad input, 75 when asked to stop (run me again)."""
+    """The door: exit code 0 when done, 1 where it broke off, 2 for bad input, 75 when asked to stop (run me again)."""
     parser = Parser("mnist_dist.train", "Trains a recipe and leaves a run folder.", EXAMPLES)
     parser.add_argument("--recipe", metavar="NAME", help="a path, or a bundled recipe's name with or without .yaml")
     parser.add_argument(

@@ -549,7 +549,7 @@ def test_every_problem_in_one_message(refused_recipe):
         "label_smoothing=1",
         "seed",
     )
-    assert "mnist_dist: 10 problems; nothing was trained:" in message
+    assert "mnist_dist: 10 problems; nothing was done:" in message
     for expected in [
         "my.yaml:1: epoch unknown key",
         "my.yaml:2: batch_size expected",
@@ -809,8 +809,8 @@ def test_two_processes_give_one_message_although_the_first_is_the_slower(tmp_pat
     Path("my.yaml").write_text(GOOD, encoding="utf-8")
     before = tree(tmp_path)
     done = in_processes(2, "--recipe", "my.yaml", "epoch=3")
-    ours = [line for line in done.stderr.splitlines() if "nothing was trained" in line]
-    assert ours == ["mnist_dist: 1 problem; nothing was trained:"], done.stderr
+    ours = [line for line in done.stderr.splitlines() if "nothing was done" in line]
+    assert ours == ["mnist_dist: 1 problem; nothing was done:"], done.stderr
     assert "did you mean 'epochs'?" in done.stderr
     assert "Traceback" not in done.stderr.partition("'epochs'")[0]
     assert "exitcode  : 2 " in done.stderr

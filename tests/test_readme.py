@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from mnist_dist import compare
+from mnist_dist.command_line import Parser
 from mnist_dist.recipe_file import bundled_recipes, recipe_notes
 from mnist_dist.train import main
 
@@ -35,6 +37,26 @@ def test_a_training_command_resolves(command, capsys):
     words = shlex.split(command.split("-m mnist_dist.train ")[1])
     assert main([*words, "--print-recipe"]) == 0
     assert capsys.readouterr().out.startswith("name: ")
+
+
+class Parsed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if "-m mnist_dist." in command])
+def test_a_door_s_command_is_one_that_it_takes(command, monkeypatch):
+    def parse_and_stop(method):
+        def parse(*arguments, **keywords):
+            method(*arguments, **keywords)
+            raise Parsed
+
+        return parse
+
+    for name in ("parse_args", "parse_intermixed_args"):
+        monkeypatch.setattr(Parser, name, parse_and_stop(getattr(Parser, name)))
+    door, *words = shlex.split(command.split("-m ", 1)[1])
+    with pytest.raises(Parsed):
+        importlib.import_module(door).main(words)
 
 
 @pytest.mark.parametrize("door", sorted(set(re.findall(r"-m (mnist_dist\.\w+)", README))))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -66,7 +68,7 @@ def test_a_recipe_takes_two_steps(name, tmp_path):
         words += [f"distill.from={tmp_path / 'teacher'}"]
     summary = train(load_recipe(name, *words), tmp_path / "run")
     assert summary["steps"] == 2
-    assert 0 <= summary["eval.last.accuracy"] <= 100
+    assert math.isfinite(summary["eval.last.loss"]) and math.isfinite(summary["train.last.loss"])
 
 
 def test_the_list_shows_every_recipe(capsys):

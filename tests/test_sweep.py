@@ -133,7 +133,7 @@ def test_a_trial_that_is_asked_to_stop_stops_the_search(tmp_path, monkeypatch, c
 def test_a_signal_reaches_the_trial_and_stops_the_search(tmp_path, number):
     """Left to itself the trial would train on, and the same command would start a second one beside it."""
     content = yaml.safe_load(SWEEP.format(method="grid", parameters='{"seed": {"values": [1, 2]}}'))
-    endless = [word for word in WORDS if "epochs" not in word] + ["data.validation=50", "epochs=100000"]
+    endless = [word for word in WORDS if "epochs" not in word] + ["data.validation=50", "epochs=5000"]
     (tmp_path / "search.yaml").write_text(yaml.safe_dump(content))
     where = [str(tmp_path / "search.yaml"), "--run-dir", str(tmp_path / "runs")]
     command = [sys.executable, "-m", "mnist_dist.sweep", *where, *endless]

@@ -1,1 +1,1 @@
-"""One update, the learning rate, evaluation, counters and weights on disk."""
+"""One update (eager, captured, in shards), the learning rate, evaluation, counters, checkpoints, signals, a watchdog."""

@@ -1,4 +1,4 @@
-"""Weights on disk: safetensors with unwrapped names, written beside and renamed, so a file is whole or absent."""
+"""Weights (safetensors, unwrapped names) and checkpoints, written beside and renamed: each is whole or absent."""
 
 from __future__ import annotations
 

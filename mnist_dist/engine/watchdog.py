@@ -36,7 +36,7 @@ class Watchdog:
     the others find them when nothing moves any more. Who does not wait is who hangs.
 
     Args:
-        seconds: without a beat for so long, or for ten of the longest steps so far, all processes end with exit code 1.
+        seconds: without a beat for so long, and for ten of the longest steps so far, all end with exit code 1.
         clock: knows whether this process only waits for the others' gradients.
         last_words: called on the process that reports, before all end.
     """

@@ -1,1 +1,1 @@
-"""Pictures and pages made from a run folder. Only `plots` and `style` load matplotlib, the layer table does not."""
+"""Pictures, pages and tables of runs, networks and timings. Importing one loads matplotlib only where it draws."""
