@@ -25,11 +25,10 @@ from typing import Any
 import psutil
 import torch
 from accelerate.utils import broadcast_object_list
-from rich.console import Console
 from rich.table import Table
 
 from mnist_dist import record
-from mnist_dist.command_line import Parser, RunError, run_door
+from mnist_dist.command_line import Parser, RunError, run_door, table_console
 from mnist_dist.contenders import Contender, Task, bare_step, spread, tensor_loop
 from mnist_dist.inference import measure_inference
 from mnist_dist.keeper import Keeper
@@ -169,8 +168,7 @@ def print_table(result: dict[str, Any]) -> None:
     table = Table(*heads, box=None, title=title_of(result))
     for row in rows:
         table.add_row(*row)
-    console = Console()
-    console = console if console.is_terminal else Console(width=160)
+    console = table_console()
     console.print(table)
     console.print(circumstances(result), highlight=False)
 
@@ -187,7 +185,7 @@ def print_floors(paths: list[Path]) -> None:
                     table.add_row(result["recipe"], what, f"{least:,}", f"{found:,}", verdict)
         except (OSError, ValueError, AttributeError, KeyError) as error:
             raise RecipeError([Problem(str(path), "", f"holds no figures of --json: {error!r}")]) from error
-    Console(width=140).print(table)
+    table_console().print(table)
 
 
 def show_record(arguments: argparse.Namespace, words: list[str]) -> None:

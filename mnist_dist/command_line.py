@@ -8,6 +8,9 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from rich.console import Console
 
 from mnist_dist.recipe_file import Problem, RecipeError
 
@@ -60,6 +63,12 @@ def _say(error: Exception, code: int) -> int:
 def printable(path: Path) -> str:
     """A path as any console takes it: a name on disk may be no text."""
     return str(path).encode(errors="replace").decode()
+
+
+def table_console(**keywords: Any) -> Console:
+    """A rich console that cuts no table where there is no terminal, whose width rich would guess at 80."""
+    console = Console(**keywords)
+    return console if console.is_terminal else Console(width=200, **keywords)
 
 
 def is_main_process() -> bool:

@@ -18,14 +18,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mnist_dist.command_line import Parser, run_door
+from mnist_dist.command_line import Parser, run_door, table_console
 from mnist_dist.recipe import load_recipe
-from mnist_dist.recipe_file import Problem, RecipeError, bundled_recipes, recipe_notes
+from mnist_dist.recipe_file import Problem, RecipeError, bundled_recipes, note_measured, recipe_notes
 from mnist_dist.reports.live import LiveServer
+from mnist_dist.reports.markdown import markdown_table
 from mnist_dist.reports.page import Page, PageRun, differing_keys, embedded, render, say
 from mnist_dist.run_reader import RunReader, find_runs, is_summary, numbers
 from mnist_dist.runs import write_text
@@ -228,10 +228,8 @@ def labels(measured: list[Measured]) -> Callable[[Measured], str]:
 
 
 def to_markdown(rows: list[Row]) -> str:
-    lines = [COLUMNS, tuple("---" for _ in COLUMNS)]
-    for cells in (row.cells() for row in rows):
-        lines.append(tuple(cells[column][0] for column in COLUMNS))
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    cells = [row.cells() for row in rows]
+    return markdown_table([COLUMNS, *(tuple(row[column][0] for column in COLUMNS) for row in cells)])
 
 
 def replace_between_marks(path: Path, text: str, marks: tuple[str, str] = MARKS) -> None:
@@ -253,8 +251,7 @@ def note_in_recipes(rows: list[Row]) -> None:
     for row in rows:
         path = _shipped().get(row.recipe)
         if path is not None:
-            text = path.read_text(encoding="utf-8")
-            path.write_text(re.sub(r"(?m)^# measured: .*$", f"# measured: {row.measured()}", text), encoding="utf-8")
+            note_measured(path, row.measured())
 
 
 def print_table(rows: list[Row]) -> None:
@@ -263,8 +260,7 @@ def print_table(rows: list[Row]) -> None:
     table = Table(*columns, box=None)
     for row in cells:
         table.add_row(*(Text(row[column][0]) for column in columns))
-    console = Console()
-    (console if console.is_terminal else Console(width=200)).print(table)
+    table_console().print(table)
 
 
 # --- the page -----------------------------------------------------------------------------------------------------

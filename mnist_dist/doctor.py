@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mnist_dist.command_line import Parser, run_door
+from mnist_dist.command_line import Parser, run_door, table_console
 from mnist_dist.probes import (
     REFERENCE,
     SIZES,
@@ -386,8 +385,7 @@ def report(rows: list[Row], world_size: int, seconds: float, path: Path | None) 
     for previous, row in zip([None, *rows], rows, strict=False):
         check = "" if previous and previous.check == row.check else row.check
         table.add_row(check, Text(row.verdict, STYLES.get(row.verdict, "")), Text(row.figure), Text(row.ranks))
-    console = Console()
-    console = console if console.is_terminal else Console(width=200)
+    console = table_console()
     console.print(table)
     console.print(f"{conclude(rows)} ({seconds:.0f} s)", markup=False, highlight=False, soft_wrap=True)
     if path:

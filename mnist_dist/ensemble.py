@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
-from mnist_dist.command_line import Parser, run_door
+from mnist_dist.command_line import Parser, run_door, table_console
 from mnist_dist.engine.evaluation import Evaluation, score
 from mnist_dist.evaluate import calibration_error, judge_run, read_data, report, write_report
 from mnist_dist.recipe_file import Problem, RecipeError
@@ -126,8 +125,7 @@ def keep(path: Path, runs: list[Run], accuracy: float) -> None:
 
 def show(result: dict[str, Any]) -> None:
     """One line a member, one for the whole."""
-    console = Console()
-    console = console if console.is_terminal else Console(width=160)
+    console = table_console()
     table = Table("run", "accuracy", "loss", "calibration error", box=None)
     for each in [*result["members"], {"run": f"mean of {len(result['members'])}"} | result]:
         figures = f"{each['accuracy']:.2f} %", f"{each['loss']:.4f}", f"{each['calibration_error']:.4f}"

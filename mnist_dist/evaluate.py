@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from mnist_dist.command_line import Parser, run_door
+from mnist_dist.command_line import Parser, run_door, table_console
 from mnist_dist.data import Images
 from mnist_dist.engine.evaluation import Evaluation
 from mnist_dist.engine.evaluation import evaluate as judge
@@ -135,8 +134,7 @@ def write_report(path: Path | None, result: dict[str, Any]) -> None:
 
 def show(result: dict[str, Any], classes: list[str]) -> None:
     """The report as two tables."""
-    console = Console()
-    console = console if console.is_terminal else Console(width=160)
+    console = table_console()
     console.print(
         f"{result['accuracy']:.2f} % of {result['images']:,} images ({result['dataset']}, {result['split']}), "
         f"loss {result['loss']:.4f}, calibration error {result['calibration_error']:.4f}, {result['weights']} weights",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mnist_dist.command_line import Parser, printable, run_door
 from mnist_dist.data.augment import normalize
+from mnist_dist.engine.evaluation import evaluating
 from mnist_dist.predict import predict, read_picture
 from mnist_dist.recipe_file import Problem, RecipeError, nearest
 from mnist_dist.runs import Run, open_run
@@ -67,16 +68,13 @@ def get_feature_maps(model: nn.Module, images: Tensor, layers: Iterable[str] | N
         # A copy: the next layer may work in place.
         maps[name] = output.detach().to(torch.float32, copy=True).reshape(*output.shape, *(1,) * (4 - output.dim()))
 
-    modes = [(part, part.training) for part in model.modules()]
     hooks = [modules[name].register_forward_hook(partial(keep, name)) for name in names]
     try:
-        with torch.no_grad():
-            model.eval()(images)
+        with torch.no_grad(), evaluating(model):
+            model(images)
     finally:
         for hook in hooks:
             hook.remove()
-        for part, mode in modes:
-            part.training = mode
     if unused := [name for name in names if name not in maps]:
         raise ValueError(f"layer {unused[0]!r} takes no part when {type(model).__name__} is called")
     return {name: maps[name] for name in names}

@@ -23,11 +23,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from mnist_dist.command_line import Parser, RunError, run_door
+from mnist_dist.command_line import Parser, RunError, run_door, table_console
 from mnist_dist.data import Images, normalize
 from mnist_dist.parts import load_data
 from mnist_dist.recipe import load_recipe
@@ -429,8 +428,7 @@ def show(forms: list[Form], images: Tensor) -> None:
         times = [f"{1e3 * form.seconds(part):,.3f} ms" for part in (images[:1], images)]
         agreeing = f"{same:,} of {len(form.predictions):,}"
         table.add_row(form.name, f"{form.size / 1000:,.1f}", f"{form.accuracy:.2f} %", agreeing, *times)
-    console = Console(highlight=False)
-    (console if console.is_terminal else Console(width=140, highlight=False)).print(table)
+    table_console(highlight=False).print(table)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -201,3 +201,9 @@ def recipe_notes(path: Path) -> dict[str, str]:
     lines = path.read_text(encoding="utf-8").splitlines()
     pairs = (re.fullmatch(r"#\s*(\w+):\s+(.*)", line) for line in lines if line.startswith("#"))
     return {pair[1]: pair[2] for pair in pairs if pair}
+
+
+def note_measured(path: Path, measured: str) -> None:
+    """Writes what was measured into the line for it in a recipe's head comment."""
+    text = path.read_text(encoding="utf-8")
+    path.write_text(re.sub(r"(?m)^# measured: .*$", f"# measured: {measured}", text), encoding="utf-8")

@@ -8,7 +8,6 @@ github.com/tuomaso/train_mnist_fast, written from its description and run in tur
 from __future__ import annotations
 
 import copy
-import re
 import statistics
 import time
 from dataclasses import replace
@@ -28,7 +27,7 @@ from mnist_dist.engine.step import NotFinite
 from mnist_dist.models import count_parameters
 from mnist_dist.parts import Parts, Progress, build_module, build_parts
 from mnist_dist.recipe import Recipe
-from mnist_dist.recipe_file import Problem, RecipeError
+from mnist_dist.recipe_file import Problem, RecipeError, note_measured
 from mnist_dist.train import fit
 
 SAVES_NOTHING: Any = SimpleNamespace(
@@ -196,8 +195,7 @@ def note_in_recipe(path: Path, result: dict[str, Any]) -> None:
         f"{accuracy['mean']:.2f} ± {accuracy['sd']:.2f} % in {seconds['mean']:.2f} ± {seconds['sd']:.2f} s "
         f"(n = {result['seeds']}, {result['device']}; the reference {result['reference']['seconds']['mean']:.2f} s)"
     )
-    text = path.read_text(encoding="utf-8")
-    path.write_text(re.sub(r"(?m)^# measured: .*$", f"# measured: {measured}", text), encoding="utf-8")
+    note_measured(path, measured)
 
 
 def print_lines(result: dict[str, Any]) -> None:

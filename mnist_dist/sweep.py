@@ -26,11 +26,12 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from mnist_dist.command_line import FAILED, Parser, run_door
+from mnist_dist.command_line import FAILED, Parser, run_door, table_console
 from mnist_dist.engine.interrupts import PREEMPTED
 from mnist_dist.parts import load_data
 from mnist_dist.recipe import Recipe, load_recipe
 from mnist_dist.recipe_file import Dumper, Problem, RecipeError, find_recipe, parse, read_recipe, unknown_key
+from mnist_dist.reports.markdown import markdown_table
 from mnist_dist.runs import RunFolder, describe_changes, write_text
 from mnist_dist.world import launched_world
 
@@ -376,9 +377,7 @@ def write(directory: Path, sweep: Sweep, rows: list[dict[str, Any]]) -> str:
     write_text(
         directory / "sweep.json", json.dumps({"sweep": sweep.name, "recipe": sweep.recipe, "trials": rows}, indent=2)
     )
-    lines.insert(1, ["---"] * len(lines[0]))
-    table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-    write_text(directory / "sweep.md", f"# {sweep.name}\n\n{table}\n\n{said}\n")
+    write_text(directory / "sweep.md", f"# {sweep.name}\n\n{markdown_table(lines)}\n\n{said}\n")
     return said
 
 
@@ -435,7 +434,7 @@ def main(argv: list[str] | None = None) -> int:
     table = Table(*heads, box=None)
     for line in lines:
         table.add_row(*line)
-    (console if console.is_terminal else Console(width=200, highlight=False, markup=False)).print(table)
+    table_console(highlight=False, markup=False).print(table)
     console.print(f"{said}\n{directory / 'sweep.md'}")
     return FAILED if all("failed" in row for row in rows) else 0
 

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from rich.console import Console
 from rich.table import Table
 
-from mnist_dist.command_line import Parser, RunError, is_main_process, run_door
+from mnist_dist.command_line import Parser, RunError, is_main_process, run_door, table_console
 from mnist_dist.data import Images
 from mnist_dist.engine.evaluation import Interrupted
 from mnist_dist.engine.interrupts import PREEMPTED, Interrupts
@@ -275,8 +274,7 @@ def list_recipes() -> None:
         with torch.device("meta"):
             parameters = count_parameters(build_model(model.name, **model.keywords))
         table.add_row(name, model.name, f"{parameters:,}", recipe_notes(path).get("claim", ""))
-    console = Console()
-    console.print(table) if console.is_terminal else Console(width=160).print(table)
+    table_console().print(table)
 
 
 class _CallableModule(types.ModuleType):

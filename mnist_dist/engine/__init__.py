@@ -1,1 +1,1 @@
-"""One update (eager, captured, in shards), the learning rate, evaluation, counters, checkpoints, signals, a watchdog."""
+"""One update (eager, captured, sharded), the learning rate, evaluation, counters, checkpoints, signals, a watchdog."""

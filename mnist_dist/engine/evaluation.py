@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,18 @@ class Interrupted(Exception):
     """Evaluation was asked to stop before it had an answer."""
 
 
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """While entered, the network stands in eval mode; afterwards each of its parts, frozen ones too, as before."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
 @torch.no_grad()
 def evaluate(
     accelerator: Accelerator,
@@ -50,10 +63,8 @@ def evaluate(
     Raises:
         Interrupted: because it said so.
     """
-    modes = [(part, part.training) for part in module.modules()]  # frozen layers may stand in eval mode
-    module.eval()
     table = torch.zeros(len(data), len(data.classes), device=accelerator.device)
-    try:
+    with evaluating(module):
         for turn in range(0, len(data), batch_size * accelerator.num_processes):
             if interrupted():
                 raise Interrupted
@@ -63,9 +74,6 @@ def evaluate(
                 with accelerator.autocast():
                     logits = module(data.normalize(data.images[rows]))
                 table[rows] = F.log_softmax(logits.float(), dim=1)
-    finally:
-        for part, mode in modes:
-            part.training = mode
     return score(accelerator.reduce(table, reduction="sum").cpu(), data.labels.cpu())
 
 

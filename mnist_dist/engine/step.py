@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from mnist_dist.data import Batches, EpochPlan, Images, derive_seed
 from mnist_dist.engine.capture import CapturedStep
 from mnist_dist.engine.distillation import Distillation
+from mnist_dist.engine.evaluation import evaluating
 from mnist_dist.engine.fully_sharded import gathered, whole
 from mnist_dist.engine.metrics import GradientClock, Meter
 from mnist_dist.engine.optim import MovingAverage
@@ -286,15 +287,11 @@ class Update:
         epoch, index = divmod(step, self.batches.steps_per_epoch)
         plan = self.batches.plan(epoch, self.accelerator.device)
         rows, found = self.rows(plan, index), []
-        modes = [(part, part.training) for part in self.module.modules()]
-        self.module.eval()
-        with gathered(self.module):
+        with gathered(self.module), evaluating(self.module):
             for row in rows:
                 logits = self.module(self.inputs(plan, row[None])).float()
                 if not torch.isfinite(F.cross_entropy(logits, self.data.labels[row[None]])):
                     found.append(int(row))
-        for part, mode in modes:
-            part.training = mode
         return [
             (rank, samples) for rank, samples in gather_object([(self.accelerator.process_index, found)]) if samples
         ]

@@ -9,6 +9,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from mnist_dist.reports.markdown import markdown_table
+
 OURS = "mnist_dist"
 Rows = list[tuple[str, ...]]
 
@@ -56,12 +58,10 @@ def title_of(result: dict[str, Any]) -> str:
 
 def to_markdown(result: dict[str, Any], command: str) -> str:
     """The table as a section of a Markdown file, with all that is needed to make it again."""
-    heads, *rows = table_of(result)
     made = f"{result['date']}, torch {result['versions']['torch']}, commit {str(result['git_commit'])[:12]}"
     lines = [f"\n### {title_of(result)}\n", f"`{command}`, {made}.", circumstances(result) + "\n"]
-    table = [" | ".join(row) for row in (heads, ["---"] * len(heads), *rows)]
     whole = f"\n<details><summary>JSON</summary>\n\n```json\n{json.dumps(result)}\n```\n\n</details>"
-    return "\n".join([*lines, *(f"| {row} |" for row in table), whole]) + "\n"
+    return "\n".join([*lines, markdown_table(table_of(result)), whole]) + "\n"
 
 
 SMALL = ("model_v1", "model_v2", "model_v3", "simple_cnn", "mnistnet")
