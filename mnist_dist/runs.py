@@ -177,7 +177,8 @@ class Run:
             module = build_model(about["model"], num_classes=len(about["classes"]), **about["keywords"])
             module.load_state_dict(tensors)
         except Exception as error:  # a user's own class may fail in any way
-            raise ValueError(f"{about['model']} cannot be built with its weights: {error}") from error
+            why = " ".join(str(error).split())
+            raise ValueError(f"{about['model']} cannot be built with its weights: {why}") from error
         return module.eval()
 
 

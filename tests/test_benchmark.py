@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from torchvision import transforms
 
 from mnist_dist import benchmark, contenders, inference, peers
 from mnist_dist.command_line import RunError, run_door
@@ -285,6 +286,33 @@ def test_inference_is_timed_at_each_batch_size(tmp_path):
     eager = result["ms_per_call"]["300"]["eager, fp32"]["median"]
     assert f"| 300 | eager, fp32 | {eager:,.3f} |" in (tmp_path / "a.md").read_text()
     assert f"| {1000 * eager / 300:,.1f} |" in (tmp_path / "a.md").read_text()
+
+
+def test_a_network_that_cannot_be_exported_is_timed_in_pytorch(tmp_path, monkeypatch, capsys):
+    (tmp_path / "nets_of_choice.py").write_text(
+        "from torch import nn\n\nclass Chooses(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.out = nn.Linear(784, 10)\n\n    def forward(self, images):\n"
+        "        logits = self.out(images.flatten(1))\n        return logits if logits.sum() > 1e9 else 2 * logits\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ["--inference", "--batches", "2", "--rounds", "1", "--steps", "1", f"--json={tmp_path / 'a.json'}"]
+    assert benchmark.main(["--recipe", "debug", "model.name=nets_of_choice:Chooses", *words]) == 0
+    assert list(json.loads((tmp_path / "a.json").read_text())["ms_per_call"]["2"]) == ["eager, fp32"]
+    assert ("no ONNX Runtime" in capsys.readouterr().err) == inference.HAS_ONNX
+
+
+@pytest.mark.parametrize("sigma", [3.0, 5.0])
+def test_a_loader_s_elastic_warps_are_as_large_as_the_trainer_s(sigma):
+    task = task_of("data.augment.elastic=1.4", f"data.augment.elastic_sigma={sigma}")
+    [elastic] = [
+        each
+        for each in peers._PerImage(task.recipe, task.dataset.train)._transform.transforms
+        if isinstance(each, transforms.ElasticTransform)
+    ]
+    torch.manual_seed(0)
+    moved = torch.stack([elastic.get_params(elastic.alpha, elastic.sigma, [28, 28]) for _ in range(300)])
+    pixels = moved[:, :, 10:18, 10:18] * 14  # of a grid from -1 to 1; towards the edge its noise is mirrored
+    assert float(pixels.std()) == pytest.approx(1.4, rel=0.15)
 
 
 # --- what is made of the figures ------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
 from mnist_dist import load_recipe, load_run, train
 from mnist_dist.evaluate import calibration_error, evaluate, main
@@ -72,6 +73,27 @@ def test_the_door_prints_and_writes(run_dir, tmp_path, capsys):
 def test_bad_input_is_refused(run_dir, words, expected):
     with pytest.raises(RecipeError, match=expected):
         main([str(run_dir) if word == "RUN" else word for word in words])
+
+
+def test_a_network_that_has_changed_since_is_refused(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    source = (
+        "from torch import nn\nnet = lambda num_classes: nn.Sequential(nn.Flatten(), nn.Linear(784, num_classes))\n"
+    )
+    (tmp_path / "net_of_old.py").write_text(source)
+    train(load_recipe("debug", *WORDS, "data.dataset=synthetic", "model.name=net_of_old:net"), tmp_path / "run")
+    monkeypatch.setattr("net_of_old.net", lambda num_classes: nn.Sequential(nn.Flatten(), nn.Linear(784, 99)))
+    with pytest.raises(RecipeError, match=r"net_of_old:net cannot be built with its weights: .*size mismatch"):
+        main([str(tmp_path / "run")])
+
+
+def test_it_computes_with_the_kernels_of_the_run(tmp_path, monkeypatch):
+    for switch in ("on", "off"):
+        words = ["data.dataset=synthetic", f"engine.tf32={switch}"]
+        train(load_recipe("debug", *WORDS, *words), tmp_path / switch)
+    for switch in ("on", "off"):
+        evaluate(load_run(tmp_path / switch, "last"))
+        assert torch.backends.cuda.matmul.allow_tf32 == (switch == "on")
 
 
 def test_damaged_weights_are_refused(run_dir, tmp_path):

@@ -20,7 +20,7 @@ import yaml
 from mnist_dist import load_recipe, load_run, train
 from mnist_dist.engine.interrupts import PREEMPTED
 from mnist_dist.recipe import Recipe
-from mnist_dist.tracking import WandbTracker, weights_and_biases
+from mnist_dist.tracking import WandbTracker, resolve_mode, server_url, weights_and_biases
 
 ROOT = Path(__file__).parent.parent
 WORDS = ["data.dataset=synthetic", "data.limit_train=200", "data.limit_test=100", "batch_size=50", "log_every=2"]
@@ -258,6 +258,24 @@ def test_a_resumed_run_continues_its_w_and_b_run(tmp_path, monkeypatch):
     for each in (first, second):  # the step is a metric: in W&B's own count a replayed one would be refused
         assert {record["step_metric"] for record in each.all("metric")} == {"step"}
         assert [item["_step"] for item in each.history] == list(range(len(each.history)))
+
+
+def test_a_server_of_ones_own_is_found_as_wandb_login_wrote_it_down(tmp_path, monkeypatch):
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", "~/config")
+    assert (server_url(), resolve_mode("auto")[0]) == ("https://api.wandb.ai", "offline")
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "settings").write_text("[default]\nbase_url = http://localhost:8080\n")
+    (tmp_path / "logins").write_text("machine localhost:8080\n  login user\n  password key\n")
+    monkeypatch.setenv("NETRC", "~/logins")
+    assert (server_url(), resolve_mode("auto")[0]) == ("http://localhost:8080", "online")
+    monkeypatch.setenv("WANDB_BASE_URL", "http://localhost:9090")
+    assert (server_url(), resolve_mode("auto")[0]) == ("http://localhost:9090", "offline")
+    (tmp_path / "config" / "settings").write_text("no section\n")
+    monkeypatch.delenv("WANDB_BASE_URL")
+    assert server_url() == "https://api.wandb.ai"
 
 
 def test_a_failure_is_an_alert_and_a_failed_run(tmp_path, monkeypatch):
