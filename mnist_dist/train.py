@@ -113,6 +113,8 @@ def train(
 ) -> dict[str, Any]:
     """Trains a recipe on whatever world the launcher made, and returns the summary that it writes.
 
+    Deterministic algorithms and the choice of kernels are switches of the whole process: they stay as the recipe set them.
+
     Args:
         recipe: from `load_recipe`.
         run_dir: a new folder, or one whose run goes on; None for runs/<recipe>/<date-time>.

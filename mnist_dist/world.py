@@ -130,7 +130,7 @@ def launch_settings() -> dict[str, str]:
     if files:
         settings["config_file"] = files[0]
     for name in sorted(os.environ):
-        if name.startswith("ACCELERATE_") and os.environ[name].lower() not in ("no", "false", "0", ""):
+        if name.startswith("ACCELERATE_") and os.environ[name].lower() not in ("no", "false", "0", "", "default"):
             settings[name.removeprefix("ACCELERATE_").lower()] = os.environ[name]
     return settings
 
