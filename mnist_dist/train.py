@@ -113,7 +113,7 @@ def train(
 ) -> dict[str, Any]:
     """Trains a recipe on whatever world the launcher made, and returns the summary that it writes.
 
-    Deterministic algorithms and the choice of kernels are switches of the whole process: they stay as the recipe set them.
+    Deterministic algorithms and the choice of kernels are the whole process's: they stay as the recipe set them.
 
     Args:
         recipe: from `load_recipe`.
