@@ -29,7 +29,7 @@ from rich.table import Table
 
 from mnist_dist import record
 from mnist_dist.command_line import Parser, RunError, run_door, table_console
-from mnist_dist.contenders import Contender, Task, bare_step, spread, tensor_loop
+from mnist_dist.contenders import Contender, Task, bare_step, median_and_range, tensor_loop
 from mnist_dist.inference import measure_inference
 from mnist_dist.keeper import Keeper
 from mnist_dist.outputs import close_trackers, open_trackers
@@ -139,8 +139,10 @@ def measure(recipe: Recipe, rounds: int, steps: int) -> dict[str, Any]:
         "capture_seconds": parts.update.captured.seconds if parts.update.captured else None,
         "compile_seconds": round(first_run - paces[OURS], 3) if task.is_compiled else None,
         "peak_memory_mb": round(memory),
-        "images_per_second": {name: spread(each, 3) for name, each in speeds.items()},
-        "ms_per_step": {name: spread([1000 * s / counts[name] for s in each], 4) for name, each in seconds.items()},
+        "images_per_second": {name: median_and_range(each, 3) for name, each in speeds.items()},
+        "ms_per_step": {
+            name: median_and_range([1000 * s / counts[name] for s in each], 4) for name, each in seconds.items()
+        },
         "share_of_bare_step": {
             name: _ratio(each, speeds["bare step"]) for name, each in speeds.items() if name != "bare step"
         },

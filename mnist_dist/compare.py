@@ -127,12 +127,12 @@ class Row:
             "recipe": (self.label or self.recipe, None),
             "parameters": (f"{parameters:,.0f}" if parameters else "", parameters),
             "claim": (_claimed(self.recipe)[1], None),
-            "last epoch": (spread(accuracy["eval.last"]), self.mean("eval.last.accuracy")),
-            "best epoch": (spread(accuracy["eval.best"]), self.mean("eval.best.accuracy")),
-            "test": (spread(accuracy["test"]), self.mean("test.accuracy")),
+            "last epoch": (mean_and_deviation(accuracy["eval.last"]), self.mean("eval.last.accuracy")),
+            "best epoch": (mean_and_deviation(accuracy["eval.best"]), self.mean("eval.best.accuracy")),
+            "test": (mean_and_deviation(accuracy["test"]), self.mean("test.accuracy")),
             "n": (str(len(self.runs)), len(self.runs)),
             "epochs": (f"{epochs:.4g}", epochs),
-            "images/s": (spread(speeds, ",.0f"), self.mean("images_per_second")),
+            "images/s": (mean_and_deviation(speeds, ",.0f"), self.mean("images_per_second")),
             "time": ("" if seconds is None else _time(seconds), seconds),
             "world size": ("" if world is None else f"{world:g}", world),
             "precision": ({"no": "fp32"}.get(precision, precision), None),
@@ -187,7 +187,7 @@ def _time(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
 
 
-def spread(values: list[float], form: str = ".2f") -> str:
+def mean_and_deviation(values: list[float], form: str = ".2f") -> str:
     """Mean ± standard deviation; empty for no values."""
     if not values:
         return ""

@@ -146,7 +146,7 @@ class Task:
         return Contender(name, fastest_kernels()(lambda steps: self.time(step, source, steps)))
 
 
-def spread(values: list[float], digits: int) -> dict[str, float]:
+def median_and_range(values: list[float], digits: int) -> dict[str, float]:
     """Median, lowest and highest."""
     found = {"median": statistics.median(values), "min": min(values), "max": max(values)}
     return {name: round(value, digits) for name, value in found.items()}

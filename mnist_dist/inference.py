@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mnist_dist.contenders import PRECISIONS, Task, captured, fastest_kernels, spread
+from mnist_dist.contenders import PRECISIONS, Task, captured, fastest_kernels, median_and_range
 from mnist_dist.parts import build_module
 from mnist_dist.recipe import Recipe
 from mnist_dist.recipe_file import Problem, RecipeError
@@ -53,7 +53,9 @@ def measure_inference(recipe: Recipe, batch_sizes: list[int], rounds: int, calls
         for _ in range(rounds):
             for name, answer in answers.items():
                 seconds[name].append(_time(task, answer, repeats[name]) / repeats[name])
-        found[str(size)] = {name: spread([1000 * each for each in times], 5) for name, times in seconds.items()}
+        found[str(size)] = {
+            name: median_and_range([1000 * each for each in times], 5) for name, times in seconds.items()
+        }
     return task.about() | {"rounds": rounds, "calls_per_round": calls, "ms_per_call": found}
 
 

@@ -85,10 +85,10 @@ def measure(recipe: Recipe, seeds: int) -> dict[str, Any]:
 
 def _figures(runs: list[tuple[float, float]]) -> dict[str, Any]:
     accuracies, seconds = zip(*runs, strict=True)
-    spread = statistics.stdev if len(runs) > 1 else lambda values: 0.0
+    deviation = statistics.stdev if len(runs) > 1 else lambda values: 0.0
     return {
-        "accuracy": {"mean": statistics.mean(accuracies), "sd": spread(accuracies), "each": accuracies},
-        "seconds": {"mean": statistics.mean(seconds), "sd": spread(seconds), "each": seconds},
+        "accuracy": {"mean": statistics.mean(accuracies), "sd": deviation(accuracies), "each": accuracies},
+        "seconds": {"mean": statistics.mean(seconds), "sd": deviation(seconds), "each": seconds},
     }
 
 
