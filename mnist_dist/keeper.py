@@ -13,6 +13,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from mnist_dist.command_line import RunError
 from mnist_dist.engine.checkpoint import (
     list_checkpoints,
     load_checkpoint,
@@ -44,6 +45,23 @@ class Keeper:
     def train_seconds(self) -> float:
         """How long the loop took for the steps so far, evaluations included; what a killed process did again, once."""
         return round(time.perf_counter() - self._began, 3)
+
+    def __enter__(self) -> Keeper:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        """Of a run that broke off: ends its trackers, and tells what the user can do.
+
+        Raises:
+            RunError: in the place of an error that can be told in a few words.
+        """
+        if error is None:
+            return
+        message = self.explain(error)
+        with suppress(OSError):
+            self._end_trackers(message or f"{type(error).__name__}: {error}" if isinstance(error, Exception) else None)
+        if message:
+            raise RunError(message) from error
 
     def best(self) -> None:
         self._parts.save_weights(self._folder.best, self._recipe)
@@ -88,13 +106,13 @@ class Keeper:
         """For a run that ends by force: the status, and nothing that could wait for anybody."""
         self._folder.set_status("failed")
 
-    def fail(self, what: str | None) -> None:
-        """Ends the trackers of a run that broke off; has W&B tell the user of what, where that is known."""
+    def _end_trackers(self, failed_of: str | None) -> None:
+        """Has W&B tell the user of a failure, where it is one; a person's Ctrl-C is none."""
         for tracker in self._parts.accelerator.trackers:
             if not isinstance(tracker, WandbTracker):
                 tracker.finish()  # a terminal would stay without its cursor
-            elif what is not None:
-                tracker.fail(f"{self._recipe.name} failed", what)
+            elif failed_of is not None:
+                tracker.fail(f"{self._recipe.name} failed", failed_of)
 
     def explain(self, error: BaseException) -> str | None:
         """What the user can do about a run that broke off, and what is left; None where only a traceback helps."""

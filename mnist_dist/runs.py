@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -72,6 +74,17 @@ class RunFolder:
             what = f"{error.filename or run_dir} cannot be written: {error.strerror}; give another --run-dir"
             raise refuse(what) from error
         return folder
+
+    @contextmanager
+    def failed_unless_done(self, writes: bool) -> Iterator[None]:
+        """While entered, an error that leaves makes the status failed; `writes`: this is the process that writes it."""
+        try:
+            yield
+        except BaseException:
+            with suppress(OSError):
+                if writes:
+                    self.set_status("failed")
+            raise
 
     @property
     def is_done(self) -> bool:

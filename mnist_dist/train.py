@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 import time
 import types
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from rich.table import Table
 
-from mnist_dist.command_line import Parser, RunError, is_main_process, run_door, table_console
+from mnist_dist.command_line import Parser, is_main_process, run_door, table_console
 from mnist_dist.data import Images
 from mnist_dist.engine.evaluation import Interrupted
 from mnist_dist.engine.interrupts import PREEMPTED, Interrupts
@@ -143,8 +142,8 @@ def train(
     goes_on = has_checkpoint(run_dir, resume, state)
     if not goes_on:
         notes = together(state, lambda: load_initial_weights(recipe, module))
-    folder, keep = _open_folder(recipe, run_dir, state, resume, allow_recipe_change), None
-    try:
+    folder = _open_folder(recipe, run_dir, state, resume, allow_recipe_change)
+    with folder.failed_unless_done(state.is_main_process):
         if state.is_main_process:
             write_text(folder.model_summary, summarize_model(module) + "\n")
         checkpoint, problems = load_newest(folder, state)
@@ -152,48 +151,39 @@ def train(
             notes = together(state, lambda: load_initial_weights(recipe, module))
         parts = build_parts(recipe, precision, dataset.train, module, teachers)
         progress = Progress(**checkpoint.get("progress", {}))
-        keep = Keeper(folder, recipe, parts, progress)
-        if checkpoint:
-            parts.load_state_dict(checkpoint["parts"])
-        console = open_trackers(recipe, parts, dataset, folder, checkpoint)
-        if console:
-            for note in [*problems, *notes, *parts.notes]:
-                console.say(note)
-            if parts.update.captured:
-                parts.update.captured.say = console.say
-        parts.accelerator.wait_for_everyone()  # W&B's start on rank 0 is no part of the others' first step
-        parts.meter.resume()
-        seconds = {"setup_seconds": round(time.perf_counter() - started, 3)}
-        keep.start(checkpoint.get("train_seconds", 0.0))
-        finished = fit(recipe, parts, dataset.held_out.to(state.device), keep, progress)
-        if not finished:
+        with Keeper(folder, recipe, parts, progress) as keep:
+            if checkpoint:
+                parts.load_state_dict(checkpoint["parts"])
+            console = open_trackers(recipe, parts, dataset, folder, checkpoint)
             if console:
-                console.say(f"asked to stop: saved after step {progress.step:,}; the same command goes on from there")
-                folder.set_status("preempted")
-            if wandb := find_tracker(parts.accelerator, WandbTracker):
-                wandb.preempt(PREEMPTED)
+                for note in [*problems, *notes, *parts.notes]:
+                    console.say(note)
+                if parts.update.captured:
+                    parts.update.captured.say = console.say
+            parts.accelerator.wait_for_everyone()  # W&B's start on rank 0 is no part of the others' first step
+            parts.meter.resume()
+            seconds = {"setup_seconds": round(time.perf_counter() - started, 3)}
+            keep.start(checkpoint.get("train_seconds", 0.0))
+            finished = fit(recipe, parts, dataset.held_out.to(state.device), keep, progress)
+            if not finished:
+                if console:
+                    console.say(
+                        f"asked to stop: saved after step {progress.step:,}; the same command goes on from there"
+                    )
+                    folder.set_status("preempted")
+                if wandb := find_tracker(parts.accelerator, WandbTracker):
+                    wandb.preempt(PREEMPTED)
+                _close(parts)
+                return {"status": "preempted", "step": progress.step}
+            seconds["train_seconds"] = keep.train_seconds()
+            keep.last()
+            # Without a validation part this repeats the last evaluation, for its probabilities; with one, the test set
+            # is used here for the first time.
+            test = parts.judge(dataset.test.to(state.device), recipe.eval_batch_size)
+            summary = summarize(recipe, parts, progress, test if dataset.has_validation else None) | seconds | code
+            if console:
+                write_outputs(folder, recipe, parts, dataset, test, summary, console)
             _close(parts)
-            return {"status": "preempted", "step": progress.step}
-        seconds["train_seconds"] = keep.train_seconds()
-        keep.last()
-        # Without a validation part this repeats the last evaluation, for its probabilities; with one, the test set
-        # is used here for the first time.
-        test = parts.judge(dataset.test.to(state.device), recipe.eval_batch_size)
-        summary = summarize(recipe, parts, progress, test if dataset.has_validation else None) | seconds | code
-        if console:
-            write_outputs(folder, recipe, parts, dataset, test, summary, console)
-        _close(parts)
-    except BaseException as error:
-        if state.is_main_process:
-            with suppress(OSError):
-                folder.set_status("failed")
-        message = keep.explain(error) if keep else None
-        if keep:
-            with suppress(OSError):
-                keep.fail(message or f"{type(error).__name__}: {error}" if isinstance(error, Exception) else None)
-        if message:
-            raise RunError(message) from error
-        raise
     return summary
 
 
