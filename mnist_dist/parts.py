@@ -104,41 +104,44 @@ def build_module(recipe: Recipe, dataset: Dataset, world_size: int = 1) -> nn.Mo
         found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         what = f"{name} gives {found} for two images; expected (2, {classes})"
         raise RecipeError([recipe.problem("model.name", what)])
+    _freeze(recipe, module.train())
+    _check_training(recipe, module, dataset.train, world_size)
+    return module
+
+
+def _freeze(recipe: Recipe, module: nn.Module) -> None:
     parameters = dict(module.named_parameters())
     if not parameters:
-        raise RecipeError([recipe.problem("model.name", f"{name} has no parameter to train")])
+        raise RecipeError([recipe.problem("model.name", f"{recipe.model.name} has no parameter to train")])
     problems = [recipe.problem(key, what) for key, what in check_freeze(recipe.model.freeze, list(parameters))]
     if problems:
         raise RecipeError(problems)
     for pattern in recipe.model.freeze:
         for frozen in fnmatch.filter(parameters, pattern):
             parameters[frozen].requires_grad_(False)
-    try:
-        build_optimizer(
-            parameters.values(), recipe.optimizer.name, lr=recipe.optimizer.lr or 0.1, **recipe.optimizer.keywords
-        )
-    except (ValueError, RuntimeError) as error:
-        what = f"{recipe.optimizer.name} cannot train {name}: {error}"
-        raise RecipeError([recipe.problem("optimizer.name", what)]) from error
-    for part in module.train().modules():
+    for part in module.modules():
         if isinstance(part, _BatchNorm) and part.affine and not any(p.requires_grad for p in part.parameters()):
             part.eval()
-    smallest, key = _smallest_piece(recipe, len(dataset.train), world_size)
+
+
+def _check_training(recipe: Recipe, module: nn.Module, data: Images, world_size: int) -> None:
+    """Tries the optimizer, a pass in training, and one of a single image where a step will have to make that."""
+    name, smallest = recipe.model.name, _smallest_piece(recipe, len(data), world_size)
+    key, doing = "optimizer.name", f"{recipe.optimizer.name} cannot train {name}"
     try:
-        output = _try_to_train(module, dataset.train.normalize(dataset.train.images[:2]))
-    except Exception as error:
-        what = f"{name} cannot be trained: {type(error).__name__}: {error}"
-        raise RecipeError([recipe.problem("model.name", what)]) from error
-    if not isinstance(output, torch.Tensor):
-        what = f"{name} gives a tensor in evaluation, but {type(output).__name__} in training"
-        raise RecipeError([recipe.problem("model.name", what)])
-    try:
-        if smallest == 1:
-            _try_to_train(module, dataset.train.normalize(dataset.train.images[:1]))
-    except Exception as error:
-        what = f"leaves a process one image at a time, on which {name} cannot be trained: {error}"
-        raise RecipeError([recipe.problem(key, f"{getattr(recipe, key)} {what}")]) from error
-    return module
+        build_optimizer(
+            module.parameters(), recipe.optimizer.name, lr=recipe.optimizer.lr or 0.1, **recipe.optimizer.keywords
+        )
+        key, doing = "model.name", f"{name} cannot be trained"
+        output = _try_to_train(module, data.normalize(data.images[:2]))
+        if not isinstance(output, torch.Tensor):
+            raise TypeError(f"it gives a tensor in evaluation, but {type(output).__name__} in training")
+        if smallest[0] == 1:
+            key = smallest[1]
+            doing = f"{getattr(recipe, key)} leaves a process one image at a time, on which {name} cannot be trained"
+            _try_to_train(module, data.normalize(data.images[:1]))
+    except Exception as error:  # a user's own class may fail in any way
+        raise RecipeError([recipe.problem(key, f"{doing}: {error}")]) from error
 
 
 def _try_to_train(module: nn.Module, images: torch.Tensor) -> object:
