@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mnist_dist.data import Augmentation, Batches, EpochPlan, Images
 from mnist_dist.engine.metrics import Meter
-from mnist_dist.engine.optim import MovingAverage, build_optimizer
+from mnist_dist.engine.optim import MovingAverage, build_optimizer, fill_momentum
 from mnist_dist.engine.step import NotFinite, Update
 from mnist_dist.models import build_model
 from mnist_dist.models.layers import Dropout
@@ -72,6 +72,7 @@ def make_update(
     batches = Batches(NUM_SAMPLES, batch_size, seed, augmentation=augmentation)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = build_optimizer(trained, "sgd", lr=lr, momentum=momentum, weight_decay=weight_decay)
+    fill_momentum(optimizer)
     model = module
     if isinstance(accelerator, Accelerator):
         model, optimizer = accelerator.prepare(module.train(), optimizer)
