@@ -94,7 +94,8 @@ def export(run: Run, kind: str, output: Path, *overrides: str, onnxruntime_web: 
         The network in PyTorch, then what was made of it on the way, and the file last.
 
     Raises:
-        RecipeError: no weights, no data, a missing package, or a network that cannot be exported.
+        RecipeError: no data, a missing package, or a network that cannot be exported.
+        OSError, ValueError: no whole weights there.
         RunError: the file's answers, or an int8 file's accuracy or size, are not as promised; nothing was written.
     """
     state = launched_world()

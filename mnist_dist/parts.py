@@ -33,7 +33,7 @@ from mnist_dist.engine.fully_sharded import cut_model_state, cut_optimizer_state
 from mnist_dist.engine.metrics import GradientClock, Meter
 from mnist_dist.engine.optim import MovingAverage, Schedule, build_optimizer, build_schedule, fill_momentum, set_rates
 from mnist_dist.engine.shards import LogicalShards
-from mnist_dist.engine.step import Update
+from mnist_dist.engine.step import Update, count_pieces
 from mnist_dist.engine.sync_batchnorm import synchronize_batch_norm
 from mnist_dist.models import build_model
 from mnist_dist.recipe import Recipe, check_freeze
@@ -162,8 +162,11 @@ def _smallest_piece(recipe: Recipe, samples: int, world_size: int) -> tuple[int,
         return min(batches), "batch_size"  # the images of all processes count
     pieces: dict[int, str] = {}
     for size in batches:
-        for share in (max(1, size // shares), -(-size // shares)):
-            count = -(-share // micro) if isinstance(micro, int) else 1
+        largest = -(-size // shares)
+        for share in (max(1, size // shares), largest):
+            # A logical shard is cut by its own size, a process's share by the largest.
+            sized = share if recipe.logical_shards else largest
+            count = min(count_pieces(sized, micro if isinstance(micro, int) else None), share)
             key = "micro_batch_size" if count > 1 else "logical_shards" if recipe.logical_shards else "batch_size"
             pieces.setdefault(share // count, key)
     return min(pieces.items())

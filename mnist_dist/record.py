@@ -7,7 +7,6 @@ github.com/tuomaso/train_mnist_fast, written from its description and run in tur
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 from dataclasses import replace
@@ -61,12 +60,12 @@ def measure(recipe: Recipe, seeds: int) -> dict[str, Any]:
     parts = build_parts(recipe, task.precision, train, build_module(recipe, dataset))
     ours: list[tuple[float, float]] = []
     theirs: list[tuple[float, float]] = []
-    schedule = copy.deepcopy(parts.schedule.state_dict())
+    schedule = parts.schedule.state_dict()
     preparation = _warm_up(parts, recipe, train, test, dataset.train.classes)
     _reference(train, test, seed=0, steps=10)
     for seed in range(seeds):
         task.wait()
-        parts.schedule.load_state_dict(copy.deepcopy(schedule))
+        parts.schedule.load_state_dict(schedule)
         ours.append(_ours(parts, recipe.model_copy(update={"seed": seed}), dataset, test))
         task.wait()
         theirs.append(_reference(train, test, seed))

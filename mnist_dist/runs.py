@@ -76,7 +76,7 @@ class RunFolder:
         return folder
 
     @contextmanager
-    def failed_unless_done(self, writes: bool) -> Iterator[None]:
+    def failed_on_error(self, writes: bool) -> Iterator[None]:
         """While entered, an error that leaves makes the status failed; `writes`: this is the process that writes it."""
         try:
             yield
@@ -116,11 +116,9 @@ def refuse_changes(old: Recipe, new: Recipe, allowed: bool) -> str:
         return "\n".join(
             [*fixed, "what it has learnt does not fit; name a new folder, or begin one with model.init_from"]
         )
-    return (
-        ""
-        if allowed or not changes
-        else "\n".join([*changes, "name a new folder, or go on with --allow-recipe-change"])
-    )
+    if changes and not allowed:
+        return "\n".join([*changes, "name a new folder, or go on with --allow-recipe-change"])
+    return ""
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

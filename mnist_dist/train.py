@@ -143,7 +143,7 @@ def train(
     if not goes_on:
         notes = together(state, lambda: load_initial_weights(recipe, module))
     folder = _open_folder(recipe, run_dir, state, resume, allow_recipe_change)
-    with folder.failed_unless_done(state.is_main_process):
+    with folder.failed_on_error(state.is_main_process):
         if state.is_main_process:
             write_text(folder.model_summary, summarize_model(module) + "\n")
         checkpoint, problems = load_newest(folder, state)

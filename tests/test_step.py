@@ -16,6 +16,8 @@ from mnist_dist.engine.optim import MovingAverage, build_optimizer, fill_momentu
 from mnist_dist.engine.step import NotFinite, Update
 from mnist_dist.models import build_model
 from mnist_dist.models.layers import Dropout
+from mnist_dist.parts import _smallest_piece
+from mnist_dist.recipe import load_recipe
 
 NUM_SAMPLES, BATCH_SIZE = 80, 32  # batches of 32, 32 and 16
 
@@ -240,6 +242,22 @@ def test_whole_numbers_have_no_mean(accelerator):
     for _ in range(3):
         average.move(module, torch.tensor(False))
     assert torch.equal(average.module.table, torch.arange(1000))
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 2, 3, 5])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("batch_size", [7, 13, 32])
+def test_the_smallest_piece_is_the_one_that_a_step_will_make(batch_size, world_size, micro_batch_size):
+    smallest = BATCH_SIZE
+    for rank in range(world_size):
+        process = PretendedProcess(rank, world_size)
+        update = make_update(process, lenet(), batch_size=batch_size, micro_batch_size=micro_batch_size)
+        for index in range(update.batches.steps_per_epoch):
+            rows, largest = update.rows(update.batches.plan(0), index), -(-update.batches.size(index) // world_size)
+            pieces = update._pieces(rows, largest) if len(rows) else [[0]]  # a stand-in
+            smallest = min(smallest, *map(len, pieces))
+    words = f"batch_size={batch_size}", f"micro_batch_size={'null' if micro_batch_size is None else micro_batch_size}"
+    assert _smallest_piece(load_recipe("debug", *words), NUM_SAMPLES, world_size)[0] == smallest
 
 
 class Scaled(PretendedProcess):

@@ -35,6 +35,11 @@ def judges_on_device(optimizer: Optimizer, accelerator: Accelerator) -> bool:
     return accelerator.device.type != "cpu" and accelerator.scaler is None and bool(optimizer.defaults.get("fused"))
 
 
+def count_pieces(largest_share: int, micro_batch_size: int | None) -> int:
+    """Into how many micro-batches each share of a batch is cut, by the largest of the shares."""
+    return -(-largest_share // (micro_batch_size or largest_share))
+
+
 class Update:
     """Computes this process's share of a global batch and makes the update that the whole batch asks for.
 
@@ -186,7 +191,7 @@ class Update:
 
     def _pieces(self, rows: Tensor, largest_share: int) -> tuple[Tensor, ...]:
         """Micro-batches; equally many on all processes where they meet in the forward pass."""
-        count = -(-largest_share // (self.micro_batch_size or largest_share))
+        count = count_pieces(largest_share, self.micro_batch_size)
         return rows.tensor_split(count if self.meets_in_forward else min(count, len(rows)))
 
     def _accumulate(
