@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from mnist_dist.command_line import Parser, run_door, table_console
+from mnist_dist.cli import Parser, run_door, table_console
+from mnist_dist.distributed.launcher import launched_world
 from mnist_dist.engine.evaluation import Evaluation, score
 from mnist_dist.evaluate import calibration_error, judge_run, read_data, report, write_report
-from mnist_dist.recipe_file import Problem, RecipeError
-from mnist_dist.runs import Run, open_run
-from mnist_dist.world import launched_world
+from mnist_dist.recipe.file import Problem, RecipeError
+from mnist_dist.run.folder import Run, open_run
 
 EXAMPLES = """\
 examples:

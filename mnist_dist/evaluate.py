@@ -17,15 +17,15 @@ from accelerate.state import AcceleratorState
 from rich.table import Table
 from torch import Tensor
 
-from mnist_dist.command_line import Parser, run_door, table_console
+from mnist_dist.cli import Parser, run_door, table_console
 from mnist_dist.data import Images
+from mnist_dist.distributed.launcher import choose_threads, launched_world
 from mnist_dist.engine.evaluation import Evaluation
 from mnist_dist.engine.evaluation import evaluate as judge
-from mnist_dist.parts import load_data, place, set_determinism, set_kernels
-from mnist_dist.recipe import Recipe, load_recipe
-from mnist_dist.recipe_file import Problem, RecipeError
-from mnist_dist.runs import Run, open_run
-from mnist_dist.world import choose_threads, launched_world
+from mnist_dist.recipe.file import Problem, RecipeError
+from mnist_dist.recipe.schema import Recipe, load_recipe
+from mnist_dist.run.build import load_data, place, set_determinism, set_kernels
+from mnist_dist.run.folder import Run, open_run
 
 EXAMPLES = """\
 examples:

@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mnist_dist.command_line import Parser, printable, run_door
+from mnist_dist.cli import Parser, printable, run_door
 from mnist_dist.data.augment import normalize
 from mnist_dist.engine.evaluation import evaluating
 from mnist_dist.predict import predict, read_picture
-from mnist_dist.recipe_file import Problem, RecipeError, nearest
-from mnist_dist.runs import Run, open_run
+from mnist_dist.recipe.file import Problem, RecipeError, nearest
+from mnist_dist.run.folder import Run, open_run
 
 EXAMPLES = """\
 examples:
@@ -109,7 +109,7 @@ def explain(run: Run, picture: Tensor, path: Path, layers: list[str] | None = No
     Raises:
         ValueError: as `get_feature_maps`.
     """
-    from mnist_dist.reports.explanation import plot_explanation
+    from mnist_dist.plots.explanation import plot_explanation
 
     [found] = predict(run, picture[None])
     image = normalize(picture[None], run.about["mean"], run.about["std"])

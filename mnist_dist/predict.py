@@ -18,10 +18,10 @@ from PIL import Image, ImageOps
 from rich.console import Console
 from torch import Tensor
 
-from mnist_dist.command_line import FAILED, Parser, printable, run_door
+from mnist_dist.cli import FAILED, Parser, printable, run_door
 from mnist_dist.data.augment import normalize
-from mnist_dist.run_reader import find_runs
-from mnist_dist.runs import Run, load_run, open_run
+from mnist_dist.run.folder import Run, load_run, open_run
+from mnist_dist.run.reader import find_runs
 
 EXAMPLES = """\
 examples:

@@ -26,14 +26,14 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from mnist_dist.command_line import FAILED, Parser, run_door, table_console
-from mnist_dist.engine.interrupts import PREEMPTED
-from mnist_dist.parts import load_data
-from mnist_dist.recipe import Recipe, load_recipe
-from mnist_dist.recipe_file import Dumper, Problem, RecipeError, find_recipe, parse, read_recipe, unknown_key
-from mnist_dist.reports.markdown import markdown_table
-from mnist_dist.runs import RunFolder, describe_changes, write_text
-from mnist_dist.world import launched_world
+from mnist_dist.cli import FAILED, Parser, run_door, table_console
+from mnist_dist.distributed.launcher import launched_world
+from mnist_dist.distributed.signals import PREEMPTED
+from mnist_dist.recipe.file import Dumper, Problem, RecipeError, find_recipe, parse, read_recipe, unknown_key
+from mnist_dist.recipe.schema import Recipe, load_recipe
+from mnist_dist.run.build import load_data
+from mnist_dist.run.folder import RunFolder, describe_changes, write_text
+from mnist_dist.run.tables import markdown_table
 
 EXAMPLES = """\
 examples:

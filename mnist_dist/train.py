@@ -16,23 +16,23 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from rich.table import Table
 
-from mnist_dist.command_line import Parser, is_main_process, run_door, table_console
+from mnist_dist.cli import Parser, is_main_process, run_door, table_console
 from mnist_dist.data import Images
+from mnist_dist.distributed.launcher import check_size, choose_threads, launched_world, together
+from mnist_dist.distributed.signals import PREEMPTED, Interrupts
+from mnist_dist.distributed.watchdog import Watchdog
 from mnist_dist.engine.evaluation import Interrupted
-from mnist_dist.engine.interrupts import PREEMPTED, Interrupts
-from mnist_dist.engine.optim import set_rates
-from mnist_dist.engine.watchdog import Watchdog
-from mnist_dist.keeper import Keeper, adopt, find_checkpoint, has_checkpoint, holds_checkpoint, load_newest
+from mnist_dist.engine.optimizers import set_rates
 from mnist_dist.models import build_model, count_parameters
-from mnist_dist.outputs import close_trackers, open_trackers, summarize, write_outputs
-from mnist_dist.parts import Parts, Progress, build_module, build_parts, check_world, load_data
-from mnist_dist.recipe import Recipe, load_recipe
-from mnist_dist.recipe_file import bundled_recipes, recipe_notes
-from mnist_dist.reports.model_summary import summarize_model
-from mnist_dist.runs import RunFolder, git_commit, versions, write_text
+from mnist_dist.recipe.file import bundled_recipes, recipe_notes
+from mnist_dist.recipe.schema import Recipe, load_recipe
+from mnist_dist.run.build import Parts, Progress, build_module, build_parts, check_world, load_data
+from mnist_dist.run.checkpointing import Keeper, adopt, find_checkpoint, has_checkpoint, holds_checkpoint, load_newest
+from mnist_dist.run.folder import RunFolder, git_commit, versions, write_text
+from mnist_dist.run.model_summary import summarize_model
+from mnist_dist.run.pretrained import load_initial_weights, load_teachers
+from mnist_dist.run.summary import close_trackers, open_trackers, summarize, write_outputs
 from mnist_dist.tracking import WandbTracker, find_tracker
-from mnist_dist.transfer import load_initial_weights, load_teachers
-from mnist_dist.world import check_size, choose_threads, launched_world, together
 
 EXAMPLES = """\
 examples:

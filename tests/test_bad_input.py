@@ -21,9 +21,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import mnist_dist
-from mnist_dist.command_line import run_door
-from mnist_dist.recipe import Recipe, load_recipe
-from mnist_dist.recipe_file import RecipeError
+from mnist_dist.cli import run_door
+from mnist_dist.recipe.file import RecipeError
+from mnist_dist.recipe.schema import Recipe, load_recipe
 from mnist_dist.train import main
 
 GOOD = """\

@@ -17,11 +17,15 @@ import torch
 from accelerate.state import AcceleratorState
 from torchvision import transforms
 
-from mnist_dist import benchmark, contenders, inference, peers
-from mnist_dist.command_line import RunError, run_door
-from mnist_dist.contenders import Contender, Task
-from mnist_dist.recipe import load_recipe
-from mnist_dist.reports import speed_plot, speed_table
+from mnist_dist.benchmark import __main__ as benchmark
+from mnist_dist.benchmark import report as speed_table
+from mnist_dist.benchmark import sweep_plot as speed_plot
+from mnist_dist.benchmark.__main__ import baselines as contenders
+from mnist_dist.benchmark.__main__ import frameworks as peers
+from mnist_dist.benchmark.__main__ import inference
+from mnist_dist.benchmark.baselines import Contender, Task
+from mnist_dist.cli import RunError, run_door
+from mnist_dist.recipe.schema import load_recipe
 
 ROOT = Path(__file__).parent.parent
 LOADERS = [peers.plain_loader, peers.accelerate_loader, peers.lightning_loader]

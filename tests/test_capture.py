@@ -17,12 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mnist_dist import load_recipe, train
 from mnist_dist.data import Augmentation, Batches, Images
-from mnist_dist.engine import capture, step
-from mnist_dist.engine.capture import WARM_UP_STEPS, CapturedStep
+from mnist_dist.engine import cuda_graph as capture
+from mnist_dist.engine import train_step as step
+from mnist_dist.engine.cuda_graph import WARM_UP_STEPS, CapturedStep
 from mnist_dist.engine.distillation import Distillation
 from mnist_dist.engine.metrics import Meter
-from mnist_dist.engine.optim import MovingAverage, build_optimizer, build_schedule, set_rates
-from mnist_dist.engine.step import NotFinite, Update
+from mnist_dist.engine.optimizers import MovingAverage, build_optimizer, build_schedule, set_rates
+from mnist_dist.engine.train_step import NotFinite, Update
 from mnist_dist.models import build_model
 
 NUM_SAMPLES, BATCH_SIZE, STEPS = 144, 16, 24  # nine full batches an epoch

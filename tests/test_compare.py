@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mnist_dist import compare
-from mnist_dist.command_line import run_door
-from mnist_dist.run_reader import RunReader
+from mnist_dist.cli import run_door
+from mnist_dist.compare import __main__ as compare
+from mnist_dist.run.reader import RunReader
 from mnist_dist.tracking import JSONLReader
 
 

@@ -19,10 +19,11 @@ from typing import Any
 
 import pytest
 
-from mnist_dist import compare, load_recipe, train
-from mnist_dist.command_line import run_door
-from mnist_dist.reports.live import LiveServer
-from mnist_dist.reports.page import POINTS, Page, curves, embedded, render
+from mnist_dist import load_recipe, train
+from mnist_dist.cli import run_door
+from mnist_dist.compare import __main__ as compare
+from mnist_dist.compare.live import LiveServer
+from mnist_dist.compare.page import POINTS, Page, curves, embedded, render
 from tests.test_compare import lines, summary, write_run
 
 HOSTILE = [

@@ -14,8 +14,8 @@ from torch import nn
 from mnist_dist import build_model, load_recipe, load_run, train
 from mnist_dist.data import datasets
 from mnist_dist.engine.distillation import Distillation
-from mnist_dist.recipe_file import RecipeError
-from mnist_dist.runs import describe_changes
+from mnist_dist.recipe.file import RecipeError
+from mnist_dist.run.folder import describe_changes
 from tests.test_distributed import launch, relative_deviations
 from tests.test_step import DATA, PretendedProcess, gradient, lenet, make_update, weights
 

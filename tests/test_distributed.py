@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from mnist_dist import load_run
-from mnist_dist.engine.fully_sharded import _callable_children
+from mnist_dist.distributed.fsdp import _callable_children
+from mnist_dist.distributed.launcher import check_size
 from mnist_dist.models import build_model
-from mnist_dist.recipe_file import RecipeError
-from mnist_dist.world import check_size
+from mnist_dist.recipe.file import RecipeError
 
 
 def launch(world_size: int, run_dir: Path, *words: str) -> list[dict]:
@@ -76,7 +76,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from mnist_dist import build_model
-from mnist_dist.engine.sync_batchnorm import synchronize_batch_norm
+from mnist_dist.distributed.sync_batchnorm import synchronize_batch_norm
 
 dist.init_process_group("gloo")
 torch.set_default_dtype(torch.float64)
@@ -148,8 +148,8 @@ def launch_until(step: int, world_size: int, run_dir: Path, *words: str) -> None
 
 UNTIL = """
 import os, signal, sys
-from mnist_dist.engine import interrupts
-from mnist_dist.engine.step import Update
+from mnist_dist.distributed import signals as interrupts
+from mnist_dist.engine.train_step import Update
 from mnist_dist.train import main
 
 interrupts.AGREE_SECONDS = 0  # processes ask one another at every step

@@ -22,9 +22,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
-from mnist_dist import doctor, probes, ranks
-from mnist_dist.command_line import run_door
-from mnist_dist.doctor import FAIL, NOTE, OK, SLOW, WARN, Finding
+from mnist_dist.cli import run_door
+from mnist_dist.doctor import __main__ as doctor
+from mnist_dist.doctor.__main__ import FAIL, NOTE, OK, SLOW, WARN, Finding, ranks
+from mnist_dist.doctor.__main__ import measurements as probes
 
 NOWHERE = "http://127.0.0.1:9"
 CHECKS = [
@@ -381,8 +382,8 @@ def test_ranks_that_raise_or_die_are_named_on_all_of_them(tmp_path):
         textwrap.dedent(
             """
             import os, time, torch, torch.distributed as dist
-            from mnist_dist import ranks
-            from mnist_dist.world import launched_world
+            from mnist_dist.doctor.__main__ import ranks
+            from mnist_dist.distributed.launcher import launched_world
             ranks.LIMIT, ranks.GRACE = 10.0, 1.0
             world = ranks.Ranks(launched_world())
 

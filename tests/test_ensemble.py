@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from mnist_dist import compare, load_recipe, load_run, train
+from mnist_dist import load_recipe, load_run, train
+from mnist_dist.compare import __main__ as compare
 from mnist_dist.data import datasets
 from mnist_dist.engine.evaluation import score
 from mnist_dist.ensemble import main, mean_of
 from mnist_dist.evaluate import evaluate
-from mnist_dist.recipe_file import RecipeError
+from mnist_dist.recipe.file import RecipeError
 
 WORDS = ["data.limit_train=512", "data.limit_test=203", "epochs=2"]
 

@@ -15,13 +15,14 @@ import pytest
 import torch
 from PIL import Image
 
-from mnist_dist import build_model, export, load_recipe, load_run, train
-from mnist_dist.command_line import RunError, run_door
+from mnist_dist import build_model, load_recipe, load_run, train
+from mnist_dist.cli import RunError, run_door
 from mnist_dist.data import load_dataset, normalize
 from mnist_dist.engine.checkpoint import save_weights
+from mnist_dist.export import __main__ as export
+from mnist_dist.export import page as draw_page
 from mnist_dist.predict import read_picture
-from mnist_dist.recipe_file import RecipeError
-from mnist_dist.reports import draw_page
+from mnist_dist.recipe.file import RecipeError
 
 CHROMIUM = Path("/usr/bin/chromium")
 QUIET = ["tracking.wandb.mode=disabled", "engine.channels_last=false"]

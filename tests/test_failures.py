@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from mnist_dist import load_recipe, load_run, train
-from mnist_dist.command_line import RunError
+from mnist_dist.cli import RunError
+from mnist_dist.distributed.signals import Interrupts
 from mnist_dist.engine.checkpoint import list_checkpoints, load_checkpoint
-from mnist_dist.engine.interrupts import Interrupts
-from mnist_dist.recipe_file import RecipeError
+from mnist_dist.recipe.file import RecipeError
 
 WORDS = ["data.dataset=synthetic", "data.limit_train=320", "data.limit_test=50", "batch_size=64", "log_every=1"]
 WORDS += ["epochs=2", "tracking.wandb.mode=disabled"]
@@ -76,7 +76,7 @@ def one_bad_image(monkeypatch):
 def judge(request, monkeypatch) -> list[str]:
     """Who sees that a gradient is not finite; the device says so at the next log line only, as on a GPU."""
     if request.param == "device":
-        from mnist_dist.engine import step as module
+        from mnist_dist.engine import train_step as module
 
         monkeypatch.setattr(module, "judges_on_device", lambda optimizer, accelerator: True)
     return ["ema_decay=0.9", *(["log_every=4"] if request.param == "device" else [])]
@@ -202,8 +202,8 @@ def test_a_second_signal_ends_at_once_but_an_echo_of_the_first_does_not(accelera
 
 HANGS = """
 import os, signal, sys, time
-from mnist_dist.command_line import run_door
-from mnist_dist.engine.step import Update
+from mnist_dist.cli import run_door
+from mnist_dist.engine.train_step import Update
 from mnist_dist.train import main
 
 inputs = Update.inputs

@@ -85,8 +85,8 @@ def inside(names: set[str]) -> set[str]:
         ("from ..train import fit", "mnist_dist.data", {"train"}),
         ("from .. import train", "mnist_dist.data", {"train"}),
         ("from .batches import Batches", "mnist_dist.data", {"data"}),
-        ("def late():\n    from mnist_dist.recipe import Recipe", "mnist_dist.data", {"recipe"}),
-        ("import importlib\nimportlib.import_module('mnist_dist.runs')", "mnist_dist.data", {"runs"}),
+        ("def late():\n    from mnist_dist.recipe.schema import Recipe", "mnist_dist.data", {"recipe"}),
+        ("import importlib\nimportlib.import_module('mnist_dist.run.folder')", "mnist_dist.data", {"runs"}),
         ("import mnist_distant, torch", "mnist_dist.data", set()),
     ],
 )

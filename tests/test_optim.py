@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.optim import SGD, Adam, Optimizer, lr_scheduler
 
-from mnist_dist.engine.optim import (
+from mnist_dist.engine.optimizers import (
     OPTIMIZERS,
     SCHEDULES,
     Schedule,

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from mnist_dist import compare
-from mnist_dist.command_line import Parser
-from mnist_dist.recipe_file import bundled_recipes, recipe_notes
+from mnist_dist.cli import Parser
+from mnist_dist.compare import __main__ as compare
+from mnist_dist.recipe.file import bundled_recipes, recipe_notes
 from mnist_dist.train import main
 
 ROOT = Path(__file__).parent.parent
@@ -89,7 +89,7 @@ def test_the_results_table_is_the_generated_one():
 
 def test_the_worked_error_is_the_one_that_is_shown(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    from mnist_dist.command_line import run_door
+    from mnist_dist.cli import run_door
 
     shown = next(text for language, text in BLOCKS if language == "console" and "problem" in text)
     prompt, _, expected = shown.partition("\n")

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mnist_dist.engine import optim
-from mnist_dist.recipe import Recipe, load_recipe
-from mnist_dist.recipe_file import RecipeError, bundled_recipes, find_recipe, recipe_notes
-from mnist_dist.runs import describe_changes
+from mnist_dist.engine import optimizers as optim
+from mnist_dist.recipe.file import RecipeError, bundled_recipes, find_recipe, recipe_notes
+from mnist_dist.recipe.schema import Recipe, load_recipe
+from mnist_dist.run.folder import describe_changes
 
 MODEL = "model: {name: lenet5}\n"
 

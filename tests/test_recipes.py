@@ -9,7 +9,7 @@ import torch
 
 from mnist_dist import build_model, load_recipe, train
 from mnist_dist.models import count_parameters
-from mnist_dist.recipe_file import bundled_recipes, recipe_notes
+from mnist_dist.recipe.file import bundled_recipes, recipe_notes
 from mnist_dist.train import main
 
 PARAMETERS = {

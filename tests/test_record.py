@@ -4,9 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from mnist_dist import benchmark, load_recipe, record, train
-from mnist_dist.command_line import run_door
-from mnist_dist.recipe_file import RecipeError, bundled_recipes
+from mnist_dist import load_recipe, train
+from mnist_dist.benchmark import __main__ as benchmark
+from mnist_dist.benchmark.__main__ import time_to_accuracy as record
+from mnist_dist.cli import run_door
+from mnist_dist.recipe.file import RecipeError, bundled_recipes
 
 WORDS = ("data.dataset=synthetic", "data.limit_train=700", "data.limit_test=200", "mixed_precision=no", "epochs=2")
 

@@ -15,8 +15,8 @@ import torch
 from matplotlib.colors import to_hex
 from torch import nn
 
-from mnist_dist.reports import plots, style
-from mnist_dist.reports.model_summary import summarize_model
+from mnist_dist.plots import plots, style
+from mnist_dist.run.model_summary import summarize_model
 
 DIGITS = [str(digit) for digit in range(10)]
 CLOTHES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
@@ -375,8 +375,8 @@ def test_threads_may_draw_at_the_same_time(tmp_path):
 
 def test_neither_pyplot_nor_matplotlib_is_loaded_unasked():
     code = (
-        "import sys; import mnist_dist.reports.model_summary; assert 'matplotlib' not in sys.modules;"
-        "from mnist_dist.reports import plots; assert 'matplotlib.pyplot' not in sys.modules"
+        "import sys; import mnist_dist.run.model_summary; assert 'matplotlib' not in sys.modules;"
+        "from mnist_dist.plots import plots; assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 

@@ -12,11 +12,11 @@ import pytest
 from accelerate import PartialState
 
 from mnist_dist import load_recipe, load_run, train
+from mnist_dist.distributed.signals import PREEMPTED
 from mnist_dist.engine.checkpoint import load_checkpoint, save_checkpoint
-from mnist_dist.engine.interrupts import PREEMPTED
-from mnist_dist.keeper import Keeper, load_newest
-from mnist_dist.recipe_file import RecipeError
-from mnist_dist.runs import RunFolder
+from mnist_dist.recipe.file import RecipeError
+from mnist_dist.run.checkpointing import Keeper, load_newest
+from mnist_dist.run.folder import RunFolder
 from mnist_dist.tracking import JSONLTracker
 from tests.faults.training import STEPS, command, finish, start, wait_for_step
 

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from mnist_dist.data import Augmentation, Batches, EpochPlan, Images
 from mnist_dist.engine.metrics import Meter
-from mnist_dist.engine.optim import MovingAverage, build_optimizer, fill_momentum
-from mnist_dist.engine.step import NotFinite, Update
+from mnist_dist.engine.optimizers import MovingAverage, build_optimizer, fill_momentum
+from mnist_dist.engine.train_step import NotFinite, Update
 from mnist_dist.models import build_model
 from mnist_dist.models.layers import Dropout
-from mnist_dist.parts import _smallest_piece
-from mnist_dist.recipe import load_recipe
+from mnist_dist.recipe.schema import load_recipe
+from mnist_dist.run.build import _smallest_piece
 
 NUM_SAMPLES, BATCH_SIZE = 80, 32  # batches of 32, 32 and 16
 
@@ -70,7 +70,7 @@ def make_update(
     augmentation: Augmentation | None = None,
     **keywords: Any,
 ) -> Update:
-    """The parts of an update, put together as `mnist_dist.parts` does."""
+    """The parts of an update, put together as `mnist_dist.run.build` does."""
     batches = Batches(NUM_SAMPLES, batch_size, seed, augmentation=augmentation)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = build_optimizer(trained, "sgd", lr=lr, momentum=momentum, weight_decay=weight_decay)

@@ -16,9 +16,9 @@ import pytest
 import yaml
 
 from mnist_dist import sweep
-from mnist_dist.command_line import run_door
-from mnist_dist.engine.interrupts import PREEMPTED
-from mnist_dist.recipe_file import RecipeError
+from mnist_dist.cli import run_door
+from mnist_dist.distributed.signals import PREEMPTED
+from mnist_dist.recipe.file import RecipeError
 from mnist_dist.train import main as train_main
 
 LAUNCH = Path(__file__).parent.parent / "launch"

@@ -12,12 +12,12 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 
 from mnist_dist import load_recipe, load_run, train
+from mnist_dist.distributed.launcher import launched_world
 from mnist_dist.engine.evaluation import evaluate
 from mnist_dist.evaluate import evaluate as judge_run_folder
-from mnist_dist.parts import build_module, build_parts, load_data
-from mnist_dist.runs import RunFolder
+from mnist_dist.run.build import build_module, build_parts, load_data
+from mnist_dist.run.folder import RunFolder
 from mnist_dist.tracking import ConsoleTracker, JSONLTracker
-from mnist_dist.world import launched_world
 
 TINY = [
     "data.dataset=synthetic",
@@ -155,7 +155,7 @@ def test_a_validation_part_is_judged_and_the_test_set_is_used_once(tmp_path, mon
         judged.append(len(data))
         return evaluate(accelerator, module, data, **keywords)
 
-    monkeypatch.setattr("mnist_dist.parts.evaluate", evaluate_and_count)
+    monkeypatch.setattr("mnist_dist.run.build.evaluate", evaluate_and_count)
     recipe = load_recipe("lenet5", *TINY, "data.limit_train=null", "data.validation=300", "epochs=3")
     summary = train(recipe, tmp_path / "run")
     assert summary["eval.split"] == "validation"

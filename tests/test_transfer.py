@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from mnist_dist import load_recipe, train
 from mnist_dist.data import datasets
 from mnist_dist.engine.checkpoint import load_weights
-from mnist_dist.engine.step import Update
-from mnist_dist.recipe_file import RecipeError
+from mnist_dist.engine.train_step import Update
+from mnist_dist.recipe.file import RecipeError
 from tests.test_distributed import launch
 
 FROZEN = ["stem.*", "residual1.*"]

@@ -18,8 +18,8 @@ import wandb
 import yaml
 
 from mnist_dist import load_recipe, load_run, train
-from mnist_dist.engine.interrupts import PREEMPTED
-from mnist_dist.recipe import Recipe
+from mnist_dist.distributed.signals import PREEMPTED
+from mnist_dist.recipe.schema import Recipe
 from mnist_dist.tracking import WandbTracker, resolve_mode, server_url, weights_and_biases
 
 ROOT = Path(__file__).parent.parent
@@ -247,7 +247,7 @@ def test_the_git_diff_is_saved_wherever_the_run_folder_lies(accelerator, tmp_pat
 def test_a_resumed_run_continues_its_w_and_b_run(tmp_path, monkeypatch):
     asked = iter([False] * 6)
     with monkeypatch.context() as patch:
-        patch.setattr("mnist_dist.engine.interrupts.Interrupts.agreed", lambda self: next(asked, True))
+        patch.setattr("mnist_dist.distributed.signals.Interrupts.agreed", lambda self: next(asked, True))
         assert train(tiny(), tmp_path / "run")["status"] == "preempted"
     train(tiny(), tmp_path / "run")
     first, second = map(Told, offline_runs(tmp_path / "run"))

@@ -2,7 +2,7 @@
 
 from mnist_dist.data.augment import Augmentation, normalize
 from mnist_dist.data.batches import Batches, EpochPlan, derive_seed
-from mnist_dist.data.datasets import DATASETS, Dataset, Images, load_dataset
+from mnist_dist.data.images import DATASETS, Dataset, Images, load_dataset
 
 __all__ = [
     "DATASETS",

@@ -6,7 +6,7 @@ from accelerate import Accelerator
 
 from mnist_dist.tracking.console import ConsoleTracker
 from mnist_dist.tracking.jsonl import JSONLReader, JSONLTracker
-from mnist_dist.tracking.weights_and_biases import WandbTracker, resolve_mode, server_url
+from mnist_dist.tracking.wandb import WandbTracker, resolve_mode, server_url
 
 __all__ = [
     "ConsoleTracker",

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from mnist_dist.engine.checkpoint import MANIFEST, list_checkpoints
-from mnist_dist.runs import RunFolder
+from mnist_dist.run.folder import RunFolder
 
 STATE = "state.pt"
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from mnist_dist.engine.checkpoint import list_checkpoints, load_checkpoint
-from mnist_dist.runs import RunFolder
+from mnist_dist.run.folder import RunFolder
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import psutil
 
+from mnist_dist.distributed.signals import PREEMPTED, SIGNALS
 from mnist_dist.engine.checkpoint import list_checkpoints
-from mnist_dist.engine.interrupts import PREEMPTED, SIGNALS
-from mnist_dist.runs import RunFolder
+from mnist_dist.run.folder import RunFolder
 from tests.faults.damage import KINDS, Scene
 from tests.faults.training import (
     STEPS,

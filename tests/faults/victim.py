@@ -21,12 +21,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mnist_dist.command_line import run_door
+from mnist_dist.cli import run_door
+from mnist_dist.distributed.signals import Interrupts
 from mnist_dist.engine import checkpoint
-from mnist_dist.engine.interrupts import Interrupts
-from mnist_dist.engine.step import Update
-from mnist_dist.keeper import Keeper
-from mnist_dist.parts import Parts, Progress
+from mnist_dist.engine.train_step import Update
+from mnist_dist.run.build import Parts, Progress
+from mnist_dist.run.checkpointing import Keeper
 from mnist_dist.tracking import JSONLTracker
 
 train = importlib.import_module("mnist_dist.train")  # by this name the package gives the function

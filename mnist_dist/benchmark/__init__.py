@@ -1,0 +1,1 @@
+"""`python -m mnist_dist.benchmark`: training speed."""

@@ -1,0 +1,71 @@
+"""The picture of a benchmark's sweep: how fast each contender is over the values of one key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from mnist_dist.plots import style
+
+# Ours first and boldest, the limit dashed, then one look for each peer: told apart by marker and line in grey too.
+LOOKS: tuple[dict[str, Any], ...] = (
+    {"color": style.VERMILLION, "linewidth": 2.5, "marker": "o", "markersize": 6, "zorder": 3},
+    {"color": style.INK, "linestyle": "--", "marker": "_", "markersize": 9},
+    {"color": style.BLUE, "marker": "s"},
+    {"color": style.SKY, "marker": "^", "markersize": 6},
+    {"color": style.GREEN, "marker": "D"},
+    {"color": style.GREY, "marker": "v", "markersize": 6},
+    {"color": style.BLUE, "linestyle": ":", "marker": "P", "markersize": 6},
+    {"color": style.GREEN, "linestyle": ":", "marker": "X", "markersize": 6},
+)
+
+
+@style.house_style()
+def plot_sweep(
+    values: Sequence[str],
+    speeds: Sequence[Mapping[str, Mapping[str, float]]],
+    path: str | Path,
+    *,
+    key: str,
+    title: str,
+) -> Path:
+    """Images/s (median, with a bar from the lowest round to the highest) against the value of `key`.
+
+    Args:
+        values: as they were given; logarithmic where all are numbers above zero, else side by side.
+        speeds: for each value {contender: {"median": …, "min": …, "max": …}}; a contender may be missing at some.
+        path: the PNG to write.
+    """
+    figure = style.new_figure(8, 5.6, title)
+    axes = figure.subplots()
+    places = _numbers(values)
+    along = places or [float(place) for place in range(len(values))]
+    names = list(dict.fromkeys(name for each in speeds for name in each))
+    for name, look in zip(names, LOOKS * (1 + len(names) // len(LOOKS)), strict=False):
+        found = [(x, each[name]) for x, each in zip(along, speeds, strict=True) if name in each]
+        medians = [speed["median"] for _, speed in found]
+        reach = [
+            [speed["median"] - speed["min"] for _, speed in found],
+            [speed["max"] - speed["median"] for _, speed in found],
+        ]
+        axes.errorbar([x for x, _ in found], medians, reach, label=name, elinewidth=1, capsize=2, **look)
+    axes.set(xlabel=key, ylabel="images/s", yscale="log", **({"xscale": "log"} if places else {}))
+    axes.set_xticks(along, values)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda speed, _: f"{speed:,g}"))
+    figure.legend(loc="outside lower left", ncols=3, fontsize=9)
+    return style.write_png(figure, path)
+
+
+def _numbers(values: Sequence[str]) -> list[float]:
+    """The values, or none if any is not a number above zero."""
+    try:
+        numbers = [float(value) for value in values]
+    except ValueError:
+        return []
+    return numbers if min(numbers) > 0 else []

@@ -1,0 +1,1 @@
+"""`python -m mnist_dist.compare`: a table and a page of runs."""

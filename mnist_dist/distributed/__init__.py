@@ -1,0 +1,1 @@
+"""Processes: launcher, devices, collectives, signals, gradients."""

@@ -1,0 +1,1 @@
+"""`python -m mnist_dist.doctor`: is this machine fit to train?"""

@@ -1,0 +1,1 @@
+"""`python -m mnist_dist.export`: one file that stands alone."""

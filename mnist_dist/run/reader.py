@@ -1,0 +1,139 @@
+"""Run folders as they are: finished or still training, failed, preempted or damaged; read again, only what is new."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Hashable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from mnist_dist.cli import printable
+from mnist_dist.recipe.file import RecipeError, read_recipe
+from mnist_dist.run.folder import HARMLESS_KEYS, RunFolder, flatten
+from mnist_dist.tracking import JSONLReader
+
+SILENCE = 600.0
+"""Seconds without a new line after which a run that says it is running is said to be silent."""
+
+
+def find_runs(path: Path) -> Iterator[Path]:
+    """The run folder itself, or every one below a folder, in the order of their names."""
+    for place, folders, files in os.walk(path):
+        if "recipe.yaml" in files:
+            yield Path(place)
+            folders.clear()
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+
+
+class RunReader:
+    """A run folder; `refresh` takes in what is new, and raises nothing whatever is missing or broken in it.
+
+    Attributes:
+        name: its path, such that any encoding can print it.
+        recipe: dotted keys and values of the resolved recipe; empty where it cannot be read.
+        summary: what summary.json holds; of an unfinished run as much of the same as its metrics tell.
+        lines: the objects of metrics.jsonl so far.
+        changes: counts the refreshes that found something new.
+    """
+
+    def __init__(self, path: Path):
+        self.folder = RunFolder(path)
+        self.name = printable(path)
+        self.recipe: dict[str, Any] = {}
+        self.summary: dict[str, Any] = {}
+        self.lines: list[dict[str, Any]] = []
+        self.is_finished = False
+        self.changes = 0
+        self._metrics = JSONLReader(self.folder.metrics)
+        self._stamps: list[tuple[int, int] | None] = []
+        self._word = ""
+        self.refresh()
+
+    def refresh(self) -> None:
+        folder = self.folder
+        stamps = [_stamp(path) for path in (folder.recipe, folder.summary, folder.status, folder.metrics)]
+        if stamps == self._stamps:
+            return
+        self._stamps, self.changes = stamps, self.changes + 1
+        self.lines = self._metrics.read()
+        self._word, self.recipe = "no STATUS", {}
+        summary: Any = None
+        with suppress(OSError, ValueError):
+            self._word = folder.status.read_text(encoding="utf-8").strip()[:20]
+        with suppress(RecipeError):
+            self.recipe = flatten(read_recipe(folder.recipe)[0])
+        with suppress(OSError, ValueError):
+            summary = json.loads(folder.summary.read_text(encoding="utf-8"))
+        self.is_finished = is_summary(summary)
+        self.summary = summary if self.is_finished else self._so_far()
+
+    def _so_far(self) -> dict[str, Any]:
+        accuracies = numbers(self.lines, "eval/accuracy")
+        speeds = numbers(self.lines, "train/images_per_second")
+        return {
+            "recipe": str(self.recipe.get("name") or self.folder.path.name).encode(errors="replace").decode(),
+            "seed": self.recipe.get("seed"),
+            "epochs": max(numbers(self.lines, "epoch"), default=0),
+            "mixed_precision": self.recipe.get("mixed_precision"),
+            "images_per_second": speeds[-1] if speeds else None,
+            "eval.last.accuracy": accuracies[-1] if accuracies else None,
+            "eval.best.accuracy": max(accuracies, default=None),
+        }
+
+    @property
+    def status(self) -> str:
+        """The word of STATUS, and of an unfinished run how far it came."""
+        if not self.recipe:
+            return "damaged: recipe.yaml cannot be read"
+        if self.is_finished:
+            return self._word
+        if self._word == "done":
+            return "damaged: no whole summary.json"
+        text = f"{self._word} at {self.summary['epochs']:.3g} of {self.recipe.get('epochs')} epochs"
+        if self._word == "running" and (last := max(filter(None, self._stamps), default=None)):
+            silent = time.time() - last[0] / 1e9
+            text += f", silent for {_duration(silent)}" if silent > SILENCE else ""
+        return text
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for runs whose recipes differ only in the seed and in what changes no result."""
+        return tuple(sorted((key, repr(value)) for key, value in self.telling.items())) or self.name
+
+    @property
+    def telling(self) -> dict[str, Any]:
+        """The part of the recipe that changes a result, without the seed."""
+        items = self.recipe.items()
+        return {key: value for key, value in items if key != "seed" and not key.startswith(HARMLESS_KEYS)}
+
+
+def is_summary(values: Any) -> bool:
+    """Whether a JSON value is what summary.json holds: a comparison needs its recipe, seed, epochs and accuracies."""
+    kinds: dict[str, Any] = {"recipe": str, "seed": int, "epochs": (int, float)}
+    kinds |= {f"eval.{which}.accuracy": (int, float) for which in ("last", "best")}
+    return isinstance(values, dict) and all(isinstance(values.get(key), kind) for key, kind in kinds.items())
+
+
+def numbers(lines: list[dict[str, Any]], key: str) -> list[float]:
+    """The finite numbers that the lines hold under a key, in their order."""
+    found = [value for line in lines if isinstance(value := line.get(key), int | float)]
+    return [value for value in found if math.isfinite(value)]
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """When a file last changed, in nanoseconds, and its bytes; None where there is none."""
+    with suppress(OSError):
+        found = path.stat()
+        return found.st_mtime_ns, found.st_size
+    return None
+
+
+def _duration(seconds: float) -> str:
+    for size, unit in ((86400, "days"), (3600, "h")):
+        if seconds > 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds / 60:.0f} min"

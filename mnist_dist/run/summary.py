@@ -1,0 +1,161 @@
+"""What a run says while it trains and what it leaves when it is done: trackers, summary, pictures."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+
+from mnist_dist.data import Batches, Dataset, Images
+from mnist_dist.distributed.launcher import count_nodes, device_name, launch_settings
+from mnist_dist.engine.evaluation import Evaluation
+from mnist_dist.models import count_parameters
+from mnist_dist.recipe.schema import Recipe
+from mnist_dist.run.build import Parts, Progress
+from mnist_dist.run.folder import RunFolder, load_run, write_text
+from mnist_dist.tracking import ConsoleTracker, JSONLTracker, WandbTracker, find_tracker, resolve_mode
+
+
+def open_trackers(
+    recipe: Recipe,
+    parts: Parts,
+    dataset: Dataset,
+    folder: RunFolder,
+    checkpoint: dict[str, Any],
+    *,
+    quiet: bool = False,
+) -> ConsoleTracker | None:
+    """Console, metrics.jsonl and W&B, on rank 0 alone; with a checkpoint they go on where it was taken."""
+    if not parts.accelerator.is_main_process:
+        return None
+    split = "validation" if dataset.has_validation else "test"
+    console = ConsoleTracker(parts.total_steps, recipe.epochs, split, folder.console, quiet=quiet)
+    wandb = recipe.tracking.wandb
+    mode, why = resolve_mode(wandb.mode)
+    console.header(_header(recipe, parts, dataset) | {"wandb": why, "run folder": str(folder.path)})
+    if checkpoint:
+        console.say(f"goes on after step {checkpoint['progress']['step']:,}")
+    trackers: list[Any] = [console, JSONLTracker(folder.metrics, checkpoint.get("metrics_bytes", 0))]
+    if mode != "disabled":
+        init: dict[str, Any] = wandb.model_dump(include={"entity", "job_type", "tags"})
+        init |= {"mode": mode, "name": f"{recipe.name}-seed{recipe.seed}", "group": wandb.group or recipe.name}
+        if checkpoint.get("wandb_id"):
+            init |= {"id": checkpoint["wandb_id"], "resume": "allow"}
+        files = {"directory": folder.path, "recipe": folder.recipe}
+        trackers.append(WandbTracker(wandb.project, **files, say=console.say, gauges=parts.meter.gauges, **init))
+    parts.accelerator.log_with = trackers
+    parts.accelerator.init_trackers(wandb.project, config=recipe.model_dump())
+    return console
+
+
+def close_trackers(parts: Parts) -> None:
+    """The console last: it says what the others could not finish."""
+    for tracker in reversed(parts.accelerator.trackers):
+        tracker.finish()
+
+
+def _header(recipe: Recipe, parts: Parts, dataset: Dataset) -> dict[str, str]:
+    accelerator, held_out = parts.accelerator, f"{len(dataset.test):,} test"
+    if dataset.has_validation:
+        held_out = f"{len(dataset.held_out):,} validation, {held_out}"
+    processes = "1 process" if accelerator.num_processes == 1 else f"{accelerator.num_processes} processes"
+    launch = launch_settings()
+    said = ", ".join(f"{key} {value}" for key, value in launch.items() if key != "launcher")
+    header = {
+        "recipe": recipe.name,
+        "model": f"{recipe.model.name}, {count_parameters(parts.module):,} parameters",
+        "data": f"{recipe.data.dataset}, {len(dataset.train):,} training, {held_out} images",
+        "length": f"{recipe.epochs} epochs of {parts.batches.steps_per_epoch} steps, global batch {recipe.batch_size}",
+        "world": f"{processes} on {device_name(accelerator.device)}, precision {accelerator.mixed_precision}",
+        "launcher": f"{launch['launcher']}{f' ({said})' if said else ''}",
+    }
+    if recipe.logical_shards:
+        divisors = [str(1 << power) for power in range(recipe.logical_shards.bit_length())]
+        header["shards"] = f"{recipe.logical_shards} logical ones: the same bytes at {', '.join(divisors)} processes"
+    return header
+
+
+def summarize(recipe: Recipe, parts: Parts, progress: Progress, test: Evaluation | None) -> dict[str, Any]:
+    full_epochs, rest = divmod(progress.step, parts.batches.steps_per_epoch)
+    images = full_epochs * parts.batches.num_samples + rest * recipe.batch_size
+    wandb, own_seconds = find_tracker(parts.accelerator, WandbTracker), parts.meter.own_seconds
+    summary = {
+        "recipe": recipe.name,
+        "model": recipe.model.name,
+        "parameters": count_parameters(parts.module),
+        "seed": recipe.seed,
+        "world_size": parts.accelerator.num_processes,
+        "nodes": count_nodes(parts.accelerator.state),
+        "device": device_name(parts.accelerator.device),
+        "mixed_precision": parts.accelerator.mixed_precision,
+        "epochs": round(progress.step / parts.batches.steps_per_epoch, 6),
+        "steps": progress.step,
+        "images_per_second": round(images / parts.meter.train_seconds, 1),
+        **parts.meter.per_process(parts.update.clock),
+        # A process that only ended a run has made no step.
+        "wandb_share": round(wandb.log_seconds / own_seconds, 6) if wandb and own_seconds else 0.0,
+        "skipped_steps": parts.update.skipped,
+        "launch": launch_settings(),
+        "train.last.loss": progress.last["train/epoch_loss"],
+        "train.last.accuracy": progress.last["train/epoch_accuracy"],
+        "eval.split": "validation" if test else "test",
+        "eval.last.accuracy": progress.last["eval/accuracy"],
+        "eval.last.loss": progress.last["eval/loss"],
+        "eval.best.accuracy": progress.best_accuracy,
+        "eval.best.epoch": progress.best_epoch,
+    }
+    return summary | ({"test.accuracy": test.accuracy, "test.loss": test.loss} if test else {})
+
+
+def write_outputs(
+    folder: RunFolder,
+    recipe: Recipe,
+    parts: Parts,
+    dataset: Dataset,
+    test: Evaluation,
+    summary: dict[str, Any],
+    console: ConsoleTracker,
+) -> None:
+    """Writes summary, pictures and what W&B keeps of a finished run, on rank 0."""
+    write_text(folder.summary, json.dumps(summary, indent=2) + "\n")
+    if wandb := find_tracker(parts.accelerator, WandbTracker):
+        wandb.summarize(summary)
+        data, step = dataset.test, summary["steps"]
+        wandb.log_most_wrong(data.images, data.labels, test.probabilities, data.classes, step=step)
+        for which in ("best", "last"):
+            run = load_run(folder.path, which)
+            about = run.about | {"accuracy": summary[f"eval.{which}.accuracy"], "split": summary["eval.split"]}
+            wandb.log_weights([folder.recipe, folder.path / f"{which}.safetensors"], which, about)
+    _draw(folder, recipe.name, parts.batches, dataset, test, summary["eval.split"])
+    best = f"best {summary['eval.best.accuracy']:.2f} % at epoch {summary['eval.best.epoch']:g}"
+    last = f"{summary['eval.split']} accuracy {summary['eval.last.accuracy']:.2f} % at the last epoch"
+    console.say(f"done in {summary['train_seconds']:.1f} s: {last}, {best}")
+    folder.set_status("done")
+
+
+def _draw(folder: RunFolder, title: str, batches: Batches, dataset: Dataset, test: Evaluation, eval_name: str) -> None:
+    """All pictures of a run, into its plots/."""
+    from mnist_dist.plots import plots  # matplotlib: not before the first step
+
+    metrics, data = load_run(folder.path).metrics, dataset.test
+    plots.plot_training_history(metrics, folder.plots / "training_history.png", title=title, eval_name=eval_name)
+    plots.plot_per_batch_loss(metrics, folder.plots / "per_batch_loss.png", title=title)
+    for plot, name in ((plots.plot_predictions, "predictions"), (plots.plot_misclassified, "misclassified")):
+        path = folder.plots / f"{name}.png"
+        plot(data.images, data.labels, test.probabilities, path, classes=data.classes, title=title)
+    plots.plot_confusion_matrix(
+        test.confusion, folder.plots / "confusion_matrix.png", classes=data.classes, title=title
+    )
+    originals, warped = _augmented_samples(batches, dataset.train)
+    plots.plot_augmented_samples(originals, warped, folder.plots / "augmented_samples.png", title=title)
+
+
+def _augmented_samples(batches: Batches, data: Images, count: int = 10) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first images of epoch 0, as they are and as the first step sees them."""
+    plan = batches.plan(0)
+    rows = plan.order[:count]
+    originals = data.images[rows]
+    if plan.warps is None or batches.augmentation is None:
+        return originals, originals
+    return originals, batches.augmentation.apply(originals.float(), plan.warps[rows])
