@@ -65,7 +65,7 @@ part() {
 
 part machine 30 bash -c 'nvidia-smi || lscpu
     python -c "from mnist_dist.run.folder import git_commit, versions; print(git_commit(), versions())"'
-part correctness 90 python -m pytest tests/test_capture.py tests/test_step.py -n 0 -q
+part correctness 90 python -m pytest tests/engine/test_cuda_graph.py tests/engine/test_train_step.py -n 0 -q
 for recipe in ms_ran model_v1_onecycle; do
     part "inference_$recipe" 45 python -m mnist_dist.benchmark --recipe "$recipe" --inference --batches "$batches" \
         --rounds "$rounds" --json "$out/inference_$recipe.json" --markdown "$out/report.md" "${overrides[@]}"

@@ -11,7 +11,7 @@ import torch
 
 from mnist_dist import load_recipe, load_run, train
 from mnist_dist.compare import __main__ as compare
-from mnist_dist.data import datasets
+from mnist_dist.data import images as datasets
 from mnist_dist.engine.evaluation import score
 from mnist_dist.ensemble import main, mean_of
 from mnist_dist.evaluate import evaluate

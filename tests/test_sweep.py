@@ -21,7 +21,7 @@ from mnist_dist.distributed.signals import PREEMPTED
 from mnist_dist.recipe.file import RecipeError
 from mnist_dist.train import main as train_main
 
-LAUNCH = Path(__file__).parent.parent / "launch"
+LAUNCH = Path(__file__).parents[1] / "launch"
 WORDS = ["data.dataset=synthetic", "data.limit_train=128", "data.limit_test=50", "epochs=1", "batch_size=64"]
 WORDS += ["tracking.wandb.mode=disabled"]
 SWEEP = """\

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mnist_dist"
 
 ROOMS = {"models", "data", "engine", "tracking", "reports"}

@@ -24,8 +24,9 @@ from torch.nn.functional import cross_entropy
 
 from mnist_dist.cli import run_door
 from mnist_dist.doctor import __main__ as doctor
-from mnist_dist.doctor.__main__ import FAIL, NOTE, OK, SLOW, WARN, Finding, ranks
-from mnist_dist.doctor.__main__ import measurements as probes
+from mnist_dist.doctor import measurements as probes
+from mnist_dist.doctor import ranks
+from mnist_dist.doctor.__main__ import FAIL, NOTE, OK, SLOW, WARN, Finding
 
 NOWHERE = "http://127.0.0.1:9"
 CHECKS = [
@@ -309,7 +310,7 @@ def launch(
     script = tmp_path / "script.py"
     script.write_text(
         "import os, sys, time\n"
-        "from mnist_dist import doctor, probes, ranks\n"
+        "from mnist_dist.doctor import __main__ as doctor, measurements as probes, ranks\n"
         f"ranks.LIMIT = {limit}\n"
         "if os.environ['RANK'] == '1':\n"
         + textwrap.indent(textwrap.dedent(fault).strip() or "pass", "    ")
@@ -382,7 +383,7 @@ def test_ranks_that_raise_or_die_are_named_on_all_of_them(tmp_path):
         textwrap.dedent(
             """
             import os, time, torch, torch.distributed as dist
-            from mnist_dist.doctor.__main__ import ranks
+            from mnist_dist.doctor import ranks
             from mnist_dist.distributed.launcher import launched_world
             ranks.LIMIT, ranks.GRACE = 10.0, 1.0
             world = ranks.Ranks(launched_world())

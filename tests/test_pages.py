@@ -16,7 +16,7 @@ from mnist_dist.compare import __main__ as compare
 from mnist_dist.recipe.file import bundled_recipes, recipe_notes
 from mnist_dist.train import main
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
 SHELL = "\n".join(text for language, text in BLOCKS if language == "bash").replace("\\\n", " ")

@@ -24,7 +24,7 @@ from mnist_dist.cli import run_door
 from mnist_dist.compare import __main__ as compare
 from mnist_dist.compare.live import LiveServer
 from mnist_dist.compare.page import POINTS, Page, curves, embedded, render
-from tests.test_compare import lines, summary, write_run
+from tests.compare.test_compare import lines, summary, write_run
 
 HOSTILE = [
     "</script><script>alert(1)</script>",

@@ -6,7 +6,7 @@ import pytest
 
 from mnist_dist import load_recipe, train
 from mnist_dist.benchmark import __main__ as benchmark
-from mnist_dist.benchmark.__main__ import time_to_accuracy as record
+from mnist_dist.benchmark import time_to_accuracy as record
 from mnist_dist.cli import run_door
 from mnist_dist.recipe.file import RecipeError, bundled_recipes
 

@@ -26,7 +26,7 @@ from mnist_dist.recipe.file import RecipeError
 from mnist_dist.run.build import check_world
 from mnist_dist.train import main
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
 CONFIGS = sorted((LAUNCH / "accelerate").glob("*.yaml"))
 TRAINJOB = yaml.safe_load((LAUNCH / "kubernetes" / "trainjob.yaml").read_text())

@@ -20,9 +20,10 @@ import yaml
 from mnist_dist import load_recipe, load_run, train
 from mnist_dist.distributed.signals import PREEMPTED
 from mnist_dist.recipe.schema import Recipe
-from mnist_dist.tracking import WandbTracker, resolve_mode, server_url, weights_and_biases
+from mnist_dist.tracking import WandbTracker, resolve_mode, server_url
+from mnist_dist.tracking import wandb as weights_and_biases
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 WORDS = ["data.dataset=synthetic", "data.limit_train=200", "data.limit_test=100", "batch_size=50", "log_every=2"]
 WORDS += ["epochs=2", "tracking.wandb.mode=offline"]
 

@@ -249,7 +249,7 @@ def test_a_process_that_hangs_is_named_with_its_stack_and_all_end(how, tmp_path)
 # A user waits 30 s for a server that does not answer; a test need not.
 SOONER = """
 import sys
-from mnist_dist.tracking import weights_and_biases
+from mnist_dist.tracking import wandb as weights_and_biases
 from mnist_dist.train import main
 weights_and_biases.INIT_SECONDS = 5
 sys.exit(main(sys.argv[1:]))

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import save_file
 
 from mnist_dist import load_recipe, train
-from mnist_dist.data import datasets
+from mnist_dist.data import images as datasets
 from mnist_dist.engine.checkpoint import load_weights
 from mnist_dist.engine.train_step import Update
 from mnist_dist.recipe.file import RecipeError
-from tests.test_distributed import launch
+from tests.distributed.test_worlds import launch
 
 FROZEN = ["stem.*", "residual1.*"]
 NET = ["model.name=ms_ran", "model.width=4", "model.bottleneck=2", "data.limit_test=50", "tracking.wandb.mode=disabled"]

@@ -18,16 +18,16 @@ from accelerate.state import AcceleratorState
 from torchvision import transforms
 
 from mnist_dist.benchmark import __main__ as benchmark
+from mnist_dist.benchmark import baselines as contenders
+from mnist_dist.benchmark import frameworks as peers
+from mnist_dist.benchmark import inference
 from mnist_dist.benchmark import report as speed_table
 from mnist_dist.benchmark import sweep_plot as speed_plot
-from mnist_dist.benchmark.__main__ import baselines as contenders
-from mnist_dist.benchmark.__main__ import frameworks as peers
-from mnist_dist.benchmark.__main__ import inference
 from mnist_dist.benchmark.baselines import Contender, Task
 from mnist_dist.cli import RunError, run_door
 from mnist_dist.recipe.schema import load_recipe
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 LOADERS = [peers.plain_loader, peers.accelerate_loader, peers.lightning_loader]
 NAMES = ["mnist_dist", "bare step", "plain loop, device tensors", "PyTorch + DataLoader", "Accelerate + DataLoader"]
 NAMES += ["Lightning + DataLoader"] * peers.HAS_LIGHTNING + ["PyTorch + DataLoader, channels last"]
@@ -390,7 +390,12 @@ def test_the_report_has_every_part_and_ends_well(tmp_path):
     for recipe in ("model_v1_onecycle", "model_v3_onecycle", "simple_cnn", "mnistnet", "ms_ran", "resnet152"):
         assert f"--recipe {recipe} --rounds" in calls
         assert (tmp_path / "out" / f"speed_{recipe}.json").is_file()
-    for word in ("tests/test_capture.py", "--record configs/speed/mnist_99.yaml --seeds 30", "--inference", "doctor"):
+    for word in (
+        "tests/engine/test_cuda_graph.py",
+        "--record configs/speed/mnist_99.yaml --seeds 30",
+        "--inference",
+        "doctor",
+    ):
         assert word in calls
     assert calls.count("mixed_precision=bf16") == 17  # 11 recipes, 3 records and one of them again, 2 networks' answers
     assert "0 part(s) failed" in (tmp_path / "out" / "summary.txt").read_text()
