@@ -71,10 +71,10 @@ for recipe in ms_ran model_v1_onecycle; do
         --rounds "$rounds" --json "$out/inference_$recipe.json" --markdown "$out/report.md" "${overrides[@]}"
 done
 for record in mnist_99 mnist_99_4 mnist_99_5; do
-    part "record_$record" 75 python -m mnist_dist.benchmark --record "configs/speed/$record.yaml" --seeds "$seeds" \
+    part "record_$record" 75 python -m mnist_dist.benchmark --time-to-accuracy "configs/speed/$record.yaml" --seeds "$seeds" \
         --json "$out/record_$record.json" "${overrides[@]}"
 done
-part record_mnist_99_ten_a_replay 75 python -m mnist_dist.benchmark --record configs/speed/mnist_99.yaml \
+part record_mnist_99_ten_a_replay 75 python -m mnist_dist.benchmark --time-to-accuracy configs/speed/mnist_99.yaml \
     --seeds "$seeds" --json "$out/record_mnist_99_ten_a_replay.json" "${overrides[@]}" engine.capture=epoch
 for recipe in $recipes; do
     part "speed_$recipe" 45 python -m mnist_dist.benchmark --recipe "$recipe" --rounds "$rounds" --steps "$steps" \

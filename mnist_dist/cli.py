@@ -1,4 +1,4 @@
-"""What the doors' command lines share: one parser, one way to refuse, one exit code."""
+"""Command lines of all commands, and how a command starts and fails. Imports nothing heavy: `--help` is instant."""
 
 from __future__ import annotations
 
@@ -8,70 +8,341 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from rich.console import Console
-
-from mnist_dist.recipe.file import Problem, RecipeError
+from mnist_dist.errors import Problem, RecipeError, RunError
 
 FAILED = 1
 BAD_INPUT = 2
-LAST_WORD = 30.0
-"""Seconds in which rank 0 speaks and a launcher then ends the other ranks, before these would say the same."""
+RANK_0_SECONDS = 30.0
+"""Other ranks wait this long before they print an error: rank 0 prints first, and the launcher then ends the others."""
 
-
-class RunError(Exception):
-    """A run that began cannot go on; the message is for the user, exit code 1."""
+# --- starting a command -------------------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, whose refusals come out like every other problem: by rank 0 alone."""
+    """An argparse parser whose errors are `RecipeError`s, printed by rank 0 alone like every other problem."""
 
-    def __init__(self, door: str, description: str, examples: str):
+    def __init__(self, command: str, description: str, examples: str):
         super().__init__(
-            prog=f"python -m {door}",
+            prog=f"mnist-dist {command}",
             description=description,
-            epilog=examples,
+            epilog="examples:\n" + examples,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
 
-    def error(self, message: str):  # argparse declares it NoReturn, and so it is
-        raise RecipeError([Problem("command line", "", f"{message}; see --help")])
+    def error(self, message: str):  # argparse declares NoReturn
+        raise RecipeError([Problem("command line", "", f"{message}; see --help", "usage")])
 
 
-def run_door(main: Callable[[], int]) -> int:
-    """Runs a door; what the user can put right becomes one screen on rank 0's stderr and exit code 2."""
+def parser_of(command: str) -> Parser:
+    """Returns the parser of a command, a key of `COMMANDS`."""
+    description, add_arguments, examples = COMMANDS[command]
+    parser = Parser(command, description, examples)
+    add_arguments(parser)
+    return parser
+
+
+def parse(command: str, argv: list[str] | None = None) -> argparse.Namespace:
+    """Parses the arguments of a command. Options and positional arguments may be mixed.
+
+    Args:
+        argv: without the program's name; None for `sys.argv[1:]`.
+
+    Raises:
+        RecipeError: an argument is unknown, missing or of the wrong type.
+        SystemExit: `--help` was given and has been printed.
+    """
+    return parser_of(command).parse_intermixed_args(argv)
+
+
+def answer_early(command: str) -> None:
+    """Answers `--help` and a mistyped argument before torch is imported, which takes two seconds.
+
+    A command's module calls this function above its imports if it is the program that runs.
+    """
+
+    def check() -> int:
+        parse(command)
+        return 0
+
+    if code := run_command(check):
+        sys.exit(code)
+
+
+def run_command(main: Callable[[], int]) -> int:
+    """Runs a command's `main` and returns its exit code. An error of the user is one screen on stderr, from rank 0.
+
+    Returns:
+        What `main` returns; 2 for a `RecipeError`, 1 for a `RunError`, 130 after Ctrl-C.
+    """
     try:
         return main()
     except RecipeError as error:
-        return _say(error, BAD_INPUT)
+        return _print_error(error, BAD_INPUT)
     except RunError as error:
-        return _say(error, FAILED)
+        return _print_error(error, FAILED)
     except KeyboardInterrupt:
         if is_main_process():
             print("mnist_dist: interrupted", file=sys.stderr)
         return 130
 
 
-def _say(error: Exception, code: int) -> int:
+def _print_error(error: Exception, code: int) -> int:
     if not is_main_process():
-        time.sleep(LAST_WORD)
+        time.sleep(RANK_0_SECONDS)
     print(f"mnist_dist: {error}", file=sys.stderr)
     return code
 
 
-def printable(path: Path) -> str:
-    """A path as any console takes it: a name on disk may be no text."""
-    return str(path).encode(errors="replace").decode()
-
-
-def table_console(**keywords: Any) -> Console:
-    """A rich console that cuts no table where there is no terminal, whose width rich would guess at 80."""
-    console = Console(**keywords)
-    return console if console.is_terminal else Console(width=200, **keywords)
-
-
 def is_main_process() -> bool:
-    """Rank 0 by the launcher's environment: known before any process group is."""
+    """Returns whether this is rank 0 according to the launcher's environment, before a process group exists."""
     names = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
     return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
+
+
+# --- arguments shared by several commands -------------------------------------------------------------------------
+
+
+def _add_overrides(parser: Parser, help: str = "any recipe key by its dotted name") -> None:
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=help)
+
+
+def _add_run(parser: Parser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a run folder")
+
+
+def _add_weights(parser: Parser) -> None:
+    parser.add_argument("--weights", choices=["last", "best"], default="last", help="default: last")
+
+
+def _add_data(parser: Parser) -> None:
+    parser.add_argument("--data", metavar="NAME", help="another data set with the same number of classes, e.g. qmnist")
+
+
+def _add_json(parser: Parser, what: str) -> None:
+    parser.add_argument("--json", type=Path, metavar="FILE", help=f"also write {what} to FILE")
+
+
+# --- the commands -------------------------------------------------------------------------------------------------
+
+
+def _train(parser: Parser) -> None:
+    parser.add_argument("--recipe", metavar="NAME", help="a path, or the name of a bundled recipe")
+    folder = "a new folder, or the folder of a run to resume (default: runs/<recipe>/<date-time>)"
+    parser.add_argument("--run-dir", metavar="DIR", help=folder)
+    resume = (
+        "auto (default): resume the run in --run-dir; never: refuse a folder that holds a run; PATH: start a new run "
+        "from another run folder or checkpoint"
+    )
+    parser.add_argument("--resume", metavar="auto|never|PATH", default="auto", help=resume)
+    parser.add_argument("--world-size", type=int, metavar="N", help="stop if the number of processes is not N")
+    parser.add_argument("--allow-recipe-change", action="store_true", help="resume although the recipe has changed")
+    parser.add_argument("--print-recipe", action="store_true", help="print the resolved recipe and exit")
+    parser.add_argument("--list-recipes", action="store_true", help="print the bundled recipes and exit")
+    explain = "print type, default, range and meaning of a recipe key or section and exit"
+    parser.add_argument("--explain", metavar="KEY", help=explain)
+    _add_overrides(parser)
+
+
+def _evaluate(parser: Parser) -> None:
+    _add_run(parser)
+    _add_weights(parser)
+    parser.add_argument("--split", choices=["test", "validation"], default="test", help="default: test")
+    _add_data(parser)
+    _add_json(parser, "the report")
+    _add_overrides(parser, "recipe keys, e.g. data.root=/data")
+
+
+def _predict(parser: Parser) -> None:
+    _add_run(parser)
+    parser.add_argument("pictures", nargs="+", type=Path, metavar="IMAGE|FOLDER")
+    _add_weights(parser)
+    parser.add_argument("--json", action="store_true", help="print a JSON list instead of lines")
+
+
+def _explain(parser: Parser) -> None:
+    _add_run(parser)
+    parser.add_argument("picture", type=Path, metavar="IMAGE")
+    parser.add_argument("--layers", nargs="+", metavar="NAME", help="layers to draw (default: up to 6 convolutions)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="a PNG (default: RUN/plots/explain_IMAGE.png)")
+    _add_weights(parser)
+
+
+def _ensemble(parser: Parser) -> None:
+    parser.add_argument("words", nargs="+", metavar="RUN|key=value", help="run folders; recipe keys, e.g. data.root=…")
+    _add_weights(parser)
+    _add_data(parser)
+    _add_json(parser, "the report")
+    keep = "append the ensemble's summary to this file of JSON lines; requires the members' own test set"
+    parser.add_argument("--keep", type=Path, metavar="FILE", help=keep)
+
+
+def _sweep(parser: Parser) -> None:
+    parser.add_argument("sweep", metavar="RECIPE|SWEEP.YAML", help="a recipe, or a W&B sweep file (grid or random)")
+    _add_overrides(parser, "recipe keys; key=a,b,c tries each of these values")
+    count = "maximum number of trials (default: the file's run_cap, or all)"
+    parser.add_argument("--count", type=int, metavar="N", help=count)
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of a random search (default: 0)")
+    folder = "default: runs/sweeps/<name>; an interrupted search resumes from this folder"
+    parser.add_argument("--run-dir", type=Path, metavar="DIR", help=folder)
+
+
+def _benchmark(parser: Parser) -> None:
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--recipe", metavar="NAME", help="a path, or the name of a bundled recipe")
+    time_to_accuracy = "time complete trainings of a recipe, compared with a reference network"
+    what.add_argument("--time-to-accuracy", metavar="NAME", help=time_to_accuracy)
+    what.add_argument("--floors", type=Path, nargs="+", metavar="FILE", help="compare files of --json with the floors")
+    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="interleaved rounds (default: 7)")
+    parser.add_argument("--steps", type=int, default=50, metavar="N", help="steps or calls per round (default: 50)")
+    parser.add_argument("--seeds", type=int, default=30, metavar="N", help="for --time-to-accuracy (default: 30)")
+    note = "write the result of --time-to-accuracy into the recipe's head comment"
+    parser.add_argument("--note", action="store_true", help=note)
+    parser.add_argument("--sweep", metavar="KEY=a,b,c", help="measure with each of these values of a recipe key")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="picture of the sweep (default: sweep.png)")
+    parser.add_argument("--inference", action="store_true", help="time inference instead of training")
+    batches = "batch sizes for --inference (default: 1,32,256,1024)"
+    parser.add_argument("--batches", default="1,32,256,1024", metavar="N,…", help=batches)
+    _add_json(parser, "the figures")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also append the table to FILE")
+    _add_overrides(parser)
+
+
+def _compare(parser: Parser) -> None:
+    runs = "run folders, folders of run folders, or files written by --keep"
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=runs)
+    parser.add_argument("--html", type=Path, metavar="FILE", help="where to write the page (default: compare.html)")
+    parser.add_argument("--no-html", action="store_true", help="write no page")
+    parser.add_argument("--live", action="store_true", help="serve the page on this machine and follow running runs")
+    parser.add_argument("--port", type=int, metavar="N", default=8765, help="for --live (default: 8765; 0: any)")
+    parser.add_argument("--keep", type=Path, metavar="FILE", help="append the summaries to this file of JSON lines")
+    markdown = "write the table between the marks of this Markdown file"
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help=markdown)
+    parser.add_argument("--recipes", action="store_true", help="write the figures into the recipes' head comments")
+
+
+def _doctor(parser: Parser) -> None:
+    folder = "the folder whose file system is checked (default: ./runs); the check leaves no file"
+    parser.add_argument("--run-dir", type=Path, default=Path("runs"), metavar="DIR", help=folder)
+    parser.add_argument("--world-size", type=int, metavar="N", help="expected number of processes")
+    _add_json(parser, "the table")
+    parser.add_argument("--write-reference", action="store_true", help="write new reference losses instead of checking")
+
+
+EXPORT_ENDINGS = {"torch": ".pt2", "onnx": ".onnx", "onnx-int8": "-int8.onnx", "page": ".html"}
+"""Export format -> ending of the file's name."""
+
+
+def _export(parser: Parser) -> None:
+    _add_run(parser)
+    formats = "page: one HTML file to draw in"
+    parser.add_argument("--format", required=True, choices=list(EXPORT_ENDINGS), help=formats)
+    _add_weights(parser)
+    output = "default: RUN/export/<weights> with the format's ending"
+    parser.add_argument("--output", type=Path, metavar="FILE", help=output)
+    runtime = "npm's archive of onnxruntime-web, instead of a download"
+    parser.add_argument("--onnxruntime-web", type=Path, metavar="FILE.tgz", help=runtime)
+    _add_overrides(parser, "recipe keys, e.g. data.root=/data")
+
+
+COMMANDS: dict[str, tuple[str, Callable[[Parser], None], str]] = {
+    "train": (
+        "Train a recipe and write a run folder.",
+        _train,
+        """\
+  accelerate launch -m mnist_dist.train --recipe quickstart.yaml
+  accelerate launch -m mnist_dist.train --recipe model_v3_onecycle epochs=1 optimizer.lr=0.05 data.root=/data
+  mnist-dist train --recipe my_recipes/wide.yaml mixed_precision=bf16
+  mnist-dist train --recipe ms_ran --print-recipe
+  mnist-dist train --explain optimizer.lr
+
+exit code: 0 done, 1 failed, 2 bad input, 75 stopped by a signal after a checkpoint (run the same command again)
+""",
+    ),
+    "evaluate": (
+        "Evaluate the network of a run folder: accuracy, loss, classes, calibration.",
+        _evaluate,
+        """\
+  mnist-dist evaluate runs/simple_cnn/20260101-120000
+  mnist-dist evaluate runs/mine --weights best --json report.json
+  mnist-dist evaluate runs/mine --data fashion_mnist data.root=/data
+""",
+    ),
+    "predict": (
+        "Recognize the digits in pictures.",
+        _predict,
+        """\
+  mnist-dist predict runs/simple_cnn/20260101-120000 photo.jpg
+  mnist-dist predict runs/mine scans/ --json > digits.json
+""",
+    ),
+    "explain": (
+        "Draw which pixels and feature maps lead to a prediction.",
+        _explain,
+        """\
+  mnist-dist explain runs/simple_cnn/20260101-120000 photo.jpg
+  mnist-dist explain runs/mine photo.jpg --layers stem.0 inception --output why.png
+""",
+    ),
+    "ensemble": (
+        "Evaluate the mean of several networks' probabilities.",
+        _ensemble,
+        """\
+  mnist-dist ensemble runs/reproduce/simple_cnn-seed*
+  mnist-dist ensemble runs/a runs/b --data qmnist data.root=/data --json report.json
+  mnist-dist ensemble runs/a runs/b runs/c --keep configs/results.jsonl
+""",
+    ),
+    "sweep": (
+        "Search hyperparameters; each trial is a run folder.",
+        _sweep,
+        """\
+  mnist-dist sweep lenet5 optimizer.lr=0.001,0.003,0.01 batch_size=64,128 epochs=2
+  mnist-dist sweep launch/sweep.yaml --count 6
+  mnist-dist sweep launch/sweep.yaml --run-dir runs/sweeps/mine      # again: resumes the search
+""",
+    ),
+    "benchmark": (
+        "Measure training and inference speed, compared with other training loops.",
+        _benchmark,
+        """\
+  accelerate launch -m mnist_dist.benchmark --recipe model_v1_onecycle
+  accelerate launch -m mnist_dist.benchmark --recipe ms_ran mixed_precision=bf16 --json ms_ran.json
+  mnist-dist benchmark --recipe simple_cnn --sweep batch_size=32,128,512 --plot sweep.png
+  mnist-dist benchmark --recipe ms_ran --inference --batches 1,256
+  mnist-dist benchmark --time-to-accuracy configs/speed/mnist_99.yaml --seeds 30
+""",
+    ),
+    "compare": (
+        "Print a table of runs and write one HTML page with their curves.",
+        _compare,
+        """\
+  mnist-dist compare runs
+  mnist-dist compare runs/simple_cnn runs/mine --html mine.html
+  mnist-dist compare runs --live
+  mnist-dist compare runs/reproduce/* --keep configs/results.jsonl
+  mnist-dist compare configs/results.jsonl --markdown configs/README.md --recipes
+""",
+    ),
+    "doctor": (
+        "Check whether this machine or cluster is fit to train.",
+        _doctor,
+        """\
+  mnist-dist doctor
+  accelerate launch -m mnist_dist.doctor --run-dir /shared/runs --world-size 16
+  torchrun --nproc_per_node 8 -m mnist_dist.doctor --json health.json
+
+exit code: 0 fit to train (slow ranks and warnings are named), 1 not fit, 2 bad command line
+""",
+    ),
+    "export": (
+        "Export the network of a run folder to one file that needs no other.",
+        _export,
+        """\
+  mnist-dist export runs/simple_cnn/20260101-120000 --format onnx
+  mnist-dist export runs/mine --format onnx-int8 --weights best --output digits.onnx
+  mnist-dist export runs/mine --format page data.root=/data
+""",
+    ),
+}
+"""Command -> description, function that adds its arguments, examples."""

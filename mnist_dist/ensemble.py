@@ -6,6 +6,11 @@ mean is the "deep ensemble" of Lakshminarayanan, Pritzel, Blundell, NeurIPS 2017
 
 from __future__ import annotations
 
+from mnist_dist.cli import answer_early, parser_of, run_command
+
+if __name__ == "__main__":
+    answer_early("ensemble")  # before the imports below load torch
+
 import json
 import sys
 from collections import Counter
@@ -15,19 +20,12 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from mnist_dist.cli import Parser, run_door, table_console
 from mnist_dist.distributed.launcher import launched_world
 from mnist_dist.engine.evaluation import Evaluation, score
-from mnist_dist.evaluate import calibration_error, judge_run, read_data, report, write_report
-from mnist_dist.recipe.file import Problem, RecipeError
+from mnist_dist.errors import Problem, RecipeError
+from mnist_dist.evaluate import calibration_error, evaluate_run, read_data, report, write_report
 from mnist_dist.run.folder import Run, open_run
-
-EXAMPLES = """\
-examples:
-  python -m mnist_dist.ensemble runs/reproduce/simple_cnn-seed*
-  python -m mnist_dist.ensemble runs/a runs/b --data qmnist data.root=/data --json report.json
-  python -m mnist_dist.ensemble runs/a runs/b runs/c --keep configs/results.jsonl      # a row of compare's table
-"""
+from mnist_dist.run.tables import table_console
 
 
 def ensemble(runs: list[Run], *overrides: str) -> dict[str, Any]:
@@ -60,7 +58,7 @@ def ensemble(runs: list[Run], *overrides: str) -> dict[str, Any]:
             hint = "name one for all, e.g. --data mnist data.limit_test=null"
             raise refuse(run, f"has another test set than {first.folder.path}; {hint}")
 
-    members = [judge_run(run, recipe, data) for run, recipe, data in zip(runs, recipes, sets, strict=True)]
+    members = [evaluate_run(run, recipe, data) for run, recipe, data in zip(runs, recipes, sets, strict=True)]
     labels, classes = sets[0].labels.cpu(), sets[0].classes
     whole = mean_of(members, labels)
     guesses = torch.stack([member.probabilities.argmax(dim=1) for member in members])
@@ -137,13 +135,7 @@ def show(result: dict[str, Any]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The door: exit code 0, or 2 for runs or data that do not go together."""
-    parser = Parser("mnist_dist.ensemble", "Judges the mean of several networks' probabilities.", EXAMPLES)
-    parser.add_argument("words", nargs="+", metavar="RUN|key=value", help="run folders; recipe keys, e.g. data.root=…")
-    parser.add_argument("--weights", choices=["last", "best"], default="last", help="default: last")
-    parser.add_argument("--data", metavar="NAME", help="another data set of as many classes, e.g. qmnist")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report to FILE")
-    what = "add a summary to this file of JSON lines, for compare's table; needs the members' own test set"
-    parser.add_argument("--keep", type=Path, metavar="FILE", help=what)
+    parser = parser_of("ensemble")
     arguments = parser.parse_intermixed_args(argv)
     overrides = [word for word in arguments.words if "=" in word and not Path(word).exists()]
     folders = [word for word in arguments.words if word not in overrides]
@@ -164,4 +156,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_door(main))
+    sys.exit(run_command(main))

@@ -5,6 +5,11 @@ With the run's own data the numbers are those of its last evaluation, to the ima
 
 from __future__ import annotations
 
+from mnist_dist.cli import answer_early, parse, run_command
+
+if __name__ == "__main__":
+    answer_early("evaluate")  # before the imports below load torch
+
 import copy
 import json
 import sys
@@ -17,22 +22,15 @@ from accelerate.state import AcceleratorState
 from rich.table import Table
 from torch import Tensor
 
-from mnist_dist.cli import Parser, run_door, table_console
 from mnist_dist.data import Images
 from mnist_dist.distributed.launcher import choose_threads, launched_world
 from mnist_dist.engine.evaluation import Evaluation
 from mnist_dist.engine.evaluation import evaluate as judge
-from mnist_dist.recipe.file import Problem, RecipeError
+from mnist_dist.errors import Problem, RecipeError
 from mnist_dist.recipe.schema import Recipe, load_recipe
-from mnist_dist.run.build import load_data, place, set_determinism, set_kernels
+from mnist_dist.run.build import load_data, set_determinism, set_kernels, to_device
 from mnist_dist.run.folder import Run, open_run
-
-EXAMPLES = """\
-examples:
-  python -m mnist_dist.evaluate runs/simple_cnn/20260101-120000
-  python -m mnist_dist.evaluate runs/mine --weights best --json report.json
-  python -m mnist_dist.evaluate runs/mine --data fashion_mnist data.root=/data
-"""
+from mnist_dist.run.tables import table_console
 
 BINS = 15
 """Of equal width, as in Guo et al., "On Calibration of Modern Neural Networks", ICML 2017."""
@@ -54,7 +52,7 @@ def evaluate(run: Run, *overrides: str, split: str = "test") -> dict[str, Any]:
         OSError, ValueError: no whole weights there.
     """
     recipe, data = read_data(run, *overrides, split=split)
-    return report(judge_run(run, recipe, data), data.labels, data.classes) | {
+    return report(evaluate_run(run, recipe, data), data.labels, data.classes) | {
         "dataset": recipe.data.dataset,
         "split": split,
         "weights": run.weights,
@@ -74,7 +72,7 @@ def read_data(run: Run, *overrides: str, split: str = "test") -> tuple[Recipe, I
     return recipe, data
 
 
-def judge_run(run: Run, recipe: Recipe, data: Images) -> Evaluation:
+def evaluate_run(run: Run, recipe: Recipe, data: Images) -> Evaluation:
     """The network's evaluation in the recipe's precision and batches."""
     choose_threads(launched_world())
     set_determinism(recipe.deterministic)
@@ -82,7 +80,7 @@ def judge_run(run: Run, recipe: Recipe, data: Images) -> Evaluation:
     AcceleratorState._reset_state()  # a notebook may evaluate runs of two precisions
     accelerator = Accelerator(mixed_precision=recipe.mixed_precision or "no")
     # A copy: the run's own stays on the CPU for whoever asks it next.
-    module = place(copy.deepcopy(run.model), accelerator.device, channels_last=recipe.engine.channels_last)
+    module = to_device(copy.deepcopy(run.model), accelerator.device, channels_last=recipe.engine.channels_last)
     # Normalised as the network was trained, also on other data.
     images = Images(data.images, data.labels, data.classes, run.about["mean"], run.about["std"]).to(accelerator.device)
     return judge(accelerator, module, images, batch_size=recipe.eval_batch_size)
@@ -149,14 +147,7 @@ def show(result: dict[str, Any], classes: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The door: exit code 0, or 2 for a folder or data that cannot be judged."""
-    parser = Parser("mnist_dist.evaluate", "Judges the network of a run folder.", EXAMPLES)
-    parser.add_argument("run", metavar="RUN", help="a run folder")
-    parser.add_argument("--weights", choices=["last", "best"], default="last", help="default: last")
-    parser.add_argument("--split", choices=["test", "validation"], default="test", help="default: test")
-    parser.add_argument("--data", metavar="NAME", help="another data set of as many classes, e.g. qmnist")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report to FILE")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys, e.g. data.root=/data")
-    arguments = parser.parse_intermixed_args(argv)
+    arguments = parse("evaluate", argv)
     run = open_run(arguments.run, arguments.weights)
     data = [f"data.dataset={arguments.data}"] if arguments.data else []
     result = evaluate(run, *data, *arguments.overrides, split=arguments.split)
@@ -168,4 +159,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_door(main))
+    sys.exit(run_command(main))

@@ -6,6 +6,11 @@ the likeliest, and what chosen layers make of the picture.
 
 from __future__ import annotations
 
+from mnist_dist.cli import answer_early, parse, run_command
+
+if __name__ == "__main__":
+    answer_early("explain")  # before the imports below load torch
+
 import sys
 from collections.abc import Iterable
 from functools import partial
@@ -14,18 +19,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mnist_dist.cli import Parser, printable, run_door
 from mnist_dist.data.augment import normalize
 from mnist_dist.engine.evaluation import evaluating
+from mnist_dist.errors import Problem, RecipeError, did_you_mean
 from mnist_dist.predict import predict, read_picture
-from mnist_dist.recipe.file import Problem, RecipeError, nearest
 from mnist_dist.run.folder import Run, open_run
-
-EXAMPLES = """\
-examples:
-  python -m mnist_dist.explain runs/simple_cnn/20260101-120000 photo.jpg
-  python -m mnist_dist.explain runs/mine photo.jpg --layers stem.0 inception --output why.png
-"""
+from mnist_dist.run.tables import printable
 
 MOST_LAYERS = 6
 """Without --layers: so many convolutions, spread evenly from the first to the last."""
@@ -57,7 +56,7 @@ def get_feature_maps(model: nn.Module, images: Tensor, layers: Iterable[str] | N
             )
     names = [layers] if isinstance(layers, str) else list(layers)
     if unknown := [name for name in names if name not in modules]:
-        hint = nearest(unknown[0], modules) or f"; the first ones are {', '.join([*modules][:6])}"
+        hint = did_you_mean(unknown[0], modules) or f"; the first ones are {', '.join([*modules][:6])}"
         raise ValueError(f"{type(model).__name__} has no layer {unknown[0]!r}{hint}")
     maps: dict[str, Tensor] = {}
 
@@ -129,13 +128,7 @@ def explain(run: Run, picture: Tensor, path: Path, layers: list[str] | None = No
 
 def main(argv: list[str] | None = None) -> int:
     """The door: exit code 0, or 2 without a network, a picture or such layers."""
-    parser = Parser("mnist_dist.explain", "Draws why a network says what it says of a picture.", EXAMPLES)
-    parser.add_argument("run", metavar="RUN", help="a run folder")
-    parser.add_argument("picture", type=Path, metavar="IMAGE")
-    parser.add_argument("--layers", nargs="+", metavar="NAME", help="default: up to 6 of the convolutions")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="a PNG (default: RUN/plots/explain_IMAGE.png)")
-    parser.add_argument("--weights", choices=["last", "best"], default="last", help="default: last")
-    arguments = parser.parse_args(argv)
+    arguments = parse("explain", argv)
     output = arguments.output or Path(arguments.run, "plots", f"explain_{arguments.picture.stem}.png")
 
     def refuse(where: object, error: Exception) -> RecipeError:
@@ -157,4 +150,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_door(main))
+    sys.exit(run_command(main))

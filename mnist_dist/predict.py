@@ -7,6 +7,11 @@ pixels, its centre of mass in the middle of 28×28.
 
 from __future__ import annotations
 
+from mnist_dist.cli import FAILED, answer_early, parse, run_command
+
+if __name__ == "__main__":
+    answer_early("predict")  # before the imports below load torch
+
 import json
 import sys
 from pathlib import Path
@@ -18,16 +23,10 @@ from PIL import Image, ImageOps
 from rich.console import Console
 from torch import Tensor
 
-from mnist_dist.cli import FAILED, Parser, printable, run_door
 from mnist_dist.data.augment import normalize
 from mnist_dist.run.folder import Run, load_run, open_run
 from mnist_dist.run.reader import find_runs
-
-EXAMPLES = """\
-examples:
-  python -m mnist_dist.predict runs/simple_cnn/20260101-120000 photo.jpg
-  python -m mnist_dist.predict runs/mine scans/ --json > digits.json
-"""
+from mnist_dist.run.tables import printable
 
 SIDE, INK_SIDE = 28, 20
 FAINT = 0.2
@@ -138,12 +137,7 @@ def _newest_run() -> Path:
 
 def main(argv: list[str] | None = None) -> int:
     """The door: exit code 0, 1 if any picture could not be read, 2 without a network or a picture."""
-    parser = Parser("mnist_dist.predict", "Reads the digits in pictures.", EXAMPLES)
-    parser.add_argument("run", metavar="RUN", help="a run folder")
-    parser.add_argument("pictures", nargs="+", type=Path, metavar="IMAGE|FOLDER")
-    parser.add_argument("--weights", choices=["last", "best"], default="last", help="default: last")
-    parser.add_argument("--json", action="store_true", help="print a list of objects instead of lines")
-    arguments = parser.parse_args(argv)
+    arguments = parse("predict", argv)
     run = open_run(arguments.run, arguments.weights)
     paths = [path for given in arguments.pictures for path in _files(given)]
     found, failed = [], len(paths) == 0
@@ -175,4 +169,4 @@ def _files(path: Path) -> list[Path]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_door(main))
+    sys.exit(run_command(main))

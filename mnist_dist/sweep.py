@@ -6,6 +6,11 @@ own, trained by a process of its own, and judged on held-out training images: th
 
 from __future__ import annotations
 
+from mnist_dist.cli import FAILED, answer_early, parser_of, run_command
+
+if __name__ == "__main__":
+    answer_early("sweep")  # before the imports below load torch
+
 import argparse
 import itertools
 import json
@@ -26,21 +31,14 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from mnist_dist.cli import FAILED, Parser, run_door, table_console
 from mnist_dist.distributed.launcher import launched_world
 from mnist_dist.distributed.signals import PREEMPTED
-from mnist_dist.recipe.file import Dumper, Problem, RecipeError, find_recipe, parse, read_recipe, unknown_key
+from mnist_dist.errors import Problem, RecipeError, unknown_key
+from mnist_dist.recipe.file import Dumper, find_recipe, parse, read_recipe
 from mnist_dist.recipe.schema import Recipe, load_recipe
 from mnist_dist.run.build import load_data
 from mnist_dist.run.folder import RunFolder, describe_changes, write_text
-from mnist_dist.run.tables import markdown_table
-
-EXAMPLES = """\
-examples:
-  python -m mnist_dist.sweep lenet5 optimizer.lr=0.001,0.003,0.01 batch_size=64,128 epochs=2
-  python -m mnist_dist.sweep launch/sweep.yaml --count 6
-  python -m mnist_dist.sweep launch/sweep.yaml --run-dir runs/sweeps/mine      # again: goes on where it was stopped
-"""
+from mnist_dist.run.tables import markdown_table, table_console
 
 VALIDATION = 5000
 """Training images held out to judge trials by, where the recipe holds none out; at most a sixth."""
@@ -318,14 +316,14 @@ def result(trial: Trial, log: Path) -> dict[str, Any]:
     """What became of it, for the table."""
     row: dict[str, Any] = {"trial": trial.name, "values": trial.choice}
     if not trial.folder.is_done:
-        return row | {"failed": _last_words(log)}
+        return row | {"failed": _failure_of(log)}
     summary = json.loads(trial.folder.summary.read_text(encoding="utf-8"))
     assert summary["eval.split"] == "validation"
     keys = ("eval.best.accuracy", "eval.best.epoch", "eval.last.accuracy", "eval.last.loss", "train_seconds")
     return row | {key: summary[key] for key in keys} | {"test.accuracy": summary["test.accuracy"]}
 
 
-def _last_words(log: Path) -> str:
+def _failure_of(log: Path) -> str:
     """Why a trial failed, on one line: the trainer's own screen, else the end of a traceback."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     screen = [place for place, line in enumerate(lines) if line.startswith("mnist_dist: ")]
@@ -383,16 +381,7 @@ def write(directory: Path, sweep: Sweep, rows: list[dict[str, Any]]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """The door: exit code 0, 1 if every trial failed, 2 for bad input, 75 when asked to stop (run me again)."""
-    parser = Parser("mnist_dist.sweep", "Searches hyperparameters, one run a trial.", EXAMPLES)
-    parser.add_argument("sweep", metavar="RECIPE|SWEEP.YAML", help="a recipe, or a W&B sweep file (grid or random)")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="recipe keys; key=a,b,c of a recipe is searched"
-    )
-    parser.add_argument("--count", type=int, metavar="N", help="trials at most (default: the file's run_cap, or all)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of a random search's draws (default 0)")
-    parser.add_argument(
-        "--run-dir", type=Path, metavar="DIR", help="default: runs/sweeps/<name>; goes on with what it holds"
-    )
+    parser = parser_of("sweep")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.count is not None and arguments.count < 1:
         parser.error("--count is at least 1")
@@ -440,4 +429,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_door(main))
+    sys.exit(run_command(main))

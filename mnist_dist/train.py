@@ -5,6 +5,11 @@
 
 from __future__ import annotations
 
+from mnist_dist.cli import answer_early, is_main_process, parser_of, run_command
+
+if __name__ == "__main__":
+    answer_early("train")  # before the imports below load torch
+
 import sys
 import time
 import types
@@ -16,9 +21,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from rich.table import Table
 
-from mnist_dist.cli import Parser, is_main_process, run_door, table_console
 from mnist_dist.data import Images
-from mnist_dist.distributed.launcher import check_size, choose_threads, launched_world, together
+from mnist_dist.distributed.launcher import check_size, choose_threads, launched_world, run_on_all_ranks
 from mnist_dist.distributed.signals import PREEMPTED, Interrupts
 from mnist_dist.distributed.watchdog import Watchdog
 from mnist_dist.engine.evaluation import Interrupted
@@ -26,30 +30,37 @@ from mnist_dist.engine.optimizers import set_rates
 from mnist_dist.models import build_model, count_parameters
 from mnist_dist.recipe.file import bundled_recipes, recipe_notes
 from mnist_dist.recipe.schema import Recipe, load_recipe
-from mnist_dist.run.build import Parts, Progress, build_module, build_parts, check_world, load_data
-from mnist_dist.run.checkpointing import Keeper, adopt, find_checkpoint, has_checkpoint, holds_checkpoint, load_newest
+from mnist_dist.run.build import Progress, TrainingComponents, build_components, build_module, check_world, load_data
+from mnist_dist.run.checkpointing import (
+    Checkpointer,
+    adopt,
+    find_checkpoint,
+    has_checkpoint,
+    holds_checkpoint,
+    load_newest,
+)
 from mnist_dist.run.folder import RunFolder, git_commit, versions, write_text
 from mnist_dist.run.model_summary import summarize_model
 from mnist_dist.run.pretrained import load_initial_weights, load_teachers
 from mnist_dist.run.summary import close_trackers, open_trackers, summarize, write_outputs
+from mnist_dist.run.tables import table_console
 from mnist_dist.tracking import WandbTracker, find_tracker
-
-EXAMPLES = """\
-examples:
-  accelerate launch -m mnist_dist.train --recipe quickstart.yaml
-  accelerate launch -m mnist_dist.train --recipe model_v3_onecycle epochs=1 optimizer.lr=0.05 data.root=/data
-  python -m mnist_dist.train --recipe my_recipes/wide.yaml mixed_precision=bf16
-  python -m mnist_dist.train --recipe ms_ran --print-recipe
-"""
 
 # --- the loop -----------------------------------------------------------------------------------------------------
 
 
-def fit(recipe: Recipe, parts: Parts, held_out: Images, keep: Keeper, progress: Progress) -> bool:
+def fit(
+    recipe: Recipe, components: TrainingComponents, held_out: Images, checkpointer: Checkpointer, progress: Progress
+) -> bool:
     """The story of a run, from `progress` to its last step. False if it was asked to stop before; then it has saved."""
-    accelerator, batches, update, meter = parts.accelerator, parts.batches, parts.update, parts.meter
+    accelerator, batches, update, meter = (
+        components.accelerator,
+        components.batches,
+        components.update,
+        components.meter,
+    )
     plan = batches.plan(progress.step // batches.steps_per_epoch, accelerator.device)
-    watchdog = Watchdog(accelerator, recipe.engine.hang_seconds, update.clock, keep.last_words)
+    watchdog = Watchdog(accelerator, recipe.engine.hang_seconds, update.clock, checkpointer.mark_failed)
     with Interrupts(accelerator) as interrupts, watchdog:
 
         def asked_to_stop() -> bool:
@@ -58,43 +69,46 @@ def fit(recipe: Recipe, parts: Parts, held_out: Images, keep: Keeper, progress: 
 
         while True:
             # Evaluate every image once; keep the best weights.
-            if parts.evaluation_is_due(progress, recipe.eval_every):
+            if components.evaluation_is_due(progress, recipe.eval_every):
                 try:
-                    evaluation = parts.judge(held_out, recipe.eval_batch_size, asked_to_stop)
+                    evaluation = components.evaluate(held_out, recipe.eval_batch_size, asked_to_stop)
                 except Interrupted:
-                    keep.checkpoint()
+                    checkpointer.save()
                     return False
-                if progress.note(evaluation, meter.read_epoch(), parts.epoch(progress)):
-                    keep.best()
-                accelerator.log({"step": progress.step, "epoch": parts.epoch(progress), **progress.last})
-                keep.show(evaluation)
-                parts.schedule.observe(evaluation.loss)
+                if progress.note(evaluation, meter.read_epoch(), components.epoch(progress)):
+                    checkpointer.save_best()
+                accelerator.log({"step": progress.step, "epoch": components.epoch(progress), **progress.last})
+                checkpointer.log_evaluation(evaluation)
+                components.schedule.observe(evaluation.loss)
                 meter.resume()
 
             # Stop at the end, or early where the recipe asks for it.
             patience = recipe.early_stopping.patience or sys.maxsize
-            if progress.step >= parts.total_steps or progress.evaluations_without_gain >= patience:
+            if progress.step >= components.total_steps or progress.evaluations_without_gain >= patience:
                 return True
 
             # One update: this process's rows of the global batch, the learning rate of this step.
             epoch, index = divmod(progress.step, batches.steps_per_epoch)
             if epoch != plan.epoch:
                 plan = batches.plan(epoch, accelerator.device)
-            set_rates(update.optimizer, parts.schedule, progress.step)
+            set_rates(update.optimizer, components.schedule, progress.step)
             update(plan, index, progress.step)
             progress.step += 1
 
             # Log; between two of these lines nothing waits for the device.
-            logged = progress.step % recipe.log_every == 0 or parts.evaluation_is_due(progress, recipe.eval_every)
+            logged = progress.step % recipe.log_every == 0 or components.evaluation_is_due(progress, recipe.eval_every)
             if logged:
-                rates = {"train/lr": parts.schedule.lr_at(progress.step - 1), "train/grad_norm": update.grad_norm()}
-                accelerator.log({"step": progress.step, "epoch": parts.epoch(progress), **meter.read(), **rates})
+                rates = {
+                    "train/lr": components.schedule.lr_at(progress.step - 1),
+                    "train/grad_norm": update.grad_norm(),
+                }
+                accelerator.log({"step": progress.step, "epoch": components.epoch(progress), **meter.read(), **rates})
                 interrupts.pace(meter.seconds_per_step)
 
             # Save where it is time; stop where any process was asked to.
             asked = asked_to_stop()
-            if asked or keep.is_due(logged):
-                keep.checkpoint()
+            if asked or checkpointer.is_due(logged):
+                checkpointer.save()
             if asked:
                 return False
 
@@ -136,61 +150,61 @@ def train(
     precision = check_world(recipe, state)
     recipe = recipe.model_copy(update={"mixed_precision": precision})  # a resume under another launcher sees the change
     dataset = load_data(recipe, state)
-    module, notes = together(state, lambda: build_module(recipe, dataset, state.num_processes)), []
-    teachers = together(state, lambda: load_teachers(recipe, dataset.train))
+    module, notes = run_on_all_ranks(state, lambda: build_module(recipe, dataset, state.num_processes)), []
+    teachers = run_on_all_ranks(state, lambda: load_teachers(recipe, dataset.train))
     # A checkpoint has all the weights: what the run once began from may be gone by then.
     goes_on = has_checkpoint(run_dir, resume, state)
     if not goes_on:
-        notes = together(state, lambda: load_initial_weights(recipe, module))
+        notes = run_on_all_ranks(state, lambda: load_initial_weights(recipe, module))
     folder = _open_folder(recipe, run_dir, state, resume, allow_recipe_change)
     with folder.failed_on_error(state.is_main_process):
         if state.is_main_process:
             write_text(folder.model_summary, summarize_model(module) + "\n")
         checkpoint, problems = load_newest(folder, state)
         if goes_on and not checkpoint:  # all of them were damaged
-            notes = together(state, lambda: load_initial_weights(recipe, module))
-        parts = build_parts(recipe, precision, dataset.train, module, teachers)
+            notes = run_on_all_ranks(state, lambda: load_initial_weights(recipe, module))
+        components = build_components(recipe, precision, dataset.train, module, teachers)
         progress = Progress(**checkpoint.get("progress", {}))
-        with Keeper(folder, recipe, parts, progress) as keep:
+        with Checkpointer(folder, recipe, components, progress) as checkpointer:
             if checkpoint:
-                parts.load_state_dict(checkpoint["parts"])
-            console = open_trackers(recipe, parts, dataset, folder, checkpoint)
+                components.load_state_dict(checkpoint["parts"])
+            console = open_trackers(recipe, components, dataset, folder, checkpoint)
             if console:
-                for note in [*problems, *notes, *parts.notes]:
-                    console.say(note)
-                if parts.update.captured:
-                    parts.update.captured.say = console.say
-            parts.accelerator.wait_for_everyone()  # W&B's start on rank 0 is no part of the others' first step
-            parts.meter.resume()
+                for note in [*problems, *notes, *components.notes]:
+                    console.message(note)
+                if components.update.captured:
+                    components.update.captured.say = console.message
+            components.accelerator.wait_for_everyone()  # W&B's start on rank 0 is no part of the others' first step
+            components.meter.resume()
             seconds = {"setup_seconds": round(time.perf_counter() - started, 3)}
-            keep.start(checkpoint.get("train_seconds", 0.0))
-            finished = fit(recipe, parts, dataset.held_out.to(state.device), keep, progress)
+            checkpointer.start(checkpoint.get("train_seconds", 0.0))
+            finished = fit(recipe, components, dataset.held_out.to(state.device), checkpointer, progress)
             if not finished:
                 if console:
-                    console.say(
+                    console.message(
                         f"asked to stop: saved after step {progress.step:,}; the same command goes on from there"
                     )
                     folder.set_status("preempted")
-                if wandb := find_tracker(parts.accelerator, WandbTracker):
+                if wandb := find_tracker(components.accelerator, WandbTracker):
                     wandb.preempt(PREEMPTED)
-                _close(parts)
+                _close(components)
                 return {"status": "preempted", "step": progress.step}
-            seconds["train_seconds"] = keep.train_seconds()
-            keep.last()
+            seconds["train_seconds"] = checkpointer.train_seconds()
+            checkpointer.save_last()
             # Without a validation part this repeats the last evaluation, for its probabilities; with one, the test set
             # is used here for the first time.
-            test = parts.judge(dataset.test.to(state.device), recipe.eval_batch_size)
-            summary = summarize(recipe, parts, progress, test if dataset.has_validation else None) | seconds | code
+            test = components.evaluate(dataset.test.to(state.device), recipe.eval_batch_size)
+            summary = summarize(recipe, components, progress, test if dataset.has_validation else None) | seconds | code
             if console:
-                write_outputs(folder, recipe, parts, dataset, test, summary, console)
-            _close(parts)
+                write_outputs(folder, recipe, components, dataset, test, summary, console)
+            _close(components)
     return summary
 
 
-def _close(parts: Parts) -> None:
+def _close(components: TrainingComponents) -> None:
     """Lets the trackers finish. Not end_training, which ends the process group too: train may be called again."""
-    close_trackers(parts)
-    parts.accelerator.wait_for_everyone()
+    close_trackers(components)
+    components.accelerator.wait_for_everyone()
 
 
 def _open_folder(
@@ -209,7 +223,7 @@ def _open_folder(
             adopt(folder, *source, recipe.checkpoint.keep)
         return folder
 
-    opened = together(state, on_main)
+    opened = run_on_all_ranks(state, on_main)
     return RunFolder(Path(broadcast_object_list([str(opened.path) if opened else None])[0]))
 
 
@@ -218,23 +232,7 @@ def _open_folder(
 
 def main(argv: list[str] | None = None) -> int:
     """The door: exit code 0 when done, 1 where it broke off, 2 for bad input, 75 when asked to stop (run me again)."""
-    parser = Parser("mnist_dist.train", "Trains a recipe and leaves a run folder.", EXAMPLES)
-    parser.add_argument("--recipe", metavar="NAME", help="a path, or a bundled recipe's name with or without .yaml")
-    parser.add_argument(
-        "--run-dir", metavar="DIR", help="a new folder, or one to go on with (default: runs/<recipe>/<date-time>)"
-    )
-    parser.add_argument(
-        "--resume",
-        metavar="auto|never|PATH",
-        default="auto",
-        help="go on with --run-dir's run (auto, the default), refuse to (never), or begin a new one from a run folder "
-        "or checkpoint (PATH)",
-    )
-    parser.add_argument("--world-size", type=int, metavar="N", help="refuse to train in any other number of processes")
-    parser.add_argument("--allow-recipe-change", action="store_true", help="go on although the recipe has changed")
-    parser.add_argument("--print-recipe", action="store_true", help="print the resolved recipe and exit")
-    parser.add_argument("--list-recipes", action="store_true", help="print the bundled recipes and exit")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any recipe key by its dotted name")
+    parser = parser_of("train")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.list_recipes:
         if is_main_process():
@@ -278,4 +276,4 @@ class _CallableModule(types.ModuleType):
 sys.modules[__name__].__class__ = _CallableModule
 
 if __name__ == "__main__":
-    sys.exit(run_door(main))
+    sys.exit(run_command(main))

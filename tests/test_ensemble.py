@@ -14,8 +14,8 @@ from mnist_dist.compare import __main__ as compare
 from mnist_dist.data import images as datasets
 from mnist_dist.engine.evaluation import score
 from mnist_dist.ensemble import main, mean_of
+from mnist_dist.errors import RecipeError
 from mnist_dist.evaluate import evaluate
-from mnist_dist.recipe.file import RecipeError
 
 WORDS = ["data.limit_train=512", "data.limit_test=203", "epochs=2"]
 
@@ -79,7 +79,7 @@ def test_disagreements_are_counted_by_image(runs, monkeypatch, tmp_path):
     first, second = torch.eye(10)[torch.zeros(203, dtype=torch.long)], torch.eye(10)[torch.zeros(203, dtype=torch.long)]
     second[:7] = torch.eye(10)[3]
     answers, labels = iter([first, second]), torch.zeros(203, dtype=torch.long)
-    monkeypatch.setattr("mnist_dist.ensemble.judge_run", lambda *arguments: score(next(answers).log(), labels))
+    monkeypatch.setattr("mnist_dist.ensemble.evaluate_run", lambda *arguments: score(next(answers).log(), labels))
     assert main([str(runs / "lenet5"), str(runs / "simple_cnn"), "--json", str(tmp_path / "report.json")]) == 0
     assert json.loads((tmp_path / "report.json").read_text())["disagreements"] == 7
 

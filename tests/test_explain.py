@@ -9,8 +9,8 @@ from torch import nn
 
 from mnist_dist import build_model, get_feature_maps, load_recipe, train
 from mnist_dist.data import load_dataset
+from mnist_dist.errors import RecipeError
 from mnist_dist.explain import main, smooth_gradient
-from mnist_dist.recipe.file import RecipeError
 
 
 def noise(count: int) -> torch.Tensor:

@@ -89,12 +89,12 @@ def test_the_results_table_is_the_generated_one():
 
 def test_the_worked_error_is_the_one_that_is_shown(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    from mnist_dist.cli import run_door
+    from mnist_dist.cli import run_command
 
     shown = next(text for language, text in BLOCKS if language == "console" and "problem" in text)
     prompt, _, expected = shown.partition("\n")
     words = shlex.split(prompt.split("-m mnist_dist.train ")[1])
-    assert run_door(lambda: main(words)) == 2
+    assert run_command(lambda: main(words)) == 2
     assert capsys.readouterr().err.strip() == expected.strip()
 
 

@@ -16,7 +16,7 @@ DOORS = {
 }  # fmt: skip
 BEHIND_THE_DOORS = {
     "keeper", "outputs", "parts", "runs", "run_reader", "command_line", "recipe", "recipe_file", "world", "ranks",
-    "probes", "contenders", "peers", "inference", "transfer",
+    "probes", "loops", "frameworks", "inference", "transfer",
 }  # fmt: skip
 MAY_USE = {"engine": {"data"}}
 
@@ -27,7 +27,7 @@ ONLY_IN = {
     "onnx": {"export"},
     "onnxruntime": {"export", "inference"},
     "onnxscript": {"export"},
-    "lightning": {"peers"},
+    "lightning": {"frameworks"},
 }
 
 TOP_LEVEL = {"mnist_dist", "launch", "configs", "tests", "setup.cfg", "README.md", "pyproject.toml", "LICENSE"}

@@ -16,9 +16,9 @@ import pytest
 import yaml
 
 from mnist_dist import sweep
-from mnist_dist.cli import run_door
+from mnist_dist.cli import run_command
 from mnist_dist.distributed.signals import PREEMPTED
-from mnist_dist.recipe.file import RecipeError
+from mnist_dist.errors import RecipeError
 from mnist_dist.train import main as train_main
 
 LAUNCH = Path(__file__).parents[1] / "launch"
@@ -33,7 +33,7 @@ command: [python, -m, "${{program}}", --recipe=lenet5, --world-size=1, label_smo
 
 
 def search(*words: str | Path) -> int:
-    return run_door(lambda: sweep.main(list(map(str, words))))
+    return run_command(lambda: sweep.main(list(map(str, words))))
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def started(monkeypatch) -> list[str]:
             streams, sys.stderr = sys.stderr, output
             try:
                 words = ["--recipe", searched.recipe, *searched.words, *trial.words]
-                return run_door(lambda: train_main([*words, "--run-dir", str(trial.folder.path)]))
+                return run_command(lambda: train_main([*words, "--run-dir", str(trial.folder.path)]))
             finally:
                 sys.stderr = streams
 

@@ -15,7 +15,7 @@ from mnist_dist import load_recipe, load_run, train
 from mnist_dist.distributed.launcher import launched_world
 from mnist_dist.engine.evaluation import evaluate
 from mnist_dist.evaluate import evaluate as judge_run_folder
-from mnist_dist.run.build import build_module, build_parts, load_data
+from mnist_dist.run.build import build_components, build_module, load_data
 from mnist_dist.run.folder import RunFolder
 from mnist_dist.tracking import ConsoleTracker, JSONLTracker
 
@@ -64,18 +64,18 @@ def test_a_mac_trains_on_its_cpu(accelerator, monkeypatch):
 def test_a_run_s_momentum_begins_with_zeros(accelerator):
     recipe = load_recipe("model_v1_step", *TINY)
     dataset = load_data(recipe, launched_world())
-    parts = build_parts(recipe, "no", dataset.train, build_module(recipe, dataset))
-    for parameter in parts.module.parameters():
-        assert not parts.update.optimizer.state[parameter]["momentum_buffer"].any()
+    components = build_components(recipe, "no", dataset.train, build_module(recipe, dataset))
+    for parameter in components.module.parameters():
+        assert not components.update.optimizer.state[parameter]["momentum_buffer"].any()
 
 
 def test_a_momentum_that_the_schedule_brings_begins_with_zeros_too(accelerator):
     cycle = "schedule={name: onecycle, max_lr: 0.1, cycle_momentum: true}"
     recipe = load_recipe("lenet5", *TINY, "optimizer={name: sgd}", "optimizer.weight_decay=null", cycle)
     dataset = load_data(recipe, launched_world())
-    parts = build_parts(recipe, "no", dataset.train, build_module(recipe, dataset))
-    for parameter in parts.module.parameters():
-        assert not parts.update.optimizer.state[parameter]["momentum_buffer"].any()
+    components = build_components(recipe, "no", dataset.train, build_module(recipe, dataset))
+    for parameter in components.module.parameters():
+        assert not components.update.optimizer.state[parameter]["momentum_buffer"].any()
 
 
 def test_logical_shards_leave_a_table_of_whole_numbers_alone(tmp_path):

@@ -1,11 +1,16 @@
 """How fast a recipe trains here, beside the bare step and beside what one would write instead; how fast it answers.
 
-`accelerate launch -m mnist_dist.benchmark --recipe model_v1_onecycle`. Every contender trains the same model with the
+`accelerate launch -m mnist_dist.benchmark --recipe model_v1_onecycle`. Every loop trains the same model with the
 same batch size, augmentation and precision, in one process group; rounds are interleaved, so that a machine whose speed
 drifts drifts for all of them alike. Figures are images/s of the whole world: median, lowest and highest round.
 """
 
 from __future__ import annotations
+
+from mnist_dist.cli import Parser, answer_early, parser_of, run_command
+
+if __name__ == "__main__":
+    answer_early("benchmark")  # before the imports below load torch
 
 import argparse
 import json
@@ -27,8 +32,8 @@ import torch
 from accelerate.utils import broadcast_object_list
 from rich.table import Table
 
-from mnist_dist.benchmark import time_to_accuracy as record
-from mnist_dist.benchmark.baselines import Contender, Task, bare_step, median_and_range, tensor_loop
+from mnist_dist.benchmark import time_to_accuracy
+from mnist_dist.benchmark.baselines import BenchmarkSetup, TimedLoop, bare_step, median_and_range, tensor_loop
 from mnist_dist.benchmark.frameworks import (
     HAS_LIGHTNING,
     accelerate_loader,
@@ -38,24 +43,16 @@ from mnist_dist.benchmark.frameworks import (
 )
 from mnist_dist.benchmark.inference import measure_inference
 from mnist_dist.benchmark.report import OURS, circumstances, floors, table_of, title_of, to_markdown
-from mnist_dist.cli import Parser, RunError, run_door, table_console
 from mnist_dist.distributed.launcher import launched_world
-from mnist_dist.recipe.file import Problem, RecipeError, find_recipe
+from mnist_dist.errors import Problem, RecipeError, RunError
+from mnist_dist.recipe.file import find_recipe
 from mnist_dist.recipe.schema import Recipe, load_recipe
-from mnist_dist.run.build import Parts, Progress, build_module, build_parts
-from mnist_dist.run.checkpointing import Keeper
+from mnist_dist.run.build import Progress, TrainingComponents, build_components, build_module
+from mnist_dist.run.checkpointing import Checkpointer
 from mnist_dist.run.folder import RunFolder
 from mnist_dist.run.summary import close_trackers, open_trackers
+from mnist_dist.run.tables import table_console
 from mnist_dist.train import fit
-
-EXAMPLES = """\
-examples:
-  accelerate launch -m mnist_dist.benchmark --recipe model_v1_onecycle
-  accelerate launch -m mnist_dist.benchmark --recipe ms_ran mixed_precision=bf16 --json ms_ran.json
-  python -m mnist_dist.benchmark --recipe simple_cnn --sweep batch_size=32,128,512 --plot sweep.png
-  python -m mnist_dist.benchmark --recipe ms_ran --inference --batches 1,256
-  python -m mnist_dist.benchmark --record configs/speed/mnist_99.yaml --seeds 30
-"""
 
 SHORTEST_ROUND = 0.1
 """Seconds: who makes the steps asked for in less makes more of them, so that the clock has something to measure."""
@@ -63,86 +60,86 @@ SHORTEST_ROUND = 0.1
 # --- measuring ----------------------------------------------------------------------------------------------------
 
 
-def trainer(task: Task, folder: Path, name: str = OURS) -> tuple[Contender, Parts]:
+def trainer(task: BenchmarkSetup, folder: Path, name: str = OURS) -> tuple[TimedLoop, TrainingComponents]:
     """The trainer as a user runs it: data, augmentation, clipping, metrics, console, W&B offline."""
     recipe, dataset = task.recipe, task.dataset
-    parts = build_parts(recipe, task.precision, dataset.train, build_module(recipe, dataset))
+    components = build_components(recipe, task.precision, dataset.train, build_module(recipe, dataset))
     run = RunFolder.open(folder / f"{name}-{task.state.process_index}", recipe)
-    open_trackers(recipe, parts, dataset, run, {}, quiet=True)
+    open_trackers(recipe, components, dataset, run, {}, quiet=True)
     progress = Progress()
-    keep = Keeper(run, recipe, parts, progress)
-    judged_on = dataset.test[slice(1)].to(task.state.device)
+    checkpointer = Checkpointer(run, recipe, components, progress)
+    eval_images = dataset.test[slice(1)].to(task.state.device)
 
     def train(steps: int) -> float:
-        before, last = parts.meter.train_seconds, progress.step + steps  # the clock stands still during evaluation
-        parts.meter.resume()
+        before, last = components.meter.train_seconds, progress.step + steps  # the clock stands still during evaluation
+        components.meter.resume()
         try:
-            finished = fit(recipe, replace(parts, total_steps=last), judged_on, keep, progress)
+            finished = fit(recipe, replace(components, total_steps=last), eval_images, checkpointer, progress)
         except Exception as error:
-            if message := keep.explain(error):
+            if message := checkpointer.describe_failure(error):
                 raise RunError(message.rpartition("\n")[0]) from error  # but for where the run goes on: it does not
             raise
         if not finished:
             raise RunError("asked to stop while measuring")
         assert progress.step == last, "a round that ends early looks fast"
-        return parts.meter.train_seconds - before
+        return components.meter.train_seconds - before
 
-    return Contender(name, train, lambda: close_trackers(parts)), parts
+    return TimedLoop(name, train, lambda: close_trackers(components)), components
 
 
 def measure(recipe: Recipe, rounds: int, steps: int) -> dict[str, Any]:
-    """Interleaved rounds of all contenders; returns the table as plain values (equal on all processes but for time).
+    """Interleaved rounds of all loops; returns the table as plain values (equal on all processes but for time).
 
     Memory is what the trainer alone had taken at most; on a CPU the whole process, also before.
 
     Raises:
-        RecipeError: what `Task.prepare` finds. RunError: the training broke off.
+        RecipeError: what `BenchmarkSetup.prepare` finds. RunError: the training broke off.
     """
-    task = Task.prepare(recipe)
+    task = BenchmarkSetup.prepare(recipe)
     device = task.state.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
 
-        def enter(contender: Contender) -> Contender:
-            stack.callback(contender.close)
+        def enter(loop: TimedLoop) -> TimedLoop:
+            stack.callback(loop.close)
             # What is slow once: kernels are chosen, workers start, a step is compiled or, after three others, captured.
-            contender.run(5 if device.type == "cuda" else min(5, steps))
-            return contender
+            loop.run(5 if device.type == "cuda" else min(5, steps))
+            return loop
 
-        ours, parts = trainer(task, Path(folder))
+        ours, components = trainer(task, Path(folder))
         first_run = ours.run(1)  # of which compiling, where it is asked for, is nearly all
         first_step = time.time() - psutil.Process().create_time()
-        contenders = [enter(ours)]
+        loops = [enter(ours)]
         memory = _peak_memory_mb(device)
         tutorial = task.in_default_layout()  # as who follows a tutorial has it
         workers = best_workers(tutorial, steps=min(steps, 20))
-        contenders += [enter(contender) for contender in (bare_step(task), tensor_loop(task))]
+        loops += [enter(loop) for loop in (bare_step(task), tensor_loop(task))]
         loaders = [plain_loader, accelerate_loader, *([lightning_loader] if HAS_LIGHTNING else [])]
-        contenders += [enter(loader(tutorial, workers)) for loader in loaders]
+        loops += [enter(loader(tutorial, workers)) for loader in loaders]
         if recipe.engine.channels_last:  # as who has read further has it
-            contenders.append(enter(plain_loader(task, workers, "PyTorch + DataLoader, channels last")))
+            loops.append(enter(plain_loader(task, workers, "PyTorch + DataLoader, channels last")))
         if recipe.logical_shards:  # what exactness costs
             plain = replace(task, recipe=recipe.model_copy(update={"logical_shards": None}))
-            contenders.append(enter(trainer(plain, Path(folder), f"{OURS} without logical shards")[0]))
+            loops.append(enter(trainer(plain, Path(folder), f"{OURS} without logical shards")[0]))
         if task.precision != "no":  # what a user has who does not turn autocast on
             fp32 = replace(tutorial, precision="no")
-            contenders.append(enter(plain_loader(fp32, workers, "PyTorch + DataLoader, fp32")))
-        paces = {each.name: each.run(steps) / steps for each in contenders}
+            loops.append(enter(plain_loader(fp32, workers, "PyTorch + DataLoader, fp32")))
+        paces = {each.name: each.run(steps) / steps for each in loops}
         counts = {name: max(steps, math.ceil(SHORTEST_ROUND / pace)) for name, pace in paces.items()}
         [counts] = broadcast_object_list([counts])
         seconds: dict[str, list[float]] = {name: [] for name in counts}
         for _ in range(rounds):
-            for contender in contenders:
+            for loop in loops:
                 task.state.wait_for_everyone()
-                seconds[contender.name].append(contender.run(counts[contender.name]))
+                seconds[loop.name].append(loop.run(counts[loop.name]))
     speeds = {name: [counts[name] * recipe.batch_size / each for each in times] for name, times in seconds.items()}
     return task.about() | {
         "rounds": rounds,
         "steps_per_round": counts,
         "dataloader_workers": workers,
         "seconds_from_process_start_to_first_step": round(first_step, 2),
-        "capture_seconds": parts.update.captured.seconds if parts.update.captured else None,
+        "capture_seconds": components.update.captured.seconds if components.update.captured else None,
         "compile_seconds": round(first_run - paces[OURS], 3) if task.is_compiled else None,
         "peak_memory_mb": round(memory),
         "images_per_second": {name: median_and_range(each, 3) for name, each in speeds.items()},
@@ -196,17 +193,19 @@ def print_floors(paths: list[Path]) -> None:
     table_console().print(table)
 
 
-def show_record(arguments: argparse.Namespace, words: list[str]) -> None:
+def show_time_to_accuracy(arguments: argparse.Namespace, words: list[str]) -> None:
     """Measures a record, prints it and writes it where it was asked for."""
-    result = record.measure(load_recipe(arguments.record, *arguments.overrides), arguments.seeds)
-    record.print_lines(result)
+    result = time_to_accuracy.measure(load_recipe(arguments.time_to_accuracy, *arguments.overrides), arguments.seeds)
+    time_to_accuracy.print_lines(result)
     if arguments.note:
-        record.note_in_recipe(find_recipe(arguments.record), result)
+        time_to_accuracy.note_in_recipe(find_recipe(arguments.time_to_accuracy), result)
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     if arguments.markdown:
         with arguments.markdown.open("a", encoding="utf-8") as file:
-            file.write(record.to_markdown(result, shlex.join(["python", "-m", "mnist_dist.benchmark", *words])))
+            file.write(
+                time_to_accuracy.to_markdown(result, shlex.join(["python", "-m", "mnist_dist.benchmark", *words]))
+            )
 
 
 # --- the command line ---------------------------------------------------------------------------------------------
@@ -214,31 +213,14 @@ def show_record(arguments: argparse.Namespace, words: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The door: exit code 0, 1 where the training broke off, 2 for bad input."""
-    parser = Parser("mnist_dist.benchmark", "Times a recipe beside the bare step and beside its peers.", EXAMPLES)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--recipe", metavar="NAME", help="a path, or a bundled recipe's name")
-    what.add_argument("--record", metavar="NAME", help="time whole seeds of a recipe beside the reference network")
-    what.add_argument("--floors", type=Path, nargs="+", metavar="FILE", help="a GPU's floors beside --json's figures")
-    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="interleaved rounds (default 7)")
-    parser.add_argument("--steps", type=int, default=50, metavar="N", help="steps, or calls, a round (default 50)")
-    parser.add_argument("--seeds", type=int, default=30, metavar="N", help="of --record (default 30)")
-    parser.add_argument("--note", action="store_true", help="write what --record found into the recipe's head comment")
-    parser.add_argument("--sweep", metavar="KEY=a,b,c", help="measure with each of these values of a recipe key")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="the sweep's picture (default sweep.png)")
-    parser.add_argument("--inference", action="store_true", help="time the network's answers instead of its training")
-    parser.add_argument(
-        "--batches", default="1,32,256,1024", metavar="N,…", help="default 1,32,256,1024 images at once"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also add the table to the end of FILE")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any recipe key by its dotted name")
+    parser = parser_of("benchmark")
     arguments = parser.parse_intermixed_args(argv)
     _check_words(parser, arguments)
     if arguments.floors:
         print_floors(arguments.floors)
         return 0
-    if arguments.record:
-        show_record(arguments, sys.argv[1:] if argv is None else argv)
+    if arguments.time_to_accuracy:
+        show_time_to_accuracy(arguments, sys.argv[1:] if argv is None else argv)
         return 0
     recipes = _recipes(parser, arguments)
     command = shlex.join(["python", "-m", "mnist_dist.benchmark", *(sys.argv[1:] if argv is None else argv)])
@@ -269,10 +251,10 @@ def _check_words(parser: Parser, arguments: argparse.Namespace) -> None:
     """Refuses, before anything is measured, numbers out of range and files that could not be written."""
     if min(arguments.rounds, arguments.steps, arguments.seeds) < 1:
         parser.error("--rounds, --steps and --seeds are at least 1")
-    if arguments.record and (arguments.sweep is not None or arguments.inference):
-        parser.error("--record times whole seeds, and neither a --sweep nor --inference")
-    if arguments.note and not arguments.record:
-        parser.error("--note is of --record")
+    if arguments.time_to_accuracy and (arguments.sweep is not None or arguments.inference):
+        parser.error("--time-to-accuracy times whole seeds, and neither a --sweep nor --inference")
+    if arguments.note and not arguments.time_to_accuracy:
+        parser.error("--note is of --time-to-accuracy")
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", arguments.batches):
         parser.error(f"--batches: expected numbers of images, e.g. 1,32, got {arguments.batches!r}")
     for file in filter(None, (arguments.json, arguments.markdown, arguments.plot)):
@@ -320,4 +302,4 @@ def _write(arguments: argparse.Namespace, results: list[dict[str, Any]], command
 
 
 if __name__ == "__main__":
-    sys.exit(run_door(main))
+    sys.exit(run_command(main))

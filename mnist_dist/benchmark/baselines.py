@@ -1,7 +1,7 @@
-"""What the benchmark times: a contender, the task that all of them are given, and the two that load no data.
+"""What the benchmark times: a loop, the task that all of them are given, and the two that load no data.
 
 All train the same model with the same batch size, augmentation and precision, on a device and in a world that they
-share. `peers` has those that one would write with a DataLoader.
+share. `frameworks` has those that one would write with a DataLoader.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from mnist_dist.data import Dataset
-from mnist_dist.distributed.launcher import check_size, choose_threads, device_name, launched_world, together
-from mnist_dist.engine.cuda_graph import WARM_UP_STEPS, record_cuda_graph
+from mnist_dist.distributed.launcher import check_size, choose_threads, device_name, launched_world, run_on_all_ranks
+from mnist_dist.engine.cuda_graph import WARM_UP_STEPS, capture_cuda_graph
 from mnist_dist.engine.optimizers import build_optimizer
-from mnist_dist.recipe.file import Problem, RecipeError
+from mnist_dist.errors import Problem, RecipeError
 from mnist_dist.recipe.schema import Recipe
-from mnist_dist.run.build import build_module, check_world, load_data, place
+from mnist_dist.run.build import build_module, check_world, load_data, to_device
 from mnist_dist.run.folder import git_commit, versions
 
 PRECISIONS = {"no": "fp32", "bf16": "bf16"}
@@ -37,7 +37,7 @@ Step = Callable[..., object]
 
 
 @dataclass(frozen=True)
-class Contender:
+class TimedLoop:
     name: str
     run: Callable[[int], float]
     """Trains so many more steps; returns the seconds they took, the device's work included."""
@@ -45,8 +45,8 @@ class Contender:
 
 
 @dataclass(frozen=True)
-class Task:
-    """What every contender is given."""
+class BenchmarkSetup:
+    """What every loop is given."""
 
     recipe: Recipe
     precision: str
@@ -54,7 +54,7 @@ class Task:
     state: PartialState
 
     @classmethod
-    def prepare(cls, recipe: Recipe) -> Task:
+    def prepare(cls, recipe: Recipe) -> BenchmarkSetup:
         """Reads the data, in the world that the launcher made.
 
         Raises:
@@ -67,16 +67,16 @@ class Task:
         if precision not in PRECISIONS:
             raise RecipeError([Problem("the recipe", "mixed_precision", "the benchmark compares fp32 and bf16 only")])
         if recipe.distill.teachers:
-            what = 'the peers learn from labels alone; leave the teachers out: "distill={}"'
+            what = 'the frameworks learn from labels alone; leave the teachers out: "distill={}"'
             raise RecipeError([recipe.problem("distill.from", what)])
         dataset = load_data(recipe, state)
         if recipe.batch_size > len(dataset.train):
-            what = f"the peers drop short batches, and there are but {len(dataset.train):,} training images"
+            what = f"the frameworks drop short batches, and there are but {len(dataset.train):,} training images"
             raise RecipeError([recipe.problem("batch_size", what)])
-        together(state, lambda: build_module(recipe, dataset))
+        run_on_all_ranks(state, lambda: build_module(recipe, dataset))
         return cls(recipe, precision, dataset, state)
 
-    def in_default_layout(self) -> Task:
+    def in_default_layout(self) -> BenchmarkSetup:
         """The same with PyTorch's own memory layout of images, which no tutorial changes."""
         engine = self.recipe.engine.model_copy(update={"channels_last": False})
         return replace(self, recipe=self.recipe.model_copy(update={"engine": engine}))
@@ -115,7 +115,7 @@ class Task:
     def module(self) -> nn.Module:
         """A network with its initial weights, on the device, in the recipe's memory layout."""
         module = build_module(self.recipe, self.dataset)
-        return place(module, self.state.device, channels_last=self.recipe.engine.channels_last)
+        return to_device(module, self.state.device, channels_last=self.recipe.engine.channels_last)
 
     def optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
         """The recipe's, at a constant rate."""
@@ -141,9 +141,9 @@ class Task:
         self.wait()
         return time.perf_counter() - started
 
-    def peer(self, name: str, step: Step, source: Iterator[Any]) -> Contender:
-        """A contender that promises no bytes, so is free in its kernels."""
-        return Contender(name, fastest_kernels()(lambda steps: self.time(step, source, steps)))
+    def peer(self, name: str, step: Step, source: Iterator[Any]) -> TimedLoop:
+        """A loop that promises no bytes, so is free in its kernels."""
+        return TimedLoop(name, fastest_kernels()(lambda steps: self.time(step, source, steps)))
 
 
 def median_and_range(values: list[float], digits: int) -> dict[str, float]:
@@ -152,7 +152,7 @@ def median_and_range(values: list[float], digits: int) -> dict[str, float]:
     return {name: round(value, digits) for name, value in found.items()}
 
 
-def bare_step(task: Task) -> Contender:
+def bare_step(task: BenchmarkSetup) -> TimedLoop:
     """Forward, loss, backward and optimizer on one fixed batch that lies on the device: the limit of any trainer.
 
     Compiled, or captured as one CUDA graph, where the recipe's own step is.
@@ -160,10 +160,10 @@ def bare_step(task: Task) -> Contender:
     data, device = task.dataset.train[slice(task.share)], task.state.device
     step = partial(plain_step(task, is_limit=True), data.normalize(data.images).to(device), data.labels.to(device))
     once = captured(step) if task.is_captured else step
-    return Contender("bare step", lambda steps: task.time(once, itertools.repeat(()), steps))
+    return TimedLoop("bare step", lambda steps: task.time(once, itertools.repeat(()), steps))
 
 
-def tensor_loop(task: Task) -> Contender:
+def tensor_loop(task: BenchmarkSetup) -> TimedLoop:
     """A plain loop fed from tensors on the device, with our batched augmentation: what is left is the loop itself."""
     state, data, size = task.state, task.dataset.train.to(task.state.device), task.recipe.batch_size
     augmentation, device = task.recipe.data.augment.build(), task.state.device
@@ -183,7 +183,7 @@ def tensor_loop(task: Task) -> Contender:
     return task.peer("plain loop, device tensors", plain_step(task), batches())
 
 
-def plain_step(task: Task, *, is_limit: bool = False) -> Step:
+def plain_step(task: BenchmarkSetup, *, is_limit: bool = False) -> Step:
     """(images, labels) -> one update of a network of its own, data parallel in a world of several processes.
 
     Args:
@@ -219,7 +219,7 @@ def captured(call: Step) -> Callable[[], None]:
         for _ in range(WARM_UP_STEPS):
             call()
     torch.cuda.current_stream().wait_stream(stream)
-    return record_cuda_graph(call, stream)
+    return capture_cuda_graph(call, stream)
 
 
 @contextmanager

@@ -27,14 +27,14 @@ from torch.utils.data import Dataset as TorchDataset
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from mnist_dist.benchmark.baselines import Contender, Task, fastest_kernels, plain_step
+from mnist_dist.benchmark.baselines import BenchmarkSetup, TimedLoop, fastest_kernels, plain_step
 from mnist_dist.data import Images
 from mnist_dist.recipe.schema import Recipe
 
 HAS_LIGHTNING = importlib.util.find_spec("lightning") is not None
 
 
-def plain_loader(task: Task, workers: int, name: str = "PyTorch + DataLoader") -> Contender:
+def plain_loader(task: BenchmarkSetup, workers: int, name: str = "PyTorch + DataLoader") -> TimedLoop:
     """PyTorch's own training loop with a DataLoader, as its quickstart and its tuning guide have it."""
     loader = _loader(task, workers, distributed=task.state.num_processes > 1)
 
@@ -48,7 +48,7 @@ def plain_loader(task: Task, workers: int, name: str = "PyTorch + DataLoader") -
     return task.peer(name, plain_step(task), batches())
 
 
-def accelerate_loader(task: Task, workers: int) -> Contender:
+def accelerate_loader(task: BenchmarkSetup, workers: int) -> TimedLoop:
     """Accelerate with a prepared model, optimizer and DataLoader, as its quick tour has it."""
     transfers = DataLoaderConfiguration(non_blocking=True)
     accelerator, module = Accelerator(mixed_precision=task.precision, dataloader_config=transfers), task.module()
@@ -65,7 +65,7 @@ def accelerate_loader(task: Task, workers: int) -> Contender:
     return task.peer("Accelerate + DataLoader", step, source)
 
 
-def lightning_loader(task: Task, workers: int) -> Contender:
+def lightning_loader(task: BenchmarkSetup, workers: int) -> TimedLoop:
     """Lightning's Trainer with all that costs time switched off: its `barebones` mode, made for such measurements.
 
     `fit` cannot be left and taken up again, so it has a thread of its own, which waits from one round to the next.
@@ -142,21 +142,21 @@ def lightning_loader(task: Task, workers: int) -> Contender:
         asked.put(0)
         thread.join()
 
-    return Contender("Lightning + DataLoader", run, close)
+    return TimedLoop("Lightning + DataLoader", run, close)
 
 
-def best_workers(task: Task, steps: int) -> int:
+def best_workers(task: BenchmarkSetup, steps: int) -> int:
     """The number of DataLoader workers with which the plain loop is fastest here, so that no peer is badly tuned."""
     cores = max(1, (os.cpu_count() or 1) // task.state.num_processes)
     seconds = {}
     for workers in sorted({0, 1, *(min(count, cores) for count in (2, 4, 8, 16))}):
-        contender = plain_loader(task, workers)
-        contender.run(3)  # the workers start
-        seconds[workers] = contender.run(steps)
+        loop = plain_loader(task, workers)
+        loop.run(3)  # the workers start
+        seconds[workers] = loop.run(steps)
     return broadcast_object_list([min(seconds, key=seconds.__getitem__)])[0]
 
 
-def _loader(task: Task, workers: int, *, distributed: bool = False) -> DataLoader:
+def _loader(task: BenchmarkSetup, workers: int, *, distributed: bool = False) -> DataLoader:
     data = _PerImage(task.recipe, task.dataset.train)
     return DataLoader(
         data,

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mnist_dist.benchmark.baselines import PRECISIONS, Task, captured, fastest_kernels, median_and_range
-from mnist_dist.recipe.file import Problem, RecipeError
+from mnist_dist.benchmark.baselines import PRECISIONS, BenchmarkSetup, captured, fastest_kernels, median_and_range
+from mnist_dist.errors import Problem, RecipeError
 from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.build import build_module
 
@@ -30,9 +30,9 @@ def measure_inference(recipe: Recipe, batch_sizes: list[int], rounds: int, calls
     """Interleaved rounds of up to `calls` calls at each batch size; returns the table as plain values.
 
     Raises:
-        RecipeError: the world is of several processes, or what `Task.prepare` finds.
+        RecipeError: the world is of several processes, or what `BenchmarkSetup.prepare` finds.
     """
-    task = Task.prepare(recipe)
+    task = BenchmarkSetup.prepare(recipe)
     if task.state.num_processes > 1:
         raise RecipeError([Problem("the launcher", "", "inference is timed in one process, not in several")])
     session, found = None, {}
@@ -59,7 +59,7 @@ def measure_inference(recipe: Recipe, batch_sizes: list[int], rounds: int, calls
     return task.about() | {"rounds": rounds, "calls_per_round": calls, "ms_per_call": found}
 
 
-def ways_to_answer(task: Task, images: Tensor) -> dict[str, Answer]:
+def ways_to_answer(task: BenchmarkSetup, images: Tensor) -> dict[str, Answer]:
     """Each way in which PyTorch computes the logits of `images` here, under its name."""
     module, precision = task.module().eval(), PRECISIONS[task.precision]
 
@@ -86,7 +86,7 @@ def in_onnx_runtime(session: Any, images: Tensor) -> dict[str, Answer]:
     return {f"ONNX Runtime ({provider}), fp32": lambda: session.run(None, feed)}
 
 
-def onnx_session(task: Task) -> Any:
+def onnx_session(task: BenchmarkSetup) -> Any:
     """The network in ONNX Runtime, for batches of any size, on the GPU where it can."""
     import onnxruntime
 
@@ -100,7 +100,7 @@ def onnx_session(task: Task) -> Any:
     return onnxruntime.InferenceSession(program.model_proto.SerializeToString(), options, providers=chosen)
 
 
-def _time(task: Task, answer: Answer, calls: int) -> float:
+def _time(task: BenchmarkSetup, answer: Answer, calls: int) -> float:
     started = time.perf_counter()
     for _ in range(calls):
         answer()

@@ -24,7 +24,7 @@ def table_of(result: dict[str, Any]) -> Rows:
                 figures = [f"{ms[which]:,.3f}" for which in ("median", "min", "max")]
                 rows.append((size, name, *figures, f"{1000 * ms['median'] / int(size):,.1f}"))
         return rows
-    rows = [("contender", "images/s", "lowest", "highest", "ms/step", "of the bare step", f"{OURS} ÷ it")]
+    rows = [("loop", "images/s", "lowest", "highest", "ms/step", "of the bare step", f"{OURS} ÷ it")]
     for name, speed in result["images_per_second"].items():
         figures = [f"{speed[which]:,.0f}" for which in ("median", "min", "max")]
         ratios = [result[kind].get(name) for kind in ("share_of_bare_step", "ratio_of_mnist_dist_to")]

@@ -1,4 +1,4 @@
-"""The picture of a benchmark's sweep: how fast each contender is over the values of one key."""
+"""The picture of a benchmark's sweep: how fast each loop is over the values of one key."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def plot_sweep(
 
     Args:
         values: as they were given; logarithmic where all are numbers above zero, else side by side.
-        speeds: for each value {contender: {"median": …, "min": …, "max": …}}; a contender may be missing at some.
+        speeds: for each value {loop: {"median": …, "min": …, "max": …}}; a loop may be missing at some.
         path: the PNG to write.
     """
     figure = style.new_figure(8, 5.6, title)

@@ -1,4 +1,4 @@
-"""The least time to a given accuracy, over many seeds: `python -m mnist_dist.benchmark --record RECIPE --seeds 30`.
+"""The least time to a given accuracy, over many seeds: `mnist-dist benchmark --time-to-accuracy RECIPE --seeds 30`.
 
 A seed's clock covers the network's initialisation, all of the training and the test pass. Reading the data, compiling,
 and recording a graph are done once, on random labels, and reported beside. The reference is the network of
@@ -19,14 +19,14 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from mnist_dist.benchmark.baselines import Task
-from mnist_dist.cli import RunError
+from mnist_dist.benchmark.baselines import BenchmarkSetup
 from mnist_dist.data import Images
 from mnist_dist.engine.train_step import NotFinite
+from mnist_dist.errors import Problem, RecipeError, RunError
 from mnist_dist.models import count_parameters
-from mnist_dist.recipe.file import Problem, RecipeError, note_measured
+from mnist_dist.recipe.file import note_measured
 from mnist_dist.recipe.schema import Recipe
-from mnist_dist.run.build import Parts, Progress, build_module, build_parts
+from mnist_dist.run.build import Progress, TrainingComponents, build_components, build_module
 from mnist_dist.train import fit
 
 SAVES_NOTHING: Any = SimpleNamespace(
@@ -34,9 +34,9 @@ SAVES_NOTHING: Any = SimpleNamespace(
     show=lambda evaluation: None,
     checkpoint=lambda: None,
     is_due=lambda logged: False,
-    last_words=lambda: None,
+    on_timeout=lambda: None,
 )
-"""In the place of a run's `Keeper`: the reference saves nothing either."""
+"""In the place of a run's `Checkpointer`: the reference saves nothing either."""
 
 BEGIN_WITH_ZEROS = ("adam", "adamw", "radam", "adamax", "adadelta", "rmsprop", "sgd")
 """SGD without dampening."""
@@ -49,29 +49,29 @@ def measure(recipe: Recipe, seeds: int) -> dict[str, Any]:
         RecipeError: the world is of several processes, or an optimizer's state does not begin with zeros.
         RunError: the training broke off.
     """
-    task = Task.prepare(recipe)
+    task = BenchmarkSetup.prepare(recipe)
     if task.state.num_processes > 1:
-        raise RecipeError([Problem("command line", "--record", "a record is of one process")])
+        raise RecipeError([Problem("command line", "--time-to-accuracy", "a record is of one process")])
     if recipe.optimizer.name not in BEGIN_WITH_ZEROS or recipe.optimizer.keywords.get("dampening"):
         what = f"each seed begins with the state filled with zeros, as {', '.join(BEGIN_WITH_ZEROS)} begin"
         raise RecipeError([recipe.problem("optimizer.name", what)])
     dataset, device = task.dataset, task.state.device
     train, test = dataset.train.to(device), dataset.test.to(device)
-    parts = build_parts(recipe, task.precision, train, build_module(recipe, dataset))
+    components = build_components(recipe, task.precision, train, build_module(recipe, dataset))
     ours: list[tuple[float, float]] = []
     theirs: list[tuple[float, float]] = []
-    schedule = parts.schedule.state_dict()
-    preparation = _warm_up(parts, recipe, train, test, dataset.train.classes)
+    schedule = components.schedule.state_dict()
+    preparation = _warm_up(components, recipe, train, test, dataset.train.classes)
     _reference(train, test, seed=0, steps=10)
     for seed in range(seeds):
         task.wait()
-        parts.schedule.load_state_dict(schedule)
-        ours.append(_ours(parts, recipe.model_copy(update={"seed": seed}), dataset, test))
+        components.schedule.load_state_dict(schedule)
+        ours.append(_ours(components, recipe.model_copy(update={"seed": seed}), dataset, test))
         task.wait()
         theirs.append(_reference(train, test, seed))
-    captured = parts.update.captured
+    captured = components.update.captured
     return task.about() | {
-        "parameters": count_parameters(parts.module),
+        "parameters": count_parameters(components.module),
         "epochs": recipe.epochs,
         "seeds": seeds,
         "preparation_seconds": preparation,
@@ -91,41 +91,43 @@ def _figures(runs: list[tuple[float, float]]) -> dict[str, Any]:
     }
 
 
-def _warm_up(parts: Parts, recipe: Recipe, train: Images, test: Images, classes: tuple[str, ...]) -> float:
+def _warm_up(
+    components: TrainingComponents, recipe: Recipe, train: Images, test: Images, classes: tuple[str, ...]
+) -> float:
     """A few steps and a test pass on random labels: kernels are chosen, compiled, recorded. Returns its seconds."""
     started = time.perf_counter()
     right = train.labels.clone()
     train.labels.random_(len(classes))
-    assert parts.update.data.labels.data_ptr() == train.labels.data_ptr()
-    _fit(recipe, replace(parts, total_steps=min(10, parts.total_steps)), test, Progress())
+    assert components.update.data.labels.data_ptr() == train.labels.data_ptr()
+    _fit(recipe, replace(components, total_steps=min(10, components.total_steps)), test, Progress())
     train.labels.copy_(right)
     return time.perf_counter() - started
 
 
-def _ours(parts: Parts, recipe: Recipe, dataset: Any, test: Images) -> tuple[float, float]:
+def _ours(components: TrainingComponents, recipe: Recipe, dataset: Any, test: Images) -> tuple[float, float]:
     """Accuracy in percent and seconds of one seed. The tensors keep their places, which a recorded step knows."""
     started = time.perf_counter()
-    parts.module.load_state_dict(build_module(recipe, dataset).state_dict())
-    for state in parts.update.optimizer.state.values():
+    components.module.load_state_dict(build_module(recipe, dataset).state_dict())
+    for state in components.update.optimizer.state.values():
         for value in state.values():
             value.zero_()
-    if parts.update.average:
-        parts.update.average.module.load_state_dict(parts.module.state_dict())
-        parts.update.average.n_averaged.zero_()
-    parts.update.batches = replace(parts.batches, seed=recipe.seed)
+    if components.update.average:
+        components.update.average.module.load_state_dict(components.module.state_dict())
+        components.update.average.n_averaged.zero_()
+    components.update.batches = replace(components.batches, seed=recipe.seed)
     progress = Progress()
-    _fit(recipe, replace(parts, batches=parts.update.batches), test, progress)
+    _fit(recipe, replace(components, batches=components.update.batches), test, progress)
     return progress.last["eval/accuracy"], time.perf_counter() - started
 
 
-def _fit(recipe: Recipe, parts: Parts, test: Images, progress: Progress) -> None:
+def _fit(recipe: Recipe, components: TrainingComponents, test: Images, progress: Progress) -> None:
     """Trains to the last step.
 
     Raises:
         RunError: it broke off, or was asked to stop.
     """
     try:
-        finished = fit(recipe, parts, test, SAVES_NOTHING, progress)
+        finished = fit(recipe, components, test, SAVES_NOTHING, progress)
     except NotFinite as error:
         raise RunError(f"the gradient of step {error.step} of seed {recipe.seed} is not finite") from error
     if not finished:

@@ -7,6 +7,11 @@ stand in for run folders in the table, and `--markdown FILE` writes the table be
 
 from __future__ import annotations
 
+from mnist_dist.cli import answer_early, parser_of, run_command
+
+if __name__ == "__main__":
+    answer_early("compare")  # before the imports below load torch
+
 import json
 import re
 import statistics
@@ -21,23 +26,14 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from mnist_dist.cli import Parser, run_door, table_console
 from mnist_dist.compare.live import LiveServer
 from mnist_dist.compare.page import Page, PageRun, differing_keys, embedded, render, say
-from mnist_dist.recipe.file import Problem, RecipeError, bundled_recipes, note_measured, recipe_notes
+from mnist_dist.errors import Problem, RecipeError
+from mnist_dist.recipe.file import bundled_recipes, note_measured, recipe_notes
 from mnist_dist.recipe.schema import load_recipe
 from mnist_dist.run.folder import write_text
 from mnist_dist.run.reader import RunReader, find_runs, is_summary, numbers
-from mnist_dist.run.tables import markdown_table
-
-EXAMPLES = """\
-examples:
-  python -m mnist_dist.compare runs
-  python -m mnist_dist.compare runs/simple_cnn runs/mine --html mine.html
-  python -m mnist_dist.compare runs --live
-  python -m mnist_dist.compare runs/reproduce/* --keep configs/results.jsonl
-  python -m mnist_dist.compare configs/results.jsonl --markdown README.md --recipes
-"""
+from mnist_dist.run.tables import markdown_table, table_console
 
 MARKS = ("<!-- results: made by mnist_dist.compare -->", "<!-- end of results -->")
 COLUMNS = (
@@ -216,11 +212,11 @@ def labels(measured: list[Measured]) -> Callable[[Measured], str]:
     recipes: dict[str, dict[Hashable, dict[str, Any]]] = {}
     for each in measured:
         if each.run:
-            recipes.setdefault(each.summary["recipe"], {})[each.run.key] = each.run.telling
+            recipes.setdefault(each.summary["recipe"], {})[each.run.key] = each.run.result_keys
     differ = {name: differing_keys(list(families.values())) for name, families in recipes.items()}
 
     def label(each: Measured) -> str:
-        recipe = each.run.telling if each.run else {}
+        recipe = each.run.result_keys if each.run else {}
         words = [f"{key}={say(recipe[key])}" for key in differ.get(each.summary["recipe"], []) if key in recipe]
         return " ".join([each.summary["recipe"], *words[:3], *(["…"] if len(words) > 3 else [])])
 
@@ -307,7 +303,7 @@ class Comparison:
                 name=run.name,
                 label=row.label,
                 family=run.key,
-                recipe=run.telling,
+                recipe=run.result_keys,
                 seed=run.summary["seed"],
                 status=run.status,
                 accuracy=run.summary["eval.last.accuracy"] if run.is_finished else None,
@@ -366,17 +362,8 @@ def follow(comparison: Comparison, port: int) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The door: exit code 0, or 2 for what is no run, a file that cannot be written, or a port that is taken."""
-    parser = Parser("mnist_dist.compare", "Tables what run folders measured, and draws it on one page.", EXAMPLES)
-    what = "run folders, folders of run folders, or files of kept summaries"
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=what)
-    parser.add_argument("--html", type=Path, metavar="FILE", help="where to write the page (default: compare.html)")
-    parser.add_argument("--no-html", action="store_true", help="write no page")
-    parser.add_argument("--live", action="store_true", help="serve the page to this machine and follow the runs")
-    parser.add_argument("--port", type=int, metavar="N", default=8765, help="for --live (default: 8765; 0: any)")
-    parser.add_argument("--keep", type=Path, metavar="FILE", help="add the summaries to this file of JSON lines")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table between this file's marks")
-    parser.add_argument("--recipes", action="store_true", help="write the figures into the recipes' head comments")
-    arguments = parser.parse_args(argv)
+    parser = parser_of("compare")
+    arguments = parser.parse_intermixed_args(argv)
     if arguments.html and arguments.html.is_dir():
         parser.error(f"--html names a file, and {arguments.html} is a folder")
     comparison = Comparison(arguments.runs, may_wait=arguments.live)
@@ -406,4 +393,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_door(main))
+    sys.exit(run_command(main))

@@ -67,8 +67,8 @@ class Dataset:
         return self.held_out is not self.test
 
 
-Parts = tuple[Images, Images]  # training, test
-Loader = Callable[[Path, str, bool], Parts]  # of (root, split, download)
+Splits = tuple[Images, Images]  # training, test
+Loader = Callable[[Path, str, bool], Splits]  # of (root, split, download)
 
 
 def load_dataset(
@@ -191,7 +191,7 @@ def _check_pairs(images: Tensor, labels: Tensor, classes: tuple[str, ...], folde
     return Images(images[:, None].contiguous(), labels.long(), classes)
 
 
-def _both_parts(tensors: list[Tensor], classes: tuple[str, ...], folder: Path) -> Parts:
+def _both_parts(tensors: list[Tensor], classes: tuple[str, ...], folder: Path) -> Splits:
     train, test = (_check_pairs(tensors[i], tensors[i + 1], classes, folder) for i in (0, 2))
     return train, test
 
@@ -200,7 +200,7 @@ DIGITS = tuple("0123456789")
 
 
 def _mnist_like(class_name: str) -> Loader:
-    def load(root: Path, split: str, download: bool) -> Parts:
+    def load(root: Path, split: str, download: bool) -> Splits:
         def torchvision_class():  # its import costs a second, which MNIST at hand need not pay
             from torchvision import datasets
 
@@ -215,7 +215,7 @@ def _mnist_like(class_name: str) -> Loader:
     return load
 
 
-def _qmnist(root: Path, split: str, download: bool) -> Parts:
+def _qmnist(root: Path, split: str, download: bool) -> Splits:
     from torchvision import datasets
 
     stems = [f"qmnist-{part}-{what}" for part in ("train", "test") for what in ("images-idx3-ubyte", "labels-idx2-int")]
@@ -232,7 +232,7 @@ def _qmnist(root: Path, split: str, download: bool) -> Parts:
     return _both_parts([tensors[0], tensors[1][:, 0], tensors[2], tensors[3][:, 0]], DIGITS, folder)
 
 
-def _emnist(root: Path, split: str, download: bool) -> Parts:
+def _emnist(root: Path, split: str, download: bool) -> Splits:
     from torchvision import datasets
 
     if split not in datasets.EMNIST.splits:
@@ -255,7 +255,7 @@ def _emnist(root: Path, split: str, download: bool) -> Parts:
 # --- without files ------------------------------------------------------------------------------------------------
 
 
-def _digits(root: Path, split: str, download: bool) -> Parts:
+def _digits(root: Path, split: str, download: bool) -> Splits:
     """scikit-learn's 1,797 handwritten digits of 8×8, resized to 28×28; every fifth image of each class is the test."""
     try:
         from sklearn.datasets import load_digits
@@ -272,7 +272,7 @@ def _digits(root: Path, split: str, download: bool) -> Parts:
     return train, test
 
 
-def _synthetic(root: Path, split: str, download: bool) -> Parts:
+def _synthetic(root: Path, split: str, download: bool) -> Splits:
     """Ten fixed smooth patterns under noise: no file, learnable, equal on every machine (4,096 and 1,024 images)."""
     generator = torch.Generator().manual_seed(20_231)
     coarse = torch.randint(0, 256, (10, 1, 7, 7), generator=generator).float()

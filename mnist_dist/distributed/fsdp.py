@@ -52,16 +52,16 @@ def gathered(module: nn.Module) -> Iterator[None]:
             part.reshard()
 
 
-def whole(value: Any) -> Any:
+def unshard(value: Any) -> Any:
     """The same dictionary, list or tensor with all shards put together; all processes ask, in the same order."""
     if isinstance(value, dict):
-        return {key: whole(each) for key, each in value.items()}
+        return {key: unshard(each) for key, each in value.items()}
     if isinstance(value, list):
-        return [whole(each) for each in value]
+        return [unshard(each) for each in value]
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
-def cut_like(value: Tensor, pattern: Any) -> Tensor:
+def shard_like(value: Tensor, pattern: Any) -> Tensor:
     """A whole tensor in the shards of `pattern`, or in its memory layout, if that has the same shape.
 
     A fused optimizer walks through a parameter and its state as through plain memory: their layouts must be the same.
@@ -76,14 +76,14 @@ def cut_like(value: Tensor, pattern: Any) -> Tensor:
 
 
 @torch.no_grad()
-def cut_model_state(state: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+def shard_model_state(state: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
     """A whole `state_dict` as `module` can load it."""
     patterns = module.state_dict()
-    return {name: cut_like(value, patterns.get(name, value)) for name, value in state.items()}
+    return {name: shard_like(value, patterns.get(name, value)) for name, value in state.items()}
 
 
 @torch.no_grad()
-def cut_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def shard_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """A whole `state_dict` as `optimizer` can load it: what has a parameter's shape is cut as the parameter is.
 
     Of its groups the parameters' numbers count alone: all else follows from the recipe, which a resume may change, or
@@ -92,7 +92,7 @@ def cut_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimizer)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     cut = {
         index: {
-            key: cut_like(value, parameters[index]) if isinstance(value, Tensor) else value
+            key: shard_like(value, parameters[index]) if isinstance(value, Tensor) else value
             for key, value in each.items()
         }
         for index, each in state["state"].items()

@@ -21,7 +21,7 @@ from accelerate import PartialState
 from accelerate.commands.config.config_args import default_config_file
 from accelerate.utils import gather_object, parse_flag_from_env
 
-from mnist_dist.recipe.file import Problem, RecipeError
+from mnist_dist.errors import Problem, RecipeError
 
 T = TypeVar("T")
 
@@ -33,7 +33,7 @@ def launched_world() -> PartialState:
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or torch.backends.mps.is_available())
 
 
-def together(state: PartialState, action: Callable[[], T]) -> T:
+def run_on_all_ranks(state: PartialState, action: Callable[[], T]) -> T:
     """Runs `action` on every process; where one meets a user's error, all raise it and none is left waiting."""
     result, problems = None, None
     try:

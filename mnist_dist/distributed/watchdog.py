@@ -38,7 +38,7 @@ class Watchdog:
     Args:
         seconds: without a beat for so long, and for ten of the longest steps so far, all end with exit code 1.
         clock: knows whether this process only waits for the others' gradients.
-        last_words: called on the process that reports, before all end.
+        on_timeout: called on the process that reports, before all end.
     """
 
     def __init__(
@@ -46,10 +46,10 @@ class Watchdog:
         accelerator: Accelerator,
         seconds: float,
         clock: GradientClock,
-        last_words: Callable[[], None] = lambda: None,
+        on_timeout: Callable[[], None] = lambda: None,
     ):
         self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
-        self._seconds, self._clock, self._last_words = seconds, clock, last_words
+        self._seconds, self._clock, self._failure_of = seconds, clock, on_timeout
         self._period = min(1.0, seconds / 4)
         self._step, self._beats, self._beaten, self._longest, self._serial = 0, 0, time.monotonic(), 0.0, 0
         self._end = threading.Event()
@@ -123,7 +123,7 @@ class Watchdog:
         if self._rank == speaker:
             seconds = time.monotonic() - self._beaten
             print(describe(reports, seconds), file=sys.stderr, flush=True)
-            self._last_words()
+            self._failure_of()
         else:
             time.sleep(2)  # when one process ends, a launcher ends the others: let the speaker finish
         os._exit(1)

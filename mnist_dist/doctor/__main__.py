@@ -6,6 +6,11 @@
 
 from __future__ import annotations
 
+from mnist_dist.cli import answer_early, parser_of, run_command
+
+if __name__ == "__main__":
+    answer_early("doctor")  # before the imports below load torch
+
 import json
 import platform
 import statistics
@@ -24,7 +29,6 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
-from mnist_dist.cli import Parser, run_door, table_console
 from mnist_dist.distributed.launcher import check_size, choose_threads, device_name, launch_settings, launched_world
 from mnist_dist.doctor.measurements import (
     REFERENCE,
@@ -42,18 +46,10 @@ from mnist_dist.doctor.measurements import (
     train_together,
 )
 from mnist_dist.doctor.ranks import Failed, Ranks
-from mnist_dist.recipe.file import Problem, RecipeError
+from mnist_dist.errors import Problem, RecipeError
 from mnist_dist.run.folder import git_commit, versions
+from mnist_dist.run.tables import table_console
 from mnist_dist.tracking import resolve_mode, server_url
-
-EXAMPLES = """\
-examples:
-  python -m mnist_dist.doctor
-  accelerate launch -m mnist_dist.doctor --run-dir /shared/runs --world-size 16
-  torchrun --nproc_per_node 8 -m mnist_dist.doctor --json health.json
-
-exit code: 0 fit to train (slow ranks and warnings are named), 1 not fit, 2 bad command line
-"""
 
 OK, NOTE, SLOW, WARN, FAIL = "ok", "note", "slow", "warn", "FAIL"
 STYLES = {SLOW: "yellow", WARN: "yellow", FAIL: "bold red"}
@@ -325,9 +321,12 @@ def judge_losses(curves: list[list[float]], recorded: list[float]) -> Findings:
         yield Finding(OK, f"{len(recorded)} losses within {largest:.1e} of the recorded ones ({tolerance})")
 
 
-def record(ranks: Ranks) -> None:
+def write_reference(ranks: Ranks) -> None:
     """Writes this machine's losses as those that all others are held against."""
-    made = {"command": "python -m mnist_dist.doctor --record", "date": datetime.now(timezone.utc).date().isoformat()}
+    made = {
+        "command": "python -m mnist_dist.doctor --write-reference",
+        "date": datetime.now(timezone.utc).date().isoformat(),
+    }
     code = {"device": device_name(ranks.device), "versions": versions(), "git_commit": git_commit()}
     facts = {"losses": train_together(ranks.device)["losses"], **made, **code}
     REFERENCE.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
@@ -402,13 +401,8 @@ def is_fit(rows: list[Row]) -> bool:
 def main(argv: list[str] | None = None) -> int:
     """The door: exit code 0 fit to train, 1 not fit, 2 bad command line."""
     started = time.monotonic()
-    parser = Parser("mnist_dist.doctor", "Is this cluster fit to train?", EXAMPLES)
-    folder_help = "the run folder whose file system is checked (default: ./runs); nothing is left behind"
-    parser.add_argument("--run-dir", type=Path, default=Path("runs"), metavar="DIR", help=folder_help)
-    parser.add_argument("--world-size", type=int, metavar="N", help="how many processes there should be")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table to FILE")
-    parser.add_argument("--record", action="store_true", help="check nothing; record the reference losses anew")
-    arguments = parser.parse_args(argv)
+    parser = parser_of("doctor")
+    arguments = parser.parse_intermixed_args(argv)
     if arguments.json and not arguments.json.absolute().parent.is_dir():
         parser.error(f"--json: there is no folder {arguments.json.absolute().parent}")
     if arguments.world_size is not None and arguments.world_size < 1:
@@ -416,10 +410,10 @@ def main(argv: list[str] | None = None) -> int:
     state = launched_world()
     choose_threads(state)
     ranks = Ranks(state)
-    if arguments.record:
+    if arguments.write_reference:
         if ranks.size > 1:
-            parser.error("--record is for one process")
-        record(ranks)
+            parser.error("--write-reference is for one process")
+        write_reference(ranks)
         return 0
     rows = examine(ranks, arguments.run_dir.absolute(), arguments.world_size)
 
@@ -436,4 +430,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_door(main))
+    sys.exit(run_command(main))

@@ -25,7 +25,7 @@ from mnist_dist.data import Batches, Dataset, load_dataset
 from mnist_dist.doctor.ranks import Ranks
 from mnist_dist.engine.optimizers import build_optimizer, set_rates
 from mnist_dist.recipe.schema import Recipe, load_recipe
-from mnist_dist.run.build import build_module, build_parts, place, set_kernels
+from mnist_dist.run.build import build_components, build_module, set_kernels, to_device
 
 # --- the machine --------------------------------------------------------------------------------------------------
 
@@ -246,7 +246,7 @@ def train_alone(device: torch.device) -> dict[str, Any]:
     """Trains the whole batches in a plain loop on this rank: `losses`, and the median `seconds` of a step."""
     recipe, dataset, module = build_reference()
     data, augmentation = dataset.train.to(device), recipe.data.augment.build()
-    place(module, device, channels_last=True)
+    to_device(module, device, channels_last=True)
     rate = recipe.optimizer.lr or 0.0  # which does not change within an epoch
     optimizer = build_optimizer(module.parameters(), recipe.optimizer.name, lr=rate, **recipe.optimizer.keywords)
     batches = Batches(len(data), recipe.batch_size, recipe.seed, augmentation=augmentation)
@@ -269,11 +269,11 @@ def train_alone(device: torch.device) -> dict[str, Any]:
 def train_together(device: torch.device) -> dict[str, Any]:
     """Trains by the trainer's own update, the batch shared by all ranks: `losses`, a fingerprint of the `weights`."""
     recipe, data, module = build_reference()
-    parts = build_parts(recipe, "no", data.train, module)
-    plan, losses = parts.batches.plan(0, device), []
+    components = build_components(recipe, "no", data.train, module)
+    plan, losses = components.batches.plan(0, device), []
     for step in range(STEPS):
-        set_rates(parts.update.optimizer, parts.schedule, step)
-        parts.update(plan, step, step)
-        losses.append(parts.meter.read()["train/loss"])
-    weights = b"".join(parameter.detach().cpu().numpy().tobytes() for parameter in parts.module.parameters())
+        set_rates(components.update.optimizer, components.schedule, step)
+        components.update(plan, step, step)
+        losses.append(components.meter.read()["train/loss"])
+    weights = b"".join(parameter.detach().cpu().numpy().tobytes() for parameter in components.module.parameters())
     return {"losses": losses, "weights": hashlib.sha256(weights).hexdigest()}

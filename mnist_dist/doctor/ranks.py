@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
-from mnist_dist.cli import RunError
+from mnist_dist.errors import RunError
 
 LIMIT = 45.0
 """Seconds that an action may take."""
@@ -56,7 +56,7 @@ class Ranks:
         self._round = 0
         if self.size > 1:
             store = dist.distributed_c10d._get_default_store()
-            # A connection of its own: a collective that waits for its peers in the store blocks the shared one.
+            # A connection of its own: a collective that waits for its frameworks in the store blocks the shared one.
             self._store = dist.PrefixStore(
                 "mnist_dist.doctor.ranks", store.clone() if hasattr(store, "clone") else store
             )

@@ -27,7 +27,7 @@ Record = Callable[[Callable[[], None]], Callable[[], None]]
 """Records what a function does on the device, and returns what does it again."""
 
 
-def record_cuda_graph(body: Callable[[], object], stream: torch.cuda.Stream) -> Callable[[], None]:
+def capture_cuda_graph(body: Callable[[], object], stream: torch.cuda.Stream) -> Callable[[], None]:
     """The kernels of `body` as a CUDA graph; returns its replay."""
     graph = torch.cuda.CUDAGraph()
     # Other threads (W&B, the watchdog) may call CUDA while this one records.
@@ -59,12 +59,12 @@ class CapturedStep:
         say: Callable[[str], None] = print,
     ):
         self.say = say
-        self.is_recording = False
+        self.is_capturing = False
         self.seconds = 0.0
         """What the recording took."""
         self._steps = steps
         self._stream = torch.cuda.Stream(device) if record is None else None
-        self._record = record or self._record_graph
+        self._record = record or self._capture_graph
         self._replay_one: Callable[[], None] | None = None
         self._replay_all: Callable[[], None] | None = None
         self._plan: EpochPlan | None = None
@@ -95,7 +95,7 @@ class CapturedStep:
         if plan is not self._source:
             self.finish(update)  # with the warps that they belong to
         self._take(update, plan, index)
-        if self._replay_one is None and not self._try_to_record(update, step):
+        if self._replay_one is None and not self._try_to_capture(update, step):
             return False
         self._waiting.append(step)
         if len(self._waiting) == self._steps:
@@ -161,7 +161,7 @@ class CapturedStep:
             self._plan.warps.copy_(plan.warps)
         self._source = plan
 
-    def _try_to_record(self, update: Update, step: int) -> bool:
+    def _try_to_capture(self, update: Update, step: int) -> bool:
         def body(count: int) -> None:
             assert self._plan is not None and self._rates is not None
             for place in range(count):
@@ -176,7 +176,7 @@ class CapturedStep:
             return replay
 
         started = time.perf_counter()
-        self.is_recording = True
+        self.is_capturing = True
         try:
             self._replay_one = record(1)
             self._replay_all = record(self._steps) if self._steps > 1 else self._replay_one
@@ -186,13 +186,13 @@ class CapturedStep:
             self.say(f"engine.capture: this step cannot be recorded ({reason}); all steps are eager")
             return False
         finally:
-            self.is_recording = False
+            self.is_capturing = False
             self.seconds = time.perf_counter() - started
         return True
 
-    def _record_graph(self, body: Callable[[], None]) -> Callable[[], None]:
+    def _capture_graph(self, body: Callable[[], None]) -> Callable[[], None]:
         assert self._stream is not None
-        return record_cuda_graph(body, self._stream)
+        return capture_cuda_graph(body, self._stream)
 
 
 def rates_on_device(optimizer: Optimizer) -> None:
@@ -204,7 +204,7 @@ def rates_on_device(optimizer: Optimizer) -> None:
     optimizer._warned_capturable_if_run_uncaptured = True  # short batches stay eager
 
 
-def why_not(
+def capture_obstacle(
     device: torch.device, world_size: int, optimizer: Optimizer, *, moves_momentum: bool, scaler: bool,
     shards: bool, compile_mode: str | bool,
 ) -> str | None:  # fmt: skip

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mnist_dist.data import Batches, EpochPlan, Images, derive_seed
-from mnist_dist.distributed.fsdp import gathered, whole
+from mnist_dist.distributed.fsdp import gathered, unshard
 from mnist_dist.distributed.logical_shards import LogicalShards
 from mnist_dist.engine.cuda_graph import CapturedStep
 from mnist_dist.engine.distillation import Distillation
@@ -30,7 +30,7 @@ class NotFinite(Exception):
         self.step = step
 
 
-def judges_on_device(optimizer: Optimizer, accelerator: Accelerator) -> bool:
+def guards_on_device(optimizer: Optimizer, accelerator: Accelerator) -> bool:
     """Whether the optimizer's kernel can pass over a bad gradient itself, where asking the device means to wait."""
     return accelerator.device.type != "cpu" and accelerator.scaler is None and bool(optimizer.defaults.get("fused"))
 
@@ -87,7 +87,7 @@ class Update:
         self.clip_grad_norm, self.label_smoothing = clip_grad_norm, label_smoothing
         self.micro_batch_size, self.meets_in_forward = micro_batch_size, meets_in_forward
         self.on_nonfinite, self.captured, self.distillation = on_nonfinite, captured, distillation
-        self.latches = judges_on_device(optimizer, accelerator)
+        self.latches = guards_on_device(optimizer, accelerator)
         # Written in place, never replaced: a captured step knows them by their address.
         device = accelerator.device
         self._norm = torch.zeros((), device=device)
@@ -123,7 +123,7 @@ class Update:
 
         self._norm.copy_(self._clip())
         if self.accelerator.scaler is None:
-            self._judge(before)
+            self._guard_nonfinite(before)
             if not self.latches and self._bad:
                 self.check()
                 return
@@ -166,7 +166,7 @@ class Update:
 
         For this device alone: the other kinds that `torch.manual_seed` seeds too cost a CPU 1 % of a step.
         """
-        if self.captured is not None and self.captured.is_recording:
+        if self.captured is not None and self.captured.is_capturing:
             return  # each replay is seeded before it begins
         seed = derive_seed(self.batches.seed, step, piece)
         if self.accelerator.device.type in ("cpu", "cuda"):
@@ -220,10 +220,10 @@ class Update:
     def _clip(self) -> Tensor:
         """Scales the gradient down where the recipe says so; its norm before that (scalar on the device)."""
         if self.clip_grad_norm is not None:
-            return whole(self.accelerator.clip_grad_norm_(self._parameters, self.clip_grad_norm))
+            return unshard(self.accelerator.clip_grad_norm_(self._parameters, self.clip_grad_norm))
         if self.accelerator.scaler is not None:
             self.accelerator.unscale_gradients(self.optimizer)
-        return whole(nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None]))
+        return unshard(nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None]))
 
     def grad_norm(self) -> float:
         """Norm of the last update's gradient over all parameters, before clipping. Waits for the device."""
@@ -256,7 +256,7 @@ class Update:
             self._first_bad.fill_(-1)
             raise NotFinite(step)
 
-    def _judge(self, before: list[Tensor]) -> None:
+    def _guard_nonfinite(self, before: list[Tensor]) -> None:
         """Has the update do nothing, and undoes what the forward pass did, if the gradient is not finite.
 
         On a GPU without waiting for it: the optimizer's kernel reads the flag, as it does for a gradient scaler, and
@@ -264,7 +264,7 @@ class Update:
         """
         bad = ~torch.isfinite(self._norm)
         self._bad.copy_(bad if self.on_nonfinite == "skip" else self._bad | bad)
-        self._made += 1  # the device counts for itself: telling it the step would be one more transfer
+        self._made += 1  # the device counts for itself: result_keys it the step would be one more transfer
         if self.latches or self._bad:
             self._first_bad.copy_(torch.where(self._bad & (self._first_bad < 0), self._made, self._first_bad))
         if self.latches:
@@ -283,7 +283,7 @@ class Update:
         self.meter.forget_step(bad)
 
     @torch.no_grad()
-    def culprits(self, step: int) -> list[tuple[int, list[int]]]:
+    def offending_samples(self, step: int) -> list[tuple[int, list[int]]]:
         """For each rank whose rows of that step give a loss that is not finite: (rank, sample indices).
 
         Asks all processes. Samples are judged one by one (batch norm as in evaluation), so that one bad image does not

@@ -6,6 +6,11 @@ held against the network in PyTorch on the whole test set before it gets its nam
 
 from __future__ import annotations
 
+from mnist_dist.cli import EXPORT_ENDINGS, answer_early, parse, run_command
+
+if __name__ == "__main__":
+    answer_early("export")  # before the imports below load torch
+
 import itertools
 import json
 import logging
@@ -26,23 +31,15 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from mnist_dist.cli import Parser, RunError, run_door, table_console
 from mnist_dist.data import Images, normalize
 from mnist_dist.distributed.launcher import choose_threads, device_name, launched_world
+from mnist_dist.errors import Problem, RecipeError, RunError
 from mnist_dist.export.page import VERSION, build_page, load_runtime
-from mnist_dist.recipe.file import Problem, RecipeError
 from mnist_dist.recipe.schema import load_recipe
 from mnist_dist.run.build import load_data
 from mnist_dist.run.folder import Run, open_run
+from mnist_dist.run.tables import table_console
 
-EXAMPLES = """\
-examples:
-  python -m mnist_dist.export runs/simple_cnn/20260101-120000 --format onnx
-  python -m mnist_dist.export runs/mine --format onnx-int8 --weights best --output digits.onnx
-  python -m mnist_dist.export runs/mine --format page data.root=/data
-"""
-
-ENDINGS = {"torch": ".pt2", "onnx": ".onnx", "onnx-int8": "-int8.onnx", "page": ".html"}
 LARGEST_LOSS = 0.1
 """Points of accuracy by which an int8 file may differ from the network, to either side."""
 LARGEST_SHARE = 0.35
@@ -85,7 +82,7 @@ def export(run: Run, kind: str, output: Path, *overrides: str, onnxruntime_web: 
     """Writes one checked file.
 
     Args:
-        kind: a key of ENDINGS. "torch" is a program for `torch.export.load`.
+        kind: a key of EXPORT_ENDINGS. "torch" is a program for `torch.export.load`.
         output: the file; its folder is made if need be.
         overrides: recipe keys, e.g. `data.root=/data`.
         onnxruntime_web: npm's archive of that package, for a page on a machine without network.
@@ -286,9 +283,9 @@ def _slim(model: Any) -> None:
         node.name = ""
         if node.domain == "":
             schema = onnx.defs.get_schema(node.op_type, versions[""])
-            telling = [each for each in node.attribute if not _is_default(each, schema)]
+            result_keys = [each for each in node.attribute if not _is_default(each, schema)]
             del node.attribute[:]
-            node.attribute.extend(telling)
+            node.attribute.extend(result_keys)
 
     if any(attribute.HasField("g") for node in graph.node for attribute in node.attribute):
         return  # a branch or a loop names tensors from around it
@@ -434,18 +431,9 @@ def show(forms: list[Form], images: Tensor) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The door: exit code 0; 1 where a file fails its check, 2 for a run that cannot be exported."""
-    parser = Parser("mnist_dist.export", "Turns the network of a run folder into one file that stands alone.", EXAMPLES)
-    parser.add_argument("run", metavar="RUN", help="a run folder")
-    parser.add_argument("--format", required=True, choices=list(ENDINGS), help="page: one HTML file to draw in")
-    parser.add_argument("--weights", choices=["last", "best"], default="last", help="default: last")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: RUN/export/WEIGHTS with an ending")
-    parser.add_argument(
-        "--onnxruntime-web", type=Path, metavar="FILE.tgz", help=f"npm's onnxruntime-web {VERSION}, instead of loading"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys, e.g. data.root=/data")
-    arguments = parser.parse_intermixed_args(argv)
+    arguments = parse("export", argv)
     run = open_run(arguments.run, arguments.weights)
-    name = arguments.weights + ENDINGS[arguments.format]
+    name = arguments.weights + EXPORT_ENDINGS[arguments.format]
     output = arguments.output or run.folder.path / "export" / name
     if output.is_dir():
         raise RecipeError([Problem("command line", "--output", f"{output} is a folder; name a file")])
@@ -458,4 +446,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_door(main))
+    sys.exit(run_command(main))

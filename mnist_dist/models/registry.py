@@ -62,7 +62,7 @@ def build_model(name: str, /, *, num_classes: int = 10, **keywords: Any) -> nn.M
     if unknown and not takes_any:
         known = [keyword for keyword in signature.parameters if keyword != "num_classes"]
         raise ValueError(
-            f"model {name!r} has no keyword {unknown[0]!r}{nearest(unknown[0], known)}; "
+            f"model {name!r} has no keyword {unknown[0]!r}{did_you_mean(unknown[0], known)}; "
             f"its keywords: {', '.join(known) or 'none'}"
         )
     try:
@@ -94,7 +94,7 @@ def find_builder(name: str) -> Builder:
     if ":" in name:
         return imported_builder(name)
     raise ValueError(
-        f"unknown model {name!r}{nearest(name, MODELS)}; known: {', '.join(MODELS)}; "
+        f"unknown model {name!r}{did_you_mean(name, MODELS)}; known: {', '.join(MODELS)}; "
         "also torchvision/<name>, timm/<name>, and my_package.nets:MyNet for your own"
     )
 
@@ -109,7 +109,9 @@ def torchvision_builder(name: str) -> Builder:
 
     known = models.list_models(module=models)
     if name not in known:
-        raise ValueError(f"torchvision has no classifier {name!r}{nearest(name, known)}; it has: {', '.join(known)}")
+        raise ValueError(
+            f"torchvision has no classifier {name!r}{did_you_mean(name, known)}; it has: {', '.join(known)}"
+        )
 
     def build(*, num_classes: int = 10, **keywords: Any) -> nn.Module:
         try:
@@ -136,7 +138,7 @@ def timm_builder(name: str) -> Builder:
     except ImportError as error:
         raise ValueError(f"model 'timm/{name}' needs timm: pip install timm") from error
     if not timm.is_model(name):
-        raise ValueError(f"timm has no model {name!r}{nearest(name, timm.list_models())}; see timm.list_models()")
+        raise ValueError(f"timm has no model {name!r}{did_you_mean(name, timm.list_models())}; see timm.list_models()")
 
     def build(*, num_classes: int = 10, **keywords: Any) -> nn.Module:
         settings = {"in_chans": 1, "num_classes": num_classes, **keywords}
@@ -168,11 +170,11 @@ def imported_builder(path: str) -> Builder:
     if not callable(builder):
         known = [word for word, value in vars(module).items() if inspect.isclass(value) or inspect.isfunction(value)]
         raise ValueError(
-            f"model {path!r}: {module_name!r} has no class or function {attribute!r}{nearest(attribute, known)}"
+            f"model {path!r}: {module_name!r} has no class or function {attribute!r}{did_you_mean(attribute, known)}"
         )
     return builder
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str]) -> str:
     found = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.4)
     return f" (did you mean {found[0]!r}?)" if found else ""

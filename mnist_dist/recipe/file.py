@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,28 +10,9 @@ from typing import Any
 
 import yaml
 
-# --- problems -----------------------------------------------------------------------------------------------------
+from mnist_dist.errors import Kind, Problem, RecipeError, did_you_mean
 
-
-@dataclass(frozen=True)
-class Problem:
-    where: str
-    """File and line, or the command line."""
-    key: str
-    message: str
-
-    def __str__(self) -> str:
-        head = f"{self.where}: {self.key}" if self.key else self.where
-        return f"  {head}\n{textwrap.indent(self.message, ' ' * 6)}"
-
-
-class RecipeError(ValueError):
-    """Something the user can put right; its text is the whole screen to show."""
-
-    def __init__(self, problems: list[Problem]):
-        self.problems = problems
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__("\n".join([f"{count}; nothing was done:", *map(str, problems)]))
+# --- where a key was written ---------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -43,23 +22,12 @@ class Origins:
     source: str = field(default="the recipe", compare=False)
     places: dict[str, str] = field(default_factory=dict, compare=False)
 
-    def problem(self, key: str, message: str) -> Problem:
+    def problem(self, key: str, message: str, kind: Kind = "usage") -> Problem:
         """A problem placed at the key, or at the nearest section around it that somebody wrote."""
         path = key
         while path and path not in self.places:
             path = path.rpartition(".")[0]
-        return Problem(self.places.get(path, self.source), key, message)
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """A question with the nearest known words; empty where none is near."""
-    spelled = {each.lower(): each for each in known}
-    near = difflib.get_close_matches(word.lower(), spelled, n=2)
-    return f"; did you mean {' or '.join(repr(spelled[each]) for each in near)}?" if near else ""
-
-
-def unknown_key(key: str, known: Iterable[str]) -> str:
-    return "unknown key" + (nearest(key, known) or "; known: " + ", ".join(known))
+        return Problem(self.places.get(path, self.source), key, message, kind)
 
 
 # --- YAML ---------------------------------------------------------------------------------------------------------
@@ -190,7 +158,7 @@ def find_recipe(name: str | Path) -> Path:
         if match := next((file for key, file in bundled.items() if stem in (key, key.rpartition("/")[2])), None):
             return match
         what = "a folder; in a run folder the recipe is recipe.yaml" if path.is_dir() else "there is no such recipe"
-        what += nearest(str(path), map(str, path.parent.glob("*.yaml"))) or nearest(stem, bundled)
+        what += did_you_mean(str(path), map(str, path.parent.glob("*.yaml"))) or did_you_mean(stem, bundled)
     except OSError as error:
         what = f"cannot be read: {error.strerror}"
     raise RecipeError([Problem(f"--recipe {str(name)!r}", "", f"{what}\nbundled: {', '.join(bundled)}")])

@@ -23,18 +23,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from mnist_dist.data import DATASETS, Augmentation
 from mnist_dist.engine import optimizers as optim
+from mnist_dist.errors import Problem, RecipeError, did_you_mean, unknown_key
 from mnist_dist.models import build_model, find_builder
-from mnist_dist.recipe.file import (
-    Dumper,
-    Origins,
-    Problem,
-    RecipeError,
-    apply_overrides,
-    find_recipe,
-    nearest,
-    read_recipe,
-    unknown_key,
-)
+from mnist_dist.recipe.file import Dumper, Origins, apply_overrides, find_recipe, read_recipe
 
 # --- schema -------------------------------------------------------------------------------------------------------
 
@@ -365,7 +356,7 @@ def _mismatch(errors: list[Any], given: Any) -> str:
     for pattern, words in _PLAIN_WORDS.items():
         wanted = [re.sub(pattern, words, each) for each in wanted]
     expected = " or ".join(dict.fromkeys(wanted))
-    near = nearest(str(given), re.findall(r"'([^']*)'", expected))
+    near = did_you_mean(str(given), re.findall(r"'([^']*)'", expected))
     return f"expected {expected}, got {json.dumps(given, ensure_ascii=False)[:80]}{near}"
 
 
@@ -466,7 +457,7 @@ def check_freeze(patterns: list[str], names: list[str]) -> Findings:
     stages = dict.fromkeys(f"{name.partition('.')[0]}.*" for name in names)
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
-            hint = nearest(pattern, [*stages, *names])
+            hint = did_you_mean(pattern, [*stages, *names])
             yield "model.freeze", f"{pattern!r} matches no parameter{hint}\ntry: {', '.join(stages)}"
     if patterns and all(any(fnmatch.fnmatch(name, pattern) for pattern in patterns) for name in names):
         yield "model.freeze", "every parameter is frozen: nothing is left to train"

@@ -1,4 +1,4 @@
-"""From a recipe to the parts of a run, on every process of the world that the launcher made.
+"""From a recipe to the components of a run, on every process of the world that the launcher made.
 
 The order is: check the world, read the data, build the network, prepare everything. What the user can put right is
 found on the way, by all processes together, before anything is trained or written.
@@ -24,13 +24,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mnist_dist.data import Batches, Dataset, Images, derive_seed, load_dataset
-from mnist_dist.distributed.fsdp import cut_model_state, cut_optimizer_state, gathered, shard_parameters, whole
+from mnist_dist.distributed.fsdp import gathered, shard_model_state, shard_optimizer_state, shard_parameters, unshard
 from mnist_dist.distributed.gradients import reduce_gradients
-from mnist_dist.distributed.launcher import asks_for_fsdp, check_engine, fsdp_settings, together
+from mnist_dist.distributed.launcher import asks_for_fsdp, check_engine, fsdp_settings, run_on_all_ranks
 from mnist_dist.distributed.logical_shards import LogicalShards
 from mnist_dist.distributed.sync_batchnorm import synchronize_batch_norm
 from mnist_dist.engine.checkpoint import save_weights
-from mnist_dist.engine.cuda_graph import STEPS_A_REPLAY, CapturedStep, compile_network, why_not
+from mnist_dist.engine.cuda_graph import STEPS_A_REPLAY, CapturedStep, capture_obstacle, compile_network
 from mnist_dist.engine.distillation import Distillation
 from mnist_dist.engine.evaluation import Evaluation, evaluate
 from mnist_dist.engine.metrics import GradientClock, Meter
@@ -43,8 +43,8 @@ from mnist_dist.engine.optimizers import (
     set_rates,
 )
 from mnist_dist.engine.train_step import Update, count_pieces
+from mnist_dist.errors import Problem, RecipeError
 from mnist_dist.models import build_model
-from mnist_dist.recipe.file import Problem, RecipeError
 from mnist_dist.recipe.schema import Recipe, check_freeze
 from mnist_dist.run.folder import Run
 
@@ -83,8 +83,8 @@ def load_data(recipe: Recipe, state: PartialState) -> Dataset:
         except (ValueError, ImportError, OSError) as error:
             raise RecipeError([recipe.problem("data", f"{recipe.data.dataset}: {error}")]) from error
 
-    first = together(state, lambda: load(download=True) if state.is_local_main_process else None)
-    return together(state, lambda: first or load(download=False))
+    first = run_on_all_ranks(state, lambda: load(download=True) if state.is_local_main_process else None)
+    return run_on_all_ranks(state, lambda: first or load(download=False))
 
 
 def build_module(recipe: Recipe, dataset: Dataset, world_size: int = 1) -> nn.Module:
@@ -180,7 +180,7 @@ def _smallest_piece(recipe: Recipe, samples: int, world_size: int) -> tuple[int,
 
 
 @dataclass(frozen=True)
-class Parts:
+class TrainingComponents:
     """What a run is made of once the recipe has been built."""
 
     accelerator: Accelerator
@@ -189,7 +189,7 @@ class Parts:
     update: Update
     module: nn.Module
     """The bare network."""
-    judged: nn.Module
+    eval_model: nn.Module
     """The network that is evaluated and saved: the averaged weights where the recipe keeps them."""
     meter: Meter
     total_steps: int
@@ -206,25 +206,25 @@ class Parts:
         due = progress.step >= self.total_steps or (rest == 0 and epochs % eval_every == 0)
         return due and progress.step != progress.evaluated_at
 
-    def judge(self, data: Images, batch_size: int, interrupted: Callable[[], bool] = lambda: False) -> Evaluation:
+    def evaluate(self, data: Images, batch_size: int, interrupted: Callable[[], bool] = lambda: False) -> Evaluation:
         # Each process gathered batch norm's statistics from its own rows; rank 0's are the run's.
         if self.accelerator.num_processes > 1:
-            broadcast(list(self.judged.buffers()))
-        with gathered(self.judged):
-            return evaluate(self.accelerator, self.judged, data, batch_size=batch_size, interrupted=interrupted)
+            broadcast(list(self.eval_model.buffers()))
+        with gathered(self.eval_model):
+            return evaluate(self.accelerator, self.eval_model, data, batch_size=batch_size, interrupted=interrupted)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The trained weights, and the gradients of the last step, by name; asks all processes."""
         named = dict(self.module.named_parameters())
         gradients = {f"gradients/{name}": each.grad for name, each in named.items() if each.grad is not None}
-        return whole({f"weights/{name}": each.detach() for name, each in named.items()} | gradients)
+        return unshard({f"weights/{name}": each.detach() for name, each in named.items()} | gradients)
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next update depends on; asks all processes. No random state: there is none."""
         scaler = self.accelerator.scaler
         return {
-            "model": whole(self.module.state_dict()),
-            "optimizer": whole(self.update.optimizer.state_dict()),
+            "model": unshard(self.module.state_dict()),
+            "optimizer": unshard(self.update.optimizer.state_dict()),
             "average": self.update.average.state_dict() if self.update.average else None,
             "scaler": scaler.state_dict() if scaler else None,
             "schedule": self.schedule.state_dict(),
@@ -234,8 +234,8 @@ class Parts:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up where `state_dict` was taken, at this world size or another."""
         optimizer = self.update.optimizer
-        self.module.load_state_dict(cut_model_state(state["model"], self.module))
-        optimizer.load_state_dict(cut_optimizer_state(state["optimizer"], optimizer))
+        self.module.load_state_dict(shard_model_state(state["model"], self.module))
+        optimizer.load_state_dict(shard_optimizer_state(state["optimizer"], optimizer))
         if self.update.average and state["average"]:
             self.update.average.load_state_dict(state["average"])
         elif self.update.average:  # the recipe has it since: it begins here
@@ -247,7 +247,7 @@ class Parts:
 
     def save_weights(self, path: Path, recipe: Recipe) -> None:
         """Saves the judged weights, with what rebuilds and feeds the network, on rank 0; asks all processes."""
-        weights = whole(self.judged.state_dict())
+        weights = unshard(self.eval_model.state_dict())
         if self.accelerator.is_main_process:
             data = self.update.data
             about = {"recipe": recipe.name, "model": recipe.model.name, "keywords": recipe.model.keywords}
@@ -293,15 +293,15 @@ def _check_fsdp(recipe: Recipe, precision: str, state: PartialState) -> None:
             raise RecipeError(problems)
 
 
-def place(module: nn.Module, device: torch.device, *, channels_last: bool) -> nn.Module:
+def to_device(module: nn.Module, device: torch.device, *, channels_last: bool) -> nn.Module:
     """Moves a network to the device, in a memory layout; returns it."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return module.to(device, memory_format=layout)  # type: ignore[call-overload]  # torch types it for tensors only
 
 
-def build_parts(
+def build_components(
     recipe: Recipe, precision: str, train_data: Images, module: nn.Module, teachers: Sequence[Run] = ()
-) -> Parts:
+) -> TrainingComponents:
     """Builds everything the loop uses, on the device, prepared by Accelerate."""
     set_determinism(recipe.deterministic)
     set_kernels(recipe)
@@ -332,7 +332,7 @@ def build_parts(
     )
     sharded = asks_for_fsdp() and accelerator.num_processes > 1
     # FSDP2 cuts contiguous parameters only.
-    place(module, accelerator.device, channels_last=recipe.engine.channels_last and not sharded)
+    to_device(module, accelerator.device, channels_last=recipe.engine.channels_last and not sharded)
     synchronized = recipe.sync_batchnorm and accelerator.num_processes > 1
     if synchronized:
         module = synchronize_batch_norm(module, accelerator.device)
@@ -383,8 +383,8 @@ def build_parts(
         notes.append(f"micro_batch_size auto: {update.micro_batch_size} images at once fit into memory")
     else:
         update.micro_batch_size = recipe.micro_batch_size
-    judged = average.module if average else module
-    return Parts(accelerator, batches, schedule, update, module, judged, meter, total_steps, notes)
+    eval_model = average.module if average else module
+    return TrainingComponents(accelerator, batches, schedule, update, module, eval_model, meter, total_steps, notes)
 
 
 def _build_distillation(
@@ -393,7 +393,7 @@ def _build_distillation(
     if not teachers:
         return None
     for teacher in teachers:
-        place(teacher.model, accelerator.device, channels_last=recipe.engine.channels_last)
+        to_device(teacher.model, accelerator.device, channels_last=recipe.engine.channels_last)
     return Distillation(
         [(teacher.model, teacher.about["mean"], teacher.about["std"]) for teacher in teachers],
         weight=recipe.distill.weight,
@@ -410,7 +410,7 @@ def _build_capture(
     """What replays steps, where the recipe wants it and it can be done; else why not, for who expects it."""
     if recipe.engine.capture == "off":
         return None, []
-    obstacle = why_not(
+    obstacle = capture_obstacle(
         accelerator.device,
         accelerator.num_processes,
         optimizer,

@@ -13,7 +13,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from mnist_dist.cli import RunError
 from mnist_dist.engine.checkpoint import (
     list_checkpoints,
     load_checkpoint,
@@ -23,30 +22,30 @@ from mnist_dist.engine.checkpoint import (
 )
 from mnist_dist.engine.evaluation import Evaluation
 from mnist_dist.engine.train_step import NotFinite
-from mnist_dist.recipe.file import Problem, RecipeError
+from mnist_dist.errors import Problem, RecipeError, RunError
 from mnist_dist.recipe.schema import Recipe, load_recipe
-from mnist_dist.run.build import Parts, Progress
+from mnist_dist.run.build import Progress, TrainingComponents
 from mnist_dist.run.folder import RunFolder, refuse_changes
 from mnist_dist.tracking import JSONLTracker, WandbTracker, find_tracker
 
 
-class Keeper:
+class Checkpointer:
     """Saves a run's weights and checkpoints, knows its time, and tells of its failure. All processes call it alike."""
 
-    def __init__(self, folder: RunFolder, recipe: Recipe, parts: Parts, progress: Progress):
-        self._folder, self._recipe, self._parts, self._progress = folder, recipe, parts, progress
+    def __init__(self, folder: RunFolder, recipe: Recipe, components: TrainingComponents, progress: Progress):
+        self._folder, self._recipe, self._components, self._progress = folder, recipe, components, progress
         self.start(0.0)
 
     def start(self, seconds_before: float) -> None:
         """Starts the clock of the training, which goes on from where the checkpoint's stood."""
         self._began = time.perf_counter() - seconds_before
-        self._saved_at = self._parts.meter.train_seconds
+        self._saved_at = self._components.meter.train_seconds
 
     def train_seconds(self) -> float:
         """How long the loop took for the steps so far, evaluations included; what a killed process did again, once."""
         return round(time.perf_counter() - self._began, 3)
 
-    def __enter__(self) -> Keeper:
+    def __enter__(self) -> Checkpointer:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
@@ -57,69 +56,69 @@ class Keeper:
         """
         if error is None:
             return
-        message = self.explain(error)
+        message = self.describe_failure(error)
         with suppress(OSError):
             self._end_trackers(message or f"{type(error).__name__}: {error}" if isinstance(error, Exception) else None)
         if message:
             raise RunError(message) from error
 
-    def best(self) -> None:
-        self._parts.save_weights(self._folder.best, self._recipe)
+    def save_best(self) -> None:
+        self._components.save_weights(self._folder.best, self._recipe)
 
-    def last(self) -> None:
-        self._parts.save_weights(self._folder.last, self._recipe)
+    def save_last(self) -> None:
+        self._components.save_weights(self._folder.last, self._recipe)
 
-    def show(self, evaluation: Evaluation) -> None:
+    def log_evaluation(self, evaluation: Evaluation) -> None:
         """Gives W&B what of an evaluation is more than its two figures."""
-        tensors = self._parts.tensors() if self._recipe.tracking.wandb.histograms else {}
-        classes = self._parts.update.data.classes
-        if wandb := find_tracker(self._parts.accelerator, WandbTracker):
+        tensors = self._components.tensors() if self._recipe.tracking.wandb.histograms else {}
+        classes = self._components.update.data.classes
+        if wandb := find_tracker(self._components.accelerator, WandbTracker):
             wandb.log_evaluation(evaluation.confusion, classes, tensors, step=self._progress.step)
 
     def is_due(self, logged: bool) -> bool:
         """After every `every_steps` updates; by `every_minutes` at log lines, where all processes know the time."""
-        rule, seconds = self._recipe.checkpoint, self._parts.meter.train_seconds - self._saved_at
+        rule, seconds = self._recipe.checkpoint, self._components.meter.train_seconds - self._saved_at
         by_steps = rule.every_steps is not None and self._progress.step % rule.every_steps == 0
         return by_steps or (logged and rule.every_minutes is not None and seconds >= 60 * rule.every_minutes)
 
-    def checkpoint(self) -> None:
+    def save(self) -> None:
         """Publishes `checkpoints/step-N`: everything from which the run goes on as if nothing had happened.
 
         Raises:
             NotFinite: instead, where a step before had a gradient that was not.
         """
-        self._parts.update.check()
-        state: dict[str, Any] = {"parts": self._parts.state_dict(), "progress": asdict(self._progress)}
-        self._saved_at = self._parts.meter.train_seconds
+        self._components.update.check()
+        state: dict[str, Any] = {"parts": self._components.state_dict(), "progress": asdict(self._progress)}
+        self._saved_at = self._components.meter.train_seconds
         state["train_seconds"] = self.train_seconds()
-        if metrics := find_tracker(self._parts.accelerator, JSONLTracker):
+        if metrics := find_tracker(self._components.accelerator, JSONLTracker):
             state["metrics_bytes"] = metrics.bytes_written()
-        if wandb := find_tracker(self._parts.accelerator, WandbTracker):
+        if wandb := find_tracker(self._components.accelerator, WandbTracker):
             state["wandb_id"] = wandb.run_id
-        if self._parts.accelerator.is_main_process:
+        if self._components.accelerator.is_main_process:
             # Before the first evaluation what stands there is of a later moment, from before a kill.
             if self._progress.evaluated_at and self._folder.best.is_file():
                 state["best"] = _content(self._folder.best)
             save_checkpoint(self._folder.checkpoints, self._progress.step, state, keep=self._recipe.checkpoint.keep)
 
-    def last_words(self) -> None:
+    def mark_failed(self) -> None:
         """For a run that ends by force: the status, and nothing that could wait for anybody."""
         self._folder.set_status("failed")
 
     def _end_trackers(self, failed_of: str | None) -> None:
         """Has W&B tell the user of a failure, where it is one; a person's Ctrl-C is none."""
-        for tracker in self._parts.accelerator.trackers:
+        for tracker in self._components.accelerator.trackers:
             if not isinstance(tracker, WandbTracker):
                 tracker.finish()  # a terminal would stay without its cursor
             elif failed_of is not None:
                 tracker.fail(f"{self._recipe.name} failed", failed_of)
 
-    def explain(self, error: BaseException) -> str | None:
+    def describe_failure(self, error: BaseException) -> str | None:
         """What the user can do about a run that broke off, and what is left; None where only a traceback helps."""
         if isinstance(error, NotFinite):  # on all processes alike
-            lines = self._blame(error.step)
+            lines = self._describe_nonfinite(error.step)
             self._progress.step = error.step
-            self.checkpoint()
+            self.save()
         elif isinstance(error, OSError) and error.errno in UNWRITABLE:
             lines = [f"{error.filename or self._folder.path} cannot be written: {error.strerror}"]
         else:
@@ -132,15 +131,15 @@ class Keeper:
         )
         return "\n  ".join([*lines, left])
 
-    def _blame(self, step: int) -> list[str]:
+    def _describe_nonfinite(self, step: int) -> list[str]:
         """Where a gradient that is not finite comes from."""
-        epoch, index = divmod(step, self._parts.batches.steps_per_epoch)
+        epoch, index = divmod(step, self._components.batches.steps_per_epoch)
         lines = [f"the gradient of step {step} (epoch {epoch}, batch {index}) is not finite; the update was not made"]
-        culprits = self._parts.update.culprits(step)
-        for rank, samples in culprits:
+        offending_samples = self._components.update.offending_samples(step)
+        for rank, samples in offending_samples:
             listed = ", ".join(map(str, samples[:10])) + (f" and {len(samples) - 10} more" if samples[10:] else "")
             lines.append(f"rank {rank}: the loss of training samples {listed} is not finite")
-        if not culprits:
+        if not offending_samples:
             lines.append("every sample alone has a finite loss: only the batch as a whole has not, or its gradient")
         return [*lines, "try a lower optimizer.lr, clip_grad_norm=1 or on_nonfinite=skip"]
 

@@ -18,8 +18,8 @@ from torch import nn
 
 from mnist_dist import __version__
 from mnist_dist.engine.checkpoint import load_weights
+from mnist_dist.errors import Problem, RecipeError
 from mnist_dist.models import build_model
-from mnist_dist.recipe.file import Problem, RecipeError
 from mnist_dist.recipe.schema import Recipe, load_recipe
 
 

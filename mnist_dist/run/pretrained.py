@@ -8,7 +8,7 @@ from torch import nn
 
 from mnist_dist.data import Images
 from mnist_dist.engine.checkpoint import load_weights
-from mnist_dist.recipe.file import RecipeError
+from mnist_dist.errors import RecipeError
 from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.folder import Run, RunFolder, load_run
 

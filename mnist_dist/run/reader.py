@@ -11,9 +11,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mnist_dist.cli import printable
-from mnist_dist.recipe.file import RecipeError, read_recipe
+from mnist_dist.errors import RecipeError
+from mnist_dist.recipe.file import read_recipe
 from mnist_dist.run.folder import HARMLESS_KEYS, RunFolder, flatten
+from mnist_dist.run.tables import printable
 from mnist_dist.tracking import JSONLReader
 
 SILENCE = 600.0
@@ -102,10 +103,10 @@ class RunReader:
     @property
     def key(self) -> Hashable:
         """Equal for runs whose recipes differ only in the seed and in what changes no result."""
-        return tuple(sorted((key, repr(value)) for key, value in self.telling.items())) or self.name
+        return tuple(sorted((key, repr(value)) for key, value in self.result_keys.items())) or self.name
 
     @property
-    def telling(self) -> dict[str, Any]:
+    def result_keys(self) -> dict[str, Any]:
         """The part of the recipe that changes a result, without the seed."""
         items = self.recipe.items()
         return {key: value for key, value in items if key != "seed" and not key.startswith(HARMLESS_KEYS)}

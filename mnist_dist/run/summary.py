@@ -12,14 +12,14 @@ from mnist_dist.distributed.launcher import count_nodes, device_name, launch_set
 from mnist_dist.engine.evaluation import Evaluation
 from mnist_dist.models import count_parameters
 from mnist_dist.recipe.schema import Recipe
-from mnist_dist.run.build import Parts, Progress
+from mnist_dist.run.build import Progress, TrainingComponents
 from mnist_dist.run.folder import RunFolder, load_run, write_text
 from mnist_dist.tracking import ConsoleTracker, JSONLTracker, WandbTracker, find_tracker, resolve_mode
 
 
 def open_trackers(
     recipe: Recipe,
-    parts: Parts,
+    components: TrainingComponents,
     dataset: Dataset,
     folder: RunFolder,
     checkpoint: dict[str, Any],
@@ -27,15 +27,15 @@ def open_trackers(
     quiet: bool = False,
 ) -> ConsoleTracker | None:
     """Console, metrics.jsonl and W&B, on rank 0 alone; with a checkpoint they go on where it was taken."""
-    if not parts.accelerator.is_main_process:
+    if not components.accelerator.is_main_process:
         return None
     split = "validation" if dataset.has_validation else "test"
-    console = ConsoleTracker(parts.total_steps, recipe.epochs, split, folder.console, quiet=quiet)
+    console = ConsoleTracker(components.total_steps, recipe.epochs, split, folder.console, quiet=quiet)
     wandb = recipe.tracking.wandb
     mode, why = resolve_mode(wandb.mode)
-    console.header(_header(recipe, parts, dataset) | {"wandb": why, "run folder": str(folder.path)})
+    console.header(_header(recipe, components, dataset) | {"wandb": why, "run folder": str(folder.path)})
     if checkpoint:
-        console.say(f"goes on after step {checkpoint['progress']['step']:,}")
+        console.message(f"goes on after step {checkpoint['progress']['step']:,}")
     trackers: list[Any] = [console, JSONLTracker(folder.metrics, checkpoint.get("metrics_bytes", 0))]
     if mode != "disabled":
         init: dict[str, Any] = wandb.model_dump(include={"entity", "job_type", "tags"})
@@ -43,30 +43,32 @@ def open_trackers(
         if checkpoint.get("wandb_id"):
             init |= {"id": checkpoint["wandb_id"], "resume": "allow"}
         files = {"directory": folder.path, "recipe": folder.recipe}
-        trackers.append(WandbTracker(wandb.project, **files, say=console.say, gauges=parts.meter.gauges, **init))
-    parts.accelerator.log_with = trackers
-    parts.accelerator.init_trackers(wandb.project, config=recipe.model_dump())
+        trackers.append(
+            WandbTracker(wandb.project, **files, say=console.message, gauges=components.meter.gauges, **init)
+        )
+    components.accelerator.log_with = trackers
+    components.accelerator.init_trackers(wandb.project, config=recipe.model_dump())
     return console
 
 
-def close_trackers(parts: Parts) -> None:
+def close_trackers(components: TrainingComponents) -> None:
     """The console last: it says what the others could not finish."""
-    for tracker in reversed(parts.accelerator.trackers):
+    for tracker in reversed(components.accelerator.trackers):
         tracker.finish()
 
 
-def _header(recipe: Recipe, parts: Parts, dataset: Dataset) -> dict[str, str]:
-    accelerator, held_out = parts.accelerator, f"{len(dataset.test):,} test"
+def _header(recipe: Recipe, components: TrainingComponents, dataset: Dataset) -> dict[str, str]:
+    accelerator, held_out = components.accelerator, f"{len(dataset.test):,} test"
     if dataset.has_validation:
         held_out = f"{len(dataset.held_out):,} validation, {held_out}"
     processes = "1 process" if accelerator.num_processes == 1 else f"{accelerator.num_processes} processes"
-    launch = launch_settings()
+    launch, steps = launch_settings(), components.batches.steps_per_epoch
     said = ", ".join(f"{key} {value}" for key, value in launch.items() if key != "launcher")
     header = {
         "recipe": recipe.name,
-        "model": f"{recipe.model.name}, {count_parameters(parts.module):,} parameters",
+        "model": f"{recipe.model.name}, {count_parameters(components.module):,} parameters",
         "data": f"{recipe.data.dataset}, {len(dataset.train):,} training, {held_out} images",
-        "length": f"{recipe.epochs} epochs of {parts.batches.steps_per_epoch} steps, global batch {recipe.batch_size}",
+        "length": f"{recipe.epochs} epochs of {steps} steps, global batch {recipe.batch_size}",
         "world": f"{processes} on {device_name(accelerator.device)}, precision {accelerator.mixed_precision}",
         "launcher": f"{launch['launcher']}{f' ({said})' if said else ''}",
     }
@@ -76,26 +78,28 @@ def _header(recipe: Recipe, parts: Parts, dataset: Dataset) -> dict[str, str]:
     return header
 
 
-def summarize(recipe: Recipe, parts: Parts, progress: Progress, test: Evaluation | None) -> dict[str, Any]:
-    full_epochs, rest = divmod(progress.step, parts.batches.steps_per_epoch)
-    images = full_epochs * parts.batches.num_samples + rest * recipe.batch_size
-    wandb, own_seconds = find_tracker(parts.accelerator, WandbTracker), parts.meter.own_seconds
+def summarize(
+    recipe: Recipe, components: TrainingComponents, progress: Progress, test: Evaluation | None
+) -> dict[str, Any]:
+    full_epochs, rest = divmod(progress.step, components.batches.steps_per_epoch)
+    images = full_epochs * components.batches.num_samples + rest * recipe.batch_size
+    wandb, own_seconds = find_tracker(components.accelerator, WandbTracker), components.meter.own_seconds
     summary = {
         "recipe": recipe.name,
         "model": recipe.model.name,
-        "parameters": count_parameters(parts.module),
+        "parameters": count_parameters(components.module),
         "seed": recipe.seed,
-        "world_size": parts.accelerator.num_processes,
-        "nodes": count_nodes(parts.accelerator.state),
-        "device": device_name(parts.accelerator.device),
-        "mixed_precision": parts.accelerator.mixed_precision,
-        "epochs": round(progress.step / parts.batches.steps_per_epoch, 6),
+        "world_size": components.accelerator.num_processes,
+        "nodes": count_nodes(components.accelerator.state),
+        "device": device_name(components.accelerator.device),
+        "mixed_precision": components.accelerator.mixed_precision,
+        "epochs": round(progress.step / components.batches.steps_per_epoch, 6),
         "steps": progress.step,
-        "images_per_second": round(images / parts.meter.train_seconds, 1),
-        **parts.meter.per_process(parts.update.clock),
+        "images_per_second": round(images / components.meter.train_seconds, 1),
+        **components.meter.per_process(components.update.clock),
         # A process that only ended a run has made no step.
         "wandb_share": round(wandb.log_seconds / own_seconds, 6) if wandb and own_seconds else 0.0,
-        "skipped_steps": parts.update.skipped,
+        "skipped_steps": components.update.skipped,
         "launch": launch_settings(),
         "train.last.loss": progress.last["train/epoch_loss"],
         "train.last.accuracy": progress.last["train/epoch_accuracy"],
@@ -111,7 +115,7 @@ def summarize(recipe: Recipe, parts: Parts, progress: Progress, test: Evaluation
 def write_outputs(
     folder: RunFolder,
     recipe: Recipe,
-    parts: Parts,
+    components: TrainingComponents,
     dataset: Dataset,
     test: Evaluation,
     summary: dict[str, Any],
@@ -119,7 +123,7 @@ def write_outputs(
 ) -> None:
     """Writes summary, pictures and what W&B keeps of a finished run, on rank 0."""
     write_text(folder.summary, json.dumps(summary, indent=2) + "\n")
-    if wandb := find_tracker(parts.accelerator, WandbTracker):
+    if wandb := find_tracker(components.accelerator, WandbTracker):
         wandb.summarize(summary)
         data, step = dataset.test, summary["steps"]
         wandb.log_most_wrong(data.images, data.labels, test.probabilities, data.classes, step=step)
@@ -127,10 +131,10 @@ def write_outputs(
             run = load_run(folder.path, which)
             about = run.about | {"accuracy": summary[f"eval.{which}.accuracy"], "split": summary["eval.split"]}
             wandb.log_weights([folder.recipe, folder.path / f"{which}.safetensors"], which, about)
-    _draw(folder, recipe.name, parts.batches, dataset, test, summary["eval.split"])
+    _draw(folder, recipe.name, components.batches, dataset, test, summary["eval.split"])
     best = f"best {summary['eval.best.accuracy']:.2f} % at epoch {summary['eval.best.epoch']:g}"
     last = f"{summary['eval.split']} accuracy {summary['eval.last.accuracy']:.2f} % at the last epoch"
-    console.say(f"done in {summary['train_seconds']:.1f} s: {last}, {best}")
+    console.message(f"done in {summary['train_seconds']:.1f} s: {last}, {best}")
     folder.set_status("done")
 
 

@@ -46,7 +46,7 @@ class ConsoleTracker(GeneralTracker):
         if self._console.is_terminal:
             self._progress.start()
 
-    def say(self, text: str, style: str | None = None) -> None:
+    def message(self, text: str, style: str | None = None) -> None:
         """Prints one line above the bar and keeps it in the log."""
         self._console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
         self._log.write(text + "\n")
@@ -56,7 +56,7 @@ class ConsoleTracker(GeneralTracker):
         """The facts of the run, one a line."""
         width = max(map(len, facts))
         for name, fact in facts.items():
-            self.say(f"{name:<{width}}  {fact}", style="bold" if name == "recipe" else None)
+            self.message(f"{name:<{width}}  {fact}", style="bold" if name == "recipe" else None)
 
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
         if "train/loss" in values:
@@ -74,11 +74,11 @@ class ConsoleTracker(GeneralTracker):
             self._last_plain = now
             left = self._progress.tasks[self._bar].time_remaining  # None until two intervals are known
             ending = "" if left is None else f"  {left / 60:.0f} min left"
-            self.say(f"step {values['step']:,}/{self._total_steps:,}  {figures}{ending}")
+            self.message(f"step {values['step']:,}/{self._total_steps:,}  {figures}{ending}")
 
     def _show_epoch(self, values: dict[str, Any]) -> None:
         number = -(-values["epoch"] // 1)
-        self.say(
+        self.message(
             f"epoch {number:.0f}/{self._epochs}  "
             f"train loss {values['train/epoch_loss']:.4f}  acc {values['train/epoch_accuracy']:.2f} %   "
             f"{self._split} loss {values['eval/loss']:.4f}  acc {values['eval/accuracy']:.2f} %"

@@ -1,4 +1,4 @@
-"""The benchmark: its contenders do the same work, its figures fit together, and its report leaves nothing unsaid."""
+"""The benchmark: its loops do the same work, its figures fit together, and its report leaves nothing unsaid."""
 
 from __future__ import annotations
 
@@ -18,19 +18,18 @@ from accelerate.state import AcceleratorState
 from torchvision import transforms
 
 from mnist_dist.benchmark import __main__ as benchmark
-from mnist_dist.benchmark import baselines as contenders
-from mnist_dist.benchmark import frameworks as peers
-from mnist_dist.benchmark import inference
+from mnist_dist.benchmark import baselines, frameworks, inference
 from mnist_dist.benchmark import report as speed_table
 from mnist_dist.benchmark import sweep_plot as speed_plot
-from mnist_dist.benchmark.baselines import Contender, Task
-from mnist_dist.cli import RunError, run_door
+from mnist_dist.benchmark.baselines import BenchmarkSetup, TimedLoop
+from mnist_dist.cli import run_command
+from mnist_dist.errors import RunError
 from mnist_dist.recipe.schema import load_recipe
 
 ROOT = Path(__file__).parents[2]
-LOADERS = [peers.plain_loader, peers.accelerate_loader, peers.lightning_loader]
+LOADERS = [frameworks.plain_loader, frameworks.accelerate_loader, frameworks.lightning_loader]
 NAMES = ["mnist_dist", "bare step", "plain loop, device tensors", "PyTorch + DataLoader", "Accelerate + DataLoader"]
-NAMES += ["Lightning + DataLoader"] * peers.HAS_LIGHTNING + ["PyTorch + DataLoader, channels last"]
+NAMES += ["Lightning + DataLoader"] * frameworks.HAS_LIGHTNING + ["PyTorch + DataLoader, channels last"]
 
 
 @pytest.fixture(autouse=True)
@@ -40,35 +39,35 @@ def _state_of_its_own() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def task_of(*overrides: str) -> Task:
+def task_of(*overrides: str) -> BenchmarkSetup:
     words = ["schedule.name=constant", "schedule.max_lr=null", "schedule.cycle_momentum=null", "optimizer.lr=0.003"]
-    return Task.prepare(load_recipe("debug", "batch_size=64", *words, *overrides))
+    return BenchmarkSetup.prepare(load_recipe("debug", "batch_size=64", *words, *overrides))
 
 
 def needs(loader: Any) -> None:
-    if loader is peers.lightning_loader:
-        pytest.importorskip("lightning", reason="Lightning is not installed: pip install -e '.[peers]'")
+    if loader is frameworks.lightning_loader:
+        pytest.importorskip("lightning", reason="Lightning is not installed: pip install -e '.[frameworks]'")
 
 
-# --- contenders -----------------------------------------------------------------------------------------------------
+# --- loops -----------------------------------------------------------------------------------------------------
 
 
-def losses_of(contender: Contender, monkeypatch, steps: int = 40) -> list[float]:
+def losses_of(loop: TimedLoop, monkeypatch, steps: int = 40) -> list[float]:
     """The loss of each step; the first steps are a round of their own."""
     seen: list[float] = []
-    compute = Task.loss
+    compute = BenchmarkSetup.loss
 
-    def loss(task: Task, *arguments: Any) -> torch.Tensor:
+    def loss(task: BenchmarkSetup, *arguments: Any) -> torch.Tensor:
         value = compute(task, *arguments)
         seen.append(float(value.detach()))
         return value
 
     with monkeypatch.context() as patch:
-        patch.setattr(Task, "loss", loss)
-        assert contender.run(4) > 0
+        patch.setattr(BenchmarkSetup, "loss", loss)
+        assert loop.run(4) > 0
         assert len(seen) == 4
-        assert contender.run(steps - 4) > 0
-        contender.close()
+        assert loop.run(steps - 4) > 0
+        loop.close()
     assert len(seen) == steps
     return seen
 
@@ -80,12 +79,12 @@ def test_a_loader_peer_trains_as_plain_pytorch_does(loader, precision, monkeypat
     task = task_of(f"mixed_precision={precision}", "clip_grad_norm=0.5", "label_smoothing=0.1")
     found = losses_of(loader(task, 0), monkeypatch)
     assert np.mean(found[-4:]) < found[0] - 0.2, "it does not learn"
-    assert found == pytest.approx(losses_of(peers.plain_loader(task, 0), monkeypatch), rel=1e-5)
+    assert found == pytest.approx(losses_of(frameworks.plain_loader(task, 0), monkeypatch), rel=1e-5)
 
 
-@pytest.mark.parametrize("contender", [contenders.bare_step, contenders.tensor_loop])
-def test_what_loads_no_data_trains_too(contender, monkeypatch):
-    found = losses_of(contender(task_of()), monkeypatch)
+@pytest.mark.parametrize("loop", [baselines.bare_step, baselines.tensor_loop])
+def test_what_loads_no_data_trains_too(loop, monkeypatch):
+    found = losses_of(loop(task_of()), monkeypatch)
     assert np.mean(found[-4:]) < found[0] - 0.2
 
 
@@ -99,22 +98,24 @@ def test_the_tensor_loop_cuts_each_batch_among_the_processes(monkeypatch):
         def __init__(self, rank: int):
             self.process_index = rank
 
-    monkeypatch.setattr(contenders, "plain_step", lambda task: lambda images, labels: seen.append(images))
+    monkeypatch.setattr(baselines, "plain_step", lambda task: lambda images, labels: seen.append(images))
     for rank in range(4):
-        contenders.tensor_loop(Task(task.recipe, "no", task.dataset, Rank(rank))).run(8)  # an epoch of 512 images
+        baselines.tensor_loop(BenchmarkSetup(task.recipe, "no", task.dataset, Rank(rank))).run(
+            8
+        )  # an epoch of 512 images
     assert {len(batch) for batch in seen} == {16}
     flat = torch.cat(seen).flatten(1).sum(dim=1)
     assert len(flat) == len(images) == len(flat.unique()), "some image was seen twice"
 
 
-@pytest.mark.parametrize("loader", [peers.lightning_loader])
+@pytest.mark.parametrize("loader", [frameworks.lightning_loader])
 def test_what_breaks_in_lightnings_thread_is_raised_here(loader, monkeypatch):
     needs(loader)
-    contender = loader(task_of(), 0)
-    monkeypatch.setattr(Task, "loss", lambda *_: 1 / 0)
+    loop = loader(task_of(), 0)
+    monkeypatch.setattr(BenchmarkSetup, "loss", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        contender.run(1)
-    contender.close()
+        loop.run(1)
+    loop.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "lightning"]
 
 
@@ -137,12 +138,12 @@ def test_peers_are_free_in_their_kernels_and_leave_no_trace(monkeypatch):
 def test_a_captured_step_trains_as_an_eager_one(gpu, monkeypatch):
     def weights(is_captured: bool) -> list[torch.Tensor]:
         made: list[torch.nn.Module] = []
-        build = Task.module
+        build = BenchmarkSetup.module
         with monkeypatch.context() as patch:
-            patch.setattr(Task, "module", lambda task: made.append(build(task)) or made[-1])
-            patch.setattr(Task, "is_captured", is_captured)
+            patch.setattr(BenchmarkSetup, "module", lambda task: made.append(build(task)) or made[-1])
+            patch.setattr(BenchmarkSetup, "is_captured", is_captured)
             # Three steps warm the capture up; capturing itself computes nothing.
-            contenders.bare_step(task_of()).run(2 if is_captured else 5)
+            baselines.bare_step(task_of()).run(2 if is_captured else 5)
         return [parameter.detach().cpu() for parameter in made[0].parameters()]
 
     for captured, eager in zip(weights(True), weights(False), strict=True):
@@ -154,7 +155,7 @@ def test_a_captured_step_trains_as_an_eager_one(gpu, monkeypatch):
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory) -> dict[str, Any]:
-    """One run of the door: two batch sizes, with what could end a round early and what brings a contender more."""
+    """One run of the door: two batch sizes, with what could end a round early and what brings a loop more."""
     folder = tmp_path_factory.mktemp("sweep")
     words = ["--recipe", "debug", "--rounds", "1", "--steps", "2", "--sweep", "batch_size=32,64"]
     words += ["data.limit_train=128", "data.limit_test=16", "max_steps=3", "early_stopping.patience=1"]
@@ -204,11 +205,11 @@ def test_the_markdown_says_how_to_make_it_again(sweep):
 
 def test_training_that_breaks_off_is_a_word_and_no_figure(tmp_path):
     task = task_of("optimizer.name=sgd", "optimizer.lr=1e30")
-    contender, _ = benchmark.trainer(task, tmp_path)
+    loop, _ = benchmark.trainer(task, tmp_path)
     with pytest.raises(RunError, match=r"try a lower optimizer.lr") as caught:
-        contender.run(5)
+        loop.run(5)
     assert "goes on from it" not in str(caught.value)  # the folder is gone when this is read
-    contender.close()
+    loop.close()
 
 
 def test_two_processes_are_one_group(tmp_path):
@@ -231,7 +232,7 @@ def test_two_processes_are_one_group(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "--recipe --record --floors is required"),
+        ([], "--recipe --time-to-accuracy --floors is required"),
         (["--recipe", "debug", "--sweep", "batch_size"], "expected a key and its values"),
         (["--recipe", "debug", "--sweep", "batch_size=1,,2"], "expected a key and its values"),
         (["--recipe", "debug", "--sweep", "batch_size=32,x"], "batch_size\n      expected a whole number"),
@@ -242,12 +243,12 @@ def test_two_processes_are_one_group(tmp_path):
         (["--recipe", "debug", "--json", "/no/such/folder/x.json"], "there is no folder"),
         (["--recipe", "debug", "--json", "/"], "is a folder"),
         (["--recipe", "debug", "--rounds", "0"], "at least 1"),
-        (["--record", "debug", "--seeds", "0"], "at least 1"),
-        (["--record", "debug", "--json", "/no/such/folder/x.json"], "there is no folder"),
-        (["--record", "debug", "--sweep", "batch_size=8,16"], "neither a --sweep nor --inference"),
-        (["--record", "debug", "--inference"], "neither a --sweep nor --inference"),
-        (["--record", "debug", "--plot", "x.png"], "--plot draws a --sweep"),
-        (["--recipe", "debug", "--note"], "--note is of --record"),
+        (["--time-to-accuracy", "debug", "--seeds", "0"], "at least 1"),
+        (["--time-to-accuracy", "debug", "--json", "/no/such/folder/x.json"], "there is no folder"),
+        (["--time-to-accuracy", "debug", "--sweep", "batch_size=8,16"], "neither a --sweep nor --inference"),
+        (["--time-to-accuracy", "debug", "--inference"], "neither a --sweep nor --inference"),
+        (["--time-to-accuracy", "debug", "--plot", "x.png"], "--plot draws a --sweep"),
+        (["--recipe", "debug", "--note"], "--note is of --time-to-accuracy"),
         (["--recipe", "debug", "batch_size=513"], "but 512 training images"),
         (["--recipe", "plus_8k"], "distill.from"),
         (["--floors", "no_such.json"], "no_such.json"),
@@ -255,7 +256,7 @@ def test_two_processes_are_one_group(tmp_path):
     ],
 )
 def test_what_cannot_be_measured_is_refused_at_once(words, message, capsys):
-    assert run_door(lambda: benchmark.main(words)) == 2
+    assert run_command(lambda: benchmark.main(words)) == 2
     assert message in capsys.readouterr().err
 
 
@@ -310,7 +311,7 @@ def test_a_loader_s_elastic_warps_are_as_large_as_the_trainer_s(sigma):
     task = task_of("data.augment.elastic=1.4", f"data.augment.elastic_sigma={sigma}")
     [elastic] = [
         each
-        for each in peers._PerImage(task.recipe, task.dataset.train)._transform.transforms
+        for each in frameworks._PerImage(task.recipe, task.dataset.train)._transform.transforms
         if isinstance(each, transforms.ElasticTransform)
     ]
     torch.manual_seed(0)
@@ -392,7 +393,7 @@ def test_the_report_has_every_part_and_ends_well(tmp_path):
         assert (tmp_path / "out" / f"speed_{recipe}.json").is_file()
     for word in (
         "tests/engine/test_cuda_graph.py",
-        "--record configs/speed/mnist_99.yaml --seeds 30",
+        "--time-to-accuracy configs/speed/mnist_99.yaml --seeds 30",
         "--inference",
         "doctor",
     ):
@@ -402,7 +403,7 @@ def test_the_report_has_every_part_and_ends_well(tmp_path):
 
 
 def test_a_part_that_fails_stops_nothing_and_is_named(tmp_path):
-    done = report(tmp_path, "--rehearse", "out", fails="--record")
+    done = report(tmp_path, "--rehearse", "out", fails="--time-to-accuracy")
     assert done.returncode == 1
     summary = (tmp_path / "out" / "summary.txt").read_text()
     assert summary.count("FAILED") == 4 and "4 part(s) failed" in summary

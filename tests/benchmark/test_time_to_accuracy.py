@@ -7,8 +7,9 @@ import pytest
 from mnist_dist import load_recipe, train
 from mnist_dist.benchmark import __main__ as benchmark
 from mnist_dist.benchmark import time_to_accuracy as record
-from mnist_dist.cli import run_door
-from mnist_dist.recipe.file import RecipeError, bundled_recipes
+from mnist_dist.cli import run_command
+from mnist_dist.errors import RecipeError
+from mnist_dist.recipe.file import bundled_recipes
 
 WORDS = ("data.dataset=synthetic", "data.limit_train=700", "data.limit_test=200", "mixed_precision=no", "epochs=2")
 
@@ -57,11 +58,11 @@ def test_less_than_a_batch_of_images_is_measured_too():
 
 
 def test_a_training_that_breaks_off_is_no_figure(small_reference, monkeypatch, capsys):
-    words = ["--record", "speed/mnist_99", "--seeds", "1", *WORDS]
-    assert run_door(lambda: benchmark.main([*words, "schedule.max_lr=1e30"])) == 1
+    words = ["--time-to-accuracy", "speed/mnist_99", "--seeds", "1", *WORDS]
+    assert run_command(lambda: benchmark.main([*words, "schedule.max_lr=1e30"])) == 1
     assert "is not finite" in capsys.readouterr().err
     monkeypatch.setattr(record, "fit", lambda *arguments: False)
-    assert run_door(lambda: benchmark.main(words)) == 1
+    assert run_command(lambda: benchmark.main(words)) == 1
     assert "asked to stop while measuring" in capsys.readouterr().err
 
 
@@ -76,7 +77,7 @@ def test_an_optimizer_that_does_not_begin_with_zeros_is_refused(optimizer):
 def test_the_figures_go_into_the_recipe_s_head(small_reference, tmp_path):
     path = tmp_path / "fast.yaml"
     path.write_text(bundled_recipes()["speed/mnist_99"].read_text(encoding="utf-8"), encoding="utf-8")
-    words = ["--record", str(path), "--seeds", "1", "--note", *WORDS, "max_steps=3"]
+    words = ["--time-to-accuracy", str(path), "--seeds", "1", "--note", *WORDS, "max_steps=3"]
     assert benchmark.main(words) == 0
     [line] = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("# measured:")]
     assert " % in " in line and "n = 1, cpu" in line
@@ -84,6 +85,6 @@ def test_the_figures_go_into_the_recipe_s_head(small_reference, tmp_path):
 
 def test_a_record_is_of_one_process(monkeypatch):
     two = SimpleNamespace(state=SimpleNamespace(num_processes=2))
-    monkeypatch.setattr(record.Task, "prepare", lambda recipe: two)
+    monkeypatch.setattr(record.BenchmarkSetup, "prepare", lambda recipe: two)
     with pytest.raises(RecipeError, match="one process"):
         record.measure(load_recipe("speed/mnist_99"), 1)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mnist_dist.cli import run_door
+from mnist_dist.cli import run_command
 from mnist_dist.compare import __main__ as compare
 from mnist_dist.run.reader import RunReader
 from mnist_dist.tracking import JSONLReader
@@ -163,7 +163,7 @@ def test_a_damaged_run_is_a_row_with_its_status(tmp_path, file, content, status)
 def test_only_finished_runs_are_kept_and_written(tmp_path, capsys):
     write_run(tmp_path / "runs" / "running", status="running")
     words = [str(tmp_path / "runs"), "--no-html", "--keep", str(tmp_path / "kept.jsonl")]
-    assert run_door(lambda: compare.main(words)) == 2
+    assert run_command(lambda: compare.main(words)) == 2
     assert "nothing to write" in capsys.readouterr().err
     write_run(tmp_path / "runs" / "done")
     assert compare.main(words) == 0
@@ -201,19 +201,19 @@ def test_only_what_is_new_is_parsed(tmp_path, monkeypatch):
 def test_what_is_no_kept_summary_is_refused(tmp_path, capsys, content):
     path = tmp_path / "kept.jsonl"
     path.write_bytes(content.encode(errors="surrogatepass"))
-    assert run_door(lambda: compare.main([str(path)])) == 2
+    assert run_command(lambda: compare.main([str(path)])) == 2
     assert "not a file of kept summaries" in capsys.readouterr().err
 
 
 def test_what_is_no_run_is_refused(tmp_path, capsys):
-    assert run_door(lambda: compare.main([str(tmp_path)])) == 2
+    assert run_command(lambda: compare.main([str(tmp_path)])) == 2
     assert "not a run folder" in capsys.readouterr().err
-    assert run_door(lambda: compare.main([str(tmp_path / "nowhere")])) == 2
+    assert run_command(lambda: compare.main([str(tmp_path / "nowhere")])) == 2
     assert "no such file or folder" in capsys.readouterr().err
 
 
 def test_a_file_that_cannot_be_written_is_refused(tmp_path, capsys):
     write_run(tmp_path / "run")
     for words in (["--html", str(tmp_path)], ["--html", ""], ["--html", str(tmp_path / "no" / "page.html")]):
-        assert run_door(lambda words=words: compare.main([str(tmp_path / "run"), *words])) == 2
+        assert run_command(lambda words=words: compare.main([str(tmp_path / "run"), *words])) == 2
         assert "Traceback" not in capsys.readouterr().err

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from mnist_dist import load_recipe, train
-from mnist_dist.cli import run_door
+from mnist_dist.cli import run_command
 from mnist_dist.compare import __main__ as compare
 from mnist_dist.compare.live import LiveServer
 from mnist_dist.compare.page import POINTS, Page, curves, embedded, render
@@ -359,7 +359,7 @@ def test_a_port_that_is_taken_is_refused(runs, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         for words in (str(port), "99999"):
-            assert run_door(lambda words=words: compare.main([str(runs), "--live", "--port", words])) == 2
+            assert run_command(lambda words=words: compare.main([str(runs), "--live", "--port", words])) == 2
             assert f"port {words}" in capsys.readouterr().err
 
 

@@ -17,8 +17,8 @@ from torch import nn
 from mnist_dist import load_run
 from mnist_dist.distributed.fsdp import _callable_children
 from mnist_dist.distributed.launcher import check_size
+from mnist_dist.errors import RecipeError
 from mnist_dist.models import build_model
-from mnist_dist.recipe.file import RecipeError
 
 
 def launch(world_size: int, run_dir: Path, *words: str) -> list[dict]:

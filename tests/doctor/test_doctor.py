@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
-from mnist_dist.cli import run_door
+from mnist_dist.cli import run_command
 from mnist_dist.doctor import __main__ as doctor
 from mnist_dist.doctor import measurements as probes
 from mnist_dist.doctor import ranks
@@ -176,7 +176,7 @@ def test_weights_that_differ_after_training_are_a_warning():
 
 def examine(tmp_path: Path, *words: str) -> tuple[int, list[dict]]:
     """Exit code and rows of a whole examination."""
-    code = run_door(lambda: doctor.main(["--run-dir", str(tmp_path / "a" / "runs"), *words]))
+    code = run_command(lambda: doctor.main(["--run-dir", str(tmp_path / "a" / "runs"), *words]))
     file = tmp_path / "health.json"
     return code, json.loads(file.read_text())["checks"] if file.is_file() else []
 
@@ -250,7 +250,7 @@ def test_a_check_that_hangs_is_a_row_and_the_process_ends(tmp_path, monkeypatch,
 )
 def test_a_bad_command_line_is_refused(words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert run_door(lambda: doctor.main(words)) == 2
+    assert run_command(lambda: doctor.main(words)) == 2
     assert "command line" in capsys.readouterr().err
 
 
@@ -314,7 +314,7 @@ def launch(
         f"ranks.LIMIT = {limit}\n"
         "if os.environ['RANK'] == '1':\n"
         + textwrap.indent(textwrap.dedent(fault).strip() or "pass", "    ")
-        + "\nsys.exit(doctor.run_door(doctor.main))\n"
+        + "\nsys.exit(doctor.run_command(doctor.main))\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     command += ["--run-dir", str(tmp_path / "runs"), "--json", str(tmp_path / "health.json")]

@@ -157,7 +157,7 @@ def assert_equal(found: Update, expected: Update) -> None:
 @pytest.fixture
 def on_device(monkeypatch):
     """Gradients are judged as on a GPU, without asking."""
-    monkeypatch.setattr(step, "judges_on_device", lambda optimizer, accelerator: True)
+    monkeypatch.setattr(step, "guards_on_device", lambda optimizer, accelerator: True)
 
 
 def recorded(steps: int = 1) -> CapturedStep:
@@ -292,7 +292,7 @@ def test_a_network_that_cannot_be_recorded_trains_eagerly_and_says_so_once(on_de
 def test_what_cannot_be_captured_is_said_before(words, reason):
     optimizer = torch.optim.SGD([torch.zeros(1)], fused=True)
     usual = {"world_size": 1, "moves_momentum": False, "scaler": False, "shards": False, "compile_mode": False}
-    found = capture.why_not(**({"device": torch.device("cuda"), "optimizer": optimizer} | usual | words))
+    found = capture.capture_obstacle(**({"device": torch.device("cuda"), "optimizer": optimizer} | usual | words))
     assert (found is None) if reason is None else (reason in found)
 
 

@@ -16,13 +16,13 @@ import torch
 from PIL import Image
 
 from mnist_dist import build_model, load_recipe, load_run, train
-from mnist_dist.cli import RunError, run_door
+from mnist_dist.cli import run_command
 from mnist_dist.data import load_dataset, normalize
 from mnist_dist.engine.checkpoint import save_weights
+from mnist_dist.errors import RecipeError, RunError
 from mnist_dist.export import __main__ as export
 from mnist_dist.export import page as draw_page
 from mnist_dist.predict import read_picture
-from mnist_dist.recipe.file import RecipeError
 
 CHROMIUM = Path("/usr/bin/chromium")
 QUIET = ["tracking.wandb.mode=disabled", "engine.channels_last=false"]
@@ -153,7 +153,7 @@ def test_a_file_that_answers_otherwise_is_never_left(run_dir, tmp_path, monkeypa
     monkeypatch.setattr(export, "_session", unfaithful)
     (tmp_path / "file").write_text("an older file")
     words = [str(run_dir), "--format", "onnx", "--output", str(tmp_path / "file")]
-    assert run_door(lambda: export.main(words)) == 1
+    assert run_command(lambda: export.main(words)) == 1
     error = capsys.readouterr().err
     assert "onnx answers 3 of 1,024 test images otherwise" in error and "  image 7: " in error  # batches of 500
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

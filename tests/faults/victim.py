@@ -21,12 +21,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mnist_dist.cli import run_door
+from mnist_dist.cli import run_command
 from mnist_dist.distributed.signals import Interrupts
 from mnist_dist.engine import checkpoint
 from mnist_dist.engine.train_step import Update
-from mnist_dist.run.build import Parts, Progress
-from mnist_dist.run.checkpointing import Keeper
+from mnist_dist.run.build import Progress, TrainingComponents
+from mnist_dist.run.checkpointing import Checkpointer
 from mnist_dist.tracking import JSONLTracker
 
 train = importlib.import_module("mnist_dist.train")  # by this name the package gives the function
@@ -143,9 +143,9 @@ def main() -> int:
         victim.gate(Path, name, lambda path, target: target)
     victim.gate(JSONLTracker, "log", lambda tracker, *rest: tracker.path)
     victim.during("step", Update, "__call__")
-    victim.during("evaluation", Parts, "judge")
+    victim.during("evaluation", TrainingComponents, "judge")
     for name in ("checkpoint", "best", "last"):
-        victim.during("saving", Keeper, name)
+        victim.during("saving", Checkpointer, name)
 
     # "start" ends where the handlers of signals stand, "ending" begins where they are gone.
     fit, update, enter, leave = train.fit, Update.__call__, Interrupts.__enter__, Interrupts.__exit__
@@ -170,7 +170,7 @@ def main() -> int:
         leave(interrupts, *error)
 
     train.fit, Update.__call__, Interrupts.__enter__, Interrupts.__exit__ = fitted, updated, entered, left
-    return run_door(train.main)
+    return run_command(train.main)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
 from mnist_dist import load_recipe, load_run, train
-from mnist_dist.recipe.file import RecipeError
+from mnist_dist.errors import RecipeError
 from mnist_dist.run.build import check_world
 from mnist_dist.train import main
 

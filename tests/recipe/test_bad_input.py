@@ -21,8 +21,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import mnist_dist
-from mnist_dist.cli import run_door
-from mnist_dist.recipe.file import RecipeError
+from mnist_dist.cli import run_command
+from mnist_dist.errors import RecipeError
 from mnist_dist.recipe.schema import Recipe, load_recipe
 from mnist_dist.train import main
 
@@ -74,7 +74,7 @@ def refused(tmp_path, monkeypatch, capsys):
 
     def call(*argv: str) -> str:
         before = tree(tmp_path)
-        code = run_door(lambda: main([str(word) for word in argv]))
+        code = run_command(lambda: main([str(word) for word in argv]))
         out, err = capsys.readouterr()
         assert code == 2, err
         assert out == ""

@@ -16,10 +16,9 @@ import torch
 from torch import nn
 
 from mnist_dist import load_recipe, load_run, train
-from mnist_dist.cli import RunError
 from mnist_dist.distributed.signals import Interrupts
 from mnist_dist.engine.checkpoint import list_checkpoints, load_checkpoint
-from mnist_dist.recipe.file import RecipeError
+from mnist_dist.errors import RecipeError, RunError
 
 WORDS = ["data.dataset=synthetic", "data.limit_train=320", "data.limit_test=50", "batch_size=64", "log_every=1"]
 WORDS += ["epochs=2", "tracking.wandb.mode=disabled"]
@@ -78,7 +77,7 @@ def judge(request, monkeypatch) -> list[str]:
     if request.param == "device":
         from mnist_dist.engine import train_step as module
 
-        monkeypatch.setattr(module, "judges_on_device", lambda optimizer, accelerator: True)
+        monkeypatch.setattr(module, "guards_on_device", lambda optimizer, accelerator: True)
     return ["ema_decay=0.9", *(["log_every=4"] if request.param == "device" else [])]
 
 
@@ -202,7 +201,7 @@ def test_a_second_signal_ends_at_once_but_an_echo_of_the_first_does_not(accelera
 
 HANGS = """
 import os, signal, sys, time
-from mnist_dist.cli import run_door
+from mnist_dist.cli import run_command
 from mnist_dist.engine.train_step import Update
 from mnist_dist.train import main
 
@@ -213,7 +212,7 @@ def patience(self, plan, rows):
         os.kill(os.getpid(), signal.SIGSTOP) if sys.argv[1] == "frozen" else time.sleep(600)
     return inputs(self, plan, rows)
 Update.inputs = patience
-sys.exit(run_door(lambda: main(sys.argv[2:])))
+sys.exit(run_command(lambda: main(sys.argv[2:])))
 """
 
 

@@ -15,7 +15,7 @@ from mnist_dist import load_recipe, train
 from mnist_dist.data import images as datasets
 from mnist_dist.engine.checkpoint import load_weights
 from mnist_dist.engine.train_step import Update
-from mnist_dist.recipe.file import RecipeError
+from mnist_dist.errors import RecipeError
 from tests.distributed.test_worlds import launch
 
 FROZEN = ["stem.*", "residual1.*"]

@@ -14,8 +14,8 @@ from accelerate import PartialState
 from mnist_dist import load_recipe, load_run, train
 from mnist_dist.distributed.signals import PREEMPTED
 from mnist_dist.engine.checkpoint import load_checkpoint, save_checkpoint
-from mnist_dist.recipe.file import RecipeError
-from mnist_dist.run.checkpointing import Keeper, load_newest
+from mnist_dist.errors import RecipeError
+from mnist_dist.run.checkpointing import Checkpointer, load_newest
 from mnist_dist.run.folder import RunFolder
 from mnist_dist.tracking import JSONLTracker
 from tests.faults.training import STEPS, command, finish, start, wait_for_step
@@ -73,8 +73,8 @@ def test_the_minutes_to_the_next_checkpoint_count_from_the_resume(tmp_path, monk
     state["parts"]["meter"]["train_seconds"] = 3600.0  # as if it had taken long
     save_checkpoint(tmp_path / "old" / "checkpoints", 4, state, keep=1)
     due: list[bool] = []
-    is_due = Keeper.is_due
-    monkeypatch.setattr(Keeper, "is_due", lambda keep, logged: due.append(is_due(keep, logged)) or due[-1])
+    is_due = Checkpointer.is_due
+    monkeypatch.setattr(Checkpointer, "is_due", lambda keep, logged: due.append(is_due(keep, logged)) or due[-1])
     by_time = recipe.checkpoint.model_copy(update={"every_steps": None, "every_minutes": 5.0})
     train(recipe.model_copy(update={"checkpoint": by_time}), tmp_path / "second", resume=str(tmp_path / "old"))
     assert due == [False] * 4

@@ -1,0 +1,45 @@
+"""`mnist-dist COMMAND …` and `python -m mnist_dist COMMAND …`: lists the commands and starts one."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+
+from mnist_dist.cli import COMMANDS, parse, run_command
+from mnist_dist.errors import Problem, RecipeError, did_you_mean
+
+
+def usage() -> str:
+    """Returns the list of commands, a line each."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {description}" for name, (description, *_) in COMMANDS.items()]
+    return "\n".join(["usage: mnist-dist COMMAND …", "", *lines, "", "mnist-dist COMMAND --help explains one of them."])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Starts the command that the first argument names. Returns its exit code.
+
+    Raises:
+        RecipeError: there is no such command, or its arguments are wrong.
+    """
+    command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if command in ("--help", "-h", "help"):
+        print(usage())
+        return 0
+    if command not in COMMANDS:
+        what = f"unknown command{did_you_mean(command, COMMANDS) or '; known: ' + ', '.join(COMMANDS)}"
+        raise RecipeError([Problem("command line", command, what, "unknown")])
+    parse(command, rest)  # answers --help and a mistyped argument before torch is imported
+    name = f"mnist_dist.{command}"
+    is_package = (spec := find_spec(name)) is not None and spec.submodule_search_locations is not None
+    return import_module(f"{name}.__main__" if is_package else name).main(rest)
+
+
+def entry_point() -> int:
+    """The console script `mnist-dist`."""
+    return run_command(main)
+
+
+if __name__ == "__main__":
+    sys.exit(entry_point())

@@ -1,0 +1,66 @@
+"""Errors that a user can act on. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import difflib
+import textwrap
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal[
+    "unknown",  # a key or a name that does not exist
+    "missing",  # a required key, file, folder or package is absent
+    "type",  # a value of the wrong type
+    "range",  # a value outside its range
+    "syntax",  # text that cannot be parsed
+    "conflict",  # two settings, or a setting and the data, exclude each other
+    "unsupported",  # this device, launcher or number of processes cannot do it
+    "damaged",  # a file whose content is broken or of another format
+    "unwritable",  # a path that cannot be written
+    "exists",  # a run that would be overwritten
+    "world",  # another number of processes than expected
+    "model",  # a network that cannot be built, run or trained
+    "usage",  # command-line arguments that do not fit together
+]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake of the user: where it is, which recipe key or option it concerns, and what to do."""
+
+    where: str
+    """File and line, "command line", "the launcher", or a path."""
+    key: str
+    """Dotted recipe key or command-line option; empty if none."""
+    message: str
+    kind: Kind = "usage"
+
+    def __str__(self) -> str:
+        head = f"{self.where}: {self.key}" if self.key else self.where
+        return f"  {head}\n{textwrap.indent(self.message, ' ' * 6)}"
+
+
+class RecipeError(ValueError):
+    """Raised before anything is trained or written. Its text is the complete screen for the user; exit code 2."""
+
+    def __init__(self, problems: list[Problem]):
+        self.problems = problems
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        super().__init__("\n".join([f"{count}; nothing was done:", *map(str, problems)]))
+
+
+class RunError(Exception):
+    """Raised when a run that has started cannot continue. The message is for the user; exit code 1."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Returns "; did you mean 'x'?" with up to two similar known words, or an empty string."""
+    spelled = {each.lower(): each for each in known}
+    similar = difflib.get_close_matches(word.lower(), spelled, n=2)
+    return f"; did you mean {' or '.join(repr(spelled[each]) for each in similar)}?" if similar else ""
+
+
+def unknown_key(key: str, known: Iterable[str]) -> str:
+    """Returns the message for a key that is not among the known ones."""
+    return "unknown key" + (did_you_mean(key, known) or "; known: " + ", ".join(known))
