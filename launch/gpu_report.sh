@@ -64,7 +64,7 @@ part() {
 }
 
 part machine 30 bash -c 'nvidia-smi || lscpu
-    python -c "from mnist_dist.run.folder import git_commit, versions; print(git_commit(), versions())"'
+    python -c "from mnist_dist.run.provenance import git_commit, versions; print(git_commit(), versions())"'
 part correctness 90 python -m pytest tests/engine/test_cuda_graph.py tests/engine/test_train_step.py -n 0 -q
 for recipe in ms_ran model_v1_onecycle; do
     part "inference_$recipe" 45 python -m mnist_dist.benchmark --recipe "$recipe" --inference --batches "$batches" \

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from mnist_dist.explain import get_feature_maps
     from mnist_dist.models import build_model
     from mnist_dist.predict import predict_digit
-    from mnist_dist.recipe.schema import load_recipe
-    from mnist_dist.run.folder import load_run
+    from mnist_dist.recipe.loading import load_recipe
+    from mnist_dist.run.reader import load_run
     from mnist_dist.train import train
 
 __version__ = "0.1.0"
@@ -29,8 +29,8 @@ def __getattr__(name: str) -> Any:
     homes = {
         "build_model": "models",
         "get_feature_maps": "explain",
-        "load_recipe": "recipe.schema",
-        "load_run": "run.folder",
+        "load_recipe": "recipe.loading",
+        "load_run": "run.reader",
         "predict_digit": "predict",
         "train": "train",
     }

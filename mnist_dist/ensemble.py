@@ -23,8 +23,8 @@ from rich.table import Table
 from mnist_dist.distributed.launcher import launched_world
 from mnist_dist.engine.evaluation import Evaluation, score
 from mnist_dist.errors import Problem, RecipeError
-from mnist_dist.evaluate import calibration_error, evaluate_run, read_data, report, write_report
-from mnist_dist.run.folder import Run, open_run
+from mnist_dist.run.evaluation import calibration_error, evaluate_run, read_data, report, write_report
+from mnist_dist.run.reader import Run, open_run
 from mnist_dist.run.tables import table_console
 
 

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from mnist_dist.data.augment import normalize
+from mnist_dist.data.pictures import read_picture
 from mnist_dist.engine.evaluation import evaluating
 from mnist_dist.errors import Problem, RecipeError, did_you_mean
-from mnist_dist.predict import predict, read_picture
-from mnist_dist.run.folder import Run, open_run
+from mnist_dist.run.prediction import predict
+from mnist_dist.run.reader import Run, open_run
 from mnist_dist.run.tables import printable
 
 MOST_LAYERS = 6

@@ -22,26 +22,27 @@ from accelerate.utils import broadcast_object_list
 from rich.table import Table
 
 from mnist_dist.data import Images
-from mnist_dist.distributed.launcher import check_size, choose_threads, launched_world, run_on_all_ranks
+from mnist_dist.distributed.collectives import run_on_all_ranks
+from mnist_dist.distributed.devices import choose_threads
+from mnist_dist.distributed.launcher import check_size, launched_world
 from mnist_dist.distributed.signals import PREEMPTED, Interrupts
 from mnist_dist.distributed.watchdog import Watchdog
 from mnist_dist.engine.evaluation import Interrupted
-from mnist_dist.engine.optimizers import set_rates
+from mnist_dist.engine.files import write_text
+from mnist_dist.engine.schedules import set_rates
 from mnist_dist.models import build_model, count_parameters
 from mnist_dist.recipe.file import bundled_recipes, recipe_notes
-from mnist_dist.recipe.schema import Recipe, load_recipe
-from mnist_dist.run.build import Progress, TrainingComponents, build_components, build_module, check_world, load_data
-from mnist_dist.run.checkpointing import (
-    Checkpointer,
-    adopt,
-    find_checkpoint,
-    has_checkpoint,
-    holds_checkpoint,
-    load_newest,
-)
-from mnist_dist.run.folder import RunFolder, git_commit, versions, write_text
+from mnist_dist.recipe.loading import load_recipe
+from mnist_dist.recipe.schema import Recipe
+from mnist_dist.run.build import build_components, check_world, load_data
+from mnist_dist.run.checkpointing import Checkpointer
+from mnist_dist.run.components import Progress, TrainingComponents
+from mnist_dist.run.folder import RunFolder
+from mnist_dist.run.model_setup import build_module
 from mnist_dist.run.model_summary import summarize_model
 from mnist_dist.run.pretrained import load_initial_weights, load_teachers
+from mnist_dist.run.provenance import git_commit, versions
+from mnist_dist.run.resume import adopt, find_checkpoint, has_checkpoint, holds_checkpoint, load_newest
 from mnist_dist.run.summary import close_trackers, open_trackers, summarize, write_outputs
 from mnist_dist.run.tables import table_console
 from mnist_dist.tracking import WandbTracker, find_tracker

@@ -8,7 +8,8 @@ from torch import nn
 
 from mnist_dist import load_recipe, load_run, train
 from mnist_dist.errors import RecipeError
-from mnist_dist.evaluate import calibration_error, evaluate, main
+from mnist_dist.evaluate import evaluate, main
+from mnist_dist.run.evaluation import calibration_error
 
 WORDS = ["data.limit_train=640", "data.limit_test=203", "epochs=2", "tracking.wandb.mode=disabled"]
 

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from mnist_dist import load_recipe, train
-from mnist_dist.predict import _newest_run, main, predict_digit, read_picture
+from mnist_dist.data.pictures import read_picture
+from mnist_dist.predict import _newest_run, main, predict_digit
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,9 @@ from mnist_dist import load_recipe, load_run, train
 from mnist_dist.distributed.launcher import launched_world
 from mnist_dist.engine.evaluation import evaluate
 from mnist_dist.evaluate import evaluate as judge_run_folder
-from mnist_dist.run.build import build_components, build_module, load_data
+from mnist_dist.run.build import build_components, load_data
 from mnist_dist.run.folder import RunFolder
+from mnist_dist.run.model_setup import build_module
 from mnist_dist.tracking import ConsoleTracker, JSONLTracker
 
 TINY = [

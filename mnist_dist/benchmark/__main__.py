@@ -46,10 +46,13 @@ from mnist_dist.benchmark.report import OURS, circumstances, floors, table_of, t
 from mnist_dist.distributed.launcher import launched_world
 from mnist_dist.errors import Problem, RecipeError, RunError
 from mnist_dist.recipe.file import find_recipe
-from mnist_dist.recipe.schema import Recipe, load_recipe
-from mnist_dist.run.build import Progress, TrainingComponents, build_components, build_module
+from mnist_dist.recipe.loading import load_recipe
+from mnist_dist.recipe.schema import Recipe
+from mnist_dist.run.build import build_components
 from mnist_dist.run.checkpointing import Checkpointer
+from mnist_dist.run.components import Progress, TrainingComponents
 from mnist_dist.run.folder import RunFolder
+from mnist_dist.run.model_setup import build_module
 from mnist_dist.run.summary import close_trackers, open_trackers
 from mnist_dist.run.tables import table_console
 from mnist_dist.train import fit

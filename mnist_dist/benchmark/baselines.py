@@ -24,13 +24,16 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from mnist_dist.data import Dataset
-from mnist_dist.distributed.launcher import check_size, choose_threads, device_name, launched_world, run_on_all_ranks
+from mnist_dist.distributed.collectives import run_on_all_ranks
+from mnist_dist.distributed.devices import choose_threads, device_name
+from mnist_dist.distributed.launcher import check_size, launched_world
 from mnist_dist.engine.cuda_graph import WARM_UP_STEPS, capture_cuda_graph
 from mnist_dist.engine.optimizers import build_optimizer
 from mnist_dist.errors import Problem, RecipeError
 from mnist_dist.recipe.schema import Recipe
-from mnist_dist.run.build import build_module, check_world, load_data, to_device
-from mnist_dist.run.folder import git_commit, versions
+from mnist_dist.run.build import check_world, load_data
+from mnist_dist.run.model_setup import build_module, to_device
+from mnist_dist.run.provenance import git_commit, versions
 
 PRECISIONS = {"no": "fp32", "bf16": "bf16"}
 Step = Callable[..., object]

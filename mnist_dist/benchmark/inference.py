@@ -17,7 +17,7 @@ from torch import Tensor
 from mnist_dist.benchmark.baselines import PRECISIONS, BenchmarkSetup, captured, fastest_kernels, median_and_range
 from mnist_dist.errors import Problem, RecipeError
 from mnist_dist.recipe.schema import Recipe
-from mnist_dist.run.build import build_module
+from mnist_dist.run.model_setup import build_module
 
 Answer = Callable[[], object]
 HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnxruntime", "onnxscript"))

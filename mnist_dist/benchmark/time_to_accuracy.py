@@ -26,7 +26,9 @@ from mnist_dist.errors import Problem, RecipeError, RunError
 from mnist_dist.models import count_parameters
 from mnist_dist.recipe.file import note_measured
 from mnist_dist.recipe.schema import Recipe
-from mnist_dist.run.build import Progress, TrainingComponents, build_components, build_module
+from mnist_dist.run.build import build_components
+from mnist_dist.run.components import Progress, TrainingComponents
+from mnist_dist.run.model_setup import build_module
 from mnist_dist.train import fit
 
 SAVES_NOTHING: Any = SimpleNamespace(

@@ -2,7 +2,8 @@
 
 from mnist_dist.data.augment import Augmentation, normalize
 from mnist_dist.data.batches import Batches, EpochPlan, derive_seed
-from mnist_dist.data.images import DATASETS, Dataset, Images, load_dataset
+from mnist_dist.data.images import Dataset, Images
+from mnist_dist.data.sources import DATASETS, load_dataset
 
 __all__ = [
     "DATASETS",

@@ -3,6 +3,8 @@
 # No `from __future__ import annotations`: DistributedDataParallel compares a hook's annotations with classes.
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -14,12 +16,42 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import (
     fp16_compress_hook,
 )
 
-from mnist_dist.engine.metrics import GradientClock
+
+class GradientClock:
+    """How long this process waits for the others: from the last of its own gradients to the end of the backward pass.
+
+    Data parallel sends gradients while later ones are computed; what is left when the last is there is pure waiting.
+    By the host's clock, so on a GPU, whose work the host does not wait for, it stays 0.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._arrival: float | None = None
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether all of this process's gradients are there and those of others are not; for another thread to ask."""
+        return self._arrival is not None
+
+    def arrived(self) -> None:
+        """The last of this process's gradients is there."""
+        self._arrival = time.perf_counter()
+
+    @contextmanager
+    def backward(self) -> Iterator[None]:
+        """Around whatever ends when the others' gradients are there."""
+        yield
+        if self._arrival is not None:
+            self.seconds += time.perf_counter() - self._arrival
+            self._arrival = None
+
 
 HOOKS = {"none": allreduce_hook, "bf16": bf16_compress_hook, "fp16": fp16_compress_hook}
 
+
 AWAKE_SECONDS = 0.01
 """So long a process waits for the others without falling asleep; who is later than that is not late by chance."""
+
 
 YIELD = getattr(os, "sched_yield", lambda: time.sleep(0))  # Windows has no such call
 

@@ -8,22 +8,15 @@ from __future__ import annotations
 
 import itertools
 import os
-import platform
-import re
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import psutil
 import torch
 from accelerate import PartialState
 from accelerate.commands.config.config_args import default_config_file
-from accelerate.utils import gather_object, parse_flag_from_env
+from accelerate.utils import parse_flag_from_env
 
 from mnist_dist.errors import Problem, RecipeError
-
-T = TypeVar("T")
 
 
 def launched_world() -> PartialState:
@@ -31,19 +24,6 @@ def launched_world() -> PartialState:
     # Accelerator reads this variable itself, PartialState alone does not: two CPU processes would be two worlds of one.
     # Apple's GPUs know no float64, in which the meter sums: a Mac trains on its CPU.
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or torch.backends.mps.is_available())
-
-
-def run_on_all_ranks(state: PartialState, action: Callable[[], T]) -> T:
-    """Runs `action` on every process; where one meets a user's error, all raise it and none is left waiting."""
-    result, problems = None, None
-    try:
-        result = action()
-    except RecipeError as error:
-        problems = error.problems
-    found = next((each for each in gather_object([problems]) if each), None)
-    if found:
-        raise RecipeError(found)
-    return result  # type: ignore[return-value]  # it is None only where a problem was raised
 
 
 def check_size(state: PartialState, expected: int | None = None) -> None:
@@ -74,7 +54,7 @@ def check_size(state: PartialState, expected: int | None = None) -> None:
 
 def _launcher_was_asked_for() -> tuple[int | None, str]:
     """How many processes a launcher was told to start, and who says so; None where it cannot be known."""
-    words = _launcher_words()
+    words = launcher_words()
     for word, following in itertools.pairwise([*words, ""]):
         name, _, value = word.partition("=")
         number = value or following
@@ -93,20 +73,20 @@ def _launcher_was_asked_for() -> tuple[int | None, str]:
     return None, ""
 
 
-def _launcher_words() -> list[str]:
+def launcher_words() -> list[str]:
     """The command line of `accelerate launch`, our parent process, up to our own module; [] without it."""
-    if not _launched_by_accelerate():
+    if not launched_by_accelerate():
         return []
-    words = _proc(os.getppid(), "cmdline")
+    words = read_proc(os.getppid(), "cmdline")
     ours = next((place for place, word in enumerate(words) if word.startswith("mnist_dist")), len(words))
     return words[:ours]
 
 
-def _launched_by_accelerate() -> bool:
+def launched_by_accelerate() -> bool:
     return "ACCELERATE_MIXED_PRECISION" in os.environ
 
 
-def _proc(pid: int, what: str) -> list[str]:
+def read_proc(pid: int, what: str) -> list[str]:
     """A process's `cmdline` or `environ` as Linux shows it; [] elsewhere, or where it is not ours to read."""
     try:
         return Path(f"/proc/{pid}/{what}").read_text(encoding="utf-8", errors="replace").split("\0")
@@ -117,13 +97,13 @@ def _proc(pid: int, what: str) -> list[str]:
 def launch_settings() -> dict[str, str]:
     """What the launcher brought into the run, to be printed and recorded: itself, its variables, a cached file."""
     settings = {"launcher": "python"}
-    if _launched_by_accelerate():
+    if launched_by_accelerate():
         settings["launcher"] = "accelerate launch"
     elif "TORCHELASTIC_RUN_ID" in os.environ:
         settings["launcher"] = "torchrun"
     elif "SLURM_STEP_ID" in os.environ:
         settings["launcher"] = "srun"
-    words = _launcher_words()
+    words = launcher_words()
     files = [after for word, after in itertools.pairwise(words) if word in ("--config_file", "--config-file")]
     if words and not files and Path(default_config_file).is_file():
         files = [default_config_file]
@@ -168,45 +148,3 @@ def check_engine() -> None:
         known = "use launch/accelerate/multi_gpu.yaml or fsdp2.yaml"
         what = f"{source} asks for {', '.join(asked)}, which this trainer does not know; {known}"
         raise RecipeError([Problem("the launcher", "", what)])
-
-
-def choose_threads(state: PartialState) -> None:
-    """Gives each CPU process its share of this machine's cores, unless somebody chose OMP_NUM_THREADS.
-
-    `accelerate launch` and torchrun set it to 1 when nobody did, which on a CPU halves the speed of two cores and
-    wastes sixty-three of sixty-four. Whether somebody did shows in the launcher's own environment.
-    """
-    if state.device.type != "cpu":
-        return
-    launched = _launched_by_accelerate() or "TORCHELASTIC_RUN_ID" in os.environ
-    launchers_own = (
-        {entry.partition("=")[0] for entry in _proc(os.getppid(), "environ")} if launched else set(os.environ)
-    )
-    if "OMP_NUM_THREADS" in launchers_own or any("num_cpu_threads" in word for word in _launcher_words()):
-        return
-    mine = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    cores = min(mine, psutil.cpu_count(logical=False) or mine)
-    torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))))
-
-
-def count_nodes(state: PartialState) -> int:
-    """Machines in the world; asks all processes."""
-    return sum(gather_object([state.is_local_main_process]))
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's own name, or the CPU's with its threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return str(device)
-    threads = torch.get_num_threads()
-    return f"cpu ({processor()}, {threads} thread{'s'[: threads > 1]})"
-
-
-def processor() -> str:
-    """What the CPU calls itself, short of its trademarks: "AMD EPYC"; its architecture where it does not say."""
-    information = Path("/proc/cpuinfo")
-    text = information.read_text(encoding="utf-8") if information.is_file() else ""
-    found = re.search(r"(?m)^model name\s*:\s*(.+)$", text)
-    return re.sub(r"\s*(\((R|TM)\)|CPU.*|@.*|Processor)", "", found[1]).strip() if found else platform.machine()

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from mnist_dist.engine.metrics import GradientClock
+from mnist_dist.distributed.gradients import GradientClock
 
 
 class LogicalShards:

@@ -16,7 +16,7 @@ from typing import Any
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from mnist_dist.engine.metrics import GradientClock
+from mnist_dist.distributed.gradients import GradientClock
 
 PATIENCE_IN_STEPS = 10
 """A step may take so many times the longest one before, however short the limit."""

@@ -23,9 +23,12 @@ from torch import Tensor, nn
 
 from mnist_dist.data import Batches, Dataset, load_dataset
 from mnist_dist.doctor.ranks import Ranks
-from mnist_dist.engine.optimizers import build_optimizer, set_rates
-from mnist_dist.recipe.schema import Recipe, load_recipe
-from mnist_dist.run.build import build_components, build_module, set_kernels, to_device
+from mnist_dist.engine.optimizers import build_optimizer
+from mnist_dist.engine.schedules import set_rates
+from mnist_dist.recipe.loading import load_recipe
+from mnist_dist.recipe.schema import Recipe
+from mnist_dist.run.build import build_components, set_kernels
+from mnist_dist.run.model_setup import build_module, to_device
 
 # --- the machine --------------------------------------------------------------------------------------------------
 

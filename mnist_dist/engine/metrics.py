@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import psutil
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+
+from mnist_dist.distributed.gradients import GradientClock
 
 
 class Meter:
@@ -117,32 +117,3 @@ class Meter:
             sums = torch.cat([sums.sum(dim=0, keepdim=True), torch.zeros(world_size - 1, 3, dtype=torch.float64)])
         self._sums.copy_(sums[rank])
         self._epoch_sums, self.train_seconds = state["epoch_sums"], state["train_seconds"]
-
-
-class GradientClock:
-    """How long this process waits for the others: from the last of its own gradients to the end of the backward pass.
-
-    Data parallel sends gradients while later ones are computed; what is left when the last is there is pure waiting.
-    By the host's clock, so on a GPU, whose work the host does not wait for, it stays 0.
-    """
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self._arrival: float | None = None
-
-    @property
-    def is_waiting(self) -> bool:
-        """Whether all of this process's gradients are there and those of others are not; for another thread to ask."""
-        return self._arrival is not None
-
-    def arrived(self) -> None:
-        """The last of this process's gradients is there."""
-        self._arrival = time.perf_counter()
-
-    @contextmanager
-    def backward(self) -> Iterator[None]:
-        """Around whatever ends when the others' gradients are there."""
-        yield
-        if self._arrival is not None:
-            self.seconds += time.perf_counter() - self._arrival
-            self._arrival = None

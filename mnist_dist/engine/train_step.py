@@ -14,12 +14,13 @@ from torch.optim import Optimizer
 
 from mnist_dist.data import Batches, EpochPlan, Images, derive_seed
 from mnist_dist.distributed.fsdp import gathered, unshard
+from mnist_dist.distributed.gradients import GradientClock
 from mnist_dist.distributed.logical_shards import LogicalShards
 from mnist_dist.engine.cuda_graph import CapturedStep
 from mnist_dist.engine.distillation import Distillation
+from mnist_dist.engine.ema import MovingAverage
 from mnist_dist.engine.evaluation import evaluating
-from mnist_dist.engine.metrics import GradientClock, Meter
-from mnist_dist.engine.optimizers import MovingAverage
+from mnist_dist.engine.metrics import Meter
 
 
 class NotFinite(Exception):

@@ -10,7 +10,8 @@ from mnist_dist.data import Images
 from mnist_dist.engine.checkpoint import load_weights
 from mnist_dist.errors import RecipeError
 from mnist_dist.recipe.schema import Recipe
-from mnist_dist.run.folder import Run, RunFolder, load_run
+from mnist_dist.run.folder import RunFolder
+from mnist_dist.run.reader import Run, load_run
 
 
 def load_initial_weights(recipe: Recipe, module: nn.Module) -> list[str]:

@@ -8,12 +8,21 @@ import os
 import time
 from collections.abc import Hashable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mnist_dist.errors import RecipeError
+from torch import nn
+
+from mnist_dist.engine.checkpoint import load_weights
+from mnist_dist.errors import Problem, RecipeError
+from mnist_dist.models import build_model
+from mnist_dist.recipe.changes import HARMLESS_KEYS, flatten
 from mnist_dist.recipe.file import read_recipe
-from mnist_dist.run.folder import HARMLESS_KEYS, RunFolder, flatten
+from mnist_dist.recipe.loading import load_recipe
+from mnist_dist.recipe.schema import Recipe
+from mnist_dist.run.folder import RunFolder
 from mnist_dist.run.tables import printable
 from mnist_dist.tracking import JSONLReader
 
@@ -138,3 +147,75 @@ def _duration(seconds: float) -> str:
         if seconds > 2 * size:
             return f"{seconds / size:.0f} {unit}"
     return f"{seconds / 60:.0f} min"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished (or unfinished) run read back from its folder."""
+
+    folder: RunFolder
+    weights: str
+    """"best" or "last"."""
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        return load_recipe(self.folder.recipe)
+
+    @cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        return [json.loads(line) for line in self.folder.metrics.read_text(encoding="utf-8").splitlines()]
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        return json.loads(self.folder.summary.read_text(encoding="utf-8"))
+
+    @cached_property
+    def about(self) -> dict[str, Any]:
+        """What the weights file says of itself: model, its keywords, classes, mean and std of the data."""
+        return load_weights(self.folder.path / f"{self.weights}.safetensors")[1]
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The trained network in eval mode on the CPU; takes normalised float32 (N, 1, 28, 28).
+
+        Raises:
+            OSError, ValueError: no whole weights there, or its class is no longer the one that was trained.
+        """
+        tensors, about = load_weights(self.folder.path / f"{self.weights}.safetensors")
+        try:
+            module = build_model(about["model"], num_classes=len(about["classes"]), **about["keywords"])
+            module.load_state_dict(tensors)
+        except Exception as error:  # a user's own class may fail in any way
+            why = " ".join(str(error).split())
+            raise ValueError(f"{about['model']} cannot be built with its weights: {why}") from error
+        return module.eval()
+
+
+def load_run(folder: str | Path, weights: str = "best") -> Run:
+    """Opens a run folder.
+
+    Args:
+        weights: "best" (the document's way) or "last".
+
+    Raises:
+        FileNotFoundError: no run folder there.
+    """
+    run = Run(RunFolder(Path(folder)), weights)
+    if not run.folder.recipe.is_file():
+        raise FileNotFoundError(f"{folder} is not a run folder: it has no recipe.yaml")
+    return run
+
+
+def open_run(folder: str | Path, weights: str) -> Run:
+    """`load_run` for a command: with the network read.
+
+    Raises:
+        RecipeError: no run folder there, or no whole weights in it.
+    """
+    try:
+        run = load_run(folder, weights)
+        _ = run.model
+    except (OSError, ValueError) as error:
+        raise RecipeError([Problem(str(folder), "", str(error))]) from error
+    return run

@@ -8,12 +8,16 @@ from typing import Any
 import torch
 
 from mnist_dist.data import Batches, Dataset, Images
-from mnist_dist.distributed.launcher import count_nodes, device_name, launch_settings
+from mnist_dist.distributed.collectives import count_nodes
+from mnist_dist.distributed.devices import device_name
+from mnist_dist.distributed.launcher import launch_settings
 from mnist_dist.engine.evaluation import Evaluation
+from mnist_dist.engine.files import write_text
 from mnist_dist.models import count_parameters
 from mnist_dist.recipe.schema import Recipe
-from mnist_dist.run.build import Progress, TrainingComponents
-from mnist_dist.run.folder import RunFolder, load_run, write_text
+from mnist_dist.run.components import Progress, TrainingComponents
+from mnist_dist.run.folder import RunFolder
+from mnist_dist.run.reader import load_run
 from mnist_dist.tracking import ConsoleTracker, JSONLTracker, WandbTracker, find_tracker, resolve_mode
 
 

@@ -24,7 +24,7 @@ from mnist_dist.benchmark import sweep_plot as speed_plot
 from mnist_dist.benchmark.baselines import BenchmarkSetup, TimedLoop
 from mnist_dist.cli import run_command
 from mnist_dist.errors import RunError
-from mnist_dist.recipe.schema import load_recipe
+from mnist_dist.recipe.loading import load_recipe
 
 ROOT = Path(__file__).parents[2]
 LOADERS = [frameworks.plain_loader, frameworks.accelerate_loader, frameworks.lightning_loader]

@@ -12,7 +12,8 @@ import torchvision
 from torch import Tensor
 
 from mnist_dist.data import DATASETS, Dataset, Images, load_dataset
-from mnist_dist.data.images import grey_level_statistics, read_idx
+from mnist_dist.data.images import grey_level_statistics
+from mnist_dist.data.sources.mnist import read_idx
 
 TRAIN, TEST = 30, 12
 MNIST_LIKE = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}

@@ -26,7 +26,7 @@ from mnist_dist.cli import run_command
 from mnist_dist.doctor import __main__ as doctor
 from mnist_dist.doctor import measurements as probes
 from mnist_dist.doctor import ranks
-from mnist_dist.doctor.__main__ import FAIL, NOTE, OK, SLOW, WARN, Finding
+from mnist_dist.doctor.checks import FAIL, NOTE, OK, SLOW, WARN, Finding
 
 NOWHERE = "http://127.0.0.1:9"
 CHECKS = [

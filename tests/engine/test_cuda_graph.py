@@ -21,8 +21,10 @@ from mnist_dist.engine import cuda_graph as capture
 from mnist_dist.engine import train_step as step
 from mnist_dist.engine.cuda_graph import WARM_UP_STEPS, CapturedStep
 from mnist_dist.engine.distillation import Distillation
+from mnist_dist.engine.ema import MovingAverage
 from mnist_dist.engine.metrics import Meter
-from mnist_dist.engine.optimizers import MovingAverage, build_optimizer, build_schedule, set_rates
+from mnist_dist.engine.optimizers import build_optimizer
+from mnist_dist.engine.schedules import build_schedule, set_rates
 from mnist_dist.engine.train_step import NotFinite, Update
 from mnist_dist.models import build_model
 

@@ -15,7 +15,7 @@ from mnist_dist import build_model, load_recipe, load_run, train
 from mnist_dist.data import images as datasets
 from mnist_dist.engine.distillation import Distillation
 from mnist_dist.errors import RecipeError
-from mnist_dist.run.folder import describe_changes
+from mnist_dist.recipe.changes import describe_changes
 from tests.distributed.test_worlds import launch, relative_deviations
 from tests.engine.test_train_step import DATA, PretendedProcess, gradient, lenet, make_update, weights
 

@@ -8,16 +8,8 @@ import pytest
 import torch
 from torch.optim import SGD, Adam, Optimizer, lr_scheduler
 
-from mnist_dist.engine.optimizers import (
-    OPTIMIZERS,
-    SCHEDULES,
-    Schedule,
-    build_optimizer,
-    build_schedule,
-    default_lr,
-    fill_momentum,
-    set_rates,
-)
+from mnist_dist.engine.optimizers import OPTIMIZERS, build_optimizer, default_lr, fill_momentum
+from mnist_dist.engine.schedules import SCHEDULES, Schedule, build_schedule, set_rates
 
 LR, STEPS_PER_EPOCH, EPOCHS = 0.05, 7, 12
 TOTAL_STEPS = STEPS_PER_EPOCH * EPOCHS

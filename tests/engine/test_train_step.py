@@ -11,13 +11,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from mnist_dist.data import Augmentation, Batches, EpochPlan, Images
+from mnist_dist.engine.ema import MovingAverage
 from mnist_dist.engine.metrics import Meter
-from mnist_dist.engine.optimizers import MovingAverage, build_optimizer, fill_momentum
+from mnist_dist.engine.optimizers import build_optimizer, fill_momentum
 from mnist_dist.engine.train_step import NotFinite, Update
 from mnist_dist.models import build_model
 from mnist_dist.models.layers import Dropout
-from mnist_dist.recipe.schema import load_recipe
-from mnist_dist.run.build import _smallest_piece
+from mnist_dist.recipe.loading import load_recipe
+from mnist_dist.run.model_setup import _smallest_piece
 
 NUM_SAMPLES, BATCH_SIZE = 80, 32  # batches of 32, 32 and 16
 

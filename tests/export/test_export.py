@@ -18,11 +18,11 @@ from PIL import Image
 from mnist_dist import build_model, load_recipe, load_run, train
 from mnist_dist.cli import run_command
 from mnist_dist.data import load_dataset, normalize
+from mnist_dist.data.pictures import read_picture
 from mnist_dist.engine.checkpoint import save_weights
 from mnist_dist.errors import RecipeError, RunError
 from mnist_dist.export import __main__ as export
 from mnist_dist.export import page as draw_page
-from mnist_dist.predict import read_picture
 
 CHROMIUM = Path("/usr/bin/chromium")
 QUIET = ["tracking.wandb.mode=disabled", "engine.channels_last=false"]

@@ -25,8 +25,8 @@ from mnist_dist.cli import run_command
 from mnist_dist.distributed.signals import Interrupts
 from mnist_dist.engine import checkpoint
 from mnist_dist.engine.train_step import Update
-from mnist_dist.run.build import Progress, TrainingComponents
 from mnist_dist.run.checkpointing import Checkpointer
+from mnist_dist.run.components import Progress, TrainingComponents
 from mnist_dist.tracking import JSONLTracker
 
 train = importlib.import_module("mnist_dist.train")  # by this name the package gives the function

@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 import mnist_dist
 from mnist_dist.cli import run_command
 from mnist_dist.errors import RecipeError
-from mnist_dist.recipe.schema import Recipe, load_recipe
+from mnist_dist.recipe.loading import load_recipe
+from mnist_dist.recipe.schema import Recipe
 from mnist_dist.train import main
 
 GOOD = """\

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from mnist_dist.engine import optimizers as optim
 from mnist_dist.errors import RecipeError
+from mnist_dist.recipe.changes import describe_changes
 from mnist_dist.recipe.file import bundled_recipes, find_recipe, recipe_notes
-from mnist_dist.recipe.schema import Recipe, load_recipe
-from mnist_dist.run.folder import describe_changes
+from mnist_dist.recipe.loading import load_recipe
+from mnist_dist.recipe.schema import Recipe
 
 MODEL = "model: {name: lenet5}\n"
 

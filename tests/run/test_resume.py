@@ -15,8 +15,9 @@ from mnist_dist import load_recipe, load_run, train
 from mnist_dist.distributed.signals import PREEMPTED
 from mnist_dist.engine.checkpoint import load_checkpoint, save_checkpoint
 from mnist_dist.errors import RecipeError
-from mnist_dist.run.checkpointing import Checkpointer, load_newest
+from mnist_dist.run.checkpointing import Checkpointer
 from mnist_dist.run.folder import RunFolder
+from mnist_dist.run.resume import load_newest
 from mnist_dist.tracking import JSONLTracker
 from tests.faults.training import STEPS, command, finish, start, wait_for_step
 

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 import yaml
 
-from mnist_dist import sweep
 from mnist_dist.cli import run_command
 from mnist_dist.distributed.signals import PREEMPTED
 from mnist_dist.errors import RecipeError
+from mnist_dist.sweep import __main__ as sweep
 from mnist_dist.train import main as train_main
 
-LAUNCH = Path(__file__).parents[1] / "launch"
+LAUNCH = Path(__file__).parents[2] / "launch"
 WORDS = ["data.dataset=synthetic", "data.limit_train=128", "data.limit_test=50", "epochs=1", "batch_size=64"]
 WORDS += ["tracking.wandb.mode=disabled"]
 SWEEP = """\

@@ -1,0 +1,248 @@
+"""Learning rate schedules as pure functions of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+
+def set_rates(optimizer: Optimizer, schedule: Schedule, step: int) -> None:
+    """Gives every parameter group the learning rate, and the momentum where the schedule has one, of `step`."""
+    lr, momentum = schedule.lr_at(step), schedule.momentum_at(step) if schedule.momentum_at else None
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)  # where a captured step reads it
+        else:
+            group["lr"] = lr
+        if momentum is not None and "betas" in group:
+            group["betas"] = (momentum, *group["betas"][1:])
+        elif momentum is not None:
+            group["momentum"] = momentum
+
+
+# --- schedules ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Span:
+    """What a schedule is laid over: `lr` of the optimizer (None: not given) and the run's length in steps."""
+
+    lr: float | None
+    steps_per_epoch: int
+    total_steps: int
+
+    @property
+    def epochs(self) -> float:
+        return self.total_steps / self.steps_per_epoch
+
+    def epoch_of(self, step: int, interval: str) -> float:
+        """Epochs completed before `step`: whole ones, or with the fraction for a rate that moves with every step."""
+        return step / self.steps_per_epoch if interval == "step" else step // self.steps_per_epoch
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """`lr_at(step)` for the update that starts after `step` updates. `observe(loss)` hears of every evaluation."""
+
+    lr_at: Callable[[int], float]
+    momentum_at: Callable[[int], float] | None = None
+    observe: Callable[[float], None] = lambda loss: None
+    state_dict: Callable[[], dict[str, Any]] = dict
+    load_state_dict: Callable[[dict[str, Any]], None] = lambda state: None
+
+
+Interval = Literal["epoch", "step"]
+
+
+Annealing = Literal["cos", "linear"]
+
+
+def constant(span: Span) -> Schedule:
+    lr = _require_lr(span)
+    return Schedule(lambda step: lr)
+
+
+def step(span: Span, *, step_size: int, gamma: float = 0.1) -> Schedule:
+    """StepLR: times `gamma` every `step_size` epochs."""
+    lr = _require_lr(span)
+    _require(step_size >= 1, f"step_size is a number of epochs, at least 1, not {step_size}")
+    _require(gamma >= 0, f"gamma is a factor, at least 0, not {gamma}")
+    return Schedule(lambda step: lr * gamma ** (step // span.steps_per_epoch // step_size))
+
+
+def cosine(span: Span, *, T_max: float | None = None, eta_min: float = 0.0, interval: Interval = "epoch") -> Schedule:
+    """CosineAnnealingLR: half a cosine from `lr` to `eta_min` over `T_max` epochs (None: the whole run)."""
+    lr, period = _require_lr(span), span.epochs if T_max is None else T_max
+    _require(period > 0, f"T_max is a number of epochs above 0, not {T_max}")
+    _require(eta_min >= 0, f"eta_min is a learning rate, at least 0, not {eta_min}")
+
+    _require_one_of("interval", interval, Interval)
+
+    def lr_at(step: int) -> float:
+        return eta_min + (lr - eta_min) * (1 + math.cos(math.pi * span.epoch_of(step, interval) / period)) / 2
+
+    return Schedule(lr_at)
+
+
+def linear(
+    span: Span,
+    *,
+    start_factor: float = 1 / 3,
+    end_factor: float = 1.0,
+    total_iters: float = 5,
+    interval: Interval = "epoch",
+) -> Schedule:
+    """LinearLR: the factor on `lr` goes from `start_factor` to `end_factor` over `total_iters` epochs, then stays."""
+    lr = _require_lr(span)
+    _require(0 < start_factor <= 1, f"start_factor is above 0 and at most 1, not {start_factor}")
+    _require(0 <= end_factor <= 1, f"end_factor is 0 to 1, not {end_factor}")
+    _require(total_iters > 0, f"total_iters is a number of epochs above 0, not {total_iters}")
+
+    _require_one_of("interval", interval, Interval)
+
+    def lr_at(step: int) -> float:
+        done = min(span.epoch_of(step, interval) / total_iters, 1.0)
+        return lr * (start_factor + (end_factor - start_factor) * done)
+
+    return Schedule(lr_at)
+
+
+def onecycle(
+    span: Span,
+    *,
+    max_lr: float,
+    pct_start: float = 0.3,
+    anneal_strategy: Annealing = "cos",
+    cycle_momentum: bool = True,
+    base_momentum: float = 0.85,
+    max_momentum: float = 0.95,
+    div_factor: float = 25.0,
+    final_div_factor: float = 1e4,
+    three_phase: bool = False,
+) -> Schedule:
+    """OneCycleLR over the whole run (Smith and Topin, arXiv 1708.07120), one move a step.
+
+    The first step's rate is `max_lr / div_factor`, or `optimizer.lr` where that is given; the last step's is
+    the first's divided by `final_div_factor`.
+    """
+    _require(max_lr > 0, f"max_lr is above 0, not {max_lr}")
+    _require(div_factor > 0, f"div_factor is above 0, not {div_factor}")
+    _require(final_div_factor > 0, f"final_div_factor is above 0, not {final_div_factor}")
+    _require(0 <= pct_start <= 1, f"pct_start is a share of the run, 0 to 1, not {pct_start}")
+    _require(not three_phase or pct_start <= 0.5, f"pct_start is at most 0.5 with three_phase, not {pct_start}")
+    _require(0 <= base_momentum < 1, f"base_momentum is at least 0 and below 1, not {base_momentum}")
+    _require(0 <= max_momentum < 1, f"max_momentum is at least 0 and below 1, not {max_momentum}")
+    _require_one_of("anneal_strategy", anneal_strategy, Annealing)
+    first = max_lr / div_factor if span.lr is None else span.lr
+    last, end = first / final_div_factor, span.total_steps - 1
+    # Each phase: the step at which it ends, and the values it goes between.
+    if three_phase:
+        phases = [
+            (pct_start * span.total_steps - 1, (first, max_lr), (max_momentum, base_momentum)),
+            (2 * pct_start * span.total_steps - 2, (max_lr, first), (base_momentum, max_momentum)),
+            (end, (first, last), (max_momentum, max_momentum)),
+        ]
+    else:
+        phases = [
+            (pct_start * span.total_steps - 1, (first, max_lr), (max_momentum, base_momentum)),
+            (end, (max_lr, last), (base_momentum, max_momentum)),
+        ]
+
+    def value_at(step: int, which: int) -> float:
+        start = 0.0
+        for phase_end, *values in phases:
+            if step <= phase_end or phase_end == end:
+                done = (step - start) / (phase_end - start) if phase_end > start else 1.0
+                low, high = values[which]
+                if anneal_strategy == "cos":
+                    return high + (low - high) / 2 * (1 + math.cos(math.pi * done))
+                return low + (high - low) * done
+            start = phase_end
+        raise AssertionError("the last phase ends with the run")
+
+    return Schedule(lambda step: value_at(step, 0), (lambda step: value_at(step, 1)) if cycle_momentum else None)
+
+
+def plateau(
+    span: Span,
+    *,
+    factor: float = 0.1,
+    patience: int = 10,
+    threshold: float = 1e-4,
+    threshold_mode: Literal["rel", "abs"] = "rel",
+    cooldown: int = 0,
+    min_lr: float = 0.0,
+    eps: float = 1e-8,
+) -> Schedule:
+    """ReduceLROnPlateau on the evaluation loss: PyTorch's own scheduler on a stand-in parameter keeps the count."""
+    _require(0 < factor < 1, f"factor is above 0 and below 1, not {factor}")
+    _require(patience >= 0, f"patience is a number of evaluations, at least 0, not {patience}")
+    stand_in = torch.optim.SGD([torch.zeros(1)], lr=_require_lr(span))
+    scheduler = ReduceLROnPlateau(
+        stand_in,
+        factor=factor,
+        patience=patience,
+        threshold=threshold,
+        threshold_mode=threshold_mode,
+        cooldown=cooldown,
+        min_lr=min_lr,
+        eps=eps,
+    )
+    group = stand_in.param_groups[0]
+
+    counts = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
+
+    def load_state_dict(state: dict[str, Any]) -> None:
+        """Takes up the counts; all else is the recipe's, which a resume may have changed."""
+        if state:  # else the run began with another schedule
+            vars(scheduler).update(state["counts"])
+            group["lr"] = state["lr"] * (span.lr / state["of"])
+
+    return Schedule(
+        lr_at=lambda step: group["lr"],
+        observe=scheduler.step,
+        state_dict=lambda: {"counts": {key: vars(scheduler)[key] for key in counts}, "lr": group["lr"], "of": span.lr},
+        load_state_dict=load_state_dict,
+    )
+
+
+SCHEDULES: dict[str, Callable[..., Schedule]] = {
+    "constant": constant,
+    "step": step,
+    "cosine": cosine,
+    "onecycle": onecycle,
+    "plateau": plateau,
+    "linear": linear,
+}
+
+
+def build_schedule(name: str, *, lr: float | None, steps_per_epoch: int, total_steps: int, **keywords: Any) -> Schedule:
+    """Builds schedule `name` over a run of `total_steps` updates.
+
+    Raises:
+        ValueError: unknown name, or a value out of range.
+    """
+    if name not in SCHEDULES:
+        raise ValueError(f"unknown schedule {name!r}; known: {', '.join(SCHEDULES)}")
+    return SCHEDULES[name](Span(lr, steps_per_epoch, total_steps), **keywords)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _require_one_of(name: str, value: str, choices: Any) -> None:
+    _require(value in get_args(choices), f"{name} is {' or '.join(get_args(choices))}, not {value!r}")
+
+
+def _require_lr(span: Span) -> float:
+    _require(span.lr is not None, "this schedule needs optimizer.lr")
+    assert span.lr is not None
+    return span.lr

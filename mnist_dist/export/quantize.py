@@ -1,0 +1,121 @@
+"""int8 files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from mnist_dist.errors import RunError
+from mnist_dist.export.onnx import onnx_session, slim_onnx
+from mnist_dist.export.verify import Form
+
+LARGEST_LOSS = 0.1
+"""Points of accuracy by which an int8 file may differ from the network, to either side."""
+
+
+LARGEST_SHARE = 0.35
+"""Of the fp32 ONNX file's size, that an int8 file may have."""
+
+
+CALIBRATION_IMAGES = 512
+
+
+# --- int8 ---------------------------------------------------------------------------------------------------------
+
+
+def quantize(fp32: Path, made: Path, images: Tensor, network: Form, measure: Callable[..., Form]) -> Form:
+    """Writes the first int8 file that is exact and small enough, those with most arithmetic in int8 first.
+
+    The choice looks at the test set, as the promise about accuracy does. Calibration looks at `images` of the training
+    set, uint8 (N, 1, 28, 28), only.
+    """
+    import onnx
+    import onnxruntime
+    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+
+    onnxruntime.set_default_logger_severity(3)  # errors: calibration opens sessions of its own
+    size, tried = fp32.stat().st_size, []
+    approaches: dict[str, dict[str, Any] | int] = {
+        "static, QDQ": {},
+        "static, QDQ, percentiles": {"calibrate_method": CalibrationMethod.Percentile},
+        "static, QDQ, 7-bit weights": {"reduce_range": True},
+        # One node where QDQ has three; its kernels want unsigned activations.
+        "static, QOperator": {"quant_format": QuantFormat.QOperator, "activation_type": QuantType.QUInt8},
+        "weights only": 0,
+        "weights only, small layers fp32": 128,
+    }
+    for name, settings in approaches.items():
+        model = onnx.load(fp32)
+        try:
+            if isinstance(settings, int):
+                _quantize_weights(model, smallest=settings)
+            else:
+                quantize_static(model, made, _Calibration(images), per_channel=True, **settings)
+                model = onnx.load(made)
+            slim_onnx(model)
+            onnx.save(model, made)
+            form = measure(f"onnx-int8 ({name})", made, onnx_session(made))
+        except Exception as error:  # a user's own network may fail in any way; another approach may do
+            tried.append(f"{name}: {type(error).__name__}: {error}".splitlines()[0])
+            continue
+        if abs(form.accuracy - network.accuracy) <= LARGEST_LOSS + 1e-9 and form.size <= LARGEST_SHARE * size:
+            return form
+        tried.append(f"{name}: {form.accuracy:.2f} %, {form.size:,} bytes ({form.size / size:.1%} of fp32)")
+    asked = f"{network.accuracy:.2f} ± {LARGEST_LOSS} % in {LARGEST_SHARE:.0%} of fp32's {size:,} bytes"
+    raise RunError("\n  ".join([f"no int8 file reaches {asked}; nothing was written. Tried:", *tried]))
+
+
+class _Calibration:
+    """Evenly spaced images, one at a time, as onnxruntime's calibration asks for them."""
+
+    def __init__(self, images: Tensor) -> None:
+        spaced = images[:: max(1, len(images) // CALIBRATION_IMAGES)][:CALIBRATION_IMAGES]
+        self.rest = iter(spaced.numpy()[:, None])
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        image = next(self.rest, None)
+        return None if image is None else {"images": image}
+
+
+def _quantize_weights(model: Any, *, smallest: int) -> None:
+    """Keeps float tensors of two dimensions or more as int8 with a scale per row; the arithmetic stays fp32.
+
+    Tensors of fewer than `smallest` elements stay as they are.
+    """
+    import onnx
+
+    tensors, nodes = [], []
+    for tensor in model.graph.initializer:
+        values = onnx.numpy_helper.to_array(tensor)
+        if values.dtype != np.float32 or values.ndim < 2 or values.size < smallest:
+            tensors.append(tensor)
+            continue
+        integers, scales = _as_int8(values.reshape(len(values), -1))
+        names = [f"{tensor.name}/integers", f"{tensor.name}/scales"]
+        tensors += map(onnx.numpy_helper.from_array, (integers.reshape(values.shape), scales), names)
+        nodes.append(onnx.helper.make_node("DequantizeLinear", names, [tensor.name], axis=0))
+    nodes += model.graph.node
+    del model.graph.initializer[:], model.graph.node[:]
+    model.graph.initializer.extend(tensors)
+    model.graph.node.extend(nodes)
+
+
+def _as_int8(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """float32 (R, C) -> int8 (R, C) and float32 (R,), whose product has each row's least squared error.
+
+    Of the ranges tried: 0.6 to 1 of the row's largest value. Cutting that one off may be the smaller error.
+    """
+    largest = np.maximum(np.abs(rows).max(axis=1), np.finfo(np.float32).tiny * 127)
+    best = np.full(len(rows), np.inf)
+    integers, scales = np.zeros(rows.shape, np.int8), np.zeros(len(rows), np.float32)
+    for share in np.linspace(1, 0.6, 41, dtype=np.float32):
+        steps = share * largest / 127
+        tried = np.rint(rows / steps[:, None]).clip(-127, 127)
+        errors = np.square(tried * steps[:, None] - rows).sum(axis=1)
+        better = errors < best
+        best[better], integers[better], scales[better] = errors[better], tried[better], steps[better]
+    return integers, scales
