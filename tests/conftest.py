@@ -1,7 +1,8 @@
-"""What several test modules need."""
+"""Fixtures for all tests, and the marker of each test."""
 
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -9,17 +10,39 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-# Tests run beside one another on few cores: threads that wait for each other would be most of the time.
+# Several tests run at once on few cores: waiting threads would take most of the time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-os.environ["WANDB_MODE"] = "offline"
-# On any machine the tests are of the CPU; those of a GPU ask for the fixture of that name.
+# A test of W&B sets its own mode.
+os.environ["WANDB_MODE"] = "disabled"
+# Tests use the CPU on every machine; a test for GPUs requests the fixture `gpu`.
 os.environ["ACCELERATE_USE_CPU"] = "true"
+
+MARKED_FOLDERS = {"launch": "launch", "faults": "faults"}
+"""Folder below tests/ -> marker of its tests."""
+MARKED_FIXTURES = {"mnist_root": "mnist", "gpu": "gpu", "browser": "browser"}
+"""Fixture -> marker of the tests that request it."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Adds the markers, so that `pytest -m "not launch"` selects by folder and by fixture."""
+    for item in items:
+        folders = {part for part in item.path.relative_to(Path(__file__).parent).parts if part in MARKED_FOLDERS}
+        fixtures = MARKED_FIXTURES.keys() & set(getattr(item, "fixturenames", ()))
+        for name in {MARKED_FOLDERS[folder] for folder in folders} | {MARKED_FIXTURES[each] for each in fixtures}:
+            item.add_marker(name)
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves the pictures of a run out: they take longer than the run. A test of pictures is marked `pictures`."""
+    if request.node.get_closest_marker("pictures") is None:
+        monkeypatch.setattr("mnist_dist.run.summary._draw", lambda *arguments: None)
 
 
 @pytest.fixture
 def accelerator() -> Iterator[Accelerator]:
-    """A fresh one, alone on the CPU: Accelerate keeps its state between tests, with another's device and precision."""
+    """A new Accelerator on the CPU, alone. Accelerate keeps the device and precision of an earlier test otherwise."""
     AcceleratorState._reset_state(reset_partial_state=True)
     yield Accelerator(cpu=True)
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -27,9 +50,9 @@ def accelerator() -> Iterator[Accelerator]:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
-    """The first GPU, which Accelerate takes as long as the test lasts."""
+    """The first CUDA GPU, which Accelerate uses during the test."""
     if not torch.cuda.is_available():
-        pytest.skip("there is no CUDA GPU to record a graph on")
+        pytest.skip("no CUDA GPU on this machine")
     monkeypatch.delenv("ACCELERATE_USE_CPU")
     AcceleratorState._reset_state(reset_partial_state=True)
     yield torch.device("cuda", 0)
@@ -38,10 +61,40 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
 
 @pytest.fixture(scope="session")
 def mnist_root() -> Path:
-    """The folder that holds MNIST/raw whole: $MNIST_DIST_DATA or ./data."""
+    """The folder that holds all files of MNIST/raw: $MNIST_DIST_DATA or ./data."""
     stems = [f"{part}-{what}-ubyte" for part in ("train", "t10k") for what in ("images-idx3", "labels-idx1")]
     roots = [Path(root) for root in (os.environ.get("MNIST_DIST_DATA"), "data") if root]
     for root in roots:
         if all(list((root / "MNIST" / "raw").glob(f"{stem}*")) for stem in stems):
             return root.absolute()
-    pytest.skip(f"MNIST is not at hand: no whole MNIST/raw in {' or '.join(map(str, roots))} (set MNIST_DIST_DATA)")
+    pytest.skip(f"MNIST is not on this machine: not found in {' or '.join(map(str, roots))} (set MNIST_DIST_DATA)")
+
+
+@pytest.fixture(scope="session")
+def _finished_debug_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from mnist_dist import load_recipe, train
+
+    folder = tmp_path_factory.mktemp("debug") / "run"
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(load_recipe("debug", "tracking.plots=false", "tracking.wandb.mode=disabled"), folder)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return folder
+
+
+@pytest.fixture
+def debug_run(_finished_debug_run: Path, tmp_path: Path) -> Path:
+    """A copy of a finished run of the recipe `debug` (synthetic data), trained once per test session."""
+    return shutil.copytree(_finished_debug_run, tmp_path / "debug_run")
+
+
+@pytest.fixture
+def refused() -> Callable[[Callable[[], object]], list[tuple[str, str]]]:
+    """Calls an action that must raise RecipeError; returns (key, kind) of each problem."""
+    from mnist_dist.errors import RecipeError
+
+    def call(action: Callable[[], object]) -> list[tuple[str, str]]:
+        with pytest.raises(RecipeError) as found:
+            action()
+        return [(problem.key, problem.kind) for problem in found.value.problems]
+
+    return call

@@ -181,6 +181,8 @@ class WandbSection(Section):
 
 
 class TrackingSection(Section):
+    plots: bool = True
+    """Draw the pictures of the run folder's `plots/` when the run ends."""
     wandb: WandbSection = WandbSection()
 
 

@@ -135,7 +135,8 @@ def write_outputs(
             run = load_run(folder.path, which)
             about = run.about | {"accuracy": summary[f"eval.{which}.accuracy"], "split": summary["eval.split"]}
             wandb.log_weights([folder.recipe, folder.path / f"{which}.safetensors"], which, about)
-    _draw(folder, recipe.name, components.batches, dataset, test, summary["eval.split"])
+    if recipe.tracking.plots:
+        _draw(folder, recipe.name, components.batches, dataset, test, summary["eval.split"])
     best = f"best {summary['eval.best.accuracy']:.2f} % at epoch {summary['eval.best.epoch']:g}"
     last = f"{summary['eval.split']} accuracy {summary['eval.last.accuracy']:.2f} % at the last epoch"
     console.message(f"done in {summary['train_seconds']:.1f} s: {last}, {best}")

@@ -1,0 +1,340 @@
+"""Starts Python processes for tests in milliseconds instead of seconds.
+
+A server process imports torch and this package once and is forked for every process that a test starts: each child has
+its own session, environment, working directory and standard streams, as `subprocess` would give it. Use `popen` and
+`run` as their namesakes in `subprocess`; `run_ranks` starts one process per rank, as torchrun does on one machine.
+A test of a launcher, or of what happens before torch is imported, uses `subprocess` itself.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# --- the server ---------------------------------------------------------------------------------------------------
+
+
+def serve(address: str) -> None:
+    """Forks a child for every request. Returns only in a child, which then runs the request's program."""
+    import accelerate  # noqa: F401
+    import torch
+
+    torch.set_num_threads(1)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address)
+    listener.listen(64)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the monitors
+    parent = os.getppid()
+    while True:
+        if not select.select([listener], [], [], 5)[0]:
+            if os.getppid() != parent:  # the test process is gone
+                os._exit(0)
+            continue
+        connection, _ = listener.accept()
+        if os.fork():
+            connection.close()
+            continue
+        listener.close()
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        message, streams, _, _ = socket.recv_fds(connection, 1 << 20, 3)
+        while not message.endswith(b"\n"):
+            message += connection.recv(1 << 20)
+        request = json.loads(message)
+        child = os.fork()
+        if not child:
+            connection.close()
+            become(request, streams)
+            return
+        for stream in streams:
+            os.close(stream)
+        with suppress(OSError):
+            connection.sendall(f"{child}\n".encode())
+        _, status = os.waitpid(child, 0)
+        with suppress(OSError):
+            connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+        os._exit(0)
+
+
+def become(request: dict[str, Any], streams: list[int]) -> None:
+    """Gives this process the streams, environment, working directory and arguments of the request."""
+    os.setsid()
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(request["env"])
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    sys.stdin, sys.stdout, sys.stderr = (open(n, mode) for n, mode in ((0, "r"), (1, "w"), (2, "w")))  # noqa: SIM115
+    sys.stderr.reconfigure(line_buffering=True)
+    sys.argv = request["argv"]
+    import random
+
+    import torch
+
+    random.seed()
+    torch.set_num_threads(int(request["env"].get("OMP_NUM_THREADS", os.cpu_count() or 1)))
+
+
+def run_program(argv: list[str]) -> None:
+    """Runs `-m MODULE …`, `-c SOURCE …` or `SCRIPT …` as the Python interpreter would."""
+    import runpy
+
+    sys.argv = argv
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[:] = [*filter(None, paths), *(path for path in sys.path if path not in ("", *paths))]
+    if argv[0] == "-m":
+        sys.path.insert(0, os.getcwd())
+        sys.argv = argv[1:]
+        runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+    elif argv[0] == "-c":
+        sys.path.insert(0, "")
+        sys.argv = ["-c", *argv[2:]]
+        exec(compile(argv[1], "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        sys.path.insert(0, str(Path(argv[0]).resolve().parent))
+        runpy.run_path(argv[0], run_name="__main__")
+
+
+# --- the client ---------------------------------------------------------------------------------------------------
+
+_server: tuple[str, subprocess.Popen[bytes]] | None = None
+
+
+def _address() -> str:
+    """Starts the server at the first call; returns the path of its socket."""
+    global _server
+    if _server is None or _server[1].poll() is not None:
+        folder = tempfile.mkdtemp(prefix="mnist_dist-tests-")
+        address = f"{folder}/socket"
+        variables = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.processes", address], cwd=ROOT, env=os.environ | variables
+        )
+        deadline = time.monotonic() + 120
+        while not Path(address).exists():
+            assert process.poll() is None and time.monotonic() < deadline, "the server of test processes did not start"
+            time.sleep(0.02)
+        _server = address, process
+        atexit.register(process.kill)
+    return _server[0]
+
+
+class Process:
+    """A started process, with the attributes and methods of `subprocess.Popen` that tests use."""
+
+    def __init__(self, args: list[str], connection: socket.socket, pid: int, stdout: Any, stderr: Any):
+        self.args, self.pid, self.stdout, self.stderr = args, pid, stdout, stderr
+        self.returncode: int | None = None
+        self._connection = connection
+
+    def poll(self) -> int | None:
+        return self._await(0)
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self._await(timeout) is None:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0)
+        assert self.returncode is not None
+        return self.returncode
+
+    def _await(self, timeout: float | None) -> int | None:
+        if self.returncode is None and select.select([self._connection], [], [], timeout)[0]:
+            answer = self._connection.recv(100)
+            self.returncode = int(answer) if answer else -signal.SIGKILL
+            self._connection.close()
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str | None, str | None]:
+        """Reads both streams to their end, then waits for the process.
+
+        Raises:
+            subprocess.TimeoutExpired: after `timeout` seconds.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        found: dict[Any, bytes] = {stream: b"" for stream in (self.stdout, self.stderr) if stream is not None}
+        still_open = set(found)
+        while still_open:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            ready = select.select(list(still_open), [], [], left)[0]
+            if not ready:
+                raise subprocess.TimeoutExpired(self.args, timeout or 0)
+            for stream in ready:
+                content = os.read(stream.fileno(), 1 << 16)
+                found[stream] += content
+                if not content:
+                    still_open.discard(stream)
+        self.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        out, err = (None if s is None else found[s].decode(errors="replace") for s in (self.stdout, self.stderr))
+        return out, err
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for stream in (self.stdout, self.stderr):
+            if stream is not None:
+                stream.close()
+        self.wait()
+
+
+def popen(
+    argv: list[Any],
+    *,
+    env: dict[str, str] | None = None,
+    cwd: str | Path | None = None,
+    stdin: Any = None,
+    stdout: Any = None,
+    stderr: Any = None,
+    text: bool = True,
+    start_new_session: bool = True,
+) -> Process:
+    """Starts `[sys.executable, "-m", module, …]`, `[sys.executable, "-c", source, …]` or a script. Output is text."""
+    words = [str(word) for word in argv]
+    assert words[0] == sys.executable and text and start_new_session, "processes.popen starts Python only"
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(_address())
+    with open(os.devnull, "rb") as null:
+        close: list[int] = []
+        readers: list[IO[str] | None] = []
+
+        def descriptor(stream: Any, number: int) -> int:
+            if stream == subprocess.PIPE:
+                reader, writer = os.pipe()
+                close.append(writer)
+                readers.append(open(reader, encoding="utf-8", errors="replace"))  # noqa: SIM115
+                return writer
+            readers.append(None)
+            if stream == subprocess.DEVNULL:
+                close.append(os.open(os.devnull, os.O_WRONLY))
+                return close[-1]
+            return number if stream is None else stream if isinstance(stream, int) else stream.fileno()
+
+        out = descriptor(stdout, 1)
+        err = out if stderr == subprocess.STDOUT else descriptor(stderr, 2)
+        if stderr == subprocess.STDOUT:
+            readers.append(None)
+        source = null.fileno() if stdin in (None, subprocess.DEVNULL) else stdin.fileno()
+        request = {
+            "argv": words[1:],
+            "env": dict(os.environ if env is None else env),
+            "cwd": str(Path.cwd() if cwd is None else cwd),
+        }
+        request["env"]["PYTHONPATH"] = os.pathsep.join(filter(None, [request["env"].get("PYTHONPATH", ""), str(ROOT)]))
+        data = json.dumps(request).encode() + b"\n"
+        sent = socket.send_fds(connection, [data[: 1 << 16]], [source, out, err])
+        connection.sendall(data[sent:])
+        for number in close:
+            os.close(number)
+    pid = b""
+    while not pid.endswith(b"\n"):
+        pid += connection.recv(1)
+    return Process(words, connection, int(pid), *readers)
+
+
+def run(
+    argv: list[Any],
+    *,
+    env: dict[str, str] | None = None,
+    cwd: str | Path | None = None,
+    timeout: float | None = 300,
+    check: bool = False,
+    capture_output: bool = True,
+    text: bool = True,
+) -> subprocess.CompletedProcess[str]:
+    """Runs a Python program to its end, as `subprocess.run` does; kills it after `timeout` seconds.
+
+    Raises:
+        subprocess.TimeoutExpired, subprocess.CalledProcessError: as `subprocess.run`.
+    """
+    process = popen(argv, env=env, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode is not None
+    done = subprocess.CompletedProcess(process.args, process.returncode, out or "", err or "")
+    if check:
+        done.check_returncode()
+    return done
+
+
+def rank_variables(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """The environment variables that torchrun gives a rank on one machine."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GROUP_RANK": "0"}
+    return {name: str(number) for name, number in numbers.items()} | address
+
+
+def free_port() -> int:
+    """Returns a TCP port of this machine that nothing listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def run_ranks(
+    world_size: int,
+    argv: list[Any],
+    *,
+    env: dict[str, str] | None = None,
+    cwd: str | Path | None = None,
+    timeout: float = 300,
+) -> list[subprocess.CompletedProcess[str]]:
+    """Runs a Python program once per rank, in one gloo world on this machine; returns what each rank printed.
+
+    Raises:
+        AssertionError: a rank did not end with exit code 0; shows the output of all.
+        subprocess.TimeoutExpired: after `timeout` seconds; all ranks have been killed.
+    """
+    port, base = free_port(), dict(os.environ if env is None else env)
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": cwd}
+    started = [
+        popen(argv, env=base | {"ACCELERATE_USE_CPU": "true"} | rank_variables(rank, world_size, port), **pipes)
+        for rank in range(world_size)
+    ]
+    try:
+        answers = [process.communicate(timeout=timeout) for process in started]
+    finally:
+        for process in started:
+            if process.poll() is None:
+                process.kill()
+    done = [
+        subprocess.CompletedProcess(process.args, process.wait(), *answer)
+        for process, answer in zip(started, answers, strict=True)
+    ]
+    shown = "\n".join(
+        f"rank {rank}: exit code {each.returncode}\n{each.stdout}{each.stderr}" for rank, each in enumerate(done)
+    )
+    assert not any(each.returncode for each in done), shown
+    return done
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
+    run_program(sys.argv)
