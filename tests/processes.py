@@ -79,7 +79,7 @@ def become(request: dict[str, Any], streams: list[int]) -> None:
     os.environ.update(request["env"])
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    sys.stdin, sys.stdout, sys.stderr = (open(n, mode) for n, mode in ((0, "r"), (1, "w"), (2, "w")))  # noqa: SIM115
+    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, mode) for n, mode in ((0, "r"), (1, "w"), (2, "w")))
     sys.stderr.reconfigure(line_buffering=True)
     sys.argv = request["argv"]
     import random
@@ -98,7 +98,7 @@ def run_program(argv: list[str]) -> None:
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[:] = [*filter(None, paths), *(path for path in sys.path if path not in ("", *paths))]
     if argv[0] == "-m":
-        sys.path.insert(0, os.getcwd())
+        sys.path.insert(0, str(Path.cwd()))
         sys.argv = argv[1:]
         runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
     elif argv[0] == "-c":
@@ -217,7 +217,7 @@ def popen(
     assert words[0] == sys.executable and text and start_new_session, "processes.popen starts Python only"
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(_address())
-    with open(os.devnull, "rb") as null:
+    with Path(os.devnull).open("rb") as null:
         close: list[int] = []
         readers: list[IO[str] | None] = []
 
@@ -225,7 +225,7 @@ def popen(
             if stream == subprocess.PIPE:
                 reader, writer = os.pipe()
                 close.append(writer)
-                readers.append(open(reader, encoding="utf-8", errors="replace"))  # noqa: SIM115
+                readers.append(os.fdopen(reader, encoding="utf-8", errors="replace"))
                 return writer
             readers.append(None)
             if stream == subprocess.DEVNULL:
