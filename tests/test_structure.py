@@ -1,7 +1,10 @@
-"""The house keeps its shape: who may import whom, what lies at the top, and a loop that fits on one screen."""
+"""The structure of the package as rules: layers, commands, cycles, sizes, places of heavy packages."""
+
+from __future__ import annotations
 
 import ast
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -9,51 +12,59 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mnist_dist"
 
-ROOMS = {"models", "data", "engine", "tracking", "reports"}
-DOORS = {
-    "train", "evaluate", "predict", "explain", "ensemble", "export", "benchmark", "record", "compare", "sweep",
-    "doctor",
-}  # fmt: skip
-BEHIND_THE_DOORS = {
-    "keeper", "outputs", "parts", "runs", "run_reader", "command_line", "recipe", "recipe_file", "world", "ranks",
-    "probes", "loops", "frameworks", "inference", "transfer",
-}  # fmt: skip
-MAY_USE = {"engine": {"data"}}
+LAYERS = (
+    {"run"},
+    {"recipe"},
+    {"engine"},
+    {"data", "distributed", "models", "tracking", "plots"},
+    {"errors"},
+)
+"""From top to bottom, below the commands. A module imports its own folder and lower layers."""
 
-# Heavy or optional packages, and the places that import each.
+ROOT_ONLY = {"__init__", "__main__", "cli", "errors"}
+"""Modules at the package's root that are no commands."""
+
+LOOP_IS_TIMED_BY = "benchmark"
+"""The one command that imports another: it times the loop in train.py itself."""
+
 ONLY_IN = {
     "wandb": {"tracking"},
-    "matplotlib": {"reports"},
-    "onnx": {"export"},
-    "onnxruntime": {"export", "inference"},
-    "onnxscript": {"export"},
-    "lightning": {"frameworks"},
+    "matplotlib": {"plots", "benchmark"},
+    "onnx": {"export", "run"},
+    "onnxruntime": {"export", "benchmark", "run"},
+    "lightning": {"benchmark"},
+    "accelerate": {"train", "benchmark", "compare", "doctor", "run", "engine", "distributed", "tracking"},
 }
+"""Heavy or optional package -> the folders and commands that import it."""
+
+STANDARD_LIBRARY_ONLY = {"__init__", "__main__", "cli", "errors"}
 
 TOP_LEVEL = {"mnist_dist", "launch", "configs", "tests", "setup.cfg", "README.md", "pyproject.toml", "LICENSE"}
 
+LONGEST_FUNCTION, LONGEST_FILE = 60, 350
 
-def sources() -> list[Path]:
-    return sorted(PACKAGE.rglob("*.py"))
-
-
-def name_of(source: Path) -> str:
-    return source.relative_to(ROOT).as_posix()
+# --- reading the sources ------------------------------------------------------------------------------------------
 
 
-def place_of(source: Path) -> str:
-    """The room, door or module behind the doors that a source belongs to; `__init__` for the package's own."""
-    return source.relative_to(PACKAGE).parts[0].removesuffix(".py")
+@cache
+def modules() -> dict[str, Path]:
+    """Dotted name below `mnist_dist` -> file; a package by its own name."""
+    found = {}
+    for file in sorted(PACKAGE.rglob("*.py")):
+        parts = file.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)] = file
+    return found
 
 
-def imports(text: str, package: str = "mnist_dist") -> set[str]:
-    """Dotted names of all that a source imports, wherever in it: `from a import b` is a.b.
+@cache
+def tree_of(name: str) -> ast.Module:
+    return ast.parse(modules()[name].read_text(encoding="utf-8"))
 
-    Args:
-        package: the dotted package that the source lies in, to resolve relative imports.
-    """
-    found = set()
-    for node in ast.walk(ast.parse(text)):
+
+def imported(tree: ast.Module, package: str) -> set[str]:
+    """Every dotted name that a module imports, wherever in it; relative imports resolved against its package."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -65,83 +76,168 @@ def imports(text: str, package: str = "mnist_dist") -> set[str]:
     return found
 
 
-def imports_of(source: Path) -> set[str]:
-    return imports(source.read_text(encoding="utf-8"), ".".join(source.relative_to(ROOT).parent.parts))
+def imports_of(name: str) -> set[str]:
+    return imported(tree_of(name), ".".join(modules()[name].relative_to(ROOT).parent.parts))
 
 
-def inside(names: set[str]) -> set[str]:
-    """The places of this package among imported names; `mnist_dist` for the package itself."""
-    own = [name.split(".") for name in names if name.split(".")[0] == "mnist_dist"]
-    return {parts[1] if len(parts) > 1 else parts[0] for parts in own}
+def own_imports(name: str) -> set[str]:
+    """The modules of this package that a module imports."""
+    found = set()
+    for each in imports_of(name):
+        if each.split(".")[0] == "mnist_dist":
+            path = each.split(".")[1:]
+            while path and ".".join(path) not in modules():
+                path.pop()
+            found.add(".".join(path) or "__init__")
+    return found
+
+
+def folder_of(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def has_main(name: str) -> bool:
+    return name in modules() and any(isinstance(n, ast.FunctionDef) and n.name == "main" for n in tree_of(name).body)
+
+
+@cache
+def commands() -> set[str]:
+    """Modules at the root with a function `main`, and packages whose `__main__` has one."""
+    roots = {folder_of(name) for name in modules()} - ROOT_ONLY
+    return {root for root in roots if has_main(root) or has_main(f"{root}.__main__")}
+
+
+def layer_of(folder: str) -> int:
+    """0 for commands and the root's own modules, then 1 for the top layer, and so on."""
+    return next((depth for depth, layer in enumerate(LAYERS, start=1) if folder in layer), 0)
+
+
+def may_import(importer: str, target: str) -> bool:
+    """Whether a module in `importer` (a folder or a command) may import one in `target`."""
+    if target == importer or target == "__init__":  # the package's own version number
+        return True
+    if target == "cli":
+        return importer in commands() | {"__main__"}
+    if target in commands():
+        return importer == "__init__" or (importer, target) == (LOOP_IS_TIMED_BY, "train")
+    return layer_of(importer) < layer_of(target)
+
+
+# --- the rules can fail -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("text", "package", "expected"),
     [
         ("import mnist_dist", "mnist_dist", {"mnist_dist"}),
-        ("import mnist_dist.train as t", "mnist_dist.data", {"train"}),
-        ("from mnist_dist import train, recipe", "mnist_dist.data", {"train", "recipe"}),
-        ("from mnist_dist.data.batches import Batches", "mnist_dist.engine", {"data"}),
-        ("from ..train import fit", "mnist_dist.data", {"train"}),
-        ("from .. import train", "mnist_dist.data", {"train"}),
-        ("from .batches import Batches", "mnist_dist.data", {"data"}),
-        ("def late():\n    from mnist_dist.recipe.schema import Recipe", "mnist_dist.data", {"recipe"}),
-        ("import importlib\nimportlib.import_module('mnist_dist.run.folder')", "mnist_dist.data", {"runs"}),
-        ("import mnist_distant, torch", "mnist_dist.data", set()),
+        ("import mnist_dist.train as t", "mnist_dist.data", {"mnist_dist.train"}),
+        ("from mnist_dist import train, cli", "mnist_dist.data", {"mnist_dist.train", "mnist_dist.cli"}),
+        ("from ..train import fit", "mnist_dist.data", {"mnist_dist.train.fit"}),
+        ("from .. import train", "mnist_dist.data", {"mnist_dist.train"}),
+        ("from .batches import Batches", "mnist_dist.data", {"mnist_dist.data.batches.Batches"}),
+        ("def late():\n    from mnist_dist.recipe import file", "mnist_dist.data", {"mnist_dist.recipe.file"}),
+        ("importlib.import_module('mnist_dist.run')", "mnist_dist.data", {"mnist_dist.run"}),
+    ],
+)  # fmt: skip
+def test_imports_are_read_in_every_form(text, package, expected):
+    assert imported(ast.parse(text), package) == expected
+
+
+@pytest.mark.parametrize(
+    ("importer", "target", "allowed"),
+    [
+        ("train", "run", True),
+        ("run", "train", False),
+        ("run", "engine", True),
+        ("engine", "run", False),
+        ("engine", "data", True),
+        ("data", "distributed", False),
+        ("data", "errors", True),
+        ("errors", "data", False),
+        ("predict", "evaluate", False),
+        ("benchmark", "train", True),
+        ("sweep", "train", False),
+        ("run", "cli", False),
     ],
 )
-def test_imports_are_read_in_every_form(text, package, expected):
-    assert inside(imports(text, package)) == expected
+def test_layers_are_told_by_their_order(importer, target, allowed):
+    assert may_import(importer, target) is allowed
 
 
-@pytest.mark.parametrize("source", sources(), ids=name_of)
-def test_every_module_has_its_place(source):
-    assert place_of(source) in ROOMS | DOORS | BEHIND_THE_DOORS | {"__init__"}
-    assert source.name != "utils.py"
+# --- the rules ----------------------------------------------------------------------------------------------------
 
 
-def test_every_room_and_the_training_door_are_there():
-    places = {place_of(source) for source in sources()}
-    assert ROOMS | BEHIND_THE_DOORS | {"train"} <= places
+@pytest.mark.parametrize("name", modules())
+def test_imports_run_downward(name):
+    wrong = {each for each in own_imports(name) if not may_import(folder_of(name), folder_of(each))}
+    assert not wrong
 
 
-@pytest.mark.parametrize("source", [s for s in sources() if place_of(s) in ROOMS], ids=name_of)
-def test_a_room_imports_neither_doors_nor_other_rooms(source):
-    room = place_of(source)
-    assert inside(imports_of(source)) <= {room} | MAY_USE.get(room, set())
+def test_no_module_imports_itself_through_others():
+    graph = {name: own_imports(name) - {name, "__init__"} for name in modules()}
+    done: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, " -> ".join([*above[above.index(name) :], name])
+        if name not in done:
+            for each in sorted(graph[name]):
+                visit(each, (*above, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
 
 
-@pytest.mark.parametrize("source", [s for s in sources() if place_of(s) in BEHIND_THE_DOORS], ids=name_of)
-def test_what_is_behind_the_doors_does_not_import_them(source):
-    assert not inside(imports_of(source)) & DOORS
+def test_the_root_holds_commands_and_four_modules():
+    assert {folder_of(name) for name in modules()} == ROOT_ONLY | commands() | set().union(*LAYERS)
+    assert "train" in commands()
 
 
-@pytest.mark.parametrize("source", sources(), ids=name_of)
-def test_heavy_packages_are_imported_in_their_places_only(source):
-    for name in imports_of(source):
-        package = name.split(".")[0]
-        assert place_of(source) in ONLY_IN.get(package, {place_of(source)}), f"{package} in {name_of(source)}"
+def test_the_command_line_knows_every_command():
+    from mnist_dist.cli import COMMANDS
+
+    assert set(COMMANDS) == commands()
 
 
-def test_wandb_and_matplotlib_are_imported_where_they_belong():
-    found = {(name.split(".")[0], place_of(source)) for source in sources() for name in imports_of(source)}
-    assert {("wandb", "tracking"), ("matplotlib", "reports")} <= found
+@pytest.mark.parametrize("name", modules())
+def test_heavy_packages_are_imported_in_their_places_only(name):
+    for each in imports_of(name):
+        package = each.split(".")[0]
+        assert folder_of(name) in ONLY_IN.get(package, {folder_of(name)}), f"{package} in {name}"
+
+
+@pytest.mark.parametrize("name", sorted(STANDARD_LIBRARY_ONLY))
+def test_what_help_needs_imports_the_standard_library_only(name):
+    import sys
+
+    outside = {each.split(".")[0] for each in imports_of(name)} - set(sys.stdlib_module_names) - {"mnist_dist"}
+    assert not outside
+
+
+@pytest.mark.parametrize("name", modules())
+def test_files_and_functions_are_short_and_modules_have_a_docstring(name):
+    tree, text = tree_of(name), modules()[name].read_text(encoding="utf-8")
+    assert ast.get_docstring(tree) or not text
+    assert text.count("\n") <= LONGEST_FILE
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    lengths = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in functions}
+    assert {name: length for name, length in lengths.items() if length > LONGEST_FUNCTION} == {}
 
 
 def test_the_top_level_is_what_it_should_be():
     try:
         answer = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"not in a git repository: {error}")
+        pytest.skip(f"git does not answer here: {error}")
     tracked = answer.stdout.splitlines()
     if not tracked:
-        pytest.skip("git tracks nothing here")
+        pytest.skip("git tracks no file here")
     found = {file.split("/")[0] for file in tracked}
     assert {name for name in found if not name.startswith(".")} == TOP_LEVEL
     assert not [file for file in tracked if Path(file).name == "utils.py"]
 
 
-def test_the_loop_fits_on_one_screen():
-    tree = ast.parse((PACKAGE / "train.py").read_text(encoding="utf-8"))
-    lengths = {node.name: node.end_lineno - node.lineno + 1 for node in tree.body if isinstance(node, ast.FunctionDef)}
-    assert lengths["fit"] <= 60
+def test_tests_mirror_the_package():
+    """A folder below tests/ is named after a folder or command of the package, or holds what is tested as a whole."""
+    folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders <= {folder_of(name) for name in modules()} | {"launch", "faults", "cluster", "screens"}
