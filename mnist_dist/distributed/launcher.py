@@ -145,6 +145,10 @@ def fsdp_settings() -> dict[str, Any]:
     }
 
 
+UNSUPPORTED_ENGINES = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
+"""Variable of `accelerate launch` -> engine that it selects."""
+
+
 def check_engine() -> None:
     """Refuses a training engine that this trainer does not support.
 
@@ -152,29 +156,17 @@ def check_engine() -> None:
         RecipeError: an option or a configuration file of the launcher requests DeepSpeed, Megatron-LM, FSDP1 or FSDP's
             offloading.
     """
-    found = {}
-    for variable, engine in {
-        "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-        "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    }.items():
-        if parse_flag_from_env(variable):
-            found[variable] = engine
+    found = {name: engine for name, engine in UNSUPPORTED_ENGINES.items() if parse_flag_from_env(name)}
     if asks_for_fsdp():
         if os.environ.get("FSDP_VERSION") != "2":
             found["FSDP_VERSION"] = "FSDP version 1"
         if parse_flag_from_env("FSDP_OFFLOAD_PARAMS"):
             found["FSDP_OFFLOAD_PARAMS"] = "FSDP with offloading of parameters"
-    if found:
-        source = launch_settings().get("config_file", "the launcher's command line")
-        hint = "use launch/accelerate/multi_gpu.yaml or launch/accelerate/fsdp2.yaml"
-        raise RecipeError(
-            [
-                Problem(
-                    "the launcher",
-                    variable,
-                    f"{source} requests {engine}, which is not supported\n{hint}",
-                    "unsupported",
-                )
-                for variable, engine in found.items()
-            ]
-        )
+    source = launch_settings().get("config_file", "the launcher's command line")
+    message = "{source} requests {engine}, which is not supported\nuse launch/accelerate/multi_gpu.yaml or fsdp2.yaml"
+    problems = [
+        Problem("the launcher", name, message.format(source=source, engine=engine), "unsupported")
+        for name, engine in found.items()
+    ]
+    if problems:
+        raise RecipeError(problems)
