@@ -104,7 +104,7 @@ def conclude(rows: list[Row]) -> str:
         for row in rows:
             if row.verdict in verdicts:
                 found.setdefault(row.check, []).extend([row.ranks] if row.ranks else [])
-        return ", ".join(f"{check} (rank {'; '.join(ranks)})" if ranks else check for check, ranks in found.items())
+        return ", ".join(f"{check} (ranks {'; '.join(ranks)})" if ranks else check for check, ranks in found.items())
 
     if failed := named(FAIL):
         return f"not fit to train: {failed}"

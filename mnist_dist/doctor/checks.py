@@ -68,9 +68,9 @@ class Row:
 
 
 SLOW_FACTOR = 3.0
-"""A rank is slow if it takes this many times the median time. Equal ranks differ by some ten percent, on shared machines
-and with short messages occasionally by a factor of two. A worn cable, a throttled GPU or another job on the same cores
-costs more."""
+"""A rank is slow if it takes this many times the median time. Equal ranks differ by some ten percent, and by a factor of
+two on shared machines or with short messages. A worn cable, a throttled GPU or another job on the same cores costs
+more."""
 
 
 def slow_positions(seconds: Sequence[float]) -> list[int]:
@@ -206,15 +206,14 @@ def check_wandb(ranks: Ranks) -> Findings:
     """Contacts the W&B server from rank 0, the only rank that logs. Never fails: runs are logged offline without it."""
     server = server_url()
     try:
-        # The time limit of a request does not include the look-up of the server's name.
-        seconds, problem = ranks.run(
-            lambda: [0, ""] if ranks.rank else time_request(server), timeout=2 * WANDB_SECONDS
-        )[0]
+        # A timeout of its own: the time limit of a request does not include the look-up of the server's name.
+        action = partial(time_request, server) if ranks.rank == 0 else lambda: (0.0, "")
+        seconds, problem = ranks.run(action, timeout=2 * WANDB_SECONDS)[0]
     except ActionFailed as failure:
         seconds, problem = failure.results.get(0, (0.0, failure.errors.get(0, "")))
-    answer = (
-        f"no answer from {server} ({problem})" if problem else f"{server} answers in {format_milliseconds(seconds)}"
-    )
+    answer = f"{server} answers in {format_milliseconds(seconds)}"
+    if problem:
+        answer = f"no answer from {server} ({problem})"
     yield Finding(NOTE if problem else OK, f"{answer}; a run here would be {resolve_mode('auto')[1]}")
 
 
@@ -222,7 +221,7 @@ def check_wandb(ranks: Ranks) -> Findings:
 
 
 def check_clocks(ranks: Ranks) -> Findings:
-    """Compares the clock of each rank with rank 0's. Above one second logs are hard to read; training is not affected."""
+    """Compares the clock of each rank with rank 0's. More than one second makes logs hard to read, nothing else."""
     stamps = ranks.run(partial(read_clock, ranks.device), collective=True)
     offsets = {rank: clock_offset(stamps[rank], stamps[0]) for rank in range(1, ranks.size)}
     wrong = [rank for rank, (offset, uncertainty) in offsets.items() if abs(offset) - uncertainty > 1.0]
@@ -273,15 +272,15 @@ def _wrong_sizes(message: str, sizes: list[list[str]]) -> Findings:
 
 
 EARLY_STEPS, EARLY_TOLERANCE, TOLERANCE = 5, 1e-5, 1e-3
-"""Allowed relative deviations from the reference losses. Other processors, kernels and world sizes add in another order.
-Measured with 1 to 4 processes, other kernels, float64, and weights changed by up to 1e-6: the first five losses agree to
-3e-7. Later a ReLU can fall to the other side of zero, which Adam amplifies: 3e-4 at most. The faults to be found exceed
-the early tolerance: TF32 (5e-5), a learning rate that is wrong by 0.1 % (3e-5), one wrong pixel in every batch (2e-5),
-one weight that is wrong by 0.01 (2e-4)."""
+"""Allowed relative deviations from the reference losses. Other processors, kernels and world sizes add in another
+order. Measured with 1 to 4 processes, other kernels, float64, and weights changed by up to 1e-6: the first five losses
+agree to 3e-7. Later a ReLU can fall to the other side of zero, which Adam amplifies, to 3e-4 at most. The faults to be
+found exceed the early tolerance: TF32 (5e-5), a learning rate that is wrong by 0.1 % (3e-5), one wrong pixel in every
+batch (2e-5), one weight that is wrong by 0.01 (2e-4)."""
 
 
 def check_training_alone(ranks: Ranks) -> Findings:
-    """Trains complete batches on every rank separately, so that no mean hides a rank that computes wrongly or slowly."""
+    """Trains complete batches on every rank separately, so that no mean hides a wrong or slow rank."""
     reference = ranks.run(reference_losses)[0]
     results = ranks.run(partial(train_alone, ranks.device))
     yield from compare_losses([result["losses"] for result in results], reference)
