@@ -68,9 +68,9 @@ class Row:
 
 
 SLOW_FACTOR = 3.0
-"""A rank is slow if it takes this many times the median time. Equal ranks differ by some ten percent, and by a factor of
-two on shared machines or with short messages. A worn cable, a throttled GPU or another job on the same cores costs
-more."""
+"""A rank is slow if it takes this many times the median time. Equal ranks differ by about ten percent, on shared
+machines or with short messages by up to a factor of two. A worn cable, a throttled GPU or another job on the same cores
+costs more."""
 
 
 def slow_positions(seconds: Sequence[float]) -> list[int]:
