@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Trains in N processes on this machine's CPU; each takes its share of the cores, or as many threads as are named.
-#   launch/cpu.sh --recipe lenet5 epochs=1          # as many processes as cores, up to 8: small networks gain most so
+# Trains in N processes on the CPU of this machine. Each process uses THREADS threads, by default its share of the cores.
+#   launch/cpu.sh --recipe lenet5 epochs=1          # one process per core, at most 8: the fastest for small networks
 #   launch/cpu.sh 2 --recipe lenet5                 # N
 #   launch/cpu.sh 2 4 --recipe lenet5               # N and THREADS
 set -euo pipefail
 
-: "${1:?what shall be trained? launch/cpu.sh [N [THREADS]] --recipe NAME}"
+: "${1:?usage: launch/cpu.sh [N [THREADS]] --recipe NAME}"
 if [[ ${1-} =~ ^[0-9]+$ ]]; then
     n=$1
     shift
@@ -18,11 +18,11 @@ if [[ ${1-} =~ ^[0-9]+$ ]]; then
     shift
 fi
 
-export ACCELERATE_USE_CPU=true # the configuration file alone does not reach the processes of --multi_gpu
+export ACCELERATE_USE_CPU=true # --multi_gpu does not pass use_cpu of the configuration file on
 if [ "$n" = 1 ]; then
     exec python -m mnist_dist.train --world-size 1 "$@"
 fi
-# torchrun passes no SIGUSR1 on unless told, and dies of it.
+# By default torchrun does not forward SIGUSR1 but dies of it.
 export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
 exec accelerate launch --quiet --config_file "$(dirname "$0")/accelerate/cpu.yaml" --num_processes "$n" \
     -m mnist_dist.train --world-size "$n" "$@"

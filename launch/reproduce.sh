@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Re-makes rows of the README's table: trains what is missing, teachers first, goes on where it was stopped, prints the
-# table of what was asked for and writes that of all runs so far into runs/reproduce/results.md.
-#   launch/reproduce.sh                                       every recipe of the table, five seeds: days on a CPU
+# Reproduces rows of the results table: trains missing runs, teachers first, and resumes stopped ones. Then prints the
+# table of these runs and writes the table of all runs in runs/reproduce into runs/reproduce/results.md.
+#   launch/reproduce.sh                                       all recipes of the table, five seeds: days on a CPU
 #   launch/reproduce.sh model_v1_onecycle mnistnet            SEEDS="0 1 2" launch/reproduce.sh simple_cnn epochs=2
 set -euo pipefail
 
@@ -10,7 +10,7 @@ for word in "$@"; do
     case "$word" in *=*) overrides+=("$word") ;; *) recipes+=("$word") ;; esac
 done
 if [ ${#recipes[@]} = 0 ]; then
-    # An ensemble's name has spaces in it: it is a row, but no recipe.
+    # A name with spaces is an ensemble: a row of the table, but not a recipe.
     mapfile -t recipes < <(sed -n 's/^{"recipe": "\([^" ]*\)".*/\1/p' configs/results.jsonl | sort -u)
 fi
 
@@ -20,7 +20,7 @@ reproduce() { # recipe seed overrides…
     run="$folder/$recipe-seed$seed${*:+-${*//[ \/]/-}}"
     runs+=("$run")
     [ "$(cat "$run/STATUS" 2>/dev/null)" = "done" ] && return
-    while read -r teacher; do # a recipe names its teachers by the folders that this script gives them
+    while read -r teacher; do # a recipe refers to its teachers by the folders that this script creates
         (reproduce "${teacher%-seed*}" "${teacher##*-seed}")
     done < <(python -m mnist_dist.train --recipe "$recipe" --print-recipe "$@" | sed -n "s|^ *- $folder/||p")
     python -m mnist_dist.train --recipe "$recipe" --run-dir "$run" --world-size 1 seed="$seed" "$@" </dev/null

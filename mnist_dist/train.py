@@ -66,7 +66,7 @@ def fit(
 
         def asked_to_stop() -> bool:
             watchdog.beat(progress.step)
-            return interrupts.agreed()
+            return interrupts.stop_requested()
 
         while True:
             # Evaluate every image once; keep the best weights.
@@ -104,7 +104,7 @@ def fit(
                     "train/grad_norm": update.grad_norm(),
                 }
                 accelerator.log({"step": progress.step, "epoch": components.epoch(progress), **meter.read(), **rates})
-                interrupts.pace(meter.seconds_per_step)
+                interrupts.set_interval(meter.seconds_per_step)
 
             # Save where it is time; stop where any process was asked to.
             asked = asked_to_stop()

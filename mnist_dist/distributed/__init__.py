@@ -1,1 +1,1 @@
-"""Processes: launcher, devices, collectives, signals, gradients."""
+"""Distributed training: launcher, devices, collectives, signals, watchdog, gradients, FSDP2, batch norm and shards."""

@@ -1,4 +1,4 @@
-"""Actions that every rank takes part in."""
+"""Functions that every rank calls together."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ T = TypeVar("T")
 
 
 def run_on_all_ranks(state: PartialState, action: Callable[[], T]) -> T:
-    """Runs `action` on every process; where one meets a user's error, all raise it and none is left waiting."""
+    """Runs `action` on every rank; a RecipeError on one rank is raised on all. Collective: call on every rank.
+
+    Returns:
+        What `action` returns on this rank.
+
+    Raises:
+        RecipeError: with the problems of the first rank that raised one. No rank waits for a rank that has failed.
+    """
     result, problems = None, None
     try:
         result = action()
@@ -23,9 +30,9 @@ def run_on_all_ranks(state: PartialState, action: Callable[[], T]) -> T:
     found = next((each for each in gather_object([problems]) if each), None)
     if found:
         raise RecipeError(found)
-    return result  # type: ignore[return-value]  # it is None only where a problem was raised
+    return result  # type: ignore[return-value]  # None only if a problem was raised
 
 
 def count_nodes(state: PartialState) -> int:
-    """Machines in the world; asks all processes."""
+    """Returns the number of machines in the world. Collective: call on every rank."""
     return sum(gather_object([state.is_local_main_process]))

@@ -1,4 +1,4 @@
-"""Devices and threads of this process."""
+"""The number of CPU threads and the names of devices."""
 
 from __future__ import annotations
 
@@ -12,30 +12,31 @@ import psutil
 import torch
 from accelerate import PartialState
 
-from mnist_dist.distributed.launcher import launched_by_accelerate, launcher_words, read_proc
+from mnist_dist.distributed.launcher import launched_by_accelerate, launcher_arguments, read_proc
 
 
 def choose_threads(state: PartialState) -> None:
-    """Gives each CPU process its share of this machine's cores, unless somebody chose OMP_NUM_THREADS.
+    """Gives a process on the CPU an equal share of the cores of its machine, unless the user set the number of threads.
 
-    `accelerate launch` and torchrun set it to 1 when nobody did, which on a CPU halves the speed of two cores and
-    wastes sixty-three of sixty-four. Whether somebody did shows in the launcher's own environment.
+    The user sets the number with OMP_NUM_THREADS or `accelerate launch --num_cpu_threads_per_process`. If neither is
+    given, `accelerate launch` and torchrun set OMP_NUM_THREADS=1 for their processes, which leaves most cores idle. So
+    under a launcher this function reads the launcher's own environment instead of the environment of this process.
     """
     if state.device.type != "cpu":
         return
     launched = launched_by_accelerate() or "TORCHELASTIC_RUN_ID" in os.environ
-    launchers_own = (
+    set_by_user = (
         {entry.partition("=")[0] for entry in read_proc(os.getppid(), "environ")} if launched else set(os.environ)
     )
-    if "OMP_NUM_THREADS" in launchers_own or any("num_cpu_threads" in word for word in launcher_words()):
+    if "OMP_NUM_THREADS" in set_by_user or any("num_cpu_threads" in word for word in launcher_arguments()):
         return
-    mine = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    cores = min(mine, psutil.cpu_count(logical=False) or mine)
+    usable = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    cores = min(usable, psutil.cpu_count(logical=False) or usable)
     torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))))
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's own name, or the CPU's with its threads."""
+    """Returns the name of the GPU, or the name of the CPU with the number of threads of this process."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
@@ -45,8 +46,8 @@ def device_name(device: torch.device) -> str:
 
 
 def processor() -> str:
-    """What the CPU calls itself, short of its trademarks: "AMD EPYC"; its architecture where it does not say."""
-    information = Path("/proc/cpuinfo")
-    text = information.read_text(encoding="utf-8") if information.is_file() else ""
+    """Returns the model name of the CPU without trademark signs ("AMD EPYC"), or its architecture if it has no name."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else ""
     found = re.search(r"(?m)^model name\s*:\s*(.+)$", text)
     return re.sub(r"\s*(\((R|TM)\)|CPU.*|@.*|Processor)", "", found[1]).strip() if found else platform.machine()

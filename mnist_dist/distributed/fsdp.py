@@ -1,4 +1,4 @@
-"""FSDP2: parameters, gradients and optimizer state in shards over the processes; whole in every checkpoint."""
+"""FSDP2: shards parameters, gradients and optimizer state over the processes, and unshards them for checkpoints."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from torch import Tensor, nn
 
 
 def shard_parameters(module: nn.Module, device: torch.device, smallest: int, reshard: bool) -> None:
-    """Cuts every parameter over all processes; the gradient is then averaged over them, as by data parallel.
+    """Shards every parameter over all processes; the gradients are averaged over them, as in data parallel.
+
+    Collective: call on every rank.
 
     Args:
-        smallest: children with at least so many parameters are gathered and released on their own, the rest together.
-        reshard: release a child's parameters between its forward and its backward pass.
+        smallest: a child with at least this many parameters is gathered and released separately, the other children
+            together.
+        reshard: release the parameters of a child between its forward and its backward pass.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -24,12 +27,15 @@ def shard_parameters(module: nn.Module, device: torch.device, smallest: int, res
     for child in _callable_children(module):
         if sum(parameter.numel() for parameter in child.parameters()) >= smallest:
             fully_shard(child, mesh=mesh, reshard_after_forward=reshard)
-            child.reshards = reshard  # type: ignore[assignment]  # FSDP2 does not tell
+            child.reshards = reshard  # type: ignore[assignment]  # FSDP2 has no getter for this setting
     fully_shard(module, mesh=mesh)
 
 
 def _callable_children(module: nn.Module) -> Iterator[nn.Module]:
-    """The children that are called; of a list or dictionary of modules, which never is, what it holds."""
+    """Yields the children, and the entries of a child that is a ModuleList or ModuleDict.
+
+    FSDP2 unshards a module when it is called, and a list or dictionary of modules is never called.
+    """
     for child in module.children():
         if isinstance(child, nn.ModuleList | nn.ModuleDict):
             yield from _callable_children(child)
@@ -38,8 +44,11 @@ def _callable_children(module: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def gathered(module: nn.Module) -> Iterator[None]:
-    """While entered, each process holds all parameters, so that it may call the module as often as it likes."""
+def unsharded_parameters(module: nn.Module) -> Iterator[None]:
+    """Keeps all parameters on every rank inside the context, so that ranks may call the module differently often.
+
+    Collective: call on every rank. Does nothing for a module without shards.
+    """
     sharded: list[Any] = [part for part in module.modules() if hasattr(part, "unshard")]
     for part in sharded:
         part.set_reshard_after_forward(False, recurse=False)
@@ -53,7 +62,10 @@ def gathered(module: nn.Module) -> Iterator[None]:
 
 
 def unshard(value: Any) -> Any:
-    """The same dictionary, list or tensor with all shards put together; all processes ask, in the same order."""
+    """Returns the same dictionary, list or tensor with every sharded tensor replaced by the full tensor.
+
+    Collective: call on every rank, with the same structure in the same order.
+    """
     if isinstance(value, dict):
         return {key: unshard(each) for key, each in value.items()}
     if isinstance(value, list):
@@ -62,9 +74,10 @@ def unshard(value: Any) -> Any:
 
 
 def shard_like(value: Tensor, pattern: Any) -> Tensor:
-    """A whole tensor in the shards of `pattern`, or in its memory layout, if that has the same shape.
+    """Returns a full tensor with the sharding of `pattern`, or with its memory layout if `pattern` is not sharded.
 
-    A fused optimizer walks through a parameter and its state as through plain memory: their layouts must be the same.
+    A tensor of another shape is returned as it is. A fused optimizer reads a parameter and its state as contiguous
+    memory, so both must have the same layout.
     """
     if value.shape != pattern.shape:
         return value
@@ -77,20 +90,20 @@ def shard_like(value: Tensor, pattern: Any) -> Tensor:
 
 @torch.no_grad()
 def shard_model_state(state: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
-    """A whole `state_dict` as `module` can load it."""
+    """Returns an unsharded `state_dict` in the form that `module` can load."""
     patterns = module.state_dict()
     return {name: shard_like(value, patterns.get(name, value)) for name, value in state.items()}
 
 
 @torch.no_grad()
 def shard_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """A whole `state_dict` as `optimizer` can load it: what has a parameter's shape is cut as the parameter is.
+    """Returns an unsharded `state_dict` in the form that `optimizer` can load.
 
-    Of its groups the parameters' numbers count alone: all else follows from the recipe, which a resume may change, or
-    from the step.
+    A tensor with the shape of its parameter is sharded like the parameter. From the saved parameter groups only the
+    parameter indices are used: the other settings follow from the recipe, which a resume may change, or from the step.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    cut = {
+    sharded = {
         index: {
             key: shard_like(value, parameters[index]) if isinstance(value, Tensor) else value
             for key, value in each.items()
@@ -101,4 +114,4 @@ def shard_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimize
         own | {"params": saved["params"]}
         for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True)
     ]
-    return {"state": cut, "param_groups": groups}
+    return {"state": sharded, "param_groups": groups}

@@ -1,4 +1,4 @@
-"""How the gradients of all processes meet: a hook of DistributedDataParallel."""
+"""Gradient reduction of DistributedDataParallel, and the time that a process waits for it."""
 
 # No `from __future__ import annotations`: DistributedDataParallel compares a hook's annotations with classes.
 import os
@@ -18,66 +18,69 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import (
 
 
 class GradientClock:
-    """How long this process waits for the others: from the last of its own gradients to the end of the backward pass.
+    """Measures how long this process waits for the gradients of the other processes.
 
-    Data parallel sends gradients while later ones are computed; what is left when the last is there is pure waiting.
-    By the host's clock, so on a GPU, whose work the host does not wait for, it stays 0.
+    The wait lasts from the last local gradient to the end of the backward pass. Data parallel sends gradients while
+    later ones are computed, so this is the part of the communication that nothing hides. The clock is the host's: on a
+    GPU, which computes asynchronously, `seconds` stays 0.
     """
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        self._arrival: float | None = None
+        self._local_end: float | None = None
 
     @property
     def is_waiting(self) -> bool:
-        """Whether all of this process's gradients are there and those of others are not; for another thread to ask."""
-        return self._arrival is not None
+        """Whether this process has all its own gradients and waits for the others'. May be read by another thread."""
+        return self._local_end is not None
 
-    def arrived(self) -> None:
-        """The last of this process's gradients is there."""
-        self._arrival = time.perf_counter()
+    def mark_local_end(self) -> None:
+        """Notes that the last gradient of this process is computed."""
+        self._local_end = time.perf_counter()
 
     @contextmanager
     def backward(self) -> Iterator[None]:
-        """Around whatever ends when the others' gradients are there."""
+        """Encloses a backward pass, or any other code that ends when the gradients are reduced."""
         yield
-        if self._arrival is not None:
-            self.seconds += time.perf_counter() - self._arrival
-            self._arrival = None
+        if self._local_end is not None:
+            self.seconds += time.perf_counter() - self._local_end
+            self._local_end = None
 
 
 HOOKS = {"none": allreduce_hook, "bf16": bf16_compress_hook, "fp16": fp16_compress_hook}
 
+POLL_SECONDS = 0.01
+"""How long a process polls for the reduction before it sleeps. A longer wait has another cause than jitter."""
 
-AWAKE_SECONDS = 0.01
-"""So long a process waits for the others without falling asleep; who is later than that is not late by chance."""
-
-
-YIELD = getattr(os, "sched_yield", lambda: time.sleep(0))  # Windows has no such call
+YIELD = getattr(os, "sched_yield", lambda: time.sleep(0))  # Windows has no sched_yield
 
 
 def reduce_gradients(
     model: nn.Module, device: torch.device, precision: Literal["none", "bf16", "fp16"], clock: GradientClock
 ) -> None:
-    """Has `model`, if it is a DistributedDataParallel, send its gradients in `precision` (none: their own).
+    """Registers the gradient reduction of `model`. Does nothing if `model` is not a DistributedDataParallel.
 
-    On a CPU a process that has sent its last gradient asks again and again whether the others' are there, and lends its
-    core to whoever wants it, for 10 ms; only then it sleeps. A core that sleeps wakes too slowly for a step of 10 ms.
+    On a CPU a process that has sent its last gradient polls for up to 10 ms and yields its core to other processes.
+    Only then it sleeps: waking up takes too long for a training step of 10 ms.
+
+    Args:
+        precision: dtype in which gradients are sent; "none" for their own dtype.
+        clock: measures the wait.
     """
     if not isinstance(model, nn.parallel.DistributedDataParallel):
         return
     hook = HOOKS[precision]
 
-    def awake(group: torch.distributed.ProcessGroup, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    def polling_hook(group: torch.distributed.ProcessGroup, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         future = hook(group, bucket)
         if bucket.is_last():
-            clock.arrived()
-            until = time.perf_counter() + AWAKE_SECONDS
-            while not future.done() and time.perf_counter() < until:
+            clock.mark_local_end()
+            deadline = time.perf_counter() + POLL_SECONDS
+            while not future.done() and time.perf_counter() < deadline:
                 YIELD()
         return future
 
     if device.type == "cpu":
-        model.register_comm_hook(None, awake)
+        model.register_comm_hook(None, polling_hook)
     elif precision != "none":
         model.register_comm_hook(None, hook)

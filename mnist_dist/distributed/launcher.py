@@ -1,7 +1,7 @@
-"""The world that a launcher made: its processes, devices and threads, looked at rather than believed.
+"""The processes and settings that the launcher gave, read from the system and checked.
 
-Launchers fail quietly: `accelerate launch --cpu --num_processes 2` starts one process, a forgotten default_config.yaml
-changes the precision, one thread is set where the machine has sixty-four. What they did is checked, printed, recorded.
+Launchers fail silently: `accelerate launch --cpu --num_processes 2` starts one process, a forgotten default_config.yaml
+changes the precision, one thread is set on a machine with 64 cores. This module detects such settings.
 """
 
 from __future__ import annotations
@@ -20,82 +20,96 @@ from mnist_dist.errors import Problem, RecipeError
 
 
 def launched_world() -> PartialState:
-    """The processes and the device that the launcher gave; starts the process group at the first call."""
-    # Accelerator reads this variable itself, PartialState alone does not: two CPU processes would be two worlds of one.
-    # Apple's GPUs know no float64, in which the meter sums: a Mac trains on its CPU.
+    """Returns the processes and the device that the launcher gave. The first call starts the process group."""
+    # Accelerator reads this variable, PartialState alone does not: two CPU processes would be two worlds of size 1.
+    # The meter sums in float64, which Apple's GPUs do not support: a Mac trains on its CPU.
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or torch.backends.mps.is_available())
 
 
+# --- the number of processes --------------------------------------------------------------------------------------
+
+
 def check_size(state: PartialState, expected: int | None = None) -> None:
-    """Compares the number of processes with `expected`, or with what the launcher was asked for where that is known.
+    """Compares the number of processes with the expected number.
+
+    Args:
+        expected: the number of processes; None for the number that the launcher was asked for, if it is known.
 
     Raises:
-        RecipeError: they differ; the message names the command that starts as many.
+        RecipeError: the numbers differ. The message names a command that starts the expected number.
     """
-    asked, who = (expected, "--world-size says") if expected is not None else _launcher_was_asked_for()
-    if asked is None or asked == state.num_processes:
+    requested, source = (expected, "--world-size") if expected is not None else _requested_size()
+    if requested is None or requested == state.num_processes:
         return
-    running = "1 process runs" if state.num_processes == 1 else f"{state.num_processes} processes run"
-    found = f"{running}, but {who} {asked}"
-    if state.device.type == "cpu" and asked > 1:
-        right = (
-            f"ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {asked} --num_machines 1 "
+    running = "1 process is" if state.num_processes == 1 else f"{state.num_processes} processes are"
+    message = f"{running} running, but {source} is {requested}\n{_start_hint(requested, state.device)}"
+    raise RecipeError([Problem("the launcher", source, message, "world")])
+
+
+def _start_hint(processes: int, device: torch.device) -> str:
+    """Returns the command that starts this number of processes on this kind of device."""
+    if device.type == "cpu" and processes > 1:
+        command = (
+            f"ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {processes} --num_machines 1 "
             "--mixed_precision no --dynamo_backend no -m mnist_dist.train …"
         )
-        hint = (
-            f"on CPUs, `accelerate launch --cpu` starts one process whatever it is told; this starts {asked}:\n{right}"
-        )
-    elif asked > 1:
-        hint = f"start them with: accelerate launch --multi_gpu --num_processes {asked} -m mnist_dist.train …"
-    else:
-        hint = "start one with: python -m mnist_dist.train …"
-    raise RecipeError([Problem("the launcher", "", f"{found}\n{hint}")])
+        return f"`accelerate launch --cpu` always starts 1 process; start {processes} CPU processes with:\n{command}"
+    if processes > 1:
+        return f"start them with: accelerate launch --multi_gpu --num_processes {processes} -m mnist_dist.train …"
+    return "start it with: python -m mnist_dist.train …"
 
 
-def _launcher_was_asked_for() -> tuple[int | None, str]:
-    """How many processes a launcher was told to start, and who says so; None where it cannot be known."""
-    words = launcher_words()
+def _requested_size() -> tuple[int | None, str]:
+    """Returns the number of processes that the launcher was asked for, and the option or variable that holds it.
+
+    The number is None if it is not known.
+    """
+    words = launcher_arguments()
     for word, following in itertools.pairwise([*words, ""]):
         name, _, value = word.partition("=")
         number = value or following
         if name in ("--num_processes", "--num-processes") and number.isdigit() and int(number) > 0:
-            return int(number), f"accelerate launch was given {name}"
+            return int(number), name
     for variable in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-        # Of torchrun under srun or mpirun they count the torchruns.
+        # Under torchrun, started by mpirun or srun, these variables count the torchrun processes.
         if variable in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
-            return int(os.environ[variable]), f"mpirun's {variable} says"
+            return int(os.environ[variable]), variable
     if (
         "SLURM_STEP_ID" in os.environ
         and "WORLD_SIZE" not in os.environ
         and "ACCELERATE_MIXED_PRECISION" not in os.environ
     ):
-        return int(os.environ.get("SLURM_NTASKS", "1")), "srun's SLURM_NTASKS says"
+        return int(os.environ.get("SLURM_NTASKS", "1")), "SLURM_NTASKS"
     return None, ""
 
 
-def launcher_words() -> list[str]:
-    """The command line of `accelerate launch`, our parent process, up to our own module; [] without it."""
-    if not launched_by_accelerate():
-        return []
-    words = read_proc(os.getppid(), "cmdline")
-    ours = next((place for place, word in enumerate(words) if word.startswith("mnist_dist")), len(words))
-    return words[:ours]
+# --- the launcher's own settings ----------------------------------------------------------------------------------
 
 
 def launched_by_accelerate() -> bool:
+    """Returns whether `accelerate launch` started this process."""
     return "ACCELERATE_MIXED_PRECISION" in os.environ
 
 
-def read_proc(pid: int, what: str) -> list[str]:
-    """A process's `cmdline` or `environ` as Linux shows it; [] elsewhere, or where it is not ours to read."""
+def launcher_arguments() -> list[str]:
+    """Returns the arguments of `accelerate launch`, the parent process, up to this package's module; [] without it."""
+    if not launched_by_accelerate():
+        return []
+    words = read_proc(os.getppid(), "cmdline")
+    end = next((index for index, word in enumerate(words) if word.startswith("mnist_dist")), len(words))
+    return words[:end]
+
+
+def read_proc(pid: int, file: str) -> list[str]:
+    """Returns the entries of /proc/PID/`file` ("cmdline" or "environ"); [] if it does not exist or is not readable."""
     try:
-        return Path(f"/proc/{pid}/{what}").read_text(encoding="utf-8", errors="replace").split("\0")
+        return Path(f"/proc/{pid}/{file}").read_text(encoding="utf-8", errors="replace").split("\0")
     except OSError:
         return []
 
 
 def launch_settings() -> dict[str, str]:
-    """What the launcher brought into the run, to be printed and recorded: itself, its variables, a cached file."""
+    """Returns the launcher's name, configuration file and ACCELERATE_* variables, to be printed and recorded."""
     settings = {"launcher": "python"}
     if launched_by_accelerate():
         settings["launcher"] = "accelerate launch"
@@ -103,7 +117,7 @@ def launch_settings() -> dict[str, str]:
         settings["launcher"] = "torchrun"
     elif "SLURM_STEP_ID" in os.environ:
         settings["launcher"] = "srun"
-    words = launcher_words()
+    words = launcher_arguments()
     files = [after for word, after in itertools.pairwise(words) if word in ("--config_file", "--config-file")]
     if words and not files and Path(default_config_file).is_file():
         files = [default_config_file]
@@ -115,36 +129,44 @@ def launch_settings() -> dict[str, str]:
     return settings
 
 
-FOREIGN_ENGINES = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
+# --- engines ------------------------------------------------------------------------------------------------------
 
 
 def asks_for_fsdp() -> bool:
-    """Whether the launcher asks for sharded parameters."""
+    """Returns whether the launcher requests FSDP."""
     return parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
 def fsdp_settings() -> dict[str, Any]:
-    """What of the launcher's FSDP configuration `shard_parameters` takes."""
+    """Returns the settings of the launcher's FSDP configuration that `shard_parameters` takes."""
     return {
         "smallest": int(os.environ.get("FSDP_MIN_NUM_PARAMS") or 1_000_000),
         "reshard": parse_flag_from_env("FSDP_RESHARD_AFTER_FORWARD", default=True),
     }
 
 
+UNSUPPORTED_ENGINES = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
+"""Variable of `accelerate launch` -> engine that it selects."""
+
+
 def check_engine() -> None:
-    """Refuses engines that this trainer does not know.
+    """Refuses a training engine that this trainer does not support.
 
     Raises:
-        RecipeError: a flag or a configuration file of the launcher asks for one.
+        RecipeError: an option or a configuration file of the launcher requests DeepSpeed, Megatron-LM, FSDP1 or FSDP's
+            offloading.
     """
-    asked = [name.removeprefix("ACCELERATE_USE_") for name in FOREIGN_ENGINES if parse_flag_from_env(name)]
+    found = {name: engine for name, engine in UNSUPPORTED_ENGINES.items() if parse_flag_from_env(name)}
     if asks_for_fsdp():
         if os.environ.get("FSDP_VERSION") != "2":
-            asked.append("FSDP's first version")
+            found["FSDP_VERSION"] = "FSDP version 1"
         if parse_flag_from_env("FSDP_OFFLOAD_PARAMS"):
-            asked.append("FSDP's offloading to the host")
-    if asked:
-        source = launch_settings().get("config_file", "its command line")
-        known = "use launch/accelerate/multi_gpu.yaml or fsdp2.yaml"
-        what = f"{source} asks for {', '.join(asked)}, which this trainer does not know; {known}"
-        raise RecipeError([Problem("the launcher", "", what)])
+            found["FSDP_OFFLOAD_PARAMS"] = "FSDP with offloading of parameters"
+    source = launch_settings().get("config_file", "the launcher's command line")
+    message = "{source} requests {engine}, which is not supported\nuse launch/accelerate/multi_gpu.yaml or fsdp2.yaml"
+    problems = [
+        Problem("the launcher", name, message.format(source=source, engine=engine), "unsupported")
+        for name, engine in found.items()
+    ]
+    if problems:
+        raise RecipeError(problems)

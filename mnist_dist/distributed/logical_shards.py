@@ -1,9 +1,10 @@
-"""Logical shards: the same bytes at world size 1, 2, 4 and 8, batch norm and dropout included.
+"""Logical shards: identical bytes at world size 1, 2, 4 and 8, with batch norm and dropout.
 
-The global batch is cut into a fixed number of pieces, the shards. Whoever computes a shard, its dropout draws from a
-seed of its own, and its batch norm starts from the step's buffers and sees its rows alone. Gradients and buffers are
-added as one balanced tree over all shards; a process that holds 2^n neighbours adds a whole branch of it, so the order
-of every addition is the same wherever it is made.
+The global batch is split into a fixed number of shards. The result of a shard does not depend on the process that
+computes it: its dropout has its own seed, and its batch norm starts from the buffers at the beginning of the step and
+sees the rows of this shard only. Gradients and buffers are added as one balanced binary tree over all shards. A process
+holds 2^n adjacent shards and adds a complete branch of the tree, so every addition has the same order at every world
+size.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from mnist_dist.distributed.gradients import GradientClock
 
 
 class LogicalShards:
-    """Which shards this process computes, and the sum of all.
+    """Assigns shards to this process and sums the gradients of all shards.
 
     Args:
-        count: a power of two that the world size divides.
-        clock: measures the wait for the others.
+        count: number of shards, a power of two and a multiple of the world size.
+        clock: measures the wait for the other processes.
     """
 
     def __init__(self, count: int, accelerator: Accelerator, module: nn.Module, clock: GradientClock):
@@ -31,19 +32,19 @@ class LogicalShards:
         self.count, self._accelerator, self._clock = count, accelerator, clock
         self.mine = range(rank * count // world_size, (rank + 1) * count // world_size)
         self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        # A layer in eval mode is frozen: adding its buffers up and dividing again would not give the same bits.
+        # The buffers of a layer in eval mode are frozen; averaging equal values could change their last bits.
         trained = (part for part in module.modules() if part.training)
         named = [pair for part in trained for pair in part.named_buffers(recurse=False)]
         self._buffers = list(dict.fromkeys(buffer for _, buffer in named if buffer.is_floating_point()))
-        # Batch norm counts the step once, in whichever shard. Other whole numbers are tables: they stay as they are.
+        # Batch norm counts a step once, not once per shard. Other integer buffers are tables, which do not change.
         self._counters = list(dict.fromkeys(buffer for name, buffer in named if name == "num_batches_tracked"))
         self._branches: list[tuple[int, Tensor]] = []
 
     def each(self, used: int) -> Iterator[int]:
-        """This process's shards; between two of them gradients and buffers are put by and set back.
+        """Yields the shards of this process. Adds up gradients and buffers after each shard and resets them before it.
 
         Args:
-            used: shards that have a row; a short last batch can leave the later ones none.
+            used: number of shards with at least one row; in a short last batch the later shards have none.
         """
         state = [*self._buffers, *self._counters]
         before = [buffer.clone() for buffer in state]
@@ -61,12 +62,15 @@ class LogicalShards:
             buffer.copy_(value + 1)
 
     def combine(self, used: int) -> None:
-        """Sums the gradients of all shards of all processes into `grad`, and averages the buffers."""
+        """Writes the sum over all shards into `grad` and the mean over the used shards into the buffers.
+
+        Collective: call on every rank.
+        """
         ((_, total),) = self._branches
         self._branches = []
         if self._accelerator.num_processes > 1:
             with self._clock.backward():
-                self._clock.arrived()
+                self._clock.mark_local_end()
                 branches = self._accelerator.gather(total[None])
             total = _tree_sum(list(branches))
         pieces = iter(total.split([tensor.numel() for tensor in [*self._parameters, *self._buffers]]))
@@ -76,7 +80,7 @@ class LogicalShards:
             buffer.copy_(next(pieces).view(buffer.shape) / used)
 
     def _add(self, vector: Tensor) -> None:
-        """Adds a leaf on the right: two branches of the same height become one, so few are held at a time."""
+        """Adds a leaf on the right of the tree. Joins branches of equal height at once, which limits memory."""
         height = 0
         while self._branches and self._branches[-1][0] == height:
             vector, height = self._branches.pop()[1] + vector, height + 1
@@ -92,6 +96,7 @@ class LogicalShards:
 
 
 def _tree_sum(branches: list[Tensor]) -> Tensor:
+    """Adds neighbours until one tensor is left; the number of branches is a power of two."""
     while len(branches) > 1:
         branches = [left + right for left, right in zip(branches[::2], branches[1::2], strict=True)]
     return branches[0]

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGUSR1 as a flag that all processes agree on at a step boundary; never work in a handler."""
+"""Turns SIGTERM, SIGINT and SIGUSR1 into a stop request that all ranks see at the same step."""
 
 from __future__ import annotations
 
@@ -17,72 +17,84 @@ from accelerate import Accelerator
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 PREEMPTED = 75
-"""Exit code of a run that saved and stopped because it was asked to: run me again (EX_TEMPFAIL of sysexits.h)."""
+"""Exit code of a run that saved a checkpoint and stopped on request; run the same command again.
+
+EX_TEMPFAIL of sysexits.h.
+"""
 
 ECHO_SECONDS = 2.0
-"""A signal this soon after the first is the same request once more: Ctrl-C reaches a process from the terminal and, a
-moment later, from its launcher."""
+"""A signal within this time after the first one is the same request again: Ctrl-C reaches a process from the terminal
+and a moment later from its launcher."""
 
 AGREE_SECONDS = 0.5
-"""Processes ask one another about signals about this often."""
+"""Approximate interval at which the ranks exchange their stop requests."""
+
+LAUNCHER_DIED = signal.SIGUSR1
+"""The kernel sends this signal when the launcher dies. Not SIGTERM: this signal never counts as a second request."""
 
 
 class Interrupts:
-    """While entered, a first signal asks the run to stop at a step boundary; a second ends the process at once."""
+    """Handles signals inside the context: the first one requests a stop, a second one ends the process at once.
+
+    The handlers only set a flag. The training loop reads it with `stop_requested` between two steps.
+    """
 
     def __init__(self, accelerator: Accelerator):
         self._accelerator = accelerator
-        self._asked = False
-        self._asked_at = 0.0
-        self._questions = 0
-        self._every = 1
-        self._before: dict[int, Any] = {}
+        self._requested = False
+        self._requested_at = 0.0
+        self._calls = 0
+        self._interval = 1
+        self._previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupts:
-        if threading.current_thread() is threading.main_thread():  # another thread can set no handler
-            self._before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
-            _die_with_launcher()
+        if threading.current_thread() is threading.main_thread():  # other threads cannot set handlers
+            self._previous_handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+            _request_signal_when_launcher_dies()
         return self
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            # A dying launcher may say so several times, once for each of its threads, while we write the last words.
-            echo = self._asked and number == LAUNCHER_DIED and _has_launcher()
+        for number, handler in self._previous_handlers.items():
+            # A launcher that dies may send the signal once per thread, while this process still writes its last files.
+            echo = self._requested and number == LAUNCHER_DIED and _has_launcher()
             signal.signal(number, signal.SIG_IGN if echo else handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if not self._asked:
-            self._asked, self._asked_at = True, time.monotonic()
-        elif number != LAUNCHER_DIED and time.monotonic() - self._asked_at > ECHO_SECONDS:
+        if not self._requested:
+            self._requested, self._requested_at = True, time.monotonic()
+        elif number != LAUNCHER_DIED and time.monotonic() - self._requested_at > ECHO_SECONDS:
             os._exit(128 + number)
 
-    def pace(self, seconds_per_step: float) -> None:
-        """Sets how often the others are asked, from a step's duration, the same number on all processes."""
-        self._every = max(1, int(AGREE_SECONDS / max(seconds_per_step, 1e-6)))
+    def set_interval(self, seconds_per_step: float) -> None:
+        """Sets the number of steps between two exchanges of stop requests.
 
-    def agreed(self) -> bool:
-        """Whether any process was asked to stop; all processes call this equally often and get the same answer."""
+        Args:
+            seconds_per_step: duration of a training step; must be the same number on every rank.
+        """
+        self._interval = max(1, int(AGREE_SECONDS / max(seconds_per_step, 1e-6)))
+
+    def stop_requested(self) -> bool:
+        """Returns whether any rank was asked to stop; the same answer on every rank.
+
+        Collective: call on every rank equally often. Only one call per interval communicates, the others return False.
+        """
         if self._accelerator.num_processes == 1:
-            return self._asked
-        self._questions += 1
-        if self._questions % self._every:
+            return self._requested
+        self._calls += 1
+        if self._calls % self._interval:
             return False
-        asked = torch.tensor(int(self._asked), device=self._accelerator.device)
-        return bool(self._accelerator.reduce(asked, reduction="sum"))
-
-
-LAUNCHER_DIED = signal.SIGUSR1
-"""Not SIGTERM: this signal never counts as a second one."""
+        requested = torch.tensor(int(self._requested), device=self._accelerator.device)
+        return bool(self._accelerator.reduce(requested, reduction="sum"))
 
 
 def _has_launcher() -> bool:
     return bool({"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys())
 
 
-def _die_with_launcher() -> None:
-    """Turns the launcher's death into a signal: `accelerate launch` forwards none to a single process.
+def _request_signal_when_launcher_dies() -> None:
+    """Asks the kernel for a signal when the launcher dies: `accelerate launch` forwards no signal to a single process.
 
-    Only under a launcher: a plain `python -m` may well outlive the shell that started it.
+    Does nothing without a launcher: a plain `python -m` may outlive the shell that started it.
     """
     if sys.platform == "linux" and _has_launcher():
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h

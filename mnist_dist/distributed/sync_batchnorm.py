@@ -1,4 +1,4 @@
-"""Batch norm over the global batch, on any device: PyTorch's own SyncBatchNorm is for GPUs alone."""
+"""Batch norm over the global batch on any device. PyTorch's own SyncBatchNorm supports GPUs only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def synchronize_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
-    """Replaces every batch norm by one over the rows of all processes; parameters, buffers and names stay."""
+    """Replaces every batch norm by one over the rows of all processes; keeps parameters, buffers and names."""
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
     for parent in list(module.modules()):
@@ -22,15 +22,16 @@ def synchronize_batch_norm(module: nn.Module, device: torch.device) -> nn.Module
 
 
 class SynchronizedBatchNorm(_BatchNorm):
-    """Batch norm whose mean and variance are those of all processes' rows, however unevenly these are shared.
+    """Batch norm with the mean and the variance over the rows of all processes, which may have unequal numbers of rows.
 
-    (N, C, …) of any floating dtype, in float32 within; the same output as `nn.BatchNorm2d` over the whole batch, up to
-    the order of summation. Evaluation is `nn.BatchNorm2d`'s.
+    The input is (N, C, …) of any floating dtype; sums are float32, or float64 for float64 input. In training mode the
+    output equals that of `nn.BatchNorm2d` over the global batch up to the order of summation. Evaluation mode is that
+    of `nn.BatchNorm2d`. Collective in training mode, forward and backward: call on every rank.
     """
 
     @classmethod
     def like(cls, other: _BatchNorm) -> SynchronizedBatchNorm:
-        """A synchronized one that shares the parameters and buffers of `other`."""
+        """Returns a synchronized batch norm that shares the parameters and buffers of `other`."""
         new = cls(other.num_features, other.eps, other.momentum, other.affine, other.track_running_stats)
         new.weight, new.bias = other.weight, other.bias
         new.running_mean, new.running_var = other.running_mean, other.running_var
@@ -48,12 +49,12 @@ class SynchronizedBatchNorm(_BatchNorm):
         values, dims = input if input.dtype == torch.float64 else input.float(), [0, *range(2, input.dim())]
         shape = (1, -1, *(1 for _ in dims[1:]))
         count = values.new_tensor([values.numel() / values.shape[1]])
-        *sums, seen = SumOverProcesses.apply(torch.cat([values.sum(dims), count])).split([self.num_features, 1])
-        mean = sums[0] / seen
-        # Two passes: the mean of squares less the square of the mean would lose digits.
+        *sums, total = SumOverProcesses.apply(torch.cat([values.sum(dims), count])).split([self.num_features, 1])
+        mean = sums[0] / total
+        # Two passes: the mean of squares minus the square of the mean would lose precision.
         centered = values - mean.view(shape)
-        variance = SumOverProcesses.apply(centered.square().sum(dims)) / seen
-        self._keep_statistics(mean.detach(), (variance * seen / (seen - 1)).detach())
+        variance = SumOverProcesses.apply(centered.square().sum(dims)) / total
+        self._keep_statistics(mean.detach(), (variance * total / (total - 1)).detach())
         output = centered * torch.rsqrt(variance + self.eps).view(shape)
         if self.affine:
             output = output * self.weight.view(shape) + self.bias.view(shape)
@@ -64,14 +65,14 @@ class SynchronizedBatchNorm(_BatchNorm):
             return
         assert self.num_batches_tracked is not None and self.running_mean is not None and self.running_var is not None
         self.num_batches_tracked.add_(1)
-        # PyTorch: momentum None means the plain average of all batches.
+        # In PyTorch momentum None means the plain average over all batches.
         momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean, momentum)
         self.running_var.lerp_(variance, momentum)
 
 
 class SumOverProcesses(torch.autograd.Function):
-    """All-reduce by addition; its gradient is the sum of all processes' gradients."""
+    """Sums over all processes; the gradient is the sum of the gradients of all processes. Collective."""
 
     @staticmethod
     def forward(context: Any, values: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""Names the process that hangs, with its stack, and ends the run, for which the others would wait for hours."""
+"""Detects a run that makes no progress, names the rank that hangs with its stack, and ends all processes.
+
+Without the watchdog the other ranks would wait in a collective for hours.
+"""
 
 from __future__ import annotations
 
@@ -19,26 +22,26 @@ from accelerate import Accelerator
 from mnist_dist.distributed.gradients import GradientClock
 
 PATIENCE_IN_STEPS = 10
-"""A step may take so many times the longest one before, however short the limit."""
+"""A step may always take this many times the duration of the longest step so far."""
 
 FIRST_STEPS = 3
-"""Steps that may take `PATIENCE_IN_STEPS` times the limit: they choose kernels, compile, allocate."""
+"""The first steps may take `PATIENCE_IN_STEPS` times the limit: they choose kernels, compile and allocate."""
 
-
-COMMUNICATES = re.compile("distributed_c10d|_fully_shard")
-"""Files of PyTorch in which a process waits for others."""
+COLLECTIVE_FILES = re.compile("distributed_c10d|_fully_shard")
+"""Files of PyTorch in which a process waits for other processes."""
 
 
 class Watchdog:
-    """While entered, a thread compares the time since the last `beat` with a limit; alone in the world it does nothing.
+    """Runs a thread inside the context that compares the time since the last `beat` with a limit.
 
-    Every process publishes its step, its stack and whether it waits for the others in the process group's store, where
-    the others find them when nothing moves any more. Who does not wait is who hangs.
+    Every rank publishes its step, its stack and whether it waits for other ranks in the process group's store. When
+    there is no progress any more, all ranks read these reports: the rank that does not wait is the one that hangs.
+    Does nothing in a world of one process.
 
     Args:
-        seconds: without a beat for so long, and for ten of the longest steps so far, all end with exit code 1.
-        clock: knows whether this process only waits for the others' gradients.
-        on_timeout: called on the process that reports, before all end.
+        seconds: without a beat for this time and for ten times the longest step, all processes end with exit code 1.
+        clock: knows whether this process waits for the gradients of other processes.
+        on_timeout: called on the reporting rank before the processes end.
     """
 
     def __init__(
@@ -49,14 +52,14 @@ class Watchdog:
         on_timeout: Callable[[], None] = lambda: None,
     ):
         self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
-        self._seconds, self._clock, self._failure_of = seconds, clock, on_timeout
+        self._seconds, self._clock, self._on_timeout = seconds, clock, on_timeout
         self._period = min(1.0, seconds / 4)
-        self._step, self._beats, self._beaten, self._longest, self._serial = 0, 0, time.monotonic(), 0.0, 0
+        self._step, self._beats, self._last_beat, self._longest, self._serial = 0, 0, time.monotonic(), 0.0, 0
         self._end = threading.Event()
         self._main = threading.get_ident()
 
     def __enter__(self) -> Watchdog:
-        self._beaten = time.monotonic()
+        self._last_beat = time.monotonic()
         if self._world_size > 1:
             store = dist.distributed_c10d._get_default_store()
             self._store = dist.PrefixStore("watchdog", store)
@@ -68,20 +71,20 @@ class Watchdog:
         self._end.set()
 
     def beat(self, step: int) -> None:
-        """Tells that the run moves; cheap enough for every step."""
+        """Notes that the run has reached `step`. Costs microseconds, so it may be called in every step."""
         now = time.monotonic()
-        self._longest = max(self._longest, now - self._beaten)
-        self._step, self._beats, self._beaten = step, self._beats + 1, now
+        self._longest = max(self._longest, now - self._last_beat)
+        self._step, self._beats, self._last_beat = step, self._beats + 1, now
 
     def _watch(self) -> None:
         while not self._end.wait(self._period):
             self._publish()
             patience = PATIENCE_IN_STEPS * (self._seconds if self._beats < FIRST_STEPS else self._longest)
-            if time.monotonic() - self._beaten < max(self._seconds, patience):
+            if time.monotonic() - self._last_beat < max(self._seconds, patience):
                 continue
             reports = self._collect()
             if not self._end.is_set() and not any(each["saving"] and each["alive"] for each in reports):
-                self._give_up(reports)
+                self._end_processes(reports)
 
     def _publish(self) -> None:
         self._store.set(str(self._rank), json.dumps(self._report()))
@@ -95,18 +98,18 @@ class Watchdog:
             "serial": self._serial,
             "step": self._step,
             "where": f"{socket.gethostname()}, pid {os.getpid()}",
-            "waits": self._clock.is_waiting or any(COMMUNICATES.search(entry.filename) for entry in stack[-6:]),
+            "waits": self._clock.is_waiting or any(COLLECTIVE_FILES.search(entry.filename) for entry in stack[-6:]),
             "saving": any(entry.name in ("save_checkpoint", "save_weights") for entry in stack),
             "stack": "".join(traceback.format_list([entry for entry in stack if "runpy" not in entry.filename])),
         }
 
     def _collect(self) -> list[dict[str, Any]]:
-        """The last report of every process; alive is whose thread still publishes."""
+        """Returns the last report of every rank. A rank is `alive` if its watchdog thread still publishes."""
         before = self._read()
         self._end.wait(2 * self._period + 1)
         self._publish()
         after = self._read()
-        unknown = {"serial": 0, "step": 0, "where": "never heard of", "waits": False, "saving": False, "stack": ""}
+        unknown = {"serial": 0, "step": 0, "where": "no report", "waits": False, "saving": False, "stack": ""}
         reports = [{"rank": rank} | after.get(rank, unknown) for rank in range(self._world_size)]
         for each in reports:
             earlier = before.get(each["rank"], unknown)["serial"]
@@ -117,27 +120,25 @@ class Watchdog:
         ranks = [rank for rank in range(self._world_size) if self._store.check([str(rank)])]
         return {rank: json.loads(self._store.get(str(rank))) for rank in ranks}
 
-    def _give_up(self, reports: list[dict[str, Any]]) -> None:
-        """One process speaks, then all end; never returns."""
-        speaker = min(each["rank"] for each in reports if each["alive"])
-        if self._rank == speaker:
-            seconds = time.monotonic() - self._beaten
-            print(describe(reports, seconds), file=sys.stderr, flush=True)
-            self._failure_of()
+    def _end_processes(self, reports: list[dict[str, Any]]) -> None:
+        """Prints the reports on the lowest rank that is alive, then ends this process. Never returns."""
+        if self._rank == min(each["rank"] for each in reports if each["alive"]):
+            print(describe(reports, time.monotonic() - self._last_beat), file=sys.stderr, flush=True)
+            self._on_timeout()
         else:
-            time.sleep(2)  # when one process ends, a launcher ends the others: let the speaker finish
+            time.sleep(2)  # when one process ends, a launcher ends the others: the reporting rank has to finish first
         os._exit(1)
 
 
 def describe(reports: list[dict[str, Any]], seconds: float) -> str:
-    """One screen: who hangs, where, and who waits for it."""
+    """Returns the message for the user: which ranks hang, where, and which ranks wait for them."""
     hanging = [each for each in reports if not each["alive"] or not each["waits"]] or reports
-    lines = [f"mnist_dist: nothing has moved for {seconds:.0f} s; all processes end"]
+    lines = [f"mnist_dist: no progress for {seconds:.0f} s; all processes end"]
     for each in hanging:
         state = "hangs" if each["alive"] else "is frozen or gone"
         lines += [f"  rank {each['rank']} ({each['where']}) {state} in step {each['step']}:", each["stack"].rstrip()]
     waiting = [str(each["rank"]) for each in reports if each not in hanging]
     if waiting:
         lines.append(f"  waiting for it: rank {', '.join(waiting)}")
-    lines.append("the same command goes on from the last checkpoint")
+    lines.append("run the same command again to resume from the last checkpoint")
     return "\n".join(lines)

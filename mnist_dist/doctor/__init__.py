@@ -1,1 +1,1 @@
-"""`python -m mnist_dist.doctor`: is this machine fit to train?"""
+"""The command `doctor`: checks whether a machine or cluster is fit to train."""

@@ -1,11 +1,12 @@
-"""Is this cluster fit to train? One table of checks, the slow or wrong ranks named, in under a minute.
+"""Command `doctor`: checks whether a machine or cluster is fit to train and prints one table, in under a minute.
 
-`accelerate launch -m mnist_dist.doctor`, or under any other launcher, or none. A check is a question to all ranks
-(`Ranks.ask`) and a judgement of their answers, which all of them make alike and rank 0 prints.
+`accelerate launch -m mnist_dist.doctor`, or any other launcher, or none. A check measures on all ranks (`Ranks.run`).
+Slow and faulty ranks are named.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import time
@@ -18,32 +19,30 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from mnist_dist.cli import answer_early, parser_of, run_command
+from mnist_dist.cli import answer_early, parse, run_command
 from mnist_dist.distributed.devices import choose_threads, device_name
 from mnist_dist.distributed.launcher import launched_world
 from mnist_dist.doctor.checks import (
     FAIL,
+    OK,
     SLOW,
     WARN,
     Findings,
     Row,
     check_all_reduce,
     check_clocks,
-    check_each_alone,
     check_folder,
     check_links,
-    check_room,
-    check_together,
+    check_space,
+    check_training_alone,
+    check_training_distributed,
     check_versions,
     check_wandb,
     check_world,
-    name_ranks,
+    format_ranks,
 )
-from mnist_dist.doctor.measurements import (
-    REFERENCE,
-    train_together,
-)
-from mnist_dist.doctor.ranks import Failed, Ranks
+from mnist_dist.doctor.measurements import REFERENCE, train_distributed
+from mnist_dist.doctor.ranks import ActionFailed, Ranks
 from mnist_dist.errors import Problem, RecipeError
 from mnist_dist.run.provenance import git_commit, versions
 from mnist_dist.run.tables import table_console
@@ -54,64 +53,71 @@ if __name__ == "__main__":
 
 STYLES = {SLOW: "yellow", WARN: "yellow", FAIL: "bold red"}
 
-
-def write_reference(ranks: Ranks) -> None:
-    """Writes this machine's losses as those that all others are held against."""
-    made = {
-        "command": "python -m mnist_dist.doctor --write-reference",
-        "date": datetime.now(timezone.utc).date().isoformat(),
-    }
-    code = {"device": device_name(ranks.device), "versions": versions(), "git_commit": git_commit()}
-    facts = {"losses": train_together(ranks.device)["losses"], **made, **code}
-    REFERENCE.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-
-
-# --- the table ----------------------------------------------------------------------------------------------------
+BETWEEN_RANKS = {"clocks", "peer to peer", "all-reduce"}
+"""Checks that need at least two ranks."""
 
 
 def examine(ranks: Ranks, run_dir: Path, world_size: int | None = None) -> list[Row]:
-    """All checks in their order; one that fails anywhere is a row, and the next one begins."""
+    """Runs all checks. A check that fails on a rank becomes a row, and the next check runs.
+
+    Collective: call on every rank.
+    """
     checks: dict[str, Callable[[Ranks], Findings]] = {
         "world": partial(check_world, expected=world_size),
         "versions": check_versions,
         "clocks": check_clocks,
-        "free room": partial(check_room, run_dir=run_dir),
-        "write and rename": partial(check_folder, run_dir=run_dir),
+        "free space": partial(check_space, run_dir=run_dir),
+        "run folder": partial(check_folder, run_dir=run_dir),
         "peer to peer": check_links,
         "all-reduce": check_all_reduce,
         "W&B": check_wandb,
-        "training, each alone": check_each_alone,
-        "training, together": check_together,
+        "training, each rank alone": check_training_alone,
+        "training, distributed": check_training_distributed,
     }
     rows = []
     for name, check in checks.items():
+        if ranks.size == 1 and name in BETWEEN_RANKS:
+            rows.append(Row(name, OK, "one process: nothing to measure", ""))
+            continue
         try:
             rows += [Row(name, *finding) for finding in check(ranks)]
-        except Failed as failure:
-            for what in dict.fromkeys(failure.errors.values()):
-                guilty = [rank for rank, error in failure.errors.items() if error == what]
-                rows.append(Row(name, FAIL, what, name_ranks(guilty)))
+        except ActionFailed as failure:
+            for message in dict.fromkeys(failure.errors.values()):
+                failed = [rank for rank, error in failure.errors.items() if error == message]
+                rows.append(Row(name, FAIL, message, format_ranks(failed)))
     return rows
 
 
+def is_fit(rows: list[Row]) -> bool:
+    """Returns whether no check failed."""
+    return all(row.verdict != FAIL for row in rows)
+
+
+# --- the report ---------------------------------------------------------------------------------------------------
+
+
 def conclude(rows: list[Row]) -> str:
-    """One line: fit or not, and what to look at."""
+    """Returns one line: fit to train or not, and the checks and ranks to look at."""
 
     def named(*verdicts: str) -> str:
         found: dict[str, list[str]] = {}
         for row in rows:
             if row.verdict in verdicts:
                 found.setdefault(row.check, []).extend([row.ranks] if row.ranks else [])
-        return ", ".join(f"{check} ({'; '.join(ranks)})" if ranks else check for check, ranks in found.items())
+        return ", ".join(f"{check} (ranks {'; '.join(ranks)})" if ranks else check for check, ranks in found.items())
 
     if failed := named(FAIL):
         return f"not fit to train: {failed}"
     warnings = named(WARN, SLOW)
-    return f"fit to train; look at {warnings}" if warnings else "fit to train"
+    return f"fit to train; see {warnings}" if warnings else "fit to train"
 
 
 def report(rows: list[Row], world_size: int, seconds: float, path: Path | None) -> None:
-    """Prints the table, and writes it to the file that was asked for."""
+    """Prints the table and the conclusion, and writes both as JSON to `path` if one is given.
+
+    Args:
+        seconds: duration of the examination.
+    """
     table = Table("check", "verdict", "figure", "ranks", box=None)
     for column in table.columns:
         column.overflow = "fold"
@@ -123,44 +129,75 @@ def report(rows: list[Row], world_size: int, seconds: float, path: Path | None) 
     console.print(f"{conclude(rows)} ({seconds:.0f} s)", markup=False, highlight=False, soft_wrap=True)
     if path:
         facts = {"fit": is_fit(rows), "world_size": world_size, "seconds": round(seconds, 1)}
-        made = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "versions": versions()}
-        content = facts | made | {"checks": [asdict(row) for row in rows]}
+        origin = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "versions": versions()}
+        content = facts | origin | {"checks": [asdict(row) for row in rows]}
         path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def is_fit(rows: list[Row]) -> bool:
-    return all(row.verdict != FAIL for row in rows)
+def write_reference(ranks: Ranks) -> None:
+    """Writes the losses of this machine into the package as the reference for all machines."""
+    origin = {
+        "command": "python -m mnist_dist.doctor --write-reference",
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "device": device_name(ranks.device),
+        "versions": versions(),
+        "git_commit": git_commit(),
+    }
+    content = {"losses": train_distributed(ranks.device)["losses"], **origin}
+    REFERENCE.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+# --- the command line ---------------------------------------------------------------------------------------------
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Refuses values that do not fit.
+
+    Raises:
+        RecipeError: with every problem of the command line.
+    """
+    problems = []
+    if arguments.json and not arguments.json.absolute().parent.is_dir():
+        message = f"the folder {arguments.json.absolute().parent} does not exist"
+        problems.append(Problem("command line", "--json", message, "missing"))
+    if arguments.world_size is not None and arguments.world_size < 1:
+        message = f"{arguments.world_size} is not a number of processes; give 1 or more"
+        problems.append(Problem("command line", "--world-size", message, "range"))
+    if problems:
+        raise RecipeError(problems)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The door: exit code 0 fit to train, 1 not fit, 2 bad command line."""
+    """Runs the command.
+
+    Returns:
+        The exit code: 0 fit to train, 1 not fit, 2 bad command line.
+    """
     started = time.monotonic()
-    parser = parser_of("doctor")
-    arguments = parser.parse_intermixed_args(argv)
-    if arguments.json and not arguments.json.absolute().parent.is_dir():
-        parser.error(f"--json: there is no folder {arguments.json.absolute().parent}")
-    if arguments.world_size is not None and arguments.world_size < 1:
-        parser.error("--world-size is at least 1")
+    arguments = parse("doctor", argv)
+    check_arguments(arguments)
     state = launched_world()
     choose_threads(state)
     ranks = Ranks(state)
     if arguments.write_reference:
         if ranks.size > 1:
-            parser.error("--write-reference is for one process")
+            message = f"{ranks.size} processes are running; start this option in one process"
+            raise RecipeError([Problem("command line", "--write-reference", message, "world")])
         write_reference(ranks)
         return 0
     rows = examine(ranks, arguments.run_dir.absolute(), arguments.world_size)
 
-    def on_main() -> None:
+    def report_on_rank_0() -> None:
         if ranks.rank == 0:
             report(rows, ranks.size, time.monotonic() - started, arguments.json)
 
     try:
-        ranks.ask(on_main)  # when one process ends, a launcher ends the others: all wait for the table
-    except Failed as failure:
+        ranks.run(report_on_rank_0)  # all ranks wait: when one process ends, a launcher ends the others
+    except ActionFailed as failure:
         if 0 in failure.errors:
-            raise RecipeError([Problem("the report", "", failure.errors[0])]) from failure
-    return ranks.leave(0 if is_fit(rows) else 1)
+            message = f"the report cannot be written: {failure.errors[0]}"
+            raise RecipeError([Problem("command line", "--json", message, "unwritable")]) from failure
+    return ranks.finish(0 if is_fit(rows) else 1)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""The checks: each asks all ranks and turns their answers into findings."""
+"""The checks of the doctor: each runs a measurement on all ranks and turns the results into findings.
+
+Every rank computes the same findings; rank 0 prints them.
+"""
 
 from __future__ import annotations
 
@@ -19,18 +22,18 @@ from mnist_dist.distributed.launcher import check_size, launch_settings
 from mnist_dist.doctor.measurements import (
     SIZES,
     WANDB_SECONDS,
-    FolderProbe,
+    FolderMeasurement,
     clock_offset,
-    free_room,
+    free_space,
     measure_all_reduce,
     measure_links,
-    reach,
     read_clock,
-    recorded_losses,
+    reference_losses,
+    time_request,
     train_alone,
-    train_together,
+    train_distributed,
 )
-from mnist_dist.doctor.ranks import Failed, Ranks
+from mnist_dist.doctor.ranks import ActionFailed, Ranks
 from mnist_dist.errors import RecipeError
 from mnist_dist.run.provenance import git_commit, versions
 from mnist_dist.tracking import resolve_mode, server_url
@@ -38,14 +41,14 @@ from mnist_dist.tracking import resolve_mode, server_url
 OK, NOTE, SLOW, WARN, FAIL = "ok", "note", "slow", "warn", "FAIL"
 
 
-ALONE = "one process: nothing to measure"
-
-
 class Finding(NamedTuple):
+    """One result of a check."""
+
     verdict: str
     figure: str
+    """The measured value or what is wrong."""
     ranks: str = ""
-    """Which are meant."""
+    """The ranks concerned."""
 
 
 Findings = Iterator[Finding]
@@ -53,66 +56,72 @@ Findings = Iterator[Finding]
 
 @dataclass(frozen=True)
 class Row:
+    """A finding with the name of its check: one row of the table."""
+
     check: str
     verdict: str
     figure: str
     ranks: str
 
 
-# --- judging ------------------------------------------------------------------------------------------------------
+# --- figures ------------------------------------------------------------------------------------------------------
 
 
 SLOW_FACTOR = 3.0
-"""A rank is slow that takes so many times what the middle one takes. Ranks of one kind differ by some ten percent, on
-shared machines and with short messages by a factor of two now and then; a worn cable, a throttled GPU or a neighbour's
-job on the same cores costs more."""
+"""A rank is slow if it takes this many times the median time. Equal ranks differ by about ten percent, on shared
+machines or with short messages by up to a factor of two. A worn cable, a throttled GPU or another job on the same cores
+costs more."""
 
 
-def slow_ones(seconds: Sequence[float]) -> list[int]:
-    """Positions of the figures above SLOW_FACTOR times the middle one (of two: the quicker)."""
+def slow_positions(seconds: Sequence[float]) -> list[int]:
+    """Returns the positions of the times above SLOW_FACTOR times the median (of two times: the shorter one)."""
     return [i for i, each in enumerate(seconds) if each > SLOW_FACTOR * statistics.median_low(seconds)]
 
 
-def odd_ones(values: Sequence[Any]) -> tuple[Any, list[int]]:
-    """The most frequent value, rank 0's where several are, and the positions of all others."""
-    usual = Counter(values).most_common(1)[0][0]
-    return usual, [i for i, each in enumerate(values) if each != usual]
+def most_common(values: Sequence[Any]) -> tuple[Any, list[int]]:
+    """Returns the most frequent value (in a tie the one of the lowest rank) and the positions of all other values."""
+    common = Counter(values).most_common(1)[0][0]
+    return common, [i for i, each in enumerate(values) if each != common]
 
 
-def name_ranks(ranks: Iterable[int]) -> str:
-    """Ranks as spans: 0–3, 7."""
-    spans: list[list[int]] = []
+def format_ranks(ranks: Iterable[int]) -> str:
+    """Formats ranks as ranges: "0–3, 7"."""
+    ranges: list[list[int]] = []
     for rank in sorted(ranks):
-        if spans and rank == spans[-1][1] + 1:
-            spans[-1][1] = rank
+        if ranges and rank == ranges[-1][1] + 1:
+            ranges[-1][1] = rank
         else:
-            spans.append([rank, rank])
-    return ", ".join(f"{first}–{last}" if last > first else str(first) for first, last in spans)
+            ranges.append([rank, rank])
+    return ", ".join(f"{first}–{last}" if last > first else str(first) for first, last in ranges)
 
 
-def amount(count: float) -> str:
+def format_bytes(count: float) -> str:
     return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
 
 
-def milliseconds(seconds: float) -> str:
+def format_milliseconds(seconds: float) -> str:
     return f"{1000 * seconds:.3g} ms"
 
 
-def speeds(seconds: dict[str, float]) -> str:
-    """The time of small messages, the bandwidth of large ones."""
+def format_speeds(seconds: dict[str, float]) -> str:
+    """Formats the time of small messages and the bandwidth of large ones.
+
+    Args:
+        seconds: by message size, a key of `SIZES`.
+    """
     return ", ".join(
-        f"{size} {milliseconds(each)}" if SIZES[size] < 2**20 else f"{size} {amount(SIZES[size] / each)}/s"
+        f"{size} {format_milliseconds(each)}" if SIZES[size] < 2**20 else f"{size} {format_bytes(SIZES[size] / each)}/s"
         for size, each in seconds.items()
     )
 
 
-# --- checks: the machines -----------------------------------------------------------------------------------------
+# --- checks of each machine ---------------------------------------------------------------------------------------
 
 
 def check_world(ranks: Ranks, expected: int | None) -> Findings:
-    """How many processes, where, on what; a number other than the one expected fails."""
+    """Reports the number of processes, their nodes and devices. Another number than the expected one fails."""
 
-    def look() -> dict[str, Any]:
+    def describe() -> dict[str, Any]:
         try:
             check_size(ranks.state, expected)
             problem = ""
@@ -120,189 +129,196 @@ def check_world(ranks: Ranks, expected: int | None) -> Findings:
             problem = error.problems[0].message.replace("mnist_dist.train", "mnist_dist.doctor")
         return {"node": platform.node(), "device": device_name(ranks.device), "problem": problem} | launch_settings()
 
-    answers = ranks.ask(look)
+    results = ranks.run(describe)
     nodes: dict[str, list[int]] = {}
-    for rank, answer in enumerate(answers):
-        nodes.setdefault(answer["node"], []).append(rank)
-    devices = Counter(answer["device"] for answer in answers)
+    for rank, result in enumerate(results):
+        nodes.setdefault(result["node"], []).append(rank)
+    devices = Counter(result["device"] for result in results)
     size = "1 process" if ranks.size == 1 else f"{ranks.size} processes"
-    where = ", ".join(node if ranks.size == 1 else f"{node}: {name_ranks(own)}" for node, own in nodes.items())
-    odd = odd_ones([answer["device"] for answer in answers])[1]
+    where = ", ".join(node if ranks.size == 1 else f"{node}: {format_ranks(own)}" for node, own in nodes.items())
+    others = most_common([result["device"] for result in results])[1]
     yield Finding(
-        WARN if odd else OK,
-        f"{size} by {answers[0]['launcher']} on {len(nodes)} node{'s'[: len(nodes) > 1]} ({where}); "
+        WARN if others else OK,
+        f"{size}, started by {results[0]['launcher']}, on {len(nodes)} node{'s'[: len(nodes) > 1]} ({where}); "
         + ", ".join(f"{count} × {device}" for device, count in devices.items()),
-        name_ranks(odd),
+        format_ranks(others),
     )
-    for problem in sorted({answer["problem"] for answer in answers} - {""}):
+    for problem in sorted({result["problem"] for result in results} - {""}):
         yield Finding(FAIL, problem)
 
 
 def check_versions(ranks: Ranks) -> Findings:
-    """Equal Python, packages, CUDA and commit on all ranks."""
+    """Fails if Python, a package, CUDA or the commit is not the same on all ranks."""
 
-    def look() -> dict[str, str]:
+    def describe() -> dict[str, str]:
         commit, dash, dirty = (git_commit() or "unknown").partition("-")
         return {**versions(), "cuda": torch.version.cuda or "none", "commit": commit[:12] + dash + dirty}
 
-    answers, equal = ranks.ask(look), True
-    for name in answers[0]:
-        usual, odd = odd_ones([answer.get(name) for answer in answers])
-        if odd:
+    results, equal = ranks.run(describe), True
+    for name in results[0]:
+        common, others = most_common([result.get(name) for result in results])
+        if others:
             equal = False
-            others = ", ".join(sorted({str(answers[rank].get(name)) for rank in odd}))
-            yield Finding(FAIL, f"{name} {others} instead of {usual}", name_ranks(odd))
+            found = ", ".join(sorted({str(results[rank].get(name)) for rank in others}))
+            yield Finding(FAIL, f"{name} {found} instead of {common}", format_ranks(others))
     if equal:
-        yield Finding(OK, ", ".join(f"{name} {version}" for name, version in answers[0].items()))
+        yield Finding(OK, ", ".join(f"{name} {version}" for name, version in results[0].items()))
 
 
-def check_clocks(ranks: Ranks) -> Findings:
-    """Each rank's clock against rank 0's. A second makes logs and file times hard to read; training does not mind."""
-    if ranks.size == 1:
-        yield Finding(OK, ALONE)
-        return
-    stamps = ranks.ask(partial(read_clock, ranks.device), meets=True)
-    offsets = {rank: clock_offset(stamps[rank], stamps[0]) for rank in range(1, ranks.size)}
-    wrong = [rank for rank, (offset, within) in offsets.items() if abs(offset) - within > 1.0]
-    worst = max(offsets, key=lambda rank: abs(offsets[rank][0]))
-    offset, within = map(milliseconds, offsets[worst])
-    yield Finding(WARN if wrong else OK, f"at most {offset} ± {within} from rank 0's (rank {worst})", name_ranks(wrong))
+LOW_SPACE = 1e9
+"""Free bytes below which a rank is reported: about what the largest bundled network needs with its optimizer."""
 
 
-LITTLE = 1e9
-"""Free bytes below which a rank is named: about what the largest bundled network takes with its optimizer."""
-
-
-def check_room(ranks: Ranks, run_dir: Path) -> Findings:
-    """Free memory of host and GPU, free disk under the run folder."""
-    answers = ranks.ask(partial(free_room, ranks.device, run_dir))
-    for name in answers[0]:
-        free = [answer.get(name, 0) for answer in answers]
-        low = [rank for rank, each in enumerate(free) if each < LITTLE]
-        yield Finding(WARN if low else OK, f"{name}: at least {amount(min(free))} free", name_ranks(low))
+def check_space(ranks: Ranks, run_dir: Path) -> Findings:
+    """Reports free memory of the host and the GPU, and free disk space for the run folder."""
+    results = ranks.run(partial(free_space, ranks.device, run_dir))
+    for name in results[0]:
+        free = [result.get(name, 0) for result in results]
+        low = [rank for rank, each in enumerate(free) if each < LOW_SPACE]
+        yield Finding(WARN if low else OK, f"{name}: at least {format_bytes(min(free))} free", format_ranks(low))
 
 
 def check_folder(ranks: Ranks, run_dir: Path) -> Findings:
-    """What a checkpoint does, from every rank; then all look for one another's file."""
-    probe = FolderProbe(run_dir)
+    """Writes a file like a checkpoint on every rank; then every rank looks for the files of all others."""
+    folder = FolderMeasurement(run_dir)
     try:
-        answers = ranks.ask(probe.write)
-        sights = ranks.ask(lambda: probe.look([answer["name"] for answer in answers]))
+        files = ranks.run(folder.write)
+        missing = ranks.run(lambda: folder.find_missing([file["name"] for file in files]))
     finally:
-        for tidy in (probe.clear, probe.remove_folders):
-            with suppress(Failed):
-                ranks.ask(tidy)
-    nodes = [answer["node"] for answer in answers]
-    blind = {(rank, other) for rank, unseen in enumerate(sights) for other in unseen}
-    if broken := {rank for pair in blind if nodes[pair[0]] == nodes[pair[1]] for rank in pair}:
-        yield Finding(FAIL, f"{run_dir}: files written on the same node are not seen", name_ranks(broken))
-    elif blind:
-        apart = "not shared: checkpoints of a multi-node run need a shared folder"
-        yield Finding(WARN, f"{run_dir}: {apart}", name_ranks(odd_ones([str(unseen) for unseen in sights])[1]))
-    seconds = [answer["seconds"] for answer in answers]
-    slow = [rank for rank, each in enumerate(seconds) if each > 1.0]  # by itself: flushing differs by what else is due
-    seen = "" if blind or ranks.size == 1 else f", and all {ranks.size} ranks see all files"
-    figure = f"{run_dir}: written, flushed and renamed in {milliseconds(max(seconds))}{seen}"
-    yield Finding(SLOW if slow else OK, figure, name_ranks(slow))
-
-
-# --- checks: between them, and out --------------------------------------------------------------------------------
-
-
-def check_links(ranks: Ranks) -> Findings:
-    """Round trips from every rank to the next; what comes back must be what was sent."""
-    if ranks.size == 1:
-        yield Finding(OK, ALONE)
-        return
-    answers = ranks.ask(partial(measure_links, ranks), meets=True)
-    damaged = {rank: answer["damaged"] for rank, answer in enumerate(answers) if answer["damaged"]}
-    if damaged:
-        what = ", ".join(sorted({size for sizes in damaged.values() for size in sizes}))
-        yield Finding(FAIL, f"other bytes arrived than were sent ({what})", name_ranks(damaged))
-    groups: dict[str, list[int]] = {}  # links within a node and between nodes are never equally fast
-    for rank, answer in enumerate(answers):
-        same = answer["node"] == answers[(rank + 1) % ranks.size]["node"]
-        groups.setdefault("within a node" if same else "between nodes", []).append(rank)
-    for kind, links in groups.items():
-        table = {size: [answers[rank]["seconds"][size] for rank in links] for size in SIZES}
-        slow = {links[i]: {size: seconds[i]} for size, seconds in table.items() for i in slow_ones(seconds)}
-        named = ", ".join(f"{rank}→{(rank + 1) % ranks.size} ({speeds(what)})" for rank, what in slow.items())
-        middle = {size: statistics.median_low(seconds) for size, seconds in table.items()}
-        yield Finding(SLOW if slow else OK, f"{kind}: {speeds(middle)}", named)
-
-
-def check_all_reduce(ranks: Ranks) -> Findings:
-    """Sums over all ranks; their time belongs to no rank, but a wrong sum does."""
-    if ranks.size == 1:
-        yield Finding(OK, ALONE)
-        return
-    answers = ranks.ask(partial(measure_all_reduce, ranks), meets=True)
-    wrong = {rank: answer["wrong"] for rank, answer in enumerate(answers) if answer["wrong"]}
-    if wrong:
-        what = ", ".join(sorted({size for sizes in wrong.values() for size in sizes}))
-        yield Finding(FAIL, f"wrong sums ({what})", name_ranks(wrong))
-    yield Finding(
-        OK, speeds({size: statistics.median(answer["seconds"][size] for answer in answers) for size in SIZES})
-    )
+        for remove in (folder.remove_file, folder.remove_folders):
+            with suppress(ActionFailed):
+                ranks.run(remove)
+    nodes = [file["node"] for file in files]
+    pairs = {(rank, other) for rank, others in enumerate(missing) for other in others}
+    if same_node := {rank for pair in pairs if nodes[pair[0]] == nodes[pair[1]] for rank in pair}:
+        yield Finding(FAIL, f"{run_dir}: a file of another rank on the same node is missing", format_ranks(same_node))
+    elif pairs:
+        message = f"{run_dir}: the nodes do not share this folder; runs on several nodes need a shared one"
+        yield Finding(WARN, message, format_ranks(most_common([str(others) for others in missing])[1]))
+    seconds = [file["seconds"] for file in files]
+    slow = [rank for rank, each in enumerate(seconds) if each > 1.0]  # no comparison: flushing depends on other writes
+    visible = "" if pairs or ranks.size == 1 else f"; all {ranks.size} ranks see all files"
+    figure = f"{run_dir}: write, flush and rename in {format_milliseconds(max(seconds))}{visible}"
+    yield Finding(SLOW if slow else OK, figure, format_ranks(slow))
 
 
 def check_wandb(ranks: Ranks) -> Findings:
-    """From rank 0, which alone logs. Never a failure: without the server runs are logged offline."""
+    """Contacts the W&B server from rank 0, the only rank that logs. Never fails: runs are logged offline without it."""
     server = server_url()
     try:
-        # The time limit of a request does not hold for the look-up of the server's name.
-        seconds, problem = ranks.ask(lambda: [0, ""] if ranks.rank else reach(server), limit=2 * WANDB_SECONDS)[0]
-    except Failed as failure:
-        seconds, problem = failure.values.get(0, (0.0, failure.errors.get(0, "")))
-    found = f"{server} cannot be reached ({problem})" if problem else f"{server} answers in {milliseconds(seconds)}"
-    yield Finding(NOTE if problem else OK, f"{found}; a run here would be {resolve_mode('auto')[1]}")
+        # A timeout of its own: the time limit of a request does not include the look-up of the server's name.
+        action = partial(time_request, server) if ranks.rank == 0 else lambda: (0.0, "")
+        seconds, problem = ranks.run(action, timeout=2 * WANDB_SECONDS)[0]
+    except ActionFailed as failure:
+        seconds, problem = failure.results.get(0, (0.0, failure.errors.get(0, "")))
+    answer = f"{server} answers in {format_milliseconds(seconds)}"
+    if problem:
+        answer = f"no answer from {server} ({problem})"
+    yield Finding(NOTE if problem else OK, f"{answer}; a run here would be {resolve_mode('auto')[1]}")
 
 
-# --- checks: training ---------------------------------------------------------------------------------------------
+# --- checks between ranks: these need at least two ----------------------------------------------------------------
+
+
+def check_clocks(ranks: Ranks) -> Findings:
+    """Compares the clock of each rank with rank 0's. More than one second makes logs hard to read, nothing else."""
+    stamps = ranks.run(partial(read_clock, ranks.device), collective=True)
+    offsets = {rank: clock_offset(stamps[rank], stamps[0]) for rank in range(1, ranks.size)}
+    wrong = [rank for rank, (offset, uncertainty) in offsets.items() if abs(offset) - uncertainty > 1.0]
+    worst = max(offsets, key=lambda rank: abs(offsets[rank][0]))
+    offset, uncertainty = map(format_milliseconds, offsets[worst])
+    figure = f"largest difference from rank 0: {offset} ± {uncertainty} (rank {worst})"
+    yield Finding(WARN if wrong else OK, figure, format_ranks(wrong))
+
+
+def check_links(ranks: Ranks) -> Findings:
+    """Measures round trips from every rank to the next. Fails if other bytes come back than were sent."""
+    results = ranks.run(partial(measure_links, ranks), collective=True)
+    yield from _wrong_sizes("the received bytes differ from the sent bytes", [result["damaged"] for result in results])
+    groups: dict[str, list[int]] = {}  # compared separately: links between nodes are slower than links within one
+    for rank, result in enumerate(results):
+        same = result["node"] == results[(rank + 1) % ranks.size]["node"]
+        groups.setdefault("within a node" if same else "between nodes", []).append(rank)
+    for kind, links in groups.items():
+        table = {size: [results[rank]["seconds"][size] for rank in links] for size in SIZES}
+        # Of several sizes at which a link is slow, the largest is shown.
+        slow = {links[i]: {size: seconds[i]} for size, seconds in table.items() for i in slow_positions(seconds)}
+        named = ", ".join(f"{rank}→{(rank + 1) % ranks.size} ({format_speeds(own)})" for rank, own in slow.items())
+        median = {size: statistics.median_low(seconds) for size, seconds in table.items()}
+        yield Finding(SLOW if slow else OK, f"{kind}: {format_speeds(median)}", named)
+
+
+def check_all_reduce(ranks: Ranks) -> Findings:
+    """Measures sums over all ranks. The time cannot be assigned to a rank; a wrong sum can, and fails."""
+    results = ranks.run(partial(measure_all_reduce, ranks), collective=True)
+    yield from _wrong_sizes("wrong sums", [result["wrong"] for result in results])
+    median = {size: statistics.median(result["seconds"][size] for result in results) for size in SIZES}
+    yield Finding(OK, format_speeds(median))
+
+
+def _wrong_sizes(message: str, sizes: list[list[str]]) -> Findings:
+    """Yields a failure if any rank has message sizes with wrong results.
+
+    Args:
+        sizes: by rank.
+    """
+    wrong = {rank: own for rank, own in enumerate(sizes) if own}
+    if wrong:
+        found = ", ".join(sorted({size for own in wrong.values() for size in own}))
+        yield Finding(FAIL, f"{message} ({found})", format_ranks(wrong))
+
+
+# --- checks of training -------------------------------------------------------------------------------------------
 
 
 EARLY_STEPS, EARLY_TOLERANCE, TOLERANCE = 5, 1e-5, 1e-3
-"""Relative. Other processors, kernels and numbers of processes add up in another order. Measured with 1 to 4 processes,
-other kernels, float64, and weights disturbed by up to 1e-6: the first five losses agree to 3e-7. Later a ReLU falls to
-the other side of zero, of which Adam makes much: 3e-4 at most. What must be found leaves the early tolerance: TF32
-(5e-5), a learning rate off by 0.1 % (3e-5), one wrong pixel in every batch (2e-5), one weight off by 0.01 (2e-4)."""
+"""Allowed relative deviations from the reference losses. Other processors, kernels and world sizes add in another
+order. Measured with 1 to 4 processes, other kernels, float64, and weights changed by up to 1e-6: the first five losses
+agree to 3e-7. Later a ReLU can fall to the other side of zero, which Adam amplifies, to 3e-4 at most. The faults to be
+found exceed the early tolerance: TF32 (5e-5), a learning rate that is wrong by 0.1 % (3e-5), one wrong pixel in every
+batch (2e-5), one weight that is wrong by 0.01 (2e-4)."""
 
 
-def check_each_alone(ranks: Ranks) -> Findings:
-    """Every rank trains the whole batches by itself: one that computes wrongly or slowly cannot hide in a mean."""
-    recorded = ranks.ask(recorded_losses)[0]
-    answers = ranks.ask(partial(train_alone, ranks.device))
-    yield from judge_losses([answer["losses"] for answer in answers], recorded)
-    seconds = [answer["seconds"] for answer in answers]
-    slow = slow_ones(seconds)
+def check_training_alone(ranks: Ranks) -> Findings:
+    """Trains complete batches on every rank separately, so that no mean hides a wrong or slow rank."""
+    reference = ranks.run(reference_losses)[0]
+    results = ranks.run(partial(train_alone, ranks.device))
+    yield from compare_losses([result["losses"] for result in results], reference)
+    seconds = [result["seconds"] for result in results]
+    slow = slow_positions(seconds)
     spread = f"{1000 * min(seconds):.1f}" + (f" to {1000 * max(seconds):.1f}" if ranks.size > 1 else "")
-    yield Finding(SLOW if slow else OK, f"{spread} ms a step of 128 images", name_ranks(slow))
+    yield Finding(SLOW if slow else OK, f"{spread} ms per step of 128 images", format_ranks(slow))
 
 
-def check_together(ranks: Ranks) -> Findings:
-    """The same training by the trainer's own update, the batch shared, the gradients exchanged."""
-    recorded = ranks.ask(recorded_losses)[0]
-    answers = ranks.ask(partial(train_together, ranks.device), meets=True)
-    yield from judge_losses([answer["losses"] for answer in answers], recorded)
-    odd = odd_ones([answer["weights"] for answer in answers])[1]
-    if odd:  # GPUs of different kinds may round differently, so this alone does not fail
-        yield Finding(WARN, "weights differ after training, in their last bits at least", name_ranks(odd))
+def check_training_distributed(ranks: Ranks) -> Findings:
+    """Runs the same training with the trainer's own update: batches split over the ranks, gradients reduced."""
+    reference = ranks.run(reference_losses)[0]
+    results = ranks.run(partial(train_distributed, ranks.device), collective=True)
+    yield from compare_losses([result["losses"] for result in results], reference)
+    others = most_common([result["weights"] for result in results])[1]
+    if others:  # GPUs of different kinds may round differently, so this alone does not fail
+        yield Finding(WARN, "the weights after training are not identical on all ranks", format_ranks(others))
 
 
-def judge_losses(curves: list[list[float]], recorded: list[float]) -> Findings:
-    """The ranks' losses against the recorded ones; NaN leaves every tolerance."""
+def compare_losses(curves: list[list[float]], reference: list[float]) -> Findings:
+    """Compares the losses of every rank with the reference losses. NaN fails.
+
+    Args:
+        curves: losses by rank and step.
+        reference: losses by step.
+    """
     wrong: dict[str, list[int]] = {}
     largest = 0.0
     for rank, losses in enumerate(curves):
-        for step, (loss, expected) in enumerate(zip(losses, recorded, strict=True), start=1):
+        for step, (loss, expected) in enumerate(zip(losses, reference, strict=True), start=1):
             deviation = abs(loss / expected - 1)
             if not deviation <= (EARLY_TOLERANCE if step <= EARLY_STEPS else TOLERANCE):
-                what = f"leaves the recorded losses at step {step}: {loss:.6f} instead of {expected:.6f}"
-                wrong.setdefault(f"{what} ({deviation:.1e})", []).append(rank)
+                message = f"step {step}: loss {loss:.6f}, reference {expected:.6f} (deviation {deviation:.1e})"
+                wrong.setdefault(message, []).append(rank)
                 break
             largest = max(largest, deviation)
-    for what, guilty in wrong.items():
-        yield Finding(FAIL, what, name_ranks(guilty))
+    for message, failed in wrong.items():
+        yield Finding(FAIL, message, format_ranks(failed))
     if not wrong:
         tolerance = f"allowed {EARLY_TOLERANCE:.0e}, after step {EARLY_STEPS} {TOLERANCE:.0e}"
-        yield Finding(OK, f"{len(recorded)} losses within {largest:.1e} of the recorded ones ({tolerance})")
+        yield Finding(OK, f"{len(reference)} losses within {largest:.1e} of the reference ({tolerance})")

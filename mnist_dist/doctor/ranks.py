@@ -1,4 +1,4 @@
-"""Asks all processes the same question and hears every answer, whatever breaks in one of them or between them."""
+"""Runs an action on every rank and collects all results, even if a rank raises, hangs or dies."""
 
 from __future__ import annotations
 
@@ -19,29 +19,31 @@ from accelerate import PartialState
 
 from mnist_dist.errors import RunError
 
-LIMIT = 45.0
+TIMEOUT = 45.0
 """Seconds that an action may take."""
 
-GRACE = 5.0
-"""Seconds that the others still wait in an action that one of them could not finish."""
+GRACE_SECONDS = 5.0
+"""Seconds that the other ranks still wait in a collective action after one rank has failed in it."""
 
 
-class Failed(Exception):
-    """An action that could not be done, on some ranks at least; raised on all of them alike.
+class ActionFailed(Exception):
+    """Raised on every rank if an action failed on at least one rank.
 
-    `errors`: what happened, by rank; ranks that only waited for these are not among them. `values`: the other answers.
+    Attributes:
+        errors: message by rank. A rank that only waited for a failed rank is not included.
+        results: results of the ranks that succeeded.
     """
 
-    def __init__(self, errors: dict[int, str], values: dict[int, Any] | None = None):
-        super().__init__("; ".join(f"rank {rank}: {what}" for rank, what in errors.items()))
-        self.errors, self.values = errors, values or {}
+    def __init__(self, errors: dict[int, str], results: dict[int, Any] | None = None):
+        super().__init__("; ".join(f"rank {rank}: {message}" for rank, message in errors.items()))
+        self.errors, self.results = errors, results or {}
 
 
 class Ranks:
-    """The processes of a world, to be asked together.
+    """Runs actions on all ranks of a world.
 
-    Answers travel through the launcher's rendezvous store, not through collectives: they arrive where the network
-    between the devices, which may be what is asked about, does not work.
+    Results travel through the launcher's rendezvous store, not through collectives. So they arrive even if the network
+    between the devices, which may be under test, does not work.
 
     Args:
         state: from `launched_world`.
@@ -49,116 +51,123 @@ class Ranks:
 
     def __init__(self, state: PartialState):
         self.state, self.rank, self.size, self.device = state, state.process_index, state.num_processes, state.device
-        self.can_meet = True
-        """False once an action in which all must meet has failed: those that follow would hang."""
-        self._stuck = False
-        self._silent: set[int] = set()
+        self.collectives_work = True
+        """False after a collective action has failed: the next one would hang."""
+        self._hangs = False
+        self._unreachable: set[int] = set()
         self._round = 0
         if self.size > 1:
             store = dist.distributed_c10d._get_default_store()
-            # A connection of its own: a collective that waits for its frameworks in the store blocks the shared one.
+            # A separate connection: a collective that waits in the store blocks the shared connection.
             self._store = dist.PrefixStore(
                 "mnist_dist.doctor.ranks", store.clone() if hasattr(store, "clone") else store
             )
 
-    def ask(self, action: Callable[[], Any], *, meets: bool = False, limit: float | None = None) -> list[Any]:
-        """Runs `action` in a thread on every rank, so that one that hangs is an answer too.
+    def run(self, action: Callable[[], Any], *, collective: bool = False, timeout: float | None = None) -> list[Any]:
+        """Runs `action` on every rank, in a thread that may hang. Collective: call on every rank.
 
         Args:
-            action: returns what JSON can carry.
-            meets: the ranks wait for one another in it.
-            limit: seconds it may take; None for LIMIT.
+            action: returns a JSON-serializable result.
+            collective: the ranks wait for one another inside `action`.
+            timeout: seconds that `action` may take; None for TIMEOUT.
 
         Returns:
-            the answers in the order of the ranks, on every rank.
+            The results in the order of the ranks, the same on every rank.
 
         Raises:
-            Failed: on every rank, where one raised, hung or was not heard of.
-            RunError: rank 0, which collects the answers, is gone.
+            ActionFailed: on every rank, if a rank raised, hung or did not report.
+            RunError: rank 0, which collects the results, does not report.
         """
-        if meets and not self.can_meet:
-            raise Failed(dict.fromkeys(range(self.size), "not tried: an earlier meeting of all processes failed"))
-        limit = LIMIT if limit is None else limit
+        if collective and not self.collectives_work:
+            raise ActionFailed(dict.fromkeys(range(self.size), "not run: an earlier collective failed"))
+        timeout = TIMEOUT if timeout is None else timeout
         self._round += 1
-        answers = self._exchange(self._attempt(action, meets, limit), limit)
-        values = {rank: answer["value"] for rank, answer in enumerate(answers) if "value" in answer}
-        failures = {rank: answer for rank, answer in enumerate(answers) if rank not in values}
+        outcomes = self._exchange(self._run_here(action, collective, timeout), timeout)
+        results = {rank: outcome["result"] for rank, outcome in enumerate(outcomes) if "result" in outcome}
+        failures = {rank: outcome for rank, outcome in enumerate(outcomes) if rank not in results}
         if failures:
-            self.can_meet = self.can_meet and not meets
-            guilty = {rank: answer for rank, answer in failures.items() if not answer.get("waited")} or failures
-            raise Failed({rank: answer["error"] for rank, answer in guilty.items()}, values)
-        return [answer["value"] for answer in answers]
+            self.collectives_work = self.collectives_work and not collective
+            causes = {rank: outcome for rank, outcome in failures.items() if not outcome.get("waits")} or failures
+            raise ActionFailed({rank: outcome["error"] for rank, outcome in causes.items()}, results)
+        return [outcome["result"] for outcome in outcomes]
 
-    def leave(self, code: int) -> int:
-        """Returns `code` when no other rank needs this one; ends the process at once where one still hangs."""
+    def finish(self, code: int) -> int:
+        """Waits until no other rank needs this one, then returns `code`. Collective: call on every rank.
+
+        Ends the process with `code` if a thread still hangs or collectives do not work.
+        """
         if self.size > 1 and self.rank:
-            self._store.set(f"left/{self.rank}", "")
-        for rank in range(1, self.size if self.rank == 0 else 0):  # rank 0 may hold the store
-            if rank not in self._silent:
-                self._hear(f"left/{rank}", GRACE)
-        # No regular exit could wait for a thread that hangs, or take down connections that somebody still waits on.
-        if self._stuck or (self.size > 1 and not self.can_meet):
+            self._store.set(f"finished/{self.rank}", "")
+        for rank in range(1, self.size if self.rank == 0 else 0):  # the store may live in rank 0
+            if rank not in self._unreachable:
+                self._receive(f"finished/{rank}", GRACE_SECONDS)
+        # A regular exit would wait for a thread that hangs, and cannot close a connection that is still waited on.
+        if self._hangs or (self.size > 1 and not self.collectives_work):
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
         self.state.destroy_process_group()
         return code
 
-    def _attempt(self, action: Callable[[], Any], meets: bool, limit: float) -> dict[str, Any]:
-        """The value of the action, or its error, with `waited` where that is only another rank's error felt here."""
-        answer: dict[str, Any] = {}
+    def _run_here(self, action: Callable[[], Any], collective: bool, timeout: float) -> dict[str, Any]:
+        """Runs the action on this rank.
+
+        Returns:
+            `result`, or `error` and, after a timeout, whether the thread `waits` for other ranks.
+        """
+        outcome: dict[str, Any] = {}
 
         def work() -> None:
             try:
-                if self.device.type == "cuda" and self.device.index is not None:  # a thread has its own current one
+                if self.device.type == "cuda" and self.device.index is not None:  # the current device is per thread
                     torch.cuda.set_device(self.device)
-                answer["value"] = json.loads(json.dumps(action()))
+                outcome["result"] = json.loads(json.dumps(action()))
             except BaseException as error:
-                answer["error"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+                outcome["error"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
-        deadline = time.monotonic() + limit
+        deadline = time.monotonic() + timeout
         while thread.is_alive() and time.monotonic() < deadline:
             thread.join(0.2)
-            if meets and thread.is_alive() and self._somebody_failed():
-                deadline = min(deadline, time.monotonic() + GRACE)
+            if collective and thread.is_alive() and self._another_rank_failed():
+                deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         if thread.is_alive():
-            self._stuck = True
-            place, waits = _where(thread)
-            return {"error": f"no answer within {limit:g} s, in {place}", "waited": waits}
-        if "error" in answer and meets and self.size > 1:
+            self._hangs = True
+            position, waits = _position(thread)
+            return {"error": f"no result after {timeout:g} s, in {position}", "waits": waits}
+        if "error" in outcome and collective and self.size > 1:
             self._store.set(f"{self._round}/failed", "")
-        return answer
+        return outcome
 
-    def _somebody_failed(self) -> bool:
+    def _another_rank_failed(self) -> bool:
         return self.size > 1 and self._store.check([f"{self._round}/failed"])
 
-    def _exchange(self, answer: dict[str, Any], limit: float) -> list[dict[str, Any]]:
-        """Rank 0 collects the answers and publishes them as one list, so the store's work grows with the world only."""
-        text = json.dumps(answer)
+    def _exchange(self, outcome: dict[str, Any], timeout: float) -> list[dict[str, Any]]:
+        """Returns the outcomes of all ranks. Rank 0 publishes them as one list: the store's work grows linearly."""
+        text = json.dumps(outcome)
         if self.size == 1:
             return [json.loads(text)]
         self._store.set(f"{self._round}/{self.rank}", text)
         if self.rank:
-            heard = self._hear(f"{self._round}/all", 2 * (limit + GRACE))
-            if heard is None:
-                raise RunError("rank 0 is not heard of any more")
-            return json.loads(heard)
-        deadline, answers = time.monotonic() + limit + GRACE, []
+            received = self._receive(f"{self._round}/all", 2 * (timeout + GRACE_SECONDS))
+            if received is None:
+                raise RunError("rank 0 does not report any more")
+            return json.loads(received)
+        deadline, outcomes = time.monotonic() + timeout + GRACE_SECONDS, []
         for rank in range(self.size):
-            heard = None
-            if rank not in self._silent:
-                heard = self._hear(f"{self._round}/{rank}", max(0.1, deadline - time.monotonic()))
-            if heard is None:
-                self._silent.add(rank)
-                heard = '{"error": "not heard of any more"}'
-            answers.append(json.loads(heard))
-        self._store.set(f"{self._round}/all", json.dumps(answers))
-        return answers
+            received = None
+            if rank not in self._unreachable:
+                received = self._receive(f"{self._round}/{rank}", max(0.1, deadline - time.monotonic()))
+            if received is None:
+                self._unreachable.add(rank)
+                received = '{"error": "does not report any more"}'
+            outcomes.append(json.loads(received))
+        self._store.set(f"{self._round}/all", json.dumps(outcomes))
+        return outcomes
 
-    def _hear(self, key: str, seconds: float) -> bytes | str | None:
-        """What somebody wrote, or None if nobody did in that time."""
+    def _receive(self, key: str, seconds: float) -> bytes | str | None:
+        """Returns the value of `key` in the store, or None if no rank sets it within this time."""
         try:
             self._store.wait([key], timedelta(seconds=seconds))
             return self._store.get(key)
@@ -166,12 +175,12 @@ class Ranks:
             return None
 
 
-def _where(thread: threading.Thread) -> tuple[str, bool]:
-    """The place in our own code where a thread stands, and whether it waits for other processes there."""
+def _position(thread: threading.Thread) -> tuple[str, bool]:
+    """Returns the function and line of this package in which a thread is, and whether it waits for other ranks."""
     frame = sys._current_frames().get(thread.ident or 0)
     stack = list(traceback.extract_stack(frame)) if frame else []
     own = [entry for entry in stack if "mnist_dist" in entry.filename] or stack
-    place = f"{own[-1].name} ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else "an unknown place"
-    # The backward pass is where data parallel exchanges gradients.
+    position = f"{own[-1].name} ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else "an unknown function"
+    # Data parallel exchanges gradients in the backward pass.
     waits = any(entry.filename.endswith(("distributed_c10d.py", "autograd/graph.py")) for entry in stack[-6:])
-    return place, waits
+    return position, waits

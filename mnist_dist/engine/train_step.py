@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mnist_dist.data import Batches, EpochPlan, Images, derive_seed
-from mnist_dist.distributed.fsdp import gathered, unshard
+from mnist_dist.distributed.fsdp import unshard, unsharded_parameters
 from mnist_dist.distributed.gradients import GradientClock
 from mnist_dist.distributed.logical_shards import LogicalShards
 from mnist_dist.engine.cuda_graph import CapturedStep
@@ -293,7 +293,7 @@ class Update:
         epoch, index = divmod(step, self.batches.steps_per_epoch)
         plan = self.batches.plan(epoch, self.accelerator.device)
         rows, found = self.rows(plan, index), []
-        with gathered(self.module), evaluating(self.module):
+        with unsharded_parameters(self.module), evaluating(self.module):
             for row in rows:
                 logits = self.module(self.inputs(plan, row[None])).float()
                 if not torch.isfinite(F.cross_entropy(logits, self.data.labels[row[None]])):

@@ -13,7 +13,7 @@ from accelerate.utils import broadcast
 from torch import nn
 
 from mnist_dist.data import Batches, Images
-from mnist_dist.distributed.fsdp import gathered, shard_model_state, shard_optimizer_state, unshard
+from mnist_dist.distributed.fsdp import shard_model_state, shard_optimizer_state, unshard, unsharded_parameters
 from mnist_dist.engine.checkpoint import save_weights
 from mnist_dist.engine.evaluation import Evaluation, evaluate
 from mnist_dist.engine.metrics import Meter
@@ -53,7 +53,7 @@ class TrainingComponents:
         # Each process gathered batch norm's statistics from its own rows; rank 0's are the run's.
         if self.accelerator.num_processes > 1:
             broadcast(list(self.eval_model.buffers()))
-        with gathered(self.eval_model):
+        with unsharded_parameters(self.eval_model):
             return evaluate(self.accelerator, self.eval_model, data, batch_size=batch_size, interrupted=interrupted)
 
     def tensors(self) -> dict[str, torch.Tensor]:

@@ -248,7 +248,7 @@ def test_the_git_diff_is_saved_wherever_the_run_folder_lies(accelerator, tmp_pat
 def test_a_resumed_run_continues_its_w_and_b_run(tmp_path, monkeypatch):
     asked = iter([False] * 6)
     with monkeypatch.context() as patch:
-        patch.setattr("mnist_dist.distributed.signals.Interrupts.agreed", lambda self: next(asked, True))
+        patch.setattr("mnist_dist.distributed.signals.Interrupts.stop_requested", lambda self: next(asked, True))
         assert train(tiny(), tmp_path / "run")["status"] == "preempted"
     train(tiny(), tmp_path / "run")
     first, second = map(Told, offline_runs(tmp_path / "run"))

@@ -1,0 +1,169 @@
+"""Several machines, SLURM and Kubernetes: the same run as in one process, and a preempted job that resumes."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mnist_dist import load_run
+from tests.launch.launching import (
+    LAUNCH,
+    TRAINJOB,
+    WORDS,
+    environment,
+    executable,
+    finish,
+    launch,
+    losses,
+    started,
+)
+
+# --- two machines -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def machines() -> Iterator[dict[str, str]]:
+    """Two machines, host name -> network namespace, that are connected to each other and to nothing else."""
+    if not shutil.which("ip"):
+        pytest.skip("two machines need network namespaces: the program `ip` (iproute2) is not installed")
+    names = {name: f"{name}-{os.getpid()}" for name in ("alice", "bob")}
+
+    def ip(*words: str, check: bool = True) -> subprocess.CompletedProcess:
+        return subprocess.run(["ip", *words], check=check, capture_output=True, text=True)
+
+    try:
+        for namespace in names.values():
+            added = ip("netns", "add", namespace, check=False)
+            if added.returncode:
+                pytest.skip(f"two machines need network namespaces (root): `ip netns add`: {added.stderr.strip()}")
+            hosts = Path("/etc/netns") / namespace / "hosts"  # `ip netns exec` mounts it over /etc/hosts
+            hosts.parent.mkdir(parents=True)
+            hosts.write_text("127.0.0.1 localhost\n10.77.0.1 alice\n10.77.0.2 bob\n")
+        ends = [("eth0", "netns", namespace) for namespace in names.values()]
+        ip("link", "add", *ends[0], "type", "veth", "peer", "name", *ends[1])
+        for number, namespace in enumerate(names.values(), start=1):
+            ip("-n", namespace, "addr", "add", f"10.77.0.{number}/24", "dev", "eth0")
+            for device in ("lo", "eth0"):
+                ip("-n", namespace, "link", "set", device, "up")
+        yield names
+    finally:
+        for namespace in names.values():
+            for pid in ip("netns", "pids", namespace, check=False).stdout.split():
+                os.kill(int(pid), signal.SIGKILL)
+            ip("netns", "del", namespace, check=False)
+            shutil.rmtree(Path("/etc/netns") / namespace, ignore_errors=True)
+
+
+SET_HOST_NAME = "import os, socket, sys; socket.sethostname(sys.argv[1]); os.execvp(sys.argv[2], sys.argv[2:])"
+
+
+def test_two_machines_run_the_same_command_and_form_one_world(tmp_path, machines, losses_of_one_process):
+    command = [LAUNCH / "multi_node.sh", "alice:29500", "2", "2", *WORDS, "--run-dir", tmp_path / "run"]
+
+    def on(machine: str):
+        enter = ["ip", "netns", "exec", machines[machine], "unshare", "--uts"]
+        return started(*enter, sys.executable, "-c", SET_HOST_NAME, machine, *command, GLOO_SOCKET_IFNAME="eth0")
+
+    with on("bob") as second, on("alice") as first:
+        finish(first)
+        finish(second)
+    assert load_run(tmp_path / "run").summary["world_size"] == 4
+    assert losses(tmp_path / "run") == pytest.approx(losses_of_one_process, rel=1e-6)
+
+
+# --- SLURM and Kubernetes -----------------------------------------------------------------------------------------
+
+# What the script relies on: srun forwards USR1 to its task and kills it on TERM; srun ends when the task has ended.
+SRUN = """#!/usr/bin/env bash
+while [[ $1 == --* ]]; do shift; done
+"$@" &
+task=$!
+trap 'kill -USR1 "$task"' USR1
+trap 'kill -KILL "$task"' TERM
+while kill -0 "$task" 2>/dev/null; do wait "$task"; code=$?; done
+exit "$code"
+"""
+SCONTROL = """#!/usr/bin/env bash
+case $1 in show) echo localhost ;; *) echo "$@" >>"$CALLS" ;; esac
+"""
+
+
+def run_trainjob(run_dir: Path, *words: str) -> None:
+    """Runs the command of the TrainJob in one pod with two processes, as Kubeflow's torch plugin starts it."""
+    plugin = {"PET_NNODES": "1", "PET_NPROC_PER_NODE": "2", "PET_NODE_RANK": "0", "PET_STANDALONE": "1"}
+    trainer = TRAINJOB["spec"]["trainer"]
+    # The last value of a repeated option or key counts.
+    launch(*trainer["command"], *trainer["args"], "data.root=null", *words, "--run-dir", run_dir, **plugin)
+
+
+def metrics_without_speed(run_dir: Path) -> list[dict]:
+    lines = load_run(run_dir).metrics
+    return [{key: value for key, value in line.items() if key != "train/images_per_second"} for line in lines]
+
+
+def wait_for_lines(run_dir: Path, count: int, process: subprocess.Popen) -> None:
+    """Waits until metrics.jsonl has this number of lines."""
+    deadline = time.monotonic() + 240
+    while process.poll() is None and time.monotonic() < deadline:
+        file = run_dir / "metrics.jsonl"
+        if file.is_file() and file.read_bytes().count(b"\n") >= count:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"step {count} was not reached:\n{process.stdout.read() if process.poll() else ''}")
+
+
+def test_a_preempted_slurm_job_is_requeued_and_ends_with_the_bytes_of_an_undisturbed_trainjob(tmp_path):
+    # Long enough for the signal to arrive in the middle of the run.
+    words = [*WORDS, "max_steps=300", "epochs=10", "data.limit_train=2048", "data.limit_test=128"]
+    run_trainjob(tmp_path / "undisturbed", *words)
+
+    executable(tmp_path / "bin" / "srun", SRUN)
+    executable(tmp_path / "bin" / "scontrol", SCONTROL)
+    slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_NUM_NODES": "1"}
+    slurm |= {"SLURM_GPUS_ON_NODE": "2", "CALLS": str(tmp_path / "calls")}
+    slurm["PATH"] = environment(tmp_path / "bin")["PATH"]
+    run_dir = tmp_path / "run"
+    job = ["bash", LAUNCH / "slurm.sbatch", run_dir, *words]
+
+    with started(*job, **slurm) as process:
+        wait_for_lines(run_dir, 10, process)
+        process.send_signal(signal.SIGUSR1)
+        finish(process, expected=75)
+    assert (run_dir / "STATUS").read_text() == "preempted\n"
+    assert (tmp_path / "calls").read_text() == f"requeue {slurm['SLURM_JOB_ID']}\n"
+    assert len(metrics_without_speed(run_dir)) < len(metrics_without_speed(tmp_path / "undisturbed"))
+    before = (run_dir / "metrics.jsonl").read_text()
+
+    launch(*job, **slurm)  # the requeued job
+    assert (run_dir / "STATUS").read_text() == "done\n"
+    assert (run_dir / "metrics.jsonl").read_text().startswith(before), "the job resumes, it does not start again"
+    assert (tmp_path / "calls").read_text().count("requeue") == 1
+    assert metrics_without_speed(run_dir) == metrics_without_speed(tmp_path / "undisturbed")
+    assert (run_dir / "last.safetensors").read_bytes() == (tmp_path / "undisturbed" / "last.safetensors").read_bytes()
+
+
+def test_sbatch_requests_a_warning_and_a_requeue():
+    head, _, _ = (LAUNCH / "slurm.sbatch").read_text().partition("\nset ")  # SLURM reads no option after a command
+    options = set(re.findall(r"(?m)^#SBATCH (\S+)$", head))
+    assert {"--requeue", "--open-mode=append", "--signal=B:USR1@120", "--ntasks-per-node=1"} <= options
+
+
+def test_sbatch_does_not_requeue_a_run_that_failed(tmp_path):
+    executable(tmp_path / "srun", "#!/bin/sh\nexit 3\n")
+    executable(tmp_path / "scontrol", SCONTROL)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "STATUS").write_text("preempted\n")  # from an earlier start of the job
+    slurm = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "a", "SLURM_JOB_NUM_NODES": "1", "CALLS": str(tmp_path / "c")}
+    job = ["bash", LAUNCH / "slurm.sbatch", tmp_path / "run", *WORDS]
+    with started(*job, PATH=environment(tmp_path)["PATH"], **slurm) as process:
+        finish(process, expected=3)
+    assert not (tmp_path / "c").exists()

@@ -1,0 +1,73 @@
+"""The launch scripts for one machine: their command lines, and a run by the real launcher."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from accelerate.commands.launch import launch_command_parser
+
+from mnist_dist import load_run
+from tests.launch.launching import LAUNCH, ROOT, WORDS, environment, executable, launch, losses
+
+PRINTS_ITS_ARGUMENTS = '#!/bin/sh\nshift; printf "%s\\n" "$@"\n'
+
+
+def test_shellcheck_finds_nothing():
+    scripts = [*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch", ROOT / ".ci" / "run"]
+    assert len(scripts) >= 6
+    done = subprocess.run(["shellcheck", *scripts], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("script", ["cpu.sh", "multi_node.sh", "slurm.sbatch"])
+def test_a_script_without_arguments_prints_its_usage(script):
+    done = subprocess.run(["bash", LAUNCH / script], env=environment(), capture_output=True, text=True)
+    assert done.returncode != 0
+    assert f"launch/{script}" in done.stderr and "--recipe NAME" in done.stderr
+
+
+def test_cpu_sh_gives_the_run_of_one_process(tmp_path, losses_of_one_process):
+    launch(LAUNCH / "cpu.sh", "2", "1", *WORDS, "--run-dir", tmp_path / "run")
+    summary = load_run(tmp_path / "run").summary
+    assert summary["world_size"] == 2 and summary["launch"]["launcher"] == "accelerate launch"
+    assert losses(tmp_path / "run") == pytest.approx(losses_of_one_process, rel=1e-6)
+
+
+STARTS_FOUR = {
+    "local.sh": ([], "multi_gpu"),
+    "cpu.sh": (["4"], "cpu"),
+    "multi_node.sh": (["a:1", "2", "2"], "multi_node"),
+}
+
+
+@pytest.mark.parametrize("script", STARTS_FOUR)
+def test_the_launcher_gets_a_configuration_file_and_the_trainer_the_world_size(script, tmp_path):
+    executable(tmp_path / "python", "#!/bin/sh\necho 4\n")  # torch sees four GPUs
+    executable(tmp_path / "accelerate", PRINTS_ITS_ARGUMENTS)
+    (first, config), path = STARTS_FOUR[script], environment(tmp_path)["PATH"]
+    words = launch(LAUNCH / script, *first, "--recipe", "lenet5", "model.name=a b", PATH=path).splitlines()
+    arguments = launch_command_parser().parse_args(words)
+    assert Path(arguments.config_file) == LAUNCH / "accelerate" / f"{config}.yaml"
+    assert (arguments.num_processes, arguments.training_script, arguments.quiet) == (4, "mnist_dist.train", True)
+    assert arguments.training_script_args == ["--world-size", "4", "--recipe", "lenet5", "model.name=a b"]
+
+
+@pytest.mark.parametrize(("cores", "processes"), [(3, 3), (64, 8)])
+def test_cpu_sh_starts_one_process_per_core_by_default(cores, processes, tmp_path):
+    executable(tmp_path / "nproc", f"#!/bin/sh\necho {cores}\n")
+    executable(tmp_path / "accelerate", PRINTS_ITS_ARGUMENTS)
+    words = launch(LAUNCH / "cpu.sh", "--recipe", "lenet5", PATH=environment(tmp_path)["PATH"]).splitlines()
+    arguments = launch_command_parser().parse_args(words)
+    assert arguments.num_processes == processes
+    assert arguments.training_script_args == ["--world-size", str(processes), "--recipe", "lenet5"]
+
+
+@pytest.mark.parametrize("script", [["local.sh"], ["cpu.sh", "1"]], ids=lambda words: words[0])
+def test_one_process_is_started_without_a_launcher(script, tmp_path):
+    # Prints the number of GPUs, 0, or its arguments.
+    executable(tmp_path / "python", '#!/bin/sh\n[ "$1" = -c ] && echo 0 || printf "%s\\n" "$@"\n')
+    path = environment(tmp_path)["PATH"]
+    words = launch(LAUNCH / script[0], *script[1:], "--recipe", "lenet5", "epochs=1", PATH=path).splitlines()
+    assert words == ["-m", "mnist_dist.train", "--world-size", "1", "--recipe", "lenet5", "epochs=1"]
