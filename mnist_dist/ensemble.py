@@ -6,7 +6,7 @@ differently. Such a mean is the "deep ensemble" of Lakshminarayanan, Pritzel, Bl
 
 from __future__ import annotations
 
-from mnist_dist.cli import answer_early, parser_of, run_command
+from mnist_dist.cli import answer_early, parse, run_command
 
 if __name__ == "__main__":
     answer_early("ensemble")  # before the imports below load torch
@@ -159,12 +159,11 @@ def show(result: dict[str, Any]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns exit code 0. Exit code 2 means: missing runs or data, or runs that do not match."""
-    parser = parser_of("ensemble")
-    arguments = parser.parse_intermixed_args(argv)
+    arguments = parse("ensemble", argv)
     overrides = [word for word in arguments.words if "=" in word and not Path(word).exists()]
     folders = [word for word in arguments.words if word not in overrides]
     if not folders:
-        parser.error("name at least two run folders")
+        raise RecipeError([Problem("command line", "RUN", "name at least two run folders", "usage")])
     data = [f"data.dataset={arguments.data}"] if arguments.data else []
     if arguments.keep and (data or overrides or arguments.weights != "last"):
         message = (

@@ -108,8 +108,8 @@ def test_disagreements_are_counted_by_image(runs, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("words", "key", "kind"),
     [
-        ([], "", "usage"),
-        (["data.root=/data"], "", "usage"),
+        ([], "RUN|key=value", "usage"),
+        (["data.root=/data"], "RUN", "usage"),
         (["lenet5"], "lenet5", "usage"),
         (["lenet5", "nowhere"], "nowhere", "missing"),
         (["lenet5", "simple_cnn", "lenet5/../lenet5"], "lenet5/../lenet5", "conflict"),
