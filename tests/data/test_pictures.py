@@ -122,6 +122,7 @@ BAD_PICTURES = {
 """File name -> (function that writes the file, word of the error)."""
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("name", BAD_PICTURES)
 def test_the_error_names_what_is_wrong_with_a_file(tmp_path, name):
     write, word = BAD_PICTURES[name]
