@@ -76,7 +76,7 @@ class Augmentation:
         return self.DRAWS + 2 * count_knots(side, self.elastic_sigma) ** 2 if self.elastic else self.DRAWS
 
     def warps(self, draws: Tensor, side: int) -> Tensor:
-        """Returns the warps that random numbers stand for.
+        """Converts random numbers to warps.
 
         Args:
             draws: float32 in [0, 1), shape (N, count_draws(side)).

@@ -34,7 +34,7 @@ def _hash(*parts: int) -> int:
 def _hash_with(bits: int | Tensor, parts: Tensor) -> Tensor:
     """Adds one more part to a hash: `_hash(*first, part) == _hash_with(_hash(*first), part)`, for a tensor of parts.
 
-    int64 stands for the 64 bits: torch multiplies int64 with wrap-around on every device.
+    int64 represents the 64 bits, because torch multiplies int64 with wrap-around on every device.
     """
 
     def shifted(bits: Tensor, count: int) -> Tensor:  # torch's >> copies the sign bit

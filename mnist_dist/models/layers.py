@@ -83,7 +83,12 @@ def bound_zeros(count: int, p: float) -> int:
 
 
 def zero_and_scale(values: Tensor, positions: Tensor, scale: float, memory_format: torch.memory_format) -> Tensor:
-    """Returns `values` times `scale` as a new tensor of that memory format, with zeros at `positions` in its memory."""
+    """Returns a new tensor of `values` times `scale`, with zeros at `positions`.
+
+    Args:
+        positions: int64, counted in the order of the elements in memory.
+        memory_format: of the new tensor.
+    """
     scaled = values.contiguous(memory_format=memory_format) * scale
     scaled.as_strided((scaled.numel(),), (1,)).index_fill_(0, positions, 0)
     return scaled
@@ -119,8 +124,8 @@ def sparse_dropout(values: Tensor, p: float, channels_last: bool) -> tuple[Tenso
     """Applies dropout at rate `p`.
 
     Returns:
-        The result, and the positions of its zeros in the memory of its memory format: int64 (bound_zeros(n, p),),
-        filled up with -1, because a compiler needs sizes that do not depend on random numbers.
+        The result, and the positions of its zeros as in `zero_and_scale`: int64 (bound_zeros(n, p),), filled up with
+        -1, because a compiler needs sizes that do not depend on random numbers.
     """
     positions = values.new_full((bound_zeros(values.numel(), p),), -1, dtype=torch.int64)
     drawn = draw_bernoulli_positions(values.numel(), p)[: len(positions)]

@@ -139,7 +139,7 @@ def _train_and_test(tensors: list[Tensor], classes: tuple[str, ...], folder: Pat
 
 
 def _pair(images: Tensor, labels: Tensor, classes: tuple[str, ...], folder: Path) -> Images:
-    """Joins images (N, 28, 28) and labels (N,) after checking that they belong together."""
+    """Joins images (N, 28, 28) and labels (N,) after checking that they match."""
     if images.ndim != 3 or images.shape[1:] != (SIDE, SIDE) or images.dtype != torch.uint8:
         found = f"{images.dtype} {tuple(images.shape)}".removeprefix("torch.")
         raise ValueError(f"{folder}: expected uint8 images of {SIDE}×{SIDE}, found {found}")
