@@ -54,7 +54,7 @@ def show(result: dict[str, Any]) -> None:
         f"loss {result['loss']:.4f}, calibration error {result['calibration_error']:.4f}, {result['weights']} weights",
         highlight=False,
     )
-    heading = "one row for each true class, one column for each predicted class"
+    heading = "rows: true class, columns: predicted class"
     table = Table("class", "accuracy", "images", *result["classes"], box=None, title=heading)
     for (name, each), row in zip(result["classes"].items(), result["confusion"], strict=True):
         accuracy = "" if each["accuracy"] is None else f"{each['accuracy']:.2f} %"
