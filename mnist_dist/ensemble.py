@@ -1,12 +1,12 @@
-"""Run folders -> one answer, the mean of their probabilities: `python -m mnist_dist.ensemble runs/a runs/b runs/c`.
+"""Evaluates the mean of several networks' probabilities: `python -m mnist_dist.ensemble runs/a runs/b runs/c`.
 
-It says what each network is worth alone, what they are worth together, and on how many images they disagree. Such a
-mean is the "deep ensemble" of Lakshminarayanan, Pritzel, Blundell, NeurIPS 2017.
+Prints the figures of each network alone and of the mean, and the number of images that the networks classify
+differently. Such a mean is the "deep ensemble" of Lakshminarayanan, Pritzel, Blundell, NeurIPS 2017.
 """
 
 from __future__ import annotations
 
-from mnist_dist.cli import answer_early, parser_of, run_command
+from mnist_dist.cli import answer_early, parse, run_command
 
 if __name__ == "__main__":
     answer_early("ensemble")  # before the imports below load torch
@@ -20,136 +20,163 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from mnist_dist.data import Images
 from mnist_dist.distributed.launcher import launched_world
 from mnist_dist.engine.evaluation import Evaluation, score
-from mnist_dist.errors import Problem, RecipeError
-from mnist_dist.run.evaluation import calibration_error, evaluate_run, read_data, report, write_report
+from mnist_dist.errors import Kind, Problem, RecipeError
+from mnist_dist.run.evaluation import calibration_error, evaluate_run, load_evaluation_data, report, write_report
 from mnist_dist.run.reader import Run, open_run
 from mnist_dist.run.tables import table_console
 
 
 def ensemble(runs: list[Run], *overrides: str) -> dict[str, Any]:
-    """Judges the mean of the runs' probabilities on their test set, or on other data that `overrides` name.
+    """Evaluates the mean of the runs' probabilities on their common test set, or on other data that `overrides` name.
+
+    Collective: call on every rank.
+
+    Args:
+        runs: the members, at least two.
+        overrides: recipe keys, applied to every member, e.g. `data.dataset=kmnist`.
 
     Returns:
-        What `evaluate` returns for the whole, and `members` (for each its `run`, `accuracy`, `loss` and
-        `calibration_error`) and `disagreements`, the number of images that not all members take for the same.
+        What `evaluate` returns, for the mean of the probabilities; `members`, for each its `run`, `accuracy`, `loss`
+        and `calibration_error`; and `disagreements`, the number of images on which not all members predict the same
+        class.
 
     Raises:
-        RecipeError: fewer than two runs, one twice, different classes or test sets, or no such data.
-        OSError, ValueError: no whole weights there.
+        RecipeError: there are fewer than two runs, a run is named twice, the runs have different classes or test sets,
+            or the data cannot be read.
+        OSError, ValueError: the weights of a run are missing or damaged.
     """
-
-    def refuse(run: Run, what: str) -> RecipeError:
-        return RecipeError([Problem(str(run.folder.path), "", what)])
-
-    first, others = runs[0], runs[1:]
-    if not others:
-        raise refuse(first, "one run is no ensemble; name at least two")
-    recipes, sets = zip(*(read_data(run, *overrides) for run in runs), strict=True)
-    seen: dict[Path, Run] = {}
-    for run, data in zip(runs, sets, strict=True):
-        if twin := seen.get(run.folder.path.resolve()):
-            raise refuse(run, f"the same run as {twin.folder.path}: it would have two votes")
-        seen[run.folder.path.resolve()] = run
-        if run.about["classes"] != first.about["classes"]:
-            raise refuse(run, f"knows other classes than {first.folder.path}")
-        if not (torch.equal(data.images, sets[0].images) and torch.equal(data.labels, sets[0].labels)):
-            hint = "name one for all, e.g. --data mnist data.limit_test=null"
-            raise refuse(run, f"has another test set than {first.folder.path}; {hint}")
-
-    members = [evaluate_run(run, recipe, data) for run, recipe, data in zip(runs, recipes, sets, strict=True)]
-    labels, classes = sets[0].labels.cpu(), sets[0].classes
-    whole = mean_of(members, labels)
-    guesses = torch.stack([member.probabilities.argmax(dim=1) for member in members])
-    return report(whole, labels, classes) | {
+    if len(runs) < 2:
+        raise _refusal(runs[0], "an ensemble needs at least two runs", "usage")
+    recipes, test_sets = zip(*(load_evaluation_data(run, *overrides) for run in runs), strict=True)
+    _check_members(runs, test_sets)
+    evaluations = [evaluate_run(run, recipe, data) for run, recipe, data in zip(runs, recipes, test_sets, strict=True)]
+    labels, classes = test_sets[0].labels.cpu(), test_sets[0].classes
+    predictions = torch.stack([each.probabilities.argmax(dim=1) for each in evaluations])
+    return report(evaluate_mean(evaluations, labels), labels, classes) | {
         "dataset": recipes[0].data.dataset,
         "split": "test",
-        "weights": first.weights,
-        "disagreements": int((guesses != guesses[0]).any(dim=0).sum()),
+        "weights": runs[0].weights,
+        "disagreements": int((predictions != predictions[0]).any(dim=0).sum()),
         "members": [
             {
                 "run": str(run.folder.path),
-                "accuracy": member.accuracy,
-                "loss": member.loss,
-                "calibration_error": calibration_error(member.probabilities, labels),
+                "accuracy": each.accuracy,
+                "loss": each.loss,
+                "calibration_error": calibration_error(each.probabilities, labels),
             }
-            for run, member in zip(runs, members, strict=True)
+            for run, each in zip(runs, evaluations, strict=True)
         ],
     }
 
 
-def mean_of(members: list[Evaluation], labels: torch.Tensor) -> Evaluation:
-    """The evaluation of the mean of the members' probabilities; `labels` int64 (N,)."""
-    probabilities = torch.stack([member.probabilities for member in members]).mean(dim=0)
-    # A probability may have been too small for float32, where each member's own loss comes from its logarithm.
+def _check_members(runs: list[Run], test_sets: tuple[Images, ...]) -> None:
+    """Raises RecipeError for a run named twice, and for classes or a test set other than the first run's."""
+    first, first_set = runs[0], test_sets[0]
+    seen: dict[Path, Run] = {}
+    for run, data in zip(runs, test_sets, strict=True):
+        if twin := seen.get(run.folder.path.resolve()):
+            raise _refusal(run, f"the same run as {twin.folder.path}; name each run once", "conflict")
+        seen[run.folder.path.resolve()] = run
+        if run.about["classes"] != first.about["classes"]:
+            raise _refusal(run, f"its classes differ from those of {first.folder.path}", "conflict")
+        if not (torch.equal(data.images, first_set.images) and torch.equal(data.labels, first_set.labels)):
+            hint = "name one test set for all runs, e.g. --data mnist data.limit_test=null"
+            raise _refusal(run, f"its test set differs from that of {first.folder.path}; {hint}", "conflict")
+
+
+def _refusal(run: Run, message: str, kind: Kind) -> RecipeError:
+    return RecipeError([Problem("command line", str(run.folder.path), message, kind)])
+
+
+def evaluate_mean(evaluations: list[Evaluation], labels: torch.Tensor) -> Evaluation:
+    """Returns the evaluation of the mean of several evaluations' probabilities.
+
+    Args:
+        labels: int64 (N,), on the CPU.
+    """
+    probabilities = torch.stack([each.probabilities for each in evaluations]).mean(dim=0)
+    # A probability may have been rounded to 0 in float32, and the loss needs its logarithm.
     return score(probabilities.double().clamp(min=torch.finfo(torch.float32).tiny).log(), labels)
 
 
-def summary(runs: list[Run], accuracy: float) -> dict[str, Any]:
-    """What compare tables of an ensemble, in the words of a run's summary: sizes and times summed, the rest shared.
+def summarize_ensemble(runs: list[Run], accuracy: float) -> dict[str, Any]:
+    """Returns a summary of the ensemble with the keys of a run's summary.json, as a row for `compare`.
 
-    The seed is the first member's. What the members do not share is left out.
+    Parameters and training seconds are sums over the members. The seed is the first member's. Of device, precision,
+    number of processes, versions and commit, only those are included that all members share.
+
+    Raises:
+        OSError: a member has no summary.json.
     """
-    of_all = [json.loads(run.folder.summary.read_text(encoding="utf-8")) for run in runs]
+    summaries = [json.loads(run.folder.summary.read_text(encoding="utf-8")) for run in runs]
     kept = ("world_size", "device", "mixed_precision", "versions", "git_commit")
-    shared = [key for key in kept if all(each.get(key) == of_all[0].get(key) for each in of_all)]
-    names = Counter(each["recipe"] for each in of_all)
+    shared = [key for key in kept if all(each.get(key) == summaries[0].get(key) for each in summaries)]
+    names = Counter(each["recipe"] for each in summaries)
     return {
         "recipe": "mean of " + " + ".join(f"{count} × {name}" for name, count in names.items()),
-        "seed": of_all[0]["seed"],
-        **{key: sum(each[key] for each in of_all) for key in ("parameters", "train_seconds")},
-        "epochs": max(each["epochs"] for each in of_all),
-        **{key: of_all[0].get(key) for key in shared},
+        "seed": summaries[0]["seed"],
+        **{key: sum(each[key] for each in summaries) for key in ("parameters", "train_seconds")},
+        "epochs": max(each["epochs"] for each in summaries),
+        **{key: summaries[0].get(key) for key in shared},
         "eval.last.accuracy": accuracy,
         "eval.best.accuracy": accuracy,
     }
 
 
-def keep(path: Path, runs: list[Run], accuracy: float) -> None:
-    """Adds the ensemble's summary to a file of JSON lines.
+def append_summary(path: Path, runs: list[Run], accuracy: float) -> None:
+    """Appends the ensemble's summary to the file of JSON lines that `--keep` names.
 
     Raises:
-        RecipeError: it cannot be written, or a member has no summary.
+        RecipeError: a member has no summary.json, or the file cannot be written.
     """
     try:
-        line = json.dumps(summary(runs, accuracy))
+        line = json.dumps(summarize_ensemble(runs, accuracy))
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}; --keep needs finished runs"
+        raise RecipeError([Problem("command line", "--keep", message, "missing")]) from error
+    try:
         with path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
     except OSError as error:
-        what = f"{error.filename}: {error.strerror}; --keep needs a file to write and the members' summary.json"
-        raise RecipeError([Problem("command line: --keep", "", what)]) from error
+        message = f"{path} cannot be written: {error.strerror}"
+        raise RecipeError([Problem("command line", "--keep", message, "unwritable")]) from error
 
 
 def show(result: dict[str, Any]) -> None:
-    """One line a member, one for the whole."""
+    """Prints a table with one row for each member and one for the mean."""
     console = table_console()
     table = Table("run", "accuracy", "loss", "calibration error", box=None)
     for each in [*result["members"], {"run": f"mean of {len(result['members'])}"} | result]:
         figures = f"{each['accuracy']:.2f} %", f"{each['loss']:.4f}", f"{each['calibration_error']:.4f}"
         table.add_row(each["run"], *figures)
     console.print(table)
-    what = f"{result['images']:,} images ({result['dataset']}, {result['split']}), {result['weights']} weights"
-    console.print(f"{what}; the members disagree on {result['disagreements']:,}", highlight=False)
+    data = f"{result['images']:,} images ({result['dataset']}, {result['split']}), {result['weights']} weights"
+    console.print(f"{data}; the members disagree on {result['disagreements']:,} images", highlight=False)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The door: exit code 0, or 2 for runs or data that do not go together."""
-    parser = parser_of("ensemble")
-    arguments = parser.parse_intermixed_args(argv)
+    """Runs the command and returns exit code 0. Exit code 2 means: missing runs or data, or runs that do not match."""
+    arguments = parse("ensemble", argv)
     overrides = [word for word in arguments.words if "=" in word and not Path(word).exists()]
     folders = [word for word in arguments.words if word not in overrides]
     if not folders:
-        parser.error("name at least two run folders")
+        raise RecipeError([Problem("command line", "RUN", "name at least two run folders", "usage")])
     data = [f"data.dataset={arguments.data}"] if arguments.data else []
     if arguments.keep and (data or overrides or arguments.weights != "last"):
-        parser.error("--keep is for the last weights on the members' own test set: no --data, --weights or key=value")
+        message = (
+            "--keep records the last weights on the members' own test set; leave out --data, --weights and key=value"
+        )
+        raise RecipeError([Problem("command line", "--keep", message, "conflict")])
     runs = [open_run(folder, arguments.weights) for folder in folders]
     result = ensemble(runs, *data, *overrides)
     if launched_world().is_main_process:
-        write_report(arguments.json, result)
+        if arguments.json:
+            write_report(arguments.json, result)
         if arguments.keep:
-            keep(arguments.keep, runs, result["accuracy"])
+            append_summary(arguments.keep, runs, result["accuracy"])
         show(result)
     launched_world().destroy_process_group()
     return 0

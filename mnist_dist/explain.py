@@ -1,7 +1,7 @@
-"""Why a network says what it says of a picture, as one PNG: `python -m mnist_dist.explain runs/mine photo.jpg`.
+"""Draws what a network's prediction depends on, as one PNG: `python -m mnist_dist.explain runs/mine photo.jpg`.
 
-It shows the picture as the network sees it, the three likeliest classes, where more ink and where less would speak for
-the likeliest, and what chosen layers make of the picture.
+The PNG shows the picture in the format of MNIST, the three likeliest classes, where more and where less ink would raise
+the likeliest class's logit, and the feature maps of chosen layers.
 """
 
 from __future__ import annotations
@@ -19,53 +19,44 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mnist_dist.data.augment import normalize
+from mnist_dist.data import normalize
 from mnist_dist.data.pictures import read_picture
 from mnist_dist.engine.evaluation import evaluating
-from mnist_dist.errors import Problem, RecipeError, did_you_mean
+from mnist_dist.errors import Kind, Problem, RecipeError, did_you_mean
 from mnist_dist.run.prediction import predict
 from mnist_dist.run.reader import Run, open_run
 from mnist_dist.run.tables import printable
 
 MOST_LAYERS = 6
-"""Without --layers: so many convolutions, spread evenly from the first to the last."""
+"""Without `--layers`, at most this many convolutions are drawn, evenly spaced from the first to the last."""
 
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 
 
 def get_feature_maps(model: nn.Module, images: Tensor, layers: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """What layers of any network give for images, in evaluation mode.
+    """Returns the outputs of layers of any network, computed in evaluation mode.
 
     Args:
-        images: as the network takes them: float (N, 1, 28, 28), normalised, on its device.
+        images: the network's input: normalised floating-point (N, 1, 28, 28) on the network's device.
         layers: names as in `model.named_modules()`; None for every convolution.
 
     Returns:
-        For each layer, in the order given, float32 (N, C, H, W), detached; the output of a linear layer as
-        (N, C, 1, 1). Of a layer that is used more than once: what it gave last.
+        For each layer, in the order given: float32 (N, C, H, W), detached. A linear layer gives (N, C, 1, 1). A layer
+        that is used several times gives its last output.
 
     Raises:
-        ValueError: there is no such layer (the message names the nearest), no convolution, or a layer takes no part
-            or gives no maps.
+        ValueError: a layer does not exist (the message names similar ones), is not used, or has an output of another
+            shape; or `layers` is None and the network has no convolution.
     """
     modules = {name: module for name, module in model.named_modules() if name}
-    if layers is None:
-        layers = [name for name, module in modules.items() if isinstance(module, CONVOLUTIONS)]
-        if not layers:
-            raise ValueError(
-                f"{type(model).__name__} has no convolution; name layers, e.g. {', '.join([*modules][:3])}"
-            )
-    names = [layers] if isinstance(layers, str) else list(layers)
-    if unknown := [name for name in names if name not in modules]:
-        hint = did_you_mean(unknown[0], modules) or f"; the first ones are {', '.join([*modules][:6])}"
-        raise ValueError(f"{type(model).__name__} has no layer {unknown[0]!r}{hint}")
+    names = _layer_names(type(model).__name__, modules, layers)
     maps: dict[str, Tensor] = {}
 
     def keep(name: str, module: nn.Module, inputs: object, output: object) -> None:
         if not isinstance(output, Tensor) or output.dim() not in (2, 4):
             found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise ValueError(f"layer {name!r} gives {found}; expected (N, C, H, W) or (N, C)")
-        # A copy: the next layer may work in place.
+            raise ValueError(f"layer {name!r}: expected an output of shape (N, C, H, W) or (N, C), got {found}")
+        # A copy, because the next layer may change the tensor in place.
         maps[name] = output.detach().to(torch.float32, copy=True).reshape(*output.shape, *(1,) * (4 - output.dim()))
 
     hooks = [modules[name].register_forward_hook(partial(keep, name)) for name in names]
@@ -76,21 +67,36 @@ def get_feature_maps(model: nn.Module, images: Tensor, layers: Iterable[str] | N
         for hook in hooks:
             hook.remove()
     if unused := [name for name in names if name not in maps]:
-        raise ValueError(f"layer {unused[0]!r} takes no part when {type(model).__name__} is called")
+        raise ValueError(f"layer {unused[0]!r} is not used in the forward pass of {type(model).__name__}")
     return {name: maps[name] for name in names}
 
 
-def smooth_gradient(model: nn.Module, image: Tensor, target: int, samples: int = 50, noise: float = 0.15) -> Tensor:
-    """How the logit of a class would change with each pixel, as the mean gradient over noisy copies of the image.
+def _layer_names(network: str, modules: dict[str, nn.Module], layers: Iterable[str] | None) -> list[str]:
+    """Returns the names of the chosen layers after checking that they exist."""
+    if layers is None:
+        names = [name for name, module in modules.items() if isinstance(module, CONVOLUTIONS)]
+        if not names:
+            raise ValueError(f"{network} has no convolution; name layers, e.g. {', '.join([*modules][:3])}")
+        return names
+    names = [layers] if isinstance(layers, str) else list(layers)
+    if unknown := [name for name in names if name not in modules]:
+        hint = did_you_mean(unknown[0], modules) or f"; the first layers are {', '.join([*modules][:6])}"
+        raise ValueError(f"{network} has no layer {unknown[0]!r}{hint}")
+    return names
 
-    Smilkov, Thorat, Kim, Viégas, Wattenberg, "SmoothGrad: removing noise by adding noise", 2017 (arXiv:1706.03825).
-    The sign is kept: above zero more ink speaks for the class, below zero less ink.
+
+def smooth_gradient(model: nn.Module, image: Tensor, target: int, samples: int = 50, noise: float = 0.15) -> Tensor:
+    """Returns the gradient of a class's logit with respect to the pixels, averaged over noisy copies of the image.
+
+    Smilkov, Thorat, Kim, Viégas, Wattenberg, "SmoothGrad: removing noise by adding noise", 2017 (arXiv:1706.03825). The
+    sign is kept: where the gradient is positive, more ink raises the logit; where it is negative, less ink does.
 
     Args:
         image: float32 (1, 1, H, W), normalised.
         target: position of the class.
-        samples: copies, always the same; one by one, for a network may normalise by the batch.
-        noise: its standard deviation, as a fraction of the image's range.
+        samples: number of noisy copies. Their noise is the same in every call. They are evaluated one at a time,
+            because a network may normalise by the batch.
+        noise: standard deviation of the noise, as a fraction of the image's range.
 
     Returns:
         float32 (1, 1, H, W).
@@ -104,19 +110,29 @@ def smooth_gradient(model: nn.Module, image: Tensor, target: int, samples: int =
 
 
 def explain(run: Run, picture: Tensor, path: Path, layers: list[str] | None = None, title: str = "") -> Path:
-    """Writes the PNG for `picture`, uint8 (1, 28, 28); returns its path.
+    """Writes the PNG for a picture.
+
+    Args:
+        picture: uint8 (1, 28, 28).
+        path: of the PNG; missing folders are created.
+        layers: names of the layers to draw; None for up to `MOST_LAYERS` convolutions.
+        title: heading of the PNG; the model's name if empty.
+
+    Returns:
+        `path`.
 
     Raises:
-        ValueError: as `get_feature_maps`.
+        ValueError: see `get_feature_maps`.
+        OSError: the PNG cannot be written.
     """
-    from mnist_dist.plots.explanation import plot_explanation
+    from mnist_dist.plots.explanation import plot_explanation  # loads matplotlib
 
     [found] = predict(run, picture[None])
     image = normalize(picture[None], run.about["mean"], run.about["std"])
     maps, target = get_feature_maps(run.model, image, layers), run.about["classes"].index(found["digit"])
     names = list(maps)
     if layers is None and len(names) > MOST_LAYERS:
-        names = [names[round(place * (len(names) - 1) / (MOST_LAYERS - 1))] for place in range(MOST_LAYERS)]
+        names = [names[round(each * (len(names) - 1) / (MOST_LAYERS - 1))] for each in range(MOST_LAYERS)]
     return plot_explanation(
         picture[0],
         smooth_gradient(run.model, image, target)[0, 0],
@@ -128,25 +144,25 @@ def explain(run: Run, picture: Tensor, path: Path, layers: list[str] | None = No
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The door: exit code 0, or 2 without a network, a picture or such layers."""
+    """Runs the command and returns exit code 0. Exit code 2 means: no such run, weights, picture or layers."""
     arguments = parse("explain", argv)
     output = arguments.output or Path(arguments.run, "plots", f"explain_{arguments.picture.stem}.png")
-
-    def refuse(where: object, error: Exception) -> RecipeError:
-        return RecipeError([Problem(str(where), "", str(error))])
-
     run = open_run(arguments.run, arguments.weights)
     try:
         picture = read_picture(arguments.picture)
     except ValueError as error:
-        raise refuse(arguments.picture, error) from error
+        kind: Kind = "damaged" if arguments.picture.is_file() else "missing"
+        raise RecipeError([Problem("command line", printable(arguments.picture), str(error), kind)]) from error
     title = f"{run.about['model']} on {printable(Path(arguments.picture.name))}"
     try:
         print(printable(explain(run, picture, output, arguments.layers, title)))
     except ValueError as error:
-        raise refuse("command line: --layers", error) from error
+        known = {name for name, _ in run.model.named_modules()}
+        kind = "model" if known.issuperset(arguments.layers or ()) else "unknown"
+        raise RecipeError([Problem("command line", "--layers", str(error), kind)]) from error
     except OSError as error:
-        raise refuse(f"command line: --output {output}", error) from error
+        message = f"{printable(output)} cannot be written: {error.strerror}"
+        raise RecipeError([Problem("command line", "--output", message, "unwritable")]) from error
     return 0
 
 

@@ -1,35 +1,42 @@
-"""Several runs as one: the mean of their probabilities, judged as a single run is."""
+"""The command `ensemble` evaluates the mean of the probabilities of several runs."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from mnist_dist import load_recipe, load_run, train
-from mnist_dist.compare import __main__ as compare
-from mnist_dist.data import images as datasets
+from mnist_dist.compare.__main__ import main as compare
+from mnist_dist.engine.checkpoint import load_weights, save_weights
 from mnist_dist.engine.evaluation import score
-from mnist_dist.ensemble import main, mean_of
-from mnist_dist.errors import RecipeError
+from mnist_dist.ensemble import evaluate_mean, main
 from mnist_dist.evaluate import evaluate
-
-WORDS = ["data.limit_train=512", "data.limit_test=203", "epochs=2"]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(_finished_debug_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the runs lenet5 and simple_cnn, and copies of lenet5: other test set, other classes."""
     folder = tmp_path_factory.mktemp("ensemble")
-    for name in ("lenet5", "simple_cnn"):
-        train(load_recipe("debug", *WORDS, f"model.name={name}"), folder / name)
-    train(load_recipe("debug", "data.limit_train=64", "data.limit_test=50"), folder / "short=1")
+    shutil.copytree(_finished_debug_run, folder / "lenet5")
+    words = ["model.name=simple_cnn", "data.limit_train=128", "tracking.plots=false", "tracking.wandb.mode=disabled"]
+    train(load_recipe("debug", *words), folder / "simple_cnn")
+
+    short = shutil.copytree(folder / "lenet5", folder / "short=1")
+    text = (short / "recipe.yaml").read_text()
+    assert "limit_test: 256\n" in text
+    (short / "recipe.yaml").write_text(text.replace("limit_test: 256\n", "limit_test: 50\n"))
+
+    letters = shutil.copytree(folder / "lenet5", folder / "letters")
+    tensors, about = load_weights(letters / "last.safetensors")
+    save_weights(letters / "last.safetensors", tensors, about | {"classes": list("abcdefghij")})
     return folder
 
 
-def test_members_are_what_they_are_alone_and_the_whole_is_their_mean(runs, tmp_path, capsys):
+def test_the_members_have_their_own_figures_and_the_whole_has_those_of_the_mean(runs, tmp_path, capsys):
     paths = [str(runs / name) for name in ("lenet5", "simple_cnn")]
     assert main([*paths, "data.limit_test=200", "--json", str(tmp_path / "report.json")]) == 0
     found, printed = json.loads((tmp_path / "report.json").read_text()), capsys.readouterr().out
@@ -37,37 +44,51 @@ def test_members_are_what_they_are_alone_and_the_whole_is_their_mean(runs, tmp_p
         alone = evaluate(load_run(path, "last"), "data.limit_test=200")
         assert member == {"run": path} | {key: alone[key] for key in ("accuracy", "loss", "calibration_error")}
     assert found["images"] == sum(map(sum, found["confusion"])) == 200
-    # The logarithm is concave: the mean of probabilities never loses more than the members do on average.
+    # The logarithm is concave: the loss of the mean is at most the mean of the losses.
     assert found["loss"] < sum(member["loss"] for member in found["members"]) / 2
-    assert "mean of 2  " in printed and f"the members disagree on {found['disagreements']}" in printed
+    mean_row = next(line for line in printed.splitlines() if "mean of 2 " in line)
+    for name, digits in (("accuracy", 2), ("loss", 4), ("calibration_error", 4)):
+        assert f"{found[name]:.{digits}f}" in mean_row
+    assert str(found["disagreements"]) in printed.splitlines()[-1]
     assert "\x1b" not in printed
 
 
-def test_an_ensemble_is_kept_as_a_row_of_the_table(tmp_path):
-    folders = []
-    for seed in (3, 4):
-        folders.append(str(tmp_path / str(seed)))
-        train(load_recipe("debug", "data.limit_train=64", "data.limit_test=50", f"seed={seed}"), folders[-1])
+def test_keep_writes_a_line_that_compare_shows_as_a_row(refused, runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(runs)
     kept, report = tmp_path / "kept.jsonl", tmp_path / "report.json"
-    assert main([*folders, "--keep", str(kept), "--json", str(report)]) == 0
-    [row] = compare.group(compare.Comparison([kept]).read())
-    own = [json.loads((Path(folder) / "summary.json").read_text()) for folder in folders]
-    cells = {column: text for column, (text, _) in row.cells().items()}
-    assert cells["recipe"] == "mean of 2 × debug" and cells["n"] == "1"
-    assert cells["parameters"] == f"{2 * own[0]['parameters']:,}"
-    assert cells["last epoch"] == f"{json.loads(report.read_text())['accuracy']:.2f}"
-    assert cells["ran on"] == own[0]["device"] and cells["verdict"] == ""
-    with pytest.raises(RecipeError, match="own test set"):
-        main([*folders, "--keep", str(kept), "data.limit_test=20"])
+    assert main(["lenet5", "simple_cnn", "--keep", str(kept), "--json", str(report)]) == 0
+    found = json.loads(kept.read_text())
+    members = [json.loads((runs / name / "summary.json").read_text()) for name in ("lenet5", "simple_cnn")]
+    assert found["recipe"] == "mean of 2 × debug" and found["seed"] == members[0]["seed"]
+    for key in ("parameters", "train_seconds"):
+        assert found[key] == sum(each[key] for each in members)
+    assert found["eval.last.accuracy"] == json.loads(report.read_text())["accuracy"]
+    assert found["device"] == members[0]["device"]
+
+    capsys.readouterr()
+    assert compare([str(kept), "--no-html"]) == 0
+    [row] = [line for line in capsys.readouterr().out.splitlines() if "mean of 2 × debug" in line]
+    assert f"{found['parameters']:,}" in row and f"{found['eval.last.accuracy']:.2f}" in row
+
+    assert refused(lambda: main(["lenet5", "simple_cnn", "--keep", str(kept), "data.limit_test=20"])) == [
+        ("--keep", "conflict")
+    ]
     assert len(kept.read_text().splitlines()) == 1
-    with pytest.raises(RecipeError, match="--keep needs a file"):
-        main([*folders, "--keep", str(tmp_path)])
+    assert refused(lambda: main(["lenet5", "simple_cnn", "--keep", str(tmp_path)])) == [("--keep", "unwritable")]
+
+
+def test_keep_needs_the_summaries_of_the_members(refused, runs, tmp_path):
+    unfinished = shutil.copytree(runs / "lenet5", tmp_path / "unfinished")
+    (unfinished / "summary.json").unlink()
+    words = [str(unfinished), str(runs / "simple_cnn"), "--keep", str(tmp_path / "kept.jsonl")]
+    assert refused(lambda: main(words)) == [("--keep", "missing")]
+    assert not (tmp_path / "kept.jsonl").exists()
 
 
 def test_the_mean_of_probabilities():
     labels = torch.tensor([0, 0, 1])
     tables = torch.tensor([[[0.9, 0.1], [0.2, 0.8], [1.0, 0.0]], [[0.5, 0.5], [0.6, 0.4], [1.0, 0.0]]])
-    found = mean_of([score(table.log(), labels) for table in tables], labels)
+    found = evaluate_mean([score(table.log(), labels) for table in tables], labels)
     torch.testing.assert_close(found.probabilities, torch.tensor([[0.7, 0.3], [0.4, 0.6], [1.0, 0.0]]))
     assert found.accuracy == pytest.approx(100 / 3)
     smallest = torch.finfo(torch.float32).tiny
@@ -76,42 +97,29 @@ def test_the_mean_of_probabilities():
 
 
 def test_disagreements_are_counted_by_image(runs, monkeypatch, tmp_path):
-    first, second = torch.eye(10)[torch.zeros(203, dtype=torch.long)], torch.eye(10)[torch.zeros(203, dtype=torch.long)]
+    first, second = (torch.eye(10)[torch.zeros(256, dtype=torch.long)] for _ in range(2))
     second[:7] = torch.eye(10)[3]
-    answers, labels = iter([first, second]), torch.zeros(203, dtype=torch.long)
+    answers, labels = iter([first, second]), torch.zeros(256, dtype=torch.long)
     monkeypatch.setattr("mnist_dist.ensemble.evaluate_run", lambda *arguments: score(next(answers).log(), labels))
     assert main([str(runs / "lenet5"), str(runs / "simple_cnn"), "--json", str(tmp_path / "report.json")]) == 0
     assert json.loads((tmp_path / "report.json").read_text())["disagreements"] == 7
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("words", "key", "kind"),
     [
-        ([], "RUN"),
-        (["data.root=/data"], "name at least two run folders"),
-        (["lenet5"], "one run is no ensemble; name at least two"),
-        (["lenet5", "nowhere"], "nowhere is not a run folder"),
-        (["lenet5", "simple_cnn", "lenet5/../lenet5"], "the same run as lenet5: it would have two votes"),
-        (["lenet5", "short=1"], "short=1\n *has another test set than lenet5; name one for all"),
-        (["lenet5", "simple_cnn", "data.limit_tset=3"], "did you mean 'limit_test'"),
-        (["lenet5", "simple_cnn", "--data", "mnits"], "did you mean 'mnist'"),
-        (["lenet5", "simple_cnn", "--json", "nowhere/report.json"], "--json\n *nowhere/report.json cannot be written"),
+        ([], "RUN|key=value", "usage"),
+        (["data.root=/data"], "RUN", "usage"),
+        (["lenet5"], "lenet5", "usage"),
+        (["lenet5", "nowhere"], "nowhere", "missing"),
+        (["lenet5", "simple_cnn", "lenet5/../lenet5"], "lenet5/../lenet5", "conflict"),
+        (["lenet5", "short=1"], "short=1", "conflict"),
+        (["lenet5", "letters"], "letters", "conflict"),
+        (["lenet5", "simple_cnn", "data.limit_tset=3"], "data.limit_tset", "unknown"),
+        (["lenet5", "simple_cnn", "--data", "mnits"], "data.dataset", "unknown"),
+        (["lenet5", "simple_cnn", "--json", "nowhere/report.json"], "--json", "unwritable"),
     ],
 )
-def test_bad_input_is_refused(runs, monkeypatch, words, expected):
+def test_bad_input_is_refused(refused, runs, monkeypatch, words, key, kind):
     monkeypatch.chdir(runs)
-    with pytest.raises(RecipeError, match=expected):
-        main(words)
-
-
-def test_runs_of_other_classes_are_refused(runs, monkeypatch):
-    monkeypatch.chdir(runs)
-    synthetic = datasets.DATASETS["synthetic"]
-
-    def load(root, split, download):
-        return [replace(part, classes=tuple("abcdefghij")) for part in synthetic(root, split, download)]
-
-    monkeypatch.setitem(datasets.DATASETS, "synthetic", load)
-    train(load_recipe("debug", *WORDS), runs / "other")
-    with pytest.raises(RecipeError, match=r"other\n *knows other classes than lenet5"):
-        main(["lenet5", "other"])
+    assert refused(lambda: main(words)) == [(key, kind)]

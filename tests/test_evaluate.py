@@ -1,45 +1,49 @@
-"""The door from a run folder to numbers: those of the training's last evaluation, to the image."""
+"""The command `evaluate` reproduces the figures of the training's last evaluation exactly."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 from mnist_dist import load_recipe, load_run, train
-from mnist_dist.errors import RecipeError
+from mnist_dist.data import DATASETS
 from mnist_dist.evaluate import evaluate, main
 from mnist_dist.run.evaluation import calibration_error
 
-WORDS = ["data.limit_train=640", "data.limit_test=203", "epochs=2", "tracking.wandb.mode=disabled"]
+QUIET = ["tracking.plots=false", "tracking.wandb.mode=disabled"]
 
 
 @pytest.fixture(scope="module")
-def run_dir(tmp_path_factory):
-    # simple_cnn normalises by the evaluated batch: other batches would give other numbers.
+def validated_run(tmp_path_factory) -> Path:
+    # simple_cnn normalises by the evaluated batch, so other batches would give other figures.
     folder = tmp_path_factory.mktemp("evaluate") / "run"
-    recipe = load_recipe("simple_cnn", *WORDS, "data.dataset=synthetic", "data.validation=100", "eval_batch_size=50")
-    train(recipe, folder)
+    words = ["data.dataset=synthetic", "data.limit_train=256", "data.limit_test=203", "data.validation=100"]
+    train(load_recipe("simple_cnn", *words, *QUIET, "eval_batch_size=50"), folder)
     return folder
 
 
 @pytest.mark.parametrize(("split", "prefix"), [("validation", "eval.last"), ("test", "test")])
-def test_the_numbers_are_the_training_s_own(run_dir, split, prefix):
-    found, summary = evaluate(load_run(run_dir, "last"), split=split), load_run(run_dir).summary
+def test_the_figures_equal_those_of_the_training(validated_run, split, prefix):
+    found, summary = evaluate(load_run(validated_run, "last"), split=split), load_run(validated_run).summary
     assert found["accuracy"] == summary[f"{prefix}.accuracy"]
     assert found["loss"] == summary[f"{prefix}.loss"]
     assert found["images"] == {"validation": 100, "test": 203}[split]
 
 
-def test_the_run_s_own_network_stays_where_and_as_it_was(run_dir):
-    run = load_run(run_dir, "last")
+def test_evaluate_does_not_change_the_runs_network(debug_run):
+    run = load_run(debug_run, "last")
     before = {name: (value.device, value.stride()) for name, value in run.model.state_dict().items()}
     evaluate(run)
     assert {name: (value.device, value.stride()) for name, value in run.model.state_dict().items()} == before
 
 
-def test_classes_and_confusions_add_up(run_dir):
-    found = evaluate(load_run(run_dir, "last"))
+def test_the_figures_of_the_classes_add_up(validated_run):
+    found = evaluate(load_run(validated_run, "last"))
+    assert 20 < found["accuracy"] < 100, "too easy or too hard to test the sums"
     confusion = torch.tensor(found["confusion"])
     assert int(confusion.sum()) == found["images"] == sum(each["images"] for each in found["classes"].values())
     assert 100 * int(confusion.diagonal().sum()) / found["images"] == found["accuracy"]
@@ -51,54 +55,73 @@ def test_calibration_error():
     sure = torch.tensor([[1.0, 0], [1, 0], [0, 1], [0, 1]])
     assert calibration_error(sure, labels) == 0
     assert calibration_error(sure.flip(1), labels) == 1
-    # Nine tenths sure, and right in half of the cases.
+    # A confidence of 0.9 and an accuracy of 0.5.
     assert calibration_error(torch.tensor([[0.9, 0.1]] * 4), labels) == pytest.approx(0.4)
 
 
-def test_the_door_prints_and_writes(run_dir, tmp_path, capsys):
-    assert main([str(run_dir), "--json", str(tmp_path / "report.json"), "--weights", "best"]) == 0
+def test_the_command_prints_the_figures_and_writes_json(validated_run, tmp_path, capsys):
+    assert main([str(validated_run), "--json", str(tmp_path / "report.json"), "--weights", "best"]) == 0
     written, printed = json.loads((tmp_path / "report.json").read_text()), capsys.readouterr().out
-    assert f"{written['accuracy']:.2f} % of 203 images (synthetic, test)" in printed
-    assert "best weights" in printed and "\x1b" not in printed
+    assert [written[key] for key in ("images", "dataset", "split", "weights")] == [203, "synthetic", "test", "best"]
+    figures = f"{written['accuracy']:.2f} %", f"{written['loss']:.4f}", f"{written['calibration_error']:.4f}"
+    for figure in (*figures, "203", "synthetic", "best"):
+        assert figure in printed.splitlines()[0]
+    assert "\x1b" not in printed
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("words", "key", "kind"),
     [
-        (["nowhere"], "not a run folder"),
-        (["RUN", "--data", "mnits"], "did you mean 'mnist'?"),
-        (["RUN", "--data", "emnist", "data.root=/nowhere"], "data.root"),
-        (["RUN", "data.limit_tset=3"], "limit_test"),
+        (["nowhere"], "nowhere", "missing"),
+        (["RUN", "--data", "mnits"], "data.dataset", "unknown"),
+        (["RUN", "--data", "emnist", "data.root=/nowhere"], "data.root", "missing"),
+        (["RUN", "data.limit_tset=3"], "data.limit_tset", "unknown"),
+        (["RUN", "--split", "validation"], "--split", "conflict"),
+        (["RUN", "--json", "RUN/recipe.yaml/report.json"], "--json", "unwritable"),
     ],
 )
-def test_bad_input_is_refused(run_dir, words, expected):
-    with pytest.raises(RecipeError, match=expected):
-        main([str(run_dir) if word == "RUN" else word for word in words])
+def test_bad_input_is_refused(refused, debug_run, monkeypatch, words, key, kind):
+    def no_network(*arguments, **keywords):
+        raise OSError("no network")
+
+    no_network.splits = torchvision.datasets.EMNIST.splits
+    monkeypatch.setattr(torchvision.datasets, "EMNIST", no_network)
+    words = [word.replace("RUN", str(debug_run)) for word in words]
+    assert refused(lambda: main(words)) == [(key, kind)]
 
 
-def test_a_network_that_has_changed_since_is_refused(tmp_path, monkeypatch):
+def test_data_with_another_number_of_classes_is_refused(refused, debug_run, monkeypatch):
+    source = DATASETS["synthetic"]
+
+    def nine_classes(*arguments):
+        return [replace(each, classes=each.classes[:9]) for each in source(*arguments)]
+
+    monkeypatch.setitem(DATASETS, "synthetic", nine_classes)
+    assert refused(lambda: main([str(debug_run)])) == [("data.dataset", "conflict")]
+
+
+def test_a_network_that_changed_after_the_training_is_refused(refused, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     source = (
         "from torch import nn\nnet = lambda num_classes: nn.Sequential(nn.Flatten(), nn.Linear(784, num_classes))\n"
     )
     (tmp_path / "net_of_old.py").write_text(source)
-    train(load_recipe("debug", *WORDS, "data.dataset=synthetic", "model.name=net_of_old:net"), tmp_path / "run")
+    words = ["data.limit_train=64", "data.limit_test=20", "model.name=net_of_old:net"]
+    train(load_recipe("debug", *words, *QUIET), tmp_path / "run")
     monkeypatch.setattr("net_of_old.net", lambda num_classes: nn.Sequential(nn.Flatten(), nn.Linear(784, 99)))
-    with pytest.raises(RecipeError, match=r"net_of_old:net cannot be built with its weights: .*size mismatch"):
-        main([str(tmp_path / "run")])
+    assert refused(lambda: main([str(tmp_path / "run")])) == [(str(tmp_path / "run"), "damaged")]
 
 
-def test_it_computes_with_the_kernels_of_the_run(tmp_path, monkeypatch):
+def test_it_uses_the_kernels_of_the_recipe(debug_run):
+    recipe = debug_run / "recipe.yaml"
+    text = recipe.read_text()
+    assert "tf32: convolutions\n" in text
     for switch in ("on", "off"):
-        words = ["data.dataset=synthetic", f"engine.tf32={switch}"]
-        train(load_recipe("debug", *WORDS, *words), tmp_path / switch)
-    for switch in ("on", "off"):
-        evaluate(load_run(tmp_path / switch, "last"))
+        recipe.write_text(text.replace("tf32: convolutions\n", f"tf32: {switch}\n"))
+        evaluate(load_run(debug_run, "last"))
         assert torch.backends.cuda.matmul.allow_tf32 == (switch == "on")
 
 
-def test_damaged_weights_are_refused(run_dir, tmp_path):
-    (tmp_path / "recipe.yaml").write_text((run_dir / "recipe.yaml").read_text())
-    (tmp_path / "last.safetensors").write_bytes(b"nothing")
-    with pytest.raises(RecipeError, match="not a whole weights file"):
-        main([str(tmp_path)])
+def test_damaged_weights_are_refused(refused, debug_run):
+    (debug_run / "last.safetensors").write_bytes(b"nothing")
+    assert refused(lambda: main([str(debug_run)])) == [(str(debug_run), "damaged")]

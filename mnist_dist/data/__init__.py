@@ -1,8 +1,8 @@
-"""Images as one uint8 tensor, batches as index arithmetic, augmentation as one batched warp."""
+"""Data: images as one uint8 tensor, batches as index arithmetic, augmentation as one batched warp."""
 
-from mnist_dist.data.augment import Augmentation, normalize
+from mnist_dist.data.augment import Augmentation
 from mnist_dist.data.batches import Batches, EpochPlan, derive_seed
-from mnist_dist.data.images import Dataset, Images
+from mnist_dist.data.images import Dataset, Images, normalize
 from mnist_dist.data.sources import DATASETS, load_dataset
 
 __all__ = [

@@ -1,4 +1,7 @@
-"""Random affine and elastic warps of a whole batch at once, with torchvision's affine geometry; then normalisation."""
+"""Augmentation: random affine and elastic warps of a batch of images in one operation.
+
+The affine geometry is that of `torchvision.transforms.functional.affine`.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +16,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Augmentation:
-    """A distribution over affine warps about the image's centre, and elastic ones on top.
+    """A distribution of random warps: an affine warp about the image's centre plus an elastic displacement.
 
     Args:
         rotation: degrees; the angle is uniform in ±rotation.
-        translation: fraction of the image's side; uniform in ±, rounded to whole pixels as torchvision does.
-        scale: (lowest, highest) zoom, uniform; None for none.
-        shear: degrees along x, uniform in ±.
+        translation: fraction of the image's side; the shift is uniform in ±translation, rounded to whole pixels as in
+            torchvision.
+        scale: (lowest, highest) zoom factor, uniform; None for no zoom.
+        shear: degrees along x; the angle is uniform in ±shear.
         interpolation: "nearest" (torchvision's default) or "bilinear".
-        fill: grey level, 0 to 255, of what comes in from outside the image.
-        elastic: pixels; standard deviation of each pixel's displacement, along x and along y (Simard, Steinkraus,
-            Platt, "Best practices for convolutional neural networks applied to visual document analysis", ICDAR 2003;
-            their smoothed noise with alpha 34 and sigma 4 has 1.4).
-        elastic_sigma: pixels; their sigma, the width of the Gaussian that makes neighbours move alike.
+        fill: grey level, 0 to 255, of pixels that come from outside the image.
+        elastic: pixels; the standard deviation of each pixel's displacement, along x and along y. The smoothed noise of
+            Simard, Steinkraus, Platt, "Best practices for convolutional neural networks applied to visual document
+            analysis", ICDAR 2003, has 1.4 pixels with their alpha of 34 and sigma of 4.
+        elastic_sigma: pixels; the sigma of Simard et al., the width of the Gaussian that smooths the displacements.
 
     Raises:
         ValueError: a value is out of range.
@@ -40,46 +44,48 @@ class Augmentation:
     elastic: float = 0.0
     elastic_sigma: float = 4.0
 
-    DRAWS: ClassVar[int] = 5  # random numbers an affine warp needs: angle, x, y, zoom, shear
+    DRAWS: ClassVar[int] = 5
+    """Random numbers of an affine warp: angle, shift along x, shift along y, zoom, shear."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rotation <= 180:
-            raise ValueError(f"rotation is in degrees, 0 to 180, not {self.rotation}")
+            raise ValueError(f"rotation: expected 0 to 180 degrees, got {self.rotation}")
         if not 0 <= self.translation <= 1:
-            raise ValueError(f"translation is a fraction of the side, 0 to 1, not {self.translation}")
+            raise ValueError(f"translation: expected a fraction of the image's side, 0 to 1, got {self.translation}")
         if self.scale is not None and not 0 < self.scale[0] <= self.scale[1]:
-            raise ValueError(f"scale is [lowest, highest] with 0 < lowest <= highest, not {list(self.scale)}")
+            raise ValueError(f"scale: expected [lowest, highest] with 0 < lowest <= highest, got {list(self.scale)}")
         if not 0 <= self.shear < 90:
-            raise ValueError(f"shear is in degrees, 0 to below 90, not {self.shear}")
+            raise ValueError(f"shear: expected degrees from 0 to below 90, got {self.shear}")
         if self.interpolation not in ("nearest", "bilinear"):
-            raise ValueError(f"interpolation is nearest or bilinear, not {self.interpolation!r}")
+            raise ValueError(f"interpolation: expected nearest or bilinear, got {self.interpolation!r}")
         if not 0 <= self.fill <= 255:
-            raise ValueError(f"fill is a grey level, 0 to 255, not {self.fill}")
+            raise ValueError(f"fill: expected a grey level from 0 to 255, got {self.fill}")
         if not 0 <= self.elastic < math.inf:
-            raise ValueError(f"elastic is in pixels, at least 0, not {self.elastic}")
-        if not 3 <= self.elastic_sigma < math.inf:  # below, the random numbers of an epoch would fill the memory
-            raise ValueError(f"elastic_sigma is in pixels, at least 3, not {self.elastic_sigma}")
+            raise ValueError(f"elastic: expected at least 0 pixels, got {self.elastic}")
+        if not 3 <= self.elastic_sigma < math.inf:  # a smaller sigma needs too much memory for an epoch's draws
+            raise ValueError(f"elastic_sigma: expected at least 3 pixels, got {self.elastic_sigma}")
 
     @property
     def is_identity(self) -> bool:
+        """Whether no warp can move a pixel."""
         moves = self.rotation or self.translation or self.shear or self.elastic
         return not moves and self.scale in (None, (1.0, 1.0))
 
     def count_draws(self, side: int) -> int:
-        """Random numbers that a sample needs."""
+        """Returns how many random numbers the warp of one image needs."""
         return self.DRAWS + 2 * count_knots(side, self.elastic_sigma) ** 2 if self.elastic else self.DRAWS
 
     def warps(self, draws: Tensor, side: int) -> Tensor:
-        """Turns random numbers into warps.
+        """Converts random numbers to warps.
 
         Args:
             draws: float32 in [0, 1), shape (N, count_draws(side)).
-            side: pixels along one side of the square image.
+            side: height and width of the images in pixels.
 
         Returns:
-            float32 (N, 2, 3): for `affine_grid`, from output to input in coordinates of -1 to 1. Angles run clockwise
-            and the order is shear, rotate, zoom, translate, as in `torchvision.transforms.functional.affine`. With
-            elastic (N, 2, 3 + K²), for `elastic_shift`: the displacements of K × K knots.
+            float32 (N, 2, 3) for `affine_grid`: matrices from output to input, in coordinates from -1 to 1. Angles are
+            clockwise and the order is shear, rotate, zoom, translate, as in torchvision. With `elastic`:
+            (N, 2, 3 + K²), where the last K² columns hold the displacements of K × K knots for `elastic_shift`.
         """
         signed = 2 * draws - 1
         angle = signed[:, 0] * math.radians(self.rotation)
@@ -90,30 +96,42 @@ class Augmentation:
         matrices = affine_matrices(angle, shift, zoom, shear, side)
         if not self.elastic:
             return matrices
-        # Uniform in ±1 has a deviation of 1/√3; a pixel is 2/side.
+        # A uniform number in ±1 has standard deviation 1/√3. One pixel is 2/side in coordinates from -1 to 1.
         knots = signed[:, self.DRAWS :] * (math.sqrt(3) * self.elastic * 2 / side)
         return torch.cat([matrices, knots.view(len(draws), 2, -1)], dim=2)
 
     def apply(self, images: Tensor, warps: Tensor) -> Tensor:
-        """Warps float images (N, 1, H, W) of grey levels 0..255 by what `warps` gave; same shape and dtype."""
+        """Warps images.
+
+        Args:
+            images: floating-point (N, 1, side, side) of grey levels 0 to 255.
+            warps: the return value of the method `warps`, one for each image.
+
+        Returns:
+            The warped images, with the shape and dtype of `images`.
+        """
         side = images.shape[-1]
         grid = affine_grid(warps[:, :, :3], side)
         if self.elastic:
             grid = grid + elastic_shift(warps[:, :, 3:], side, self.elastic_sigma)
-        # grid_sample pads with zeros: shift the grey scale so that zero is the fill.
+        # grid_sample pads with zeros, so the grey levels are shifted until zero is the fill.
         moved = images - self.fill if self.fill else images
         warped = F.grid_sample(moved, grid, mode=self.interpolation, padding_mode="zeros", align_corners=False)
         return warped + self.fill if self.fill else warped
 
 
 def affine_matrices(angle: Tensor, shift: Tensor, zoom: Tensor, shear: Tensor, side: int) -> Tensor:
-    """Inverse affine matrices, float32 (N, 2, 3), in coordinates of -1 to 1.
+    """Returns matrices from output to input coordinates, float32 (N, 2, 3), in coordinates from -1 to 1.
 
     Args:
-        angle: radians, clockwise, (N,). shift: pixels (x, y), (N, 2). zoom: factor, (N,). shear: tangent along x, (N,).
+        angle: (N,), radians clockwise.
+        shift: (N, 2), pixels along x and along y.
+        zoom: (N,), factor.
+        shear: (N,), tangent of the angle along x.
+        side: height and width of the images in pixels.
     """
     cosine, sine = torch.cos(angle), torch.sin(angle)
-    # Inverse of rotation × x-shear (determinant one), then of the zoom.
+    # The inverse of rotation × shear, whose determinant is 1; the next line inverts the zoom.
     inverse = torch.stack([cosine - sine * shear, sine + cosine * shear, -sine, cosine], dim=1).view(-1, 2, 2)
     inverse = inverse / zoom[:, None, None]
     offset = -(inverse @ shift[:, :, None]) / (side / 2)
@@ -121,15 +139,17 @@ def affine_matrices(angle: Tensor, shift: Tensor, zoom: Tensor, shear: Tensor, s
 
 
 def affine_grid(warps: Tensor, side: int) -> Tensor:
-    """`F.affine_grid` of square images without aligned corners, to the rounding, in a quarter of its time on a CPU.
+    """Returns the sampling grid of affine warps.
 
-    That one multiplies matrices of three columns, too narrow for it to pay; here planes are scaled and added.
+    Equals `F.affine_grid(warps, (N, 1, side, side), align_corners=False)` up to rounding, in a quarter of its time on a
+    CPU: `F.affine_grid` multiplies matrices of three columns, which are too narrow for a fast matrix product. This
+    function scales and adds whole planes.
 
     Args:
-        warps: (N, 2, 3).
+        warps: (N, 2, 3), matrices from output to input, in coordinates from -1 to 1.
 
     Returns:
-        (N, side, side, 2), the planes of x and y one after the other in memory.
+        (N, side, side, 2). In memory the plane of all x comes before the plane of all y.
     """
     centres = (2 * torch.arange(side, device=warps.device) + 1) / side - 1
     along_x, along_y, offset = warps[..., None, None].unbind(dim=2)
@@ -137,30 +157,25 @@ def affine_grid(warps: Tensor, side: int) -> Tensor:
 
 
 def count_knots(side: int, sigma: float) -> int:
-    """Knots along one side, at most `sigma` pixels from one to the next."""
+    """Returns the number of knots along one side, with at most `sigma` pixels between neighbours."""
     return math.ceil((side - 1) / sigma) + 1
 
 
 def elastic_shift(knots: Tensor, side: int, sigma: float) -> Tensor:
-    """A smooth field from the displacements of a coarse square grid: Gaussian noise filtered at a sixth of the cost.
+    """Returns a smooth field of displacements from the displacements of the knots of a coarse square grid.
 
-    Simard et al. draw a number a pixel and smooth by a Gaussian. A knot every `sigma` pixels gives a field of the same
-    correlation, exp(-distance² / 4 sigma²). The weights are scaled so that a field of independent knots has their
-    deviation at every pixel, at the border too.
+    Simard et al. draw one random number per pixel and smooth the image of numbers with a Gaussian. One knot every
+    `sigma` pixels gives a field with the same correlation between pixels, exp(-distance² / (4 sigma²)), at a sixth of
+    the cost. The weights are normalised so that every pixel, even at the border, has the knots' standard deviation.
 
     Args:
-        knots: (N, 2, K²), K as `count_knots` says.
+        knots: (N, 2, K²) with K = count_knots(side, sigma); independent displacements along x and along y.
 
     Returns:
-        (N, side, side, 2), as `affine_grid`, in the unit of the knots.
+        (N, side, side, 2), in the unit of the knots; to be added to the grid of `affine_grid`.
     """
     count = count_knots(side, sigma)
     pixels = torch.arange(side, device=knots.device, dtype=knots.dtype)
-    places = torch.arange(count, device=knots.device, dtype=knots.dtype) * ((side - 1) / (count - 1))
-    weights = F.normalize(torch.exp(-0.5 * ((pixels[:, None] - places) / sigma) ** 2), dim=1)
+    positions = torch.arange(count, device=knots.device, dtype=knots.dtype) * ((side - 1) / (count - 1))
+    weights = F.normalize(torch.exp(-0.5 * ((pixels[:, None] - positions) / sigma) ** 2), dim=1)
     return (weights @ knots.view(len(knots), 2, count, count) @ weights.T).permute(0, 2, 3, 1)
-
-
-def normalize(images: Tensor, mean: float, std: float) -> Tensor:
-    """Grey levels 0..255, any dtype, to float32 with the training set's mean 0 and standard deviation 1."""
-    return (images.to(torch.float32) - 255 * mean) * (1 / (255 * std))

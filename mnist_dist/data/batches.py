@@ -1,8 +1,8 @@
-"""Which samples a step trains on: order, global batch and each process's rows, as pure functions.
+"""The samples of each step: the order of an epoch, its global batches, and the rows of each process.
 
-Nothing here has state. The permutation of an epoch follows from (seed, epoch), a batch from the step, a process's rows
-from (rank, world size), a sample's random numbers from (seed, epoch, sample index). So there is nothing to save for a
-resume and nothing that could differ between one process and sixty-four.
+Everything here is a pure function. (seed, epoch) determines the permutation of an epoch, the step determines the
+global batch, (rank, world size) determines the rows of a process, and (seed, epoch, sample index) determines the random
+numbers of a sample. A resume therefore needs no saved state, and no result depends on the number of processes.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from mnist_dist.data.augment import Augmentation
+from mnist_dist.data.images import SIDE
 
-# splitmix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", OOPSLA 2014).
+# The constants of splitmix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014).
 _BITS = (1 << 64) - 1
 _GOLDEN, _MULTIPLY_1, _MULTIPLY_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 def _hash(*parts: int) -> int:
-    """64 bits that follow from the whole numbers given, in their order."""
+    """Returns a 64-bit hash of integers; their order matters."""
     bits = 0
     for part in parts:
         bits = (bits + _GOLDEN + part) & _BITS
@@ -31,9 +32,12 @@ def _hash(*parts: int) -> int:
 
 
 def _hash_with(bits: int | Tensor, parts: Tensor) -> Tensor:
-    """One more round of `_hash`, for a tensor of parts: torch multiplies int64 with wrap-around on every device."""
+    """Adds one more part to a hash: `_hash(*first, part) == _hash_with(_hash(*first), part)`, for a tensor of parts.
 
-    def shifted(bits: Tensor, count: int) -> Tensor:  # torch's own >> copies the sign bit
+    int64 represents the 64 bits, because torch multiplies int64 with wrap-around on every device.
+    """
+
+    def shifted(bits: Tensor, count: int) -> Tensor:  # torch's >> copies the sign bit
         return (bits >> count) & ((1 << (64 - count)) - 1)
 
     def signed(number: int) -> int:
@@ -47,19 +51,20 @@ def _hash_with(bits: int | Tensor, parts: Tensor) -> Tensor:
 
 
 def derive_seed(*parts: int) -> int:
-    """A seed of 63 bits from whole numbers, e.g. (seed, step, rank); equal parts give equal seeds on any machine."""
+    """Returns a 63-bit seed from integers such as (seed, step, rank); the same on every machine."""
     return _hash(*parts) >> 1
 
 
 def uniform(seed: int, epoch: int, indices: Tensor, count: int) -> Tensor:
-    """Random numbers that belong to the sample, whichever process, batch or device asks.
+    """Returns uniform random numbers that depend only on seed, epoch and sample, not on process, batch or device.
 
     Args:
-        indices: int64, shape (N,): positions in the data set.
-        count: how many numbers a sample needs.
+        indices: int64 (N,), positions in the data set.
+        count: random numbers per sample.
 
     Returns:
-        float32 in [0, 1), shape (N, count), on the device of `indices`; 24 random bits each, so exact on any device.
+        float32 in [0, 1), shape (N, count), on the device of `indices`. Each has 24 random bits, which float32 holds
+        exactly.
     """
     columns = torch.arange(count, device=indices.device)
 
@@ -67,40 +72,42 @@ def uniform(seed: int, epoch: int, indices: Tensor, count: int) -> Tensor:
         bits = _hash_with(_hash_with(_hash(seed, epoch), part[:, None]), columns[None, :])
         return ((bits >> 40) & 0xFFFFFF).to(torch.float32) * 2.0**-24
 
-    # In parts that stay in a CPU's cache: whole, the hundred numbers of an elastic warp took ten times as long.
+    # Chunks fit into a CPU's cache. In one piece, the 133 numbers of an elastic warp took ten times as long.
     return torch.cat([draw(part) for part in indices.split(4096)])
 
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """What an epoch is made of, on the device: the order of the samples and the warp of each.
-
-    `order`: int64 (N,), a permutation. `warps`: indexed by sample, as `Augmentation.warps` gives them, or None without
-    augmentation.
-    """
+    """The order of an epoch's samples and the warp of each sample, on the device."""
 
     epoch: int
     order: Tensor
+    """int64 (N,), a permutation of the sample indices."""
     warps: Tensor | None
+    """The return value of `Augmentation.warps`, indexed by sample; None without augmentation."""
 
 
 @dataclass(frozen=True)
 class Batches:
-    """Cuts epochs of `num_samples` into global batches and these into each process's rows."""
+    """Divides an epoch into global batches, and a global batch into the rows of each process."""
 
     num_samples: int
     batch_size: int
+    """Images of a global batch: the sum over all processes."""
     seed: int
-    side: int = 28
+    side: int = SIDE
     augmentation: Augmentation | None = None
 
     @property
     def steps_per_epoch(self) -> int:
-        """The last batch may be short: every sample is seen exactly once an epoch."""
+        """Global batches of an epoch. The last may be smaller: an epoch contains every sample exactly once."""
         return -(-self.num_samples // self.batch_size)
 
     def plan(self, epoch: int, device: torch.device | str = "cpu") -> EpochPlan:
-        """The epoch's permutation and warps; the permutation is drawn on the CPU to be the same for every device."""
+        """Returns the permutation and the warps of an epoch on `device`.
+
+        The permutation is drawn on the CPU, because the generators of other devices give other numbers.
+        """
         generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
         order = torch.randperm(self.num_samples, generator=generator).to(device)
         if self.augmentation is None or self.augmentation.is_identity:
@@ -110,15 +117,15 @@ class Batches:
         return EpochPlan(epoch, order, self.augmentation.warps(draws, self.side))
 
     def size(self, index: int) -> int:
-        """Samples in global batch `index` of an epoch."""
+        """Returns the number of samples in global batch `index` of an epoch."""
         return min(self.batch_size, self.num_samples - index * self.batch_size)
 
     def rows(self, plan: EpochPlan, index: int, *, rank: int = 0, world_size: int = 1) -> Tensor:
-        """The sample indices, int64 (n,), that process `rank` computes of global batch `index`.
+        """Returns the sample indices of process `rank` in global batch `index`: int64 (n,).
 
-        The processes' rows are consecutive pieces of the batch whose sizes differ by at most one, the longer ones
-        first: a batch smaller than the world leaves the last ranks empty, and never rank 0, whose batch norm statistics
-        are the run's.
+        Each process has one consecutive piece of the batch. The sizes differ by at most one and the larger pieces come
+        first. A batch smaller than the world leaves the last ranks empty, never rank 0, whose batch norm statistics
+        belong to the run.
         """
         share, longer = divmod(self.size(index), world_size)
         first = index * self.batch_size

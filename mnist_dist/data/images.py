@@ -1,29 +1,25 @@
-"""Data sets as uint8 tensors: the MNIST family through torchvision, scikit-learn's digits, and synthetic images.
-
-Files are read straight from the IDX files, packed or not, so a read-only folder serves as well as a downloaded one.
-torchvision downloads what is missing and checks the published sums; a packed file carries its own checksum besides.
-"""
+"""The types of a data set: labelled images as one uint8 tensor, and the parts a run trains and evaluates on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mnist_dist.data.augment import normalize
-
 SIDE = 28
+"""Height and width of every image, in pixels."""
 
 
 @dataclass(frozen=True)
 class Images:
-    """A set of labelled images that knows how it is normalised.
+    """Labelled images with the statistics that normalise them.
 
-    `images`: uint8 (N, 1, 28, 28), ink bright on dark. `labels`: int64 (N,), positions in `classes`. `mean` and `std`
-    are those of the whole training set's grey levels as fractions of 255.
+    Attributes:
+        images: uint8 (N, 1, 28, 28); a bright figure on a dark ground, as in MNIST.
+        labels: int64 (N,); positions in `classes`.
+        classes: the name of each class.
+        mean, std: of the grey levels of the complete training set, as fractions of 255.
     """
 
     images: Tensor
@@ -42,15 +38,19 @@ class Images:
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Grey levels 0..255, any dtype, to float32 with the training set's mean 0 and standard deviation 1."""
+        """Normalises grey levels with this set's `mean` and `std`; see the function `normalize`."""
         return normalize(images, self.mean, self.std)
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A training set, what it is judged on while training (`held_out`), and the test set.
+    """The parts of a data set.
 
-    `held_out` is the validation part of the training set where one was asked for, else the test set itself.
+    Attributes:
+        train: the images to train on.
+        held_out: the images for evaluation during training: the validation part of the training set if the recipe asks
+            for one, else the test set.
+        test: the test set.
     """
 
     train: Images
@@ -62,16 +62,23 @@ class Dataset:
         return self.held_out is not self.test
 
 
-Splits = tuple[Images, Images]  # training, test
+def normalize(images: Tensor, mean: float, std: float) -> Tensor:
+    """Shifts and scales grey levels so that the training set has mean 0 and standard deviation 1.
 
+    Args:
+        images: grey levels 0 to 255, any dtype and shape.
+        mean, std: of the training set, as fractions of 255.
 
-Loader = Callable[[Path, str, bool], Splits]  # of (root, split, download)
+    Returns:
+        float32, the shape of `images`.
+    """
+    return (images.to(torch.float32) - 255 * mean) * (1 / (255 * std))
 
 
 def grey_level_statistics(images: Tensor) -> tuple[float, float]:
-    """Mean and standard deviation of uint8 images as fractions of 255, to the four decimals the field quotes.
+    """Returns mean and standard deviation of uint8 images as fractions of 255, rounded to four decimals.
 
-    For MNIST's training set these are the customary 0.1307 and 0.3081.
+    Four decimals are customary: 0.1307 and 0.3081 for MNIST's training set.
     """
     counts = torch.bincount(images.flatten(), minlength=256).double()
     levels = torch.arange(256, dtype=torch.float64) / 255

@@ -1,4 +1,4 @@
-"""What several networks share: dropout that is cheap on a CPU, and the checks of constructor arguments."""
+"""Parts of several networks: dropout that is fast on a CPU, and a check of constructor arguments."""
 
 import math
 from typing import Any
@@ -7,24 +7,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Above this rate so many elements are dropped that one draw per element is the cheaper way.
 HIGHEST_SPARSE_RATE = 0.2
+"""Highest dropout rate for which the gaps between zeros are drawn; above it one draw per element is faster."""
 
 
 def require_positive(**sizes: int) -> None:
-    """Raises ValueError, naming the keyword, unless every size is at least 1."""
+    """Raises ValueError with the name of the argument unless every size is at least 1."""
     for keyword, size in sizes.items():
         if size < 1:
             raise ValueError(f"{keyword} must be at least 1, not {size}")
 
 
 class Dropout(nn.Module):
-    """Zeroes each element with probability `p` and divides the others by 1 - p: the distribution of `nn.Dropout`.
+    """Zeroes each element with probability `p` and divides the others by 1 - p, like `nn.Dropout` but faster on a CPU.
 
-    `nn.Dropout` draws one number per element, on one thread of a CPU: a third of a training step of the small networks
-    here. This one draws only the gaps between zeros, which are geometric, so it takes about n × p draws. It does so on
-    a CPU for p up to 0.2, and is `F.dropout` elsewhere. Any floating dtype, shape and memory format, which the output
-    keeps (dense and 4-D channels-last; others become contiguous). Random numbers come from torch's global generator.
+    `nn.Dropout` draws one random number per element. This layer draws only the gaps between zeros, which have a
+    geometric distribution: about n × p numbers for n elements. Forward and backward pass of model_v1 (fp32, batch 128,
+    p = 0.01, one thread of an AMD EPYC) took 55 ms with `nn.Dropout`, 37 ms with this layer and 30 ms without dropout.
+
+    The gaps are drawn on a CPU for p up to `HIGHEST_SPARSE_RATE`; otherwise the layer calls `F.dropout`. The output has
+    the dtype, shape and memory format of the input; a memory format other than contiguous and channels-last becomes
+    contiguous. Random numbers come from torch's global generator.
 
     Args:
         p: probability of a zero, at least 0 and below 1; 0 makes the layer an identity.
@@ -45,7 +48,7 @@ class Dropout(nn.Module):
         if values.device.type != "cpu" or self.p > HIGHEST_SPARSE_RATE:
             return F.dropout(values, self.p)
         memory_format = memory_format_of(values)
-        if torch.compiler.is_compiling():  # which cannot look into a draw whose size depends on the numbers drawn
+        if torch.compiler.is_compiling():  # a compiler cannot trace positions whose number is random
             return sparse_dropout(values, self.p, memory_format == torch.channels_last)[0]
         positions = draw_bernoulli_positions(values.numel(), self.p)
         return ZeroAndScale.apply(values, positions, 1 / (1 - self.p), memory_format)
@@ -55,11 +58,15 @@ class Dropout(nn.Module):
 
 
 def draw_bernoulli_positions(count: int, p: float) -> Tensor:
-    """Where `count` independent trials of probability `p` succeed: int64, ascending, each below `count`.
+    """Returns the positions at which `count` independent trials of probability `p` succeed.
 
-    Exact: the number of trials up to the next success is geometric, and the floor of an exponential is.
+    The distribution is exact: the number of trials up to the next success has a geometric distribution, and so has one
+    plus the floor of an exponential random number.
+
+    Returns:
+        int64, ascending, each below `count`.
     """
-    draws, last = most_zeros(count, p), -1.0
+    draws, last = bound_zeros(count, p), -1.0
     rounds = []
     while last < count:
         # float64 holds every whole number up to 2**53, so the running sum is exact.
@@ -70,23 +77,25 @@ def draw_bernoulli_positions(count: int, p: float) -> Tensor:
     return positions[positions < count].to(torch.int64)
 
 
-def most_zeros(count: int, p: float) -> int:
-    """Eight standard deviations more than are expected of `count` trials: more come once in 10¹⁴ times."""
+def bound_zeros(count: int, p: float) -> int:
+    """Returns a number of successes that `count` trials exceed about once in 10¹⁴ times: eight standard deviations."""
     return int(count * p + 8 * math.sqrt(count * p) + 16)
 
 
 def zero_and_scale(values: Tensor, positions: Tensor, scale: float, memory_format: torch.memory_format) -> Tensor:
-    """A new tensor of that memory format: `values` times `scale`, and zero at `positions` of the storage."""
+    """Returns a new tensor of `values` times `scale`, with zeros at `positions`.
+
+    Args:
+        positions: int64, counted in the order of the elements in memory.
+        memory_format: of the new tensor.
+    """
     scaled = values.contiguous(memory_format=memory_format) * scale
     scaled.as_strided((scaled.numel(),), (1,)).index_fill_(0, positions, 0)
     return scaled
 
 
 class ZeroAndScale(torch.autograd.Function):
-    """`zero_and_scale`, of the gradient likewise.
-
-    Keeps for the backward pass the positions alone, not a mask of the activation's size.
-    """
+    """`zero_and_scale` with its gradient. Saves only the positions for the backward pass, no mask of all elements."""
 
     @staticmethod
     def forward(
@@ -98,21 +107,27 @@ class ZeroAndScale(torch.autograd.Function):
 
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> Any:
-        # A gradient may arrive in another memory format; positions mean the same elements only in the forward's.
+        # The gradient may have another memory format, but the positions refer to that of the forward pass.
         (positions,) = context.saved_tensors
         return ZeroAndScale.apply(gradients[0], positions, context.scale, context.memory_format), None, None, None
 
 
-# The same for a compiler: operations that it calls but does not look into, with the random numbers of the eager ones.
+# --- for torch.compile --------------------------------------------------------------------------------------------
+
+# Custom operations, which the compiler calls without tracing them, so that compiled and eager networks drop the same
+# elements. Compiled `F.dropout` draws one number per element: model_v1 took 71 ms a step with it, 30 ms with this one
+# and 34 ms eager (fp32, batch 128, one thread).
 
 
 @torch.library.custom_op("mnist_dist::sparse_dropout", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def sparse_dropout(values: Tensor, p: float, channels_last: bool) -> tuple[Tensor, Tensor]:
-    """Dropout at rate `p`, and the positions of the zeros, int64, in the storage of that memory format.
+    """Applies dropout at rate `p`.
 
-    The positions have room for `most_zeros`, as a compiler wants sizes that do not depend on what is drawn; -1 is none.
+    Returns:
+        The result, and the positions of its zeros as in `zero_and_scale`: int64 (bound_zeros(n, p),), filled up with
+        -1, because a compiler needs sizes that do not depend on random numbers.
     """
-    positions = values.new_full((most_zeros(values.numel(), p),), -1, dtype=torch.int64)
+    positions = values.new_full((bound_zeros(values.numel(), p),), -1, dtype=torch.int64)
     drawn = draw_bernoulli_positions(values.numel(), p)[: len(positions)]
     positions[: len(drawn)] = drawn
     return zero_and_scale(values, drawn, 1 / (1 - p), _memory_format(channels_last)), positions
@@ -120,13 +135,13 @@ def sparse_dropout(values: Tensor, p: float, channels_last: bool) -> tuple[Tenso
 
 @sparse_dropout.register_fake
 def _(values: Tensor, p: float, channels_last: bool) -> tuple[Tensor, Tensor]:
-    positions = values.new_empty((most_zeros(values.numel(), p),), dtype=torch.int64)
+    positions = values.new_empty((bound_zeros(values.numel(), p),), dtype=torch.int64)
     return torch.empty_like(values, memory_format=_memory_format(channels_last)), positions
 
 
 @torch.library.custom_op("mnist_dist::sparse_dropout_backward", mutates_args=())
 def sparse_dropout_backward(gradient: Tensor, positions: Tensor, p: float, channels_last: bool) -> Tensor:
-    """The gradient of `sparse_dropout`."""
+    """Returns the gradient of `sparse_dropout`'s input."""
     return zero_and_scale(gradient, positions[positions >= 0], 1 / (1 - p), _memory_format(channels_last))
 
 
@@ -135,7 +150,7 @@ def _(gradient: Tensor, positions: Tensor, p: float, channels_last: bool) -> Ten
     return torch.empty_like(gradient, memory_format=_memory_format(channels_last))
 
 
-def _keep_positions(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:  # torch names them so
+def _keep_positions(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:  # torch's names
     _, ctx.p, ctx.channels_last = inputs
     ctx.save_for_backward(output[1])
 
@@ -153,6 +168,7 @@ def _memory_format(channels_last: bool) -> torch.memory_format:
 
 
 def memory_format_of(values: Tensor) -> torch.memory_format:
+    """Returns channels-last for a 4-D tensor that is channels-last only, else contiguous."""
     if values.dim() == 4 and not values.is_contiguous() and values.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     return torch.contiguous_format

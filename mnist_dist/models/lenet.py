@@ -1,4 +1,7 @@
-"""LeNet-5, document 2's comparison; LeCun et al. 1998, Gradient-based learning applied to document recognition."""
+"""LeNet-5, from the comparison table of document 2.
+
+LeCun, Bottou, Bengio, Haffner, "Gradient-based learning applied to document recognition", Proc. of the IEEE, 1998.
+"""
 
 from collections import OrderedDict
 
@@ -8,19 +11,19 @@ from mnist_dist.models.layers import require_positive
 
 
 def lenet5(*, num_classes: int = 10) -> nn.Sequential:
-    """LeNet-5 with ReLU and max-pooling; 61,706 parameters for 10 classes.
+    """Builds LeNet-5 with ReLU and max-pooling: 61,706 parameters for 10 classes.
 
-    Float (N, 1, 28, 28), padded by 2 to the paper's 32×32, gives logits (N, num_classes).
+    Input: float (N, 1, 28, 28), padded by 2 pixels to the paper's 32×32. Output: logits (N, num_classes).
 
     Raises:
         ValueError: num_classes is below 1.
     """
     require_positive(num_classes=num_classes)
     features = nn.Sequential(
-        nn.Conv2d(1, 6, 5, padding=2),
+        nn.Conv2d(1, 6, 5, padding=2),  # 28×28
         nn.ReLU(),
         nn.MaxPool2d(2),  # 14×14
-        nn.Conv2d(6, 16, 5),
+        nn.Conv2d(6, 16, 5),  # 10×10
         nn.ReLU(),
         nn.MaxPool2d(2),  # 5×5
     )

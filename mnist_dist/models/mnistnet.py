@@ -1,4 +1,4 @@
-"""Document 4: MNISTNet, ten convolution blocks and global average pooling."""
+"""MNISTNet of document 4: ten convolution blocks and global average pooling."""
 
 from torch import Tensor, nn
 
@@ -6,16 +6,17 @@ from mnist_dist.models.layers import Dropout, require_positive
 
 
 class MNISTNet(nn.Module):
-    """The document's layer table, with its widths as keywords.
+    """The layer table of document 4, with the numbers of channels as arguments.
 
-    Float (N, 1, 28, 28) gives logits (N, num_classes). The table (width 32, hidden 16) has 108,864 parameters; the
-    document's text claims about 24,500 and 13,000, which widths 15/8 (24,331) and 11/6 (13,223) come close to.
+    Input: float (N, 1, 28, 28). Output: logits (N, num_classes). The document's table (width 32, hidden 16) has 108,864
+    parameters. Its text states about 24,500 and 13,000; width 15 with hidden 8 has 24,331, width 11 with hidden 6 has
+    13,223.
 
     Args:
-        num_classes: outputs.
+        num_classes: number of classes.
         width: channels of most blocks; blocks 8 and 9 have twice as many.
-        hidden: channels of block 4, the first transition.
-        dropout: rate after each block.
+        hidden: channels of block 4, a 1×1 convolution.
+        dropout: dropout rate after each block.
 
     Raises:
         ValueError: a size is below 1, or dropout is outside [0, 1).
@@ -24,7 +25,7 @@ class MNISTNet(nn.Module):
     def __init__(self, *, num_classes: int = 10, width: int = 32, hidden: int = 16, dropout: float = 0.05) -> None:
         super().__init__()
         require_positive(num_classes=num_classes, width=width, hidden=hidden)
-        self.convblock1 = block(1, width, dropout)
+        self.convblock1 = block(1, width, dropout)  # 28×28
         self.convblock2 = block(width, width, dropout)
         self.convblock3 = block(width, width, dropout)
         self.pool1 = nn.MaxPool2d(2)  # 14×14
@@ -37,7 +38,7 @@ class MNISTNet(nn.Module):
         self.convblock9 = block(2 * width, 2 * width, dropout)
         self.convblock10 = block(2 * width, width, dropout)
         self.convblock11 = nn.Conv2d(width, num_classes, 1, bias=False)
-        self.gap = nn.AvgPool2d(7)
+        self.gap = nn.AvgPool2d(7)  # 1×1
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.convblock3(self.convblock2(self.convblock1(images)))
@@ -47,7 +48,7 @@ class MNISTNet(nn.Module):
 
 
 def block(in_channels: int, out_channels: int, dropout: float, *, kernel_size: int = 3) -> nn.Sequential:
-    """Convolution without bias that keeps height and width, batch norm, ReLU, dropout."""
+    """Returns a convolution without bias that keeps height and width, batch norm, ReLU, dropout."""
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False),
         nn.BatchNorm2d(out_channels),

@@ -1,8 +1,8 @@
-"""Document 5: three CNNs of about 8,000 parameters, each ending in log-softmax.
+"""Models V1, V2 and V3 of document 5: CNNs of about 8,000 parameters that end in log-softmax.
 
-Each takes float (N, 1, 28, 28) and gives log-probabilities (N, num_classes); cross entropy of log-probabilities is the
-document's NLL, so its loss needs no case of its own. Each raises ValueError if num_classes is below 1 or dropout is
-outside [0, 1).
+Input: float (N, 1, 28, 28). Output: log-probabilities (N, num_classes). The document trains with the negative log
+likelihood. Cross entropy of log-probabilities has the same value, so one loss serves all networks. Each function raises
+ValueError if num_classes is below 1 or dropout is outside [0, 1).
 """
 
 from collections import OrderedDict
@@ -13,21 +13,21 @@ from mnist_dist.models.layers import Dropout, require_positive
 
 
 def model_v1(*, num_classes: int = 10, dropout: float = 0.01) -> nn.Sequential:
-    """Convolutions to the end; 7,720 parameters."""
+    """Builds Model V1, whose last layer is a 1×1 convolution: 7,720 parameters."""
     require_positive(num_classes=num_classes)
     last = nn.Conv2d(10, num_classes, 1, bias=False)
     return stages(dropout, four_blocks(dropout), nn.AvgPool2d(3), last, nn.Flatten())
 
 
 def model_v2(*, num_classes: int = 10, dropout: float = 0.025) -> nn.Sequential:
-    """Model V1 with a linear last layer; 7,730 parameters."""
+    """Builds Model V2, which is Model V1 with a linear last layer: 7,730 parameters."""
     require_positive(num_classes=num_classes)
     last = nn.Linear(10, num_classes)
     return stages(dropout, four_blocks(dropout), nn.AvgPool2d(3), nn.Flatten(), last)
 
 
 def model_v3(*, num_classes: int = 10, dropout: float = 0.025) -> nn.Sequential:
-    """Model V2 with one convolution more and adaptive pooling; 8,650 parameters."""
+    """Builds Model V3, which is Model V2 with one more convolution and adaptive pooling: 8,650 parameters."""
     require_positive(num_classes=num_classes)
     five_blocks = nn.Sequential(
         block(10, 10, dropout),  # 10×10
@@ -41,18 +41,24 @@ def model_v3(*, num_classes: int = 10, dropout: float = 0.025) -> nn.Sequential:
 
 
 def stages(dropout: float, conv_block2: nn.Module, *output: nn.Module) -> nn.Sequential:
-    """The part that the three networks share, around the two in which they differ."""
+    """Returns a network of the layers that V1, V2 and V3 share and of the two parts in which they differ.
+
+    Args:
+        conv_block2: (N, 10, 12, 12) to (N, 10, 6, 6).
+        output: layers from (N, 10, 3, 3) to (N, num_classes).
+    """
     named = OrderedDict(
         input_block=block(1, 8, dropout),  # 26×26
         conv_block1=block(8, 16, dropout),  # 24×24
         transition=nn.Sequential(nn.Conv2d(16, 10, 1, bias=False), nn.MaxPool2d(2)),  # 12×12
         conv_block2=conv_block2,  # 6×6
-        output=nn.Sequential(nn.AvgPool2d(2), *output, nn.LogSoftmax(dim=1)),  # 3×3, 1×1
+        output=nn.Sequential(nn.AvgPool2d(2), *output, nn.LogSoftmax(dim=1)),  # 3×3, then 1×1
     )
     return nn.Sequential(named)
 
 
 def four_blocks(dropout: float) -> nn.Sequential:
+    """Returns `conv_block2` of V1 and V2."""
     return nn.Sequential(
         block(10, 16, dropout),  # 10×10
         block(16, 16, dropout),  # 8×8
@@ -62,7 +68,7 @@ def four_blocks(dropout: float) -> nn.Sequential:
 
 
 def block(in_channels: int, out_channels: int, dropout: float, *, padding: int = 0) -> nn.Sequential:
-    """3×3 convolution without bias, ReLU, batch norm, dropout."""
+    """Returns a 3×3 convolution without bias, ReLU, batch norm, dropout."""
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, 3, padding=padding, bias=False),
         nn.ReLU(),

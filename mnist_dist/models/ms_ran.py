@@ -1,4 +1,4 @@
-"""Document 1: the Multi-Scale Residual Attention Network."""
+"""The Multi-Scale Residual Attention Network (MS-RAN) of document 1."""
 
 import torch
 import torch.nn.functional as F
@@ -8,15 +8,15 @@ from mnist_dist.models.layers import Dropout, require_positive
 
 
 class MSRAN(nn.Module):
-    """Residual blocks, an inception module and channel attention; 443,994 parameters at the document's widths.
+    """Residual blocks, an inception module and channel attention: 443,994 parameters with the document's numbers.
 
-    Float (N, 1, 28, 28) gives logits (N, num_classes).
+    Input: float (N, 1, 28, 28). Output: logits (N, num_classes).
 
     Args:
-        num_classes: outputs.
+        num_classes: number of classes.
         width: channels of the stem; the later stages have 2, 4 and 8 times as many.
-        bottleneck: hidden units of the attention.
-        dropout: rate before the last layer.
+        bottleneck: hidden units of the channel attention.
+        dropout: dropout rate before the last layer.
 
     Raises:
         ValueError: a size is below 1, or dropout is outside [0, 1).
@@ -28,7 +28,7 @@ class MSRAN(nn.Module):
         self.stem = convolution(1, width, kernel_size=3)  # 28×28
         self.residual1 = ResidualBlock(width, 2 * width)  # 14×14
         self.residual2 = ResidualBlock(2 * width, 4 * width)  # 7×7
-        self.inception = InceptionModule(4 * width, 8 * width)
+        self.inception = InceptionModule(4 * width, 8 * width)  # 7×7
         self.attention = ChannelAttention(8 * width, bottleneck)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Sequential(nn.Flatten(), Dropout(dropout), nn.Linear(8 * width, num_classes))
@@ -39,7 +39,7 @@ class MSRAN(nn.Module):
 
 
 def convolution(in_channels: int, out_channels: int, *, kernel_size: int) -> nn.Sequential:
-    """Convolution with bias, batch norm, ReLU; keeps height and width."""
+    """Returns a convolution with bias that keeps height and width, batch norm, ReLU."""
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2),
         nn.BatchNorm2d(out_channels),
@@ -48,7 +48,10 @@ def convolution(in_channels: int, out_channels: int, *, kernel_size: int) -> nn.
 
 
 class ResidualBlock(nn.Module):
-    """Two 3×3 convolutions beside a 1×1 projection (He et al. 2016), halving height and width."""
+    """Two 3×3 convolutions plus a 1×1 projection of the input; halves height and width.
+
+    He et al., "Deep residual learning for image recognition", CVPR 2016.
+    """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -68,7 +71,10 @@ class ResidualBlock(nn.Module):
 
 
 class InceptionModule(nn.Module):
-    """Four paths of a quarter of the channels each, side by side (Szegedy et al. 2015)."""
+    """Four parallel paths, each of a quarter of the output channels; the 5×5 path is two 3×3 convolutions.
+
+    Szegedy et al., "Going deeper with convolutions", CVPR 2015.
+    """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -92,7 +98,10 @@ class InceptionModule(nn.Module):
 
 
 class ChannelAttention(nn.Module):
-    """Weighs each channel by a number in (0, 1) read from all channel means (Hu et al. 2018)."""
+    """Multiplies each channel by a weight in (0, 1), which a small network computes from the means of all channels.
+
+    Hu et al., "Squeeze-and-excitation networks", CVPR 2018.
+    """
 
     def __init__(self, channels: int, bottleneck: int) -> None:
         super().__init__()

@@ -1,16 +1,16 @@
-"""From a model's name to the model: the documents' networks, torchvision's, timm's, and a reader's own."""
+"""Builds a network by its name: a network of this package, of torchvision or of timm, or a user's own class."""
 
-import difflib
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from mnist_dist.errors import did_you_mean
 from mnist_dist.models.lenet import lenet5
 from mnist_dist.models.mnistnet import MNISTNet
 from mnist_dist.models.model_v import model_v1, model_v2, model_v3
@@ -43,15 +43,15 @@ MODELS: dict[str, Builder] = {
 
 
 def build_model(name: str, /, *, num_classes: int = 10, **keywords: Any) -> nn.Module:
-    """Builds a model that takes float (N, 1, 28, 28) and gives (N, num_classes), freshly initialised.
+    """Builds a network with random weights. Input: float (N, 1, 28, 28). Output: (N, num_classes).
 
     Args:
-        name: as `find_builder` takes it.
-        num_classes: outputs; a reader's own model gets it if its signature has it.
-        keywords: the model's own.
+        name: see `find_builder`.
+        num_classes: number of classes. A user's own class receives it only if its signature has this argument.
+        keywords: further arguments of the network.
 
     Raises:
-        ValueError: the name, a keyword or a value is wrong; the message says what is known.
+        ValueError: the name, a keyword or a value is wrong; the message lists what is known.
     """
     builder = find_builder(name)
     signature = inspect.signature(builder)
@@ -62,8 +62,8 @@ def build_model(name: str, /, *, num_classes: int = 10, **keywords: Any) -> nn.M
     if unknown and not takes_any:
         known = [keyword for keyword in signature.parameters if keyword != "num_classes"]
         raise ValueError(
-            f"model {name!r} has no keyword {unknown[0]!r}{did_you_mean(unknown[0], known)}; "
-            f"its keywords: {', '.join(known) or 'none'}"
+            f"model {name!r} has no keyword {unknown[0]!r}{did_you_mean(unknown[0], known)}\n"
+            f"known keywords: {', '.join(known) or 'none'}"
         )
     try:
         signature.bind(**keywords)
@@ -71,19 +71,19 @@ def build_model(name: str, /, *, num_classes: int = 10, **keywords: Any) -> nn.M
         raise ValueError(f"model {name!r}: {error}") from error
     model = builder(**keywords)
     if not isinstance(model, nn.Module):
-        raise ValueError(f"model {name!r} gives a {type(model).__name__}, not a torch.nn.Module")
+        raise ValueError(f"model {name!r}: expected a torch.nn.Module, got {type(model).__name__}")
     return model
 
 
 def find_builder(name: str) -> Builder:
-    """The class or function that builds the named model.
+    """Returns the class or function that builds the named network.
 
     Args:
-        name: a key of MODELS, `torchvision/<name>`, `timm/<name>`, or `my_package.nets:MyNet`, which is imported from
+        name: a key of `MODELS`, `torchvision/<name>`, `timm/<name>`, or `my_package.nets:MyNet`, which is imported from
             the current directory or an installed package.
 
     Raises:
-        ValueError: there is no such model; the message names the nearest.
+        ValueError: there is no such network; the message names similar ones.
     """
     if name in MODELS:
         return MODELS[name]
@@ -94,23 +94,24 @@ def find_builder(name: str) -> Builder:
     if ":" in name:
         return imported_builder(name)
     raise ValueError(
-        f"unknown model {name!r}{did_you_mean(name, MODELS)}; known: {', '.join(MODELS)}; "
-        "also torchvision/<name>, timm/<name>, and my_package.nets:MyNet for your own"
+        f"unknown model {name!r}{did_you_mean(name, MODELS)}\n"
+        f"known: {', '.join(MODELS)}; torchvision/<name>; timm/<name>; your own class as my_package.nets:MyNet"
     )
 
 
 def count_parameters(model: nn.Module) -> int:
-    """The number of parameters, frozen ones included, buffers not."""
+    """Returns the number of parameters. Frozen parameters count, buffers do not."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def torchvision_builder(name: str) -> Builder:
-    from torchvision import models  # its import takes seconds, which the other networks need not pay
+    """Returns a function that builds torchvision's network of that name for images of one channel."""
+    from torchvision import models  # imported late: the import takes seconds, and other networks do not need it
 
     known = models.list_models(module=models)
     if name not in known:
         raise ValueError(
-            f"torchvision has no classifier {name!r}{did_you_mean(name, known)}; it has: {', '.join(known)}"
+            f"unknown model 'torchvision/{name}'{did_you_mean(name, known)}\nknown to torchvision: {', '.join(known)}"
         )
 
     def build(*, num_classes: int = 10, **keywords: Any) -> nn.Module:
@@ -118,14 +119,17 @@ def torchvision_builder(name: str) -> Builder:
             model = models.get_model(name, weights=None, num_classes=num_classes, **keywords)
         except TypeError as error:
             raise ValueError(f"model 'torchvision/{name}': {error}") from error
-        take_grey_images(model)
+        accept_one_channel(model)
         return model
 
     return build
 
 
-def take_grey_images(model: nn.Module) -> None:
-    """Lets the first colour convolution, if there is one, see a grey image as three equal channels."""
+def accept_one_channel(model: nn.Module) -> None:
+    """Replaces the first convolution of three input channels, if there is one, by an equivalent one for grey images.
+
+    The output for a grey image is that of the original convolution for three equal channels.
+    """
     colour = (layer for layer in model.modules() if isinstance(layer, nn.Conv2d) and layer.in_channels == 3)
     if convolution := next(colour, None):
         convolution.in_channels = 1
@@ -133,17 +137,19 @@ def take_grey_images(model: nn.Module) -> None:
 
 
 def timm_builder(name: str) -> Builder:
+    """Returns a function that builds timm's network of that name for images of one channel."""
     try:
-        import timm  # optional, and slow to import
+        import timm  # imported late: it is optional and slow to import
     except ImportError as error:
         raise ValueError(f"model 'timm/{name}' needs timm: pip install timm") from error
     if not timm.is_model(name):
-        raise ValueError(f"timm has no model {name!r}{did_you_mean(name, timm.list_models())}; see timm.list_models()")
+        hint = did_you_mean(name, timm.list_models())
+        raise ValueError(f"unknown model 'timm/{name}'{hint}\ntimm.list_models() lists the known ones")
 
     def build(*, num_classes: int = 10, **keywords: Any) -> nn.Module:
         settings = {"in_chans": 1, "num_classes": num_classes, **keywords}
         if "img_size" not in settings:
-            # Only models made for one image size take the keyword, and no listing says which.
+            # Only networks for one image size have this argument, and timm has no list of them.
             with suppress(TypeError):
                 return timm.create_model(name, img_size=28, **settings)
         try:
@@ -155,16 +161,17 @@ def timm_builder(name: str) -> Builder:
 
 
 def imported_builder(path: str) -> Builder:
+    """Returns the class or function at `package.module:Name`."""
     module_name, _, attribute = path.partition(":")
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.append(here)
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # a reader's own module may fail in any way
+    except Exception as error:  # a user's own module may raise any exception
         raise ValueError(
-            f"model {path!r}: cannot import {module_name!r} ({error}); "
-            f"start from the folder that holds it, not {here}, or install its package"
+            f"model {path!r}: cannot import {module_name!r} ({error})\n"
+            f"run the command in the folder that holds the module (this folder is {here}), or install its package"
         ) from error
     builder = getattr(module, attribute, None)
     if not callable(builder):
@@ -173,8 +180,3 @@ def imported_builder(path: str) -> Builder:
             f"model {path!r}: {module_name!r} has no class or function {attribute!r}{did_you_mean(attribute, known)}"
         )
     return builder
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    found = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.4)
-    return f" (did you mean {found[0]!r}?)" if found else ""

@@ -1,4 +1,4 @@
-"""A network made for few parameters: for the recipes of configs/plus."""
+"""SeparableCNN: a network for the fewest parameters, for the recipes of configs/plus."""
 
 from typing import Literal
 
@@ -11,23 +11,25 @@ ACTIVATIONS = {"relu": F.relu, "hardswish": F.hardswish}
 
 
 class SeparableCNN(nn.Module):
-    """A 3×3 convolution, then separable ones, and one value a channel for the linear layer.
+    """A 3×3 convolution, then depthwise separable convolutions: 7,914 parameters with the default arguments.
 
-    Float (N, 1, 28, 28) gives logits (N, num_classes). A separable convolution is a 3×3 one of each channel by itself
-    and a 1×1 one of all (Chollet, "Xception", arXiv 1610.02357): at 36 channels a seventh of a full one's parameters.
-    It is followed by batch norm, a shortcut around both where the width stays, and the activation.
+    Input: float (N, 1, 28, 28). Output: logits (N, num_classes). A separable convolution is a 3×3 convolution of each
+    channel alone, then a 1×1 convolution of all channels (Chollet, "Xception", arXiv:1610.02357). With 36 channels it
+    has a seventh of the parameters of a full 3×3 convolution. Batch norm follows, then the sum with the block's input
+    if the number of channels stays the same, then the activation. The linear layer receives one value per channel.
 
     Args:
-        num_classes: outputs.
-        stem: channels of the first convolution, which leaves 26×26.
-        widths: channels of the separable ones.
-        pooled: before which of them, counted from 0, the image is max-pooled over 2×2.
-        activation: "hardswish" is that of MobileNetV3 (Howard et al., arXiv 1905.02244).
-        head: what becomes of a channel at the end: its mean, or a learned weight for every place, which knows where
-            something was (the global depthwise convolution of MobileFaceNets, Chen et al., arXiv 1804.07573).
+        num_classes: number of classes.
+        stem: channels of the first convolution, whose output is 26×26.
+        widths: channels of each separable convolution.
+        pooled: positions in `widths`, from 0, of the convolutions whose input is max-pooled over 2×2.
+        activation: "relu", or "hardswish" of MobileNetV3 (Howard et al., arXiv:1905.02244).
+        head: how a channel becomes one value. "mean" averages it. "weighted" sums it with a learned weight for every
+            pixel, which keeps where a feature was (the global depthwise convolution of MobileFaceNets, Chen et al.,
+            arXiv:1804.07573).
 
     Raises:
-        ValueError: a size is below 1, too little is left of the image, or there is no such activation or head.
+        ValueError: a size is below 1, pooling leaves nothing of the image, or the activation or head is unknown.
     """
 
     def __init__(
@@ -42,27 +44,27 @@ class SeparableCNN(nn.Module):
     ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation}")
+            raise ValueError(f"activation must be {' or '.join(ACTIVATIONS)}, not {activation!r}")
         if head not in ("mean", "weighted"):
-            raise ValueError(f"head must be mean or weighted, not {head}")
-        sizes = {f"widths[{place}]": width for place, width in enumerate(widths)}
+            raise ValueError(f"head must be mean or weighted, not {head!r}")
+        sizes = {f"widths[{position}]": width for position, width in enumerate(widths)}
         require_positive(num_classes=num_classes, stem=stem, **sizes)
         self.stem = nn.Sequential(nn.Conv2d(1, stem, 3, bias=False), nn.BatchNorm2d(stem))
         self.activation = ACTIVATIONS[activation]
         self.pooled, side, channels, blocks = frozenset(pooled), 26, stem, []
-        for place, width in enumerate(widths):
+        for position, width in enumerate(widths):
             blocks.append(separable(channels, width))
-            channels, side = width, side // (2 if place in self.pooled else 1)
+            channels, side = width, side // (2 if position in self.pooled else 1)
             if side < 1:
-                raise ValueError(f"pooled: nothing is left of the image before convolution {place}")
+                raise ValueError(f"pooled: pooling leaves nothing of the image before convolution {position}")
         self.blocks = nn.ModuleList(blocks)
         self.head = depthwise(channels, side) if head == "weighted" else None
         self.classifier = nn.Linear(channels, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.activation(self.stem(images))
-        for place, block in enumerate(self.blocks):
-            if place in self.pooled:
+        for position, block in enumerate(self.blocks):
+            if position in self.pooled:
                 features = F.max_pool2d(features, 2)
             mixed = block(features)
             features = self.activation(mixed + features if mixed.shape == features.shape else mixed)
@@ -70,7 +72,7 @@ class SeparableCNN(nn.Module):
 
 
 def separable(in_channels: int, out_channels: int) -> nn.Sequential:
-    """Keeps height and width; batch norm at the end, no biases."""
+    """Returns a separable 3×3 convolution without biases that keeps height and width, and batch norm."""
     return nn.Sequential(
         nn.Conv2d(in_channels, in_channels, 3, padding=1, groups=in_channels, bias=False),
         nn.Conv2d(in_channels, out_channels, 1, bias=False),
@@ -79,7 +81,7 @@ def separable(in_channels: int, out_channels: int) -> nn.Sequential:
 
 
 def depthwise(channels: int, side: int) -> nn.Sequential:
-    """One value a channel, (N, channels, 1, 1), from an image of that side."""
+    """Returns a convolution from (N, channels, side, side) to (N, channels, 1, 1), one filter per channel."""
     return nn.Sequential(
         nn.Conv2d(channels, channels, side, groups=channels, bias=False),
         nn.BatchNorm2d(channels),

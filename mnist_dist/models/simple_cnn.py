@@ -1,4 +1,4 @@
-"""Document 3: SimpleCNN, grouped and bottlenecked below 25,000 parameters."""
+"""SimpleCNN of document 3: bottlenecks and grouped convolutions, below 25,000 parameters."""
 
 from torch import Tensor, nn
 
@@ -6,10 +6,10 @@ from mnist_dist.models.layers import require_positive
 
 
 class SimpleCNN(nn.Module):
-    """Two residual blocks whose identity paths are scaled up; 21,614 parameters for 10 classes.
+    """Two residual blocks with scaled identity paths: 21,614 parameters for 10 classes.
 
-    Float (N, 1, 28, 28) gives logits (N, num_classes). Batch norm keeps no running statistics, as the document asks:
-    in evaluation too, a sample's logits depend on its batch.
+    Input: float (N, 1, 28, 28). Output: logits (N, num_classes). Batch norm has no running statistics, as the document
+    asks, so an image's logits depend on the other images of its batch, in evaluation too.
 
     Raises:
         ValueError: num_classes is below 1.
@@ -48,7 +48,8 @@ class SimpleCNN(nn.Module):
         self.classifier = nn.Sequential(
             nn.Flatten(),
             nn.Linear(12 * 7 * 7, 32),
-            # PyTorch refuses the document's InstanceNorm1d(32) on (N, 32): read as each sample over its features.
+            # The document has InstanceNorm1d(32), which PyTorch rejects for (N, 32). LayerNorm has the same 64
+            # parameters and also normalises each sample over its features.
             nn.LayerNorm(32),
             nn.LeakyReLU(0.1),
             nn.Linear(32, num_classes),
@@ -59,12 +60,12 @@ class SimpleCNN(nn.Module):
         return self.classifier(self.residual2(self.transition(features)))
 
     def parameter_breakdown(self) -> dict[str, int]:
-        """The number of parameters of each stage, in the order of the document's table."""
+        """Returns the number of parameters of each stage, in the order of the document's table."""
         return {name: sum(weight.numel() for weight in stage.parameters()) for name, stage in self.named_children()}
 
 
 class ScaledResidual(nn.Module):
-    """layers(x) + scale × x."""
+    """Computes layers(x) + scale × x."""
 
     def __init__(self, *layers: nn.Module, scale: float) -> None:
         super().__init__()
@@ -78,7 +79,7 @@ class ScaledResidual(nn.Module):
 def convolution(
     in_channels: int, out_channels: int, *, kernel_size: int, groups: int = 1
 ) -> tuple[nn.Module, nn.Module]:
-    """Convolution with bias that keeps height and width, and the document's batch norm."""
+    """Returns a convolution with bias that keeps height and width, and batch norm without running statistics."""
     return (
         nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, groups=groups),
         nn.BatchNorm2d(out_channels, track_running_stats=False),

@@ -1,4 +1,4 @@
-"""The "Simple CNN" of document 2's comparison table, which gives its size (~60K) and not its layers."""
+"""The "Simple CNN" of document 2's comparison table, which states its size (about 60,000) but not its layers."""
 
 from collections import OrderedDict
 
@@ -8,19 +8,19 @@ from mnist_dist.models.layers import require_positive
 
 
 def small_cnn(*, num_classes: int = 10) -> nn.Sequential:
-    """Two 5×5 convolutions (20 and 40 channels) and two linear layers (640→60→classes); 59,630 parameters.
+    """Builds two 5×5 convolutions (20 and 40 channels) and two linear layers (640→60→classes): 59,630 parameters.
 
-    Float (N, 1, 28, 28) gives logits (N, num_classes).
+    Input: float (N, 1, 28, 28). Output: logits (N, num_classes).
 
     Raises:
         ValueError: num_classes is below 1.
     """
     require_positive(num_classes=num_classes)
     features = nn.Sequential(
-        nn.Conv2d(1, 20, 5),
+        nn.Conv2d(1, 20, 5),  # 24×24
         nn.ReLU(),
         nn.MaxPool2d(2),  # 12×12
-        nn.Conv2d(20, 40, 5),
+        nn.Conv2d(20, 40, 5),  # 8×8
         nn.ReLU(),
         nn.MaxPool2d(2),  # 4×4
     )

@@ -1,4 +1,4 @@
-"""Evaluating the network of a run folder."""
+"""Evaluates the network of a run folder and reports the result."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mnist_dist.data import Images
 from mnist_dist.distributed.devices import choose_threads
 from mnist_dist.distributed.launcher import launched_world
 from mnist_dist.engine.evaluation import Evaluation
-from mnist_dist.engine.evaluation import evaluate as judge
+from mnist_dist.engine.evaluation import evaluate as evaluate_module
 from mnist_dist.errors import Problem, RecipeError
 from mnist_dist.recipe.loading import load_recipe
 from mnist_dist.recipe.schema import Recipe
@@ -24,76 +24,102 @@ from mnist_dist.run.build import load_data, set_determinism, set_kernels
 from mnist_dist.run.model_setup import to_device
 from mnist_dist.run.reader import Run
 
-BINS = 15
-"""Of equal width, as in Guo et al., "On Calibration of Modern Neural Networks", ICML 2017."""
+CALIBRATION_BINS = 15
+"""Bins of equal width, as in Guo et al., "On Calibration of Modern Neural Networks", ICML 2017."""
 
 
-def read_data(run: Run, *overrides: str, split: str = "test") -> tuple[Recipe, Images]:
-    """The run's recipe with `overrides`, and the images that it is to be judged on; the rest is as for `evaluate`."""
+def load_evaluation_data(run: Run, *overrides: str, split: str = "test") -> tuple[Recipe, Images]:
+    """Returns a run's recipe with `overrides` applied, and the images of one of its splits.
+
+    Collective: call on every rank.
+
+    Args:
+        overrides: recipe keys, e.g. `data.dataset=kmnist`.
+        split: "test" or "validation".
+
+    Raises:
+        RecipeError: the data cannot be read, the run has no validation images, or the data has another number of
+            classes than the network.
+    """
     recipe = load_recipe(run.folder.recipe, *overrides)
     dataset = load_data(recipe, launched_world())
     if split == "validation" and not dataset.has_validation:
-        raise RecipeError([Problem("command line", "--split", "this run held no validation images out")])
+        message = "this run has no validation images (data.validation is 0); use --split test"
+        raise RecipeError([Problem("command line", "--split", message, "conflict")])
     data, classes = dataset.held_out if split == "validation" else dataset.test, run.about["classes"]
     if len(classes) != len(data.classes):
-        what = f"{recipe.data.dataset} has {len(data.classes)} classes, the network {len(classes)}"
-        raise RecipeError([Problem("command line", "data.dataset", what)])
+        message = f"{recipe.data.dataset} has {len(data.classes)} classes, but the network has {len(classes)}"
+        raise RecipeError([Problem("command line", "data.dataset", message, "conflict")])
     return recipe, data
 
 
 def evaluate_run(run: Run, recipe: Recipe, data: Images) -> Evaluation:
-    """The network's evaluation in the recipe's precision and batches."""
+    """Evaluates a run's network on `data`, in the precision and the batches of the recipe.
+
+    Collective: call on every rank.
+    """
     choose_threads(launched_world())
     set_determinism(recipe.deterministic)
     set_kernels(recipe)
-    AcceleratorState._reset_state()  # a notebook may evaluate runs of two precisions
+    AcceleratorState._reset_state()  # one process, e.g. a notebook, may evaluate runs of different precisions
     accelerator = Accelerator(mixed_precision=recipe.mixed_precision or "no")
-    # A copy: the run's own stays on the CPU for whoever asks it next.
+    # A copy, because the caller may still use the run's own network on the CPU.
     module = to_device(copy.deepcopy(run.model), accelerator.device, channels_last=recipe.engine.channels_last)
-    # Normalised as the network was trained, also on other data.
+    # Other data, too, is normalised with the statistics of the training set.
     images = Images(data.images, data.labels, data.classes, run.about["mean"], run.about["std"]).to(accelerator.device)
-    return judge(accelerator, module, images, batch_size=recipe.eval_batch_size)
+    return evaluate_module(accelerator, module, images, batch_size=recipe.eval_batch_size)
 
 
-def report(found: Evaluation, labels: Tensor, classes: tuple[str, ...]) -> dict[str, Any]:
-    """An evaluation in plain values, class by class."""
-    counts, hits = found.confusion.sum(dim=1).tolist(), found.confusion.diagonal().tolist()
+def report(evaluation: Evaluation, labels: Tensor, classes: tuple[str, ...]) -> dict[str, Any]:
+    """Returns an evaluation as plain values.
+
+    Args:
+        labels: int64 (N,), on the CPU.
+
+    Returns:
+        `accuracy` (percent), `loss` (mean cross entropy), `images` (their number), `calibration_error` (0 to 1),
+        `classes` (for each its `images`, `correct` and `accuracy`; None without images), `confusion` (rows: true class,
+        columns: predicted class).
+    """
+    counts, hits = evaluation.confusion.sum(dim=1).tolist(), evaluation.confusion.diagonal().tolist()
     return {
-        "accuracy": found.accuracy,
-        "loss": found.loss,
+        "accuracy": evaluation.accuracy,
+        "loss": evaluation.loss,
         "images": len(labels),
-        "calibration_error": calibration_error(found.probabilities, labels),
+        "calibration_error": calibration_error(evaluation.probabilities, labels),
         "classes": {
             name: {"images": count, "correct": hit, "accuracy": 100 * hit / count if count else None}
             for name, count, hit in zip(classes, counts, hits, strict=True)
         },
-        "confusion": found.confusion.tolist(),
+        "confusion": evaluation.confusion.tolist(),
     }
 
 
 def calibration_error(probabilities: Tensor, labels: Tensor) -> float:
-    """Expected calibration error: how far confidence is from accuracy, averaged over bins of confidence.
+    """Returns the expected calibration error: the mean difference of confidence and accuracy, over bins of confidence.
 
     Args:
-        probabilities: float32 (N, classes). labels: int64 (N,).
+        probabilities: float32 (N, classes).
+        labels: int64 (N,).
+
+    Returns:
+        0 (calibrated) to 1. Each bin counts by its number of images (Guo et al., see `CALIBRATION_BINS`).
     """
     confidence, predictions = probabilities.double().max(dim=1)
     correct = (predictions == labels).double()
-    bins = (confidence * BINS).ceil().long().sub(1).clamp(0, BINS - 1)
-    gaps = torch.zeros(BINS, dtype=torch.float64).index_add(0, bins, correct - confidence)
+    bins = (confidence * CALIBRATION_BINS).ceil().long().sub(1).clamp(0, CALIBRATION_BINS - 1)
+    gaps = torch.zeros(CALIBRATION_BINS, dtype=torch.float64).index_add(0, bins, correct - confidence)
     return float(gaps.abs().sum() / len(labels))
 
 
-def write_report(path: Path | None, result: dict[str, Any]) -> None:
-    """Writes the report as JSON, where a file was named.
+def write_report(path: Path, result: dict[str, Any]) -> None:
+    """Writes a report as JSON to the file that `--json` names.
 
     Raises:
-        RecipeError: it cannot be written.
+        RecipeError: the file cannot be written.
     """
     try:
-        if path:
-            path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
-        raise RecipeError(
-            [Problem("command line: --json", "", f"{path} cannot be written: {error.strerror}")]
-        ) from error
+        message = f"{path} cannot be written: {error.strerror}"
+        raise RecipeError([Problem("command line", "--json", message, "unwritable")]) from error

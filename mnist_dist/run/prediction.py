@@ -1,4 +1,4 @@
-"""Predictions of a run's network."""
+"""Classifies images with the network of a run."""
 
 from __future__ import annotations
 
@@ -7,19 +7,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mnist_dist.data.augment import normalize
+from mnist_dist.data import normalize
 from mnist_dist.run.reader import Run
 
 
 @torch.no_grad()
 def predict(run: Run, images: Tensor) -> list[dict[str, Any]]:
-    """For each of the images, uint8 (N, 1, 28, 28): `digit`, its `confidence` (0 to 1), and `top3` as such pairs."""
+    """Classifies images one at a time.
+
+    Args:
+        images: uint8 (N, 1, 28, 28).
+
+    Returns:
+        For each image the likeliest class as `digit`, its probability as `confidence` (0 to 1), and the three likeliest
+        classes as `top3`, a list of {digit, confidence}.
+    """
     classes, about = run.about["classes"], run.about
-    # One by one: a network may normalise by the batch, and a picture's answer is not to depend on its neighbours.
+    # One at a time: a network may normalise by the batch, and a prediction must not depend on the other images.
     logits = torch.cat([run.model(normalize(image[None], about["mean"], about["std"])) for image in images])
-    confidences, places = logits.softmax(dim=1).topk(min(3, len(classes)))
-    found = []
-    for values, indices in zip(confidences.tolist(), places.tolist(), strict=True):
+    confidences, positions = logits.softmax(dim=1).topk(min(3, len(classes)))
+    predictions = []
+    for values, indices in zip(confidences.tolist(), positions.tolist(), strict=True):
         top = [{"digit": classes[index], "confidence": value} for value, index in zip(values, indices, strict=True)]
-        found.append({**top[0], "top3": top})
-    return found
+        predictions.append({**top[0], "top3": top})
+    return predictions

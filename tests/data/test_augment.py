@@ -1,4 +1,4 @@
-"""A batch of warps has torchvision's geometry image by image, stays in its ranges, and leaves alone what it should."""
+"""Warps of a batch equal torchvision's affine warps of each image, stay in range and follow the random numbers."""
 
 import math
 
@@ -9,7 +9,7 @@ import torchvision.transforms.functional as TF
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
-from mnist_dist.data import Augmentation, normalize
+from mnist_dist.data import Augmentation
 from mnist_dist.data.augment import affine_grid, affine_matrices, elastic_shift
 from mnist_dist.data.batches import uniform
 
@@ -18,13 +18,13 @@ INTERPOLATIONS = ["nearest", "bilinear"]
 
 
 def grey_images(count: int = COUNT, *, seed: int = 0) -> Tensor:
-    """Noise: where a pixel comes from shows everywhere."""
+    """Noise, (count, 1, SIDE, SIDE): a wrong source pixel shows everywhere."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (count, 1, SIDE, SIDE), generator=generator).float()
 
 
 def random_parameters(count: int = COUNT) -> dict[str, Tensor]:
-    """Degrees, whole pixels, factors and degrees; no round values, which would put nearest neighbours in a tie."""
+    """Degrees, whole pixels, factors and degrees. Round angles would lie half-way between two nearest neighbours."""
     generator = torch.Generator().manual_seed(1)
 
     def between(low: float, high: float, *shape: int) -> Tensor:
@@ -39,7 +39,7 @@ def random_parameters(count: int = COUNT) -> dict[str, Tensor]:
 
 
 def only(*kinds: str) -> dict[str, Tensor]:
-    """Random parameters of the kinds given; the others do nothing."""
+    """Random parameters for the given kinds and identity for the others."""
     nothing = {
         "angle": torch.zeros(COUNT),
         "shift": torch.zeros(COUNT, 2),
@@ -47,12 +47,6 @@ def only(*kinds: str) -> dict[str, Tensor]:
         "shear": torch.zeros(COUNT),
     }
     return {**nothing, **{kind: value for kind, value in random_parameters().items() if kind in kinds}}
-
-
-def test_the_grid_is_pytorch_s():
-    warps = warps_of(random_parameters())
-    theirs = F.affine_grid(warps, [COUNT, 1, SIDE, SIDE], align_corners=False)
-    torch.testing.assert_close(affine_grid(warps, SIDE), theirs, rtol=0, atol=2e-6)
 
 
 def warps_of(parameters: dict[str, Tensor]) -> Tensor:
@@ -66,7 +60,7 @@ def warps_of(parameters: dict[str, Tensor]) -> Tensor:
 
 
 def torchvision_affine(images: Tensor, parameters: dict[str, Tensor], interpolation: str) -> Tensor:
-    """Each image on its own through torchvision."""
+    """Warps each image alone with torchvision."""
     warped = [
         TF.affine(
             image,
@@ -90,19 +84,25 @@ def assert_same_images(found: Tensor, expected: Tensor, interpolation: str) -> N
         assert difference.max() < 0.01
 
 
-# Geometry
+# --- geometry -----------------------------------------------------------------------------------------------------
+
+
+def test_affine_grid_equals_pytorchs():
+    warps = warps_of(random_parameters())
+    expected = F.affine_grid(warps, [COUNT, 1, SIDE, SIDE], align_corners=False)
+    torch.testing.assert_close(affine_grid(warps, SIDE), expected, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
 @pytest.mark.parametrize("kinds", [("angle",), ("shift",), ("zoom",), ("shear",), ("angle", "shift", "zoom", "shear")])
-def test_warps_are_torchvisions_affine(kinds, interpolation):
+def test_warps_equal_torchvisions_affine(kinds, interpolation):
     images, parameters = grey_images(), only(*kinds)
     found = Augmentation(interpolation=interpolation).apply(images, warps_of(parameters))
     assert_same_images(found, torchvision_affine(images, parameters, interpolation), interpolation)
 
 
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
-def test_angles_run_against_torchvisions_rotate(interpolation):
+def test_angles_are_opposite_to_torchvisions_rotate(interpolation):
     images, parameters = grey_images(), only("angle")
     found = Augmentation(interpolation=interpolation).apply(images, warps_of(parameters))
     mode = InterpolationMode(interpolation)
@@ -122,18 +122,18 @@ def test_whole_pixel_translation_moves_pixels_right_and_down(interpolation):
 
 
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
-def test_fill_is_what_lies_around_the_image(interpolation):
+def test_pixels_from_outside_the_image_have_the_fill_level(interpolation):
     images, parameters, margin, fill = grey_images(), random_parameters(), 70, 200.0
     found = Augmentation(interpolation=interpolation, fill=fill).apply(images, warps_of(parameters))
     surrounded = F.pad(images, (margin,) * 4, value=fill)
     expected = torchvision_affine(surrounded, parameters, interpolation)
     expected = expected[..., margin : margin + SIDE, margin : margin + SIDE]
-    assert (expected == fill).double().mean() > 0.05, "nothing came in from outside"
+    assert (expected == fill).double().mean() > 0.05, "no pixel comes from outside the image"
     assert_same_images(found, expected, interpolation)
 
 
 @pytest.mark.parametrize("fill", [0.0, 77.0])
-def test_identity_is_exact(fill):
+def test_the_identity_changes_nothing(fill):
     images = grey_images()
     identity = warps_of(only())
     assert torch.equal(Augmentation(fill=fill).apply(images, identity), images)
@@ -141,7 +141,7 @@ def test_identity_is_exact(fill):
     assert_same_images(bilinear, images, "bilinear")
 
 
-# From random numbers to warps
+# --- from random numbers to warps ---------------------------------------------------------------------------------
 
 
 def draws(count: int) -> Tensor:
@@ -149,7 +149,7 @@ def draws(count: int) -> Tensor:
 
 
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
-def test_each_number_drawn_sets_one_parameter(interpolation):
+def test_each_random_number_sets_one_parameter(interpolation):
     numbers = draws(COUNT)
     augmentation = Augmentation(rotation=30, translation=0.2, scale=(0.7, 1.4), shear=20, interpolation=interpolation)
     signed = 2 * numbers - 1
@@ -165,7 +165,7 @@ def test_each_number_drawn_sets_one_parameter(interpolation):
 
 
 @pytest.mark.parametrize("rotation", [7.0, 180.0])
-def test_angles_fill_plus_minus_rotation(rotation):
+def test_angles_cover_plus_minus_rotation(rotation):
     warps = Augmentation(rotation=rotation).warps(draws(20_000), SIDE)
     angles = torch.rad2deg(torch.atan2(warps[:, 0, 1], warps[:, 0, 0]))
     assert angles.abs().max() <= rotation + 1e-4
@@ -175,23 +175,23 @@ def test_angles_fill_plus_minus_rotation(rotation):
 
 
 @pytest.mark.parametrize(("translation", "most"), [(0.1, 3), (0.05, 1), (0.25, 7), (1.0, 28)])
-def test_translations_are_whole_pixels_within_bounds(translation, most):
+def test_translations_are_whole_pixels_within_their_range(translation, most):
     warps = Augmentation(translation=translation).warps(draws(20_000), SIDE)
     shifts = -warps[:, :, 2] * SIDE / 2
     assert (shifts - shifts.round()).abs().max() < 1e-4
     for axis in (0, 1):
         assert shifts[:, axis].round().unique().tolist() == list(range(-most, most + 1))
-    assert abs(torch.corrcoef(shifts.T)[0, 1]) < 5 / math.sqrt(20_000), "x and y move together"
+    assert abs(torch.corrcoef(shifts.T)[0, 1]) < 5 / math.sqrt(20_000), "the shifts along x and y are correlated"
 
 
-def test_zooms_fill_the_scale():
+def test_zooms_cover_the_scale():
     warps = Augmentation(scale=(0.8, 1.5)).warps(draws(20_000), SIDE)
     zooms = torch.linalg.det(warps[:, :, :2]).rsqrt()
     assert 0.8 - 1e-4 <= zooms.min() < 0.81
     assert 1.49 < zooms.max() <= 1.5 + 1e-4
 
 
-def test_shears_fill_plus_minus_shear():
+def test_shears_cover_plus_minus_shear():
     warps = Augmentation(shear=15).warps(draws(20_000), SIDE)
     shears = torch.rad2deg(torch.atan(warps[:, 0, 1]))
     assert shears.abs().max() <= 15 + 1e-4
@@ -213,7 +213,7 @@ def test_shears_fill_plus_minus_shear():
         ({"elastic": 0.1}, False),
     ],
 )
-def test_is_identity_only_if_no_warp_moves_a_pixel(keywords, identity):
+def test_is_identity_if_and_only_if_no_warp_moves_a_pixel(keywords, identity):
     assert Augmentation(**keywords).is_identity is identity
 
 
@@ -238,12 +238,12 @@ def test_is_identity_only_if_no_warp_moves_a_pixel(keywords, identity):
         ("elastic_sigma", math.nan),
     ],
 )
-def test_a_value_out_of_range_is_named(keyword, value):
+def test_the_error_names_the_value_out_of_range(keyword, value):
     with pytest.raises(ValueError, match=keyword):
         Augmentation(**{keyword: value})
 
 
-# Elastic warps
+# --- elastic warps ------------------------------------------------------------------------------------------------
 
 ELASTIC = Augmentation(elastic=1.4, elastic_sigma=4.0, interpolation="bilinear")
 
@@ -252,37 +252,37 @@ def elastic_draws(augmentation: Augmentation, count: int) -> Tensor:
     return uniform(0, 0, torch.arange(count), augmentation.count_draws(SIDE))
 
 
-def shifts(augmentation: Augmentation, count: int) -> Tensor:
-    """Pixels, (count, SIDE, SIDE, 2)."""
+def elastic_shifts(augmentation: Augmentation, count: int) -> Tensor:
+    """Displacements in pixels, (count, SIDE, SIDE, 2)."""
     knots = augmentation.warps(elastic_draws(augmentation, count), SIDE)[:, :, 3:]
     return elastic_shift(knots, SIDE, augmentation.elastic_sigma).double() * SIDE / 2
 
 
-def test_every_pixel_moves_as_far_as_asked_and_its_neighbours_alike():
-    count = 8000
+def test_displacements_have_the_given_deviation_and_correlate_between_neighbours():
+    count = 4000
     for augmentation in (ELASTIC, Augmentation(elastic=0.5, elastic_sigma=7.0)):
-        moved = shifts(augmentation, count)
+        moved = elastic_shifts(augmentation, count)
         assert abs(moved.mean(dim=0)).max() < 6 * augmentation.elastic / math.sqrt(count)
         deviations = moved.std(dim=0) / augmentation.elastic
         assert (deviations - 1).abs().max() < 6 / math.sqrt(2 * count)
-        # Two Gaussians of width sigma, one for each pixel, overlap so far; x and y have nothing to do with each other.
+        # The correlation is the overlap of two Gaussians of width sigma, one at each pixel; x and y are independent.
         for distance in (2, 5, 9):
             along = torch.corrcoef(moved[:, 14, [9, 9 + distance], 0].T)[0, 1]
             assert along == pytest.approx(math.exp(-(distance**2) / (4 * augmentation.elastic_sigma**2)), abs=0.06)
         assert abs(torch.corrcoef(moved[:, 14, 14].T)[0, 1]) < 5 / math.sqrt(count)
 
 
-def test_an_elastic_warp_moves_ink_by_its_field():
-    # On a ramp a displacement along x shows as a change of grey level.
+def test_an_elastic_warp_moves_pixels_by_its_displacements():
+    # On a ramp, a displacement along x is a change of grey level.
     ramp = torch.arange(SIDE).float().expand(1, 1, SIDE, SIDE)
     warps = ELASTIC.warps(elastic_draws(ELASTIC, 30), SIDE)
     found = ELASTIC.apply(ramp.expand(30, 1, SIDE, SIDE), warps)
-    expected = ramp[0] + shifts(ELASTIC, 30)[..., 0]
+    expected = ramp[0] + elastic_shifts(ELASTIC, 30)[..., 0]
     inside = (slice(None), 0, slice(7, -7), slice(7, -7))
     torch.testing.assert_close(found[inside].double(), expected[:, 7:-7, 7:-7], rtol=0, atol=1e-3)
 
 
-def test_the_elastic_field_lies_on_top_of_the_affine_warp():
+def test_the_elastic_displacement_is_added_to_the_affine_warp():
     rotated = Augmentation(rotation=30, elastic=1e-6, interpolation="bilinear")
     numbers, images = elastic_draws(rotated, COUNT), grey_images()
     plain = Augmentation(rotation=30, interpolation="bilinear")
@@ -290,43 +290,24 @@ def test_the_elastic_field_lies_on_top_of_the_affine_warp():
     assert_same_images(rotated.apply(images, rotated.warps(numbers, SIDE)), expected, "bilinear")
 
 
-def test_a_samples_elastic_warp_is_the_same_in_any_batch():
+def test_the_elastic_warp_of_a_sample_is_the_same_in_any_batch():
     images, numbers = grey_images(), elastic_draws(ELASTIC, COUNT)
-    together = ELASTIC.apply(images, ELASTIC.warps(numbers, SIDE))
+    at_once = ELASTIC.apply(images, ELASTIC.warps(numbers, SIDE))
     for size in (1, 7, 16):
         parts = zip(images.split(size), numbers.split(size), strict=True)
         found = torch.cat([ELASTIC.apply(part, ELASTIC.warps(draws, SIDE)) for part, draws in parts])
-        torch.testing.assert_close(found, together, rtol=0, atol=0.01)
-    assert (together - images).abs().mean() > 20
+        torch.testing.assert_close(found, at_once, rtol=0, atol=0.01)
+    assert (at_once - images).abs().mean() > 20
 
 
-def test_without_elasticity_a_warp_is_what_it_was():
+def test_affine_warps_do_not_depend_on_the_elastic_parameters():
     plain = Augmentation(rotation=10, shear=5)
     for other in (Augmentation(rotation=10, shear=5, elastic=0.0, elastic_sigma=9.0), plain):
         assert other.count_draws(SIDE) == Augmentation.DRAWS
         assert torch.equal(other.warps(draws(COUNT), SIDE), plain.warps(draws(COUNT), SIDE))
         assert other.warps(draws(COUNT), SIDE).shape == (COUNT, 2, 3)
-    # The affine numbers of a sample do not depend on whether others are drawn after them.
+    # The affine random numbers of a sample are the same with and without elastic ones after them.
     with_elastic = Augmentation(rotation=10, shear=5, elastic=1.0)
     assert torch.equal(
         with_elastic.warps(elastic_draws(with_elastic, COUNT), SIDE)[:, :, :3], plain.warps(draws(COUNT), SIDE)
     )
-
-
-# Normalisation
-
-
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
-def test_normalize_gives_mean_0_and_deviation_1_on_its_own_data(dtype):
-    images = (grey_images(200) * 0.4).round()
-    mean, std = float(images.mean() / 255), float(images.std(correction=0) / 255)
-    found = normalize(images.to(dtype), mean, std)
-    assert found.dtype == torch.float32
-    assert abs(found.double().mean()) < 1e-5
-    assert abs(found.double().std(correction=0) - 1) < 1e-5
-
-
-def test_normalize_is_totensor_and_normalize_of_torchvision():
-    images = grey_images().to(torch.uint8)
-    expected = TF.normalize(images.float() / 255, [0.1307], [0.3081])
-    torch.testing.assert_close(normalize(images, 0.1307, 0.3081), expected, rtol=0, atol=2e-6)

@@ -1,4 +1,4 @@
-"""Order, rows and random numbers are pure functions of seed, epoch, step and sample, however many processes ask."""
+"""Order, rows and random numbers are pure functions of seed, epoch, step and sample, for any number of processes."""
 
 import itertools
 import math
@@ -20,11 +20,11 @@ def batches_of(batches: Batches, plan: EpochPlan) -> list[Tensor]:
     return [batches.rows(plan, index) for index in range(batches.steps_per_epoch)]
 
 
-# The order of an epoch
+# --- the order of an epoch ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("num_samples", "batch_size"), [(1, 1), (10, 3), (12, 4), (10, 16), (1000, 128)])
-def test_an_epoch_holds_every_sample_once(num_samples, batch_size):
+def test_an_epoch_contains_every_sample_once(num_samples, batch_size):
     batches = Batches(num_samples, batch_size, seed=3)
     seen = torch.cat(batches_of(batches, batches.plan(epoch=2)))
     assert seen.dtype == torch.int64
@@ -34,10 +34,10 @@ def test_an_epoch_holds_every_sample_once(num_samples, batch_size):
 def test_order_differs_between_epochs_and_seeds():
     orders = {(seed, epoch): Batches(100, 10, seed).plan(epoch).order for seed in range(4) for epoch in range(4)}
     for one, other in itertools.combinations(orders, 2):
-        assert not torch.equal(orders[one], orders[other]), f"(seed, epoch) {one} and {other} have one order"
+        assert not torch.equal(orders[one], orders[other]), f"(seed, epoch) {one} and {other} have the same order"
 
 
-def test_order_follows_from_seed_and_epoch_alone():
+def test_order_depends_on_seed_and_epoch_only():
     torch.manual_seed(1)
     expected = Batches(100, 10, seed=5).plan(epoch=3).order
     torch.manual_seed(2)
@@ -54,14 +54,14 @@ def test_order_is_not_nearly_sorted():
     assert abs(correlation) < 5 / math.sqrt(10_000)
 
 
-# Global batches and the processes' rows
+# --- global batches and the rows of each process ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("num_samples", "batch_size", "steps", "last"),
     [(60_000, 128, 469, 96), (10, 5, 2, 5), (10, 16, 1, 10), (7, 3, 3, 1), (1, 1, 1, 1)],
 )
-def test_last_batch_holds_what_is_left(num_samples, batch_size, steps, last):
+def test_the_last_batch_contains_the_remaining_samples(num_samples, batch_size, steps, last):
     batches = Batches(num_samples, batch_size, seed=0)
     assert batches.steps_per_epoch == steps
     sizes = [batches.size(index) for index in range(steps)]
@@ -71,25 +71,25 @@ def test_last_batch_holds_what_is_left(num_samples, batch_size, steps, last):
 
 @pytest.mark.parametrize("world_size", range(1, 8))
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 10, 32])
-def test_rows_of_all_processes_in_rank_order_are_the_global_batch(batch_size, world_size):
+def test_the_rows_of_all_ranks_in_order_are_the_global_batch(batch_size, world_size):
     batches = Batches(45, batch_size, seed=1)
     plan = batches.plan(0)
     for index in range(batches.steps_per_epoch):
         pieces = [batches.rows(plan, index, rank=rank, world_size=world_size) for rank in range(world_size)]
         assert torch.equal(torch.cat(pieces), plan.order[index * batch_size : (index + 1) * batch_size])
         sizes = [len(piece) for piece in pieces]
-        assert max(sizes) - min(sizes) <= 1 and sizes == sorted(sizes, reverse=True), "empty ones are the last"
+        assert max(sizes) - min(sizes) <= 1 and sizes == sorted(sizes, reverse=True)
 
 
-# Warps belong to samples
+# --- warps --------------------------------------------------------------------------------------------------------
 
 
-def test_no_warps_without_augmentation_or_with_one_that_does_nothing():
+def test_the_plan_has_no_warps_without_augmentation():
     assert Batches(10, 5, seed=0).plan(0).warps is None
     assert Batches(10, 5, seed=0, augmentation=Augmentation(scale=(1.0, 1.0))).plan(0).warps is None
 
 
-def test_a_samples_warp_depends_on_seed_epoch_and_sample_alone():
+def test_a_warp_depends_on_seed_epoch_and_sample_only():
     augmentation = Augmentation(rotation=10, translation=0.1, scale=(0.9, 1.1), shear=5)
 
     def warps(num_samples: int, batch_size: int, seed: int, epoch: int) -> Tensor:
@@ -105,16 +105,16 @@ def test_a_samples_warp_depends_on_seed_epoch_and_sample_alone():
         assert (warps(100, 10, seed, epoch) != expected).flatten(1).any(dim=1).all()
 
 
-# Random numbers that belong to the sample
+# --- random numbers per sample ------------------------------------------------------------------------------------
 
 
 @settings(deadline=None)
 @given(st.integers(0, 2**63 - 1), st.integers(0, 10_000), st.lists(st.integers(0, 69_999), min_size=1, max_size=20))
-def test_uniform_is_equal_whatever_else_is_asked(seed, epoch, indices):
-    together = uniform(seed, epoch, torch.tensor(indices), 5)
-    for index, row in zip(indices, together, strict=True):
+def test_uniform_does_not_depend_on_the_other_samples_and_columns(seed, epoch, indices):
+    at_once = uniform(seed, epoch, torch.tensor(indices), 5)
+    for index, row in zip(indices, at_once, strict=True):
         assert torch.equal(uniform(seed, epoch, torch.tensor([index]), 5)[0], row)
-    assert torch.equal(uniform(seed, epoch, torch.tensor(indices), 2), together[:, :2])
+    assert torch.equal(uniform(seed, epoch, torch.tensor(indices), 2), at_once[:, :2])
 
 
 @pytest.mark.parametrize(("seed", "epoch"), [(0, 0), (1, 7), (2**63 - 1, 3)])
@@ -130,7 +130,7 @@ def test_uniform_is_uniform_and_independent(seed, epoch):
     draws = draws.double()
     five_sigma = 5 / math.sqrt(count)
     assert (draws.mean(dim=0) - 1 / 2).abs().max() < five_sigma * math.sqrt(1 / 12)
-    # The variance's own standard deviation follows from the fourth central moment, 1/80.
+    # The standard deviation of a variance follows from the fourth central moment, which is 1/80 here.
     assert (draws.var(dim=0) - 1 / 12).abs().max() < five_sigma * math.sqrt(1 / 80 - 1 / 144)
     others = {
         "its own columns": draws,
@@ -154,9 +154,9 @@ def test_pairs_of_numbers_fill_the_square_evenly():
     assert abs(chi_squared - 255) < 5 * math.sqrt(2 * 255)
 
 
-def test_uniform_is_equal_in_whatever_parts_it_is_drawn():
-    together = uniform(3, 1, torch.arange(10_000), 7)
-    assert torch.equal(together[4090:4100], uniform(3, 1, torch.arange(4090, 4100), 7))
+def test_uniform_does_not_depend_on_its_internal_chunks():
+    at_once = uniform(3, 1, torch.arange(10_000), 7)
+    assert torch.equal(at_once[4090:4100], uniform(3, 1, torch.arange(4090, 4100), 7))
     assert uniform(3, 1, torch.arange(0), 7).shape == (0, 7)
 
 
@@ -166,7 +166,7 @@ def test_uniform_takes_the_upper_24_bits_of_the_hash():
     assert draws.tolist() == expected
 
 
-# The hash
+# --- the hash -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -179,24 +179,24 @@ def test_uniform_takes_the_upper_24_bits_of_the_hash():
         ((2**63 - 1, 10**6), 0x50EA0460D91C5B0F),
     ],
 )
-def test_derived_seeds_are_fixed_forever(parts, bits):
+def test_derived_seeds_never_change(parts, bits):
     assert derive_seed(*parts) == bits >> 1
 
 
-def test_derived_seeds_depend_on_every_part_and_their_order():
+def test_derived_seeds_depend_on_every_part_and_on_the_order():
     parts = [p for length in (1, 2, 3) for p in itertools.product(range(6), repeat=length)]
     assert len({derive_seed(*p) for p in parts}) == len(parts)
 
 
 @settings(deadline=None)
 @given(st.lists(INT64, max_size=3), INT64)
-def test_tensor_hash_is_the_int_hash(first, last):
+def test_the_tensor_hash_equals_the_int_hash(first, last):
     bits = int(_hash_with(_hash(*first), torch.tensor([last])))
     assert bits % 2**64 == _hash(*first, last)
 
 
 @settings(deadline=None)
 @given(INT64, INT64, INT64)
-def test_tensor_hash_chains_like_the_int_hash(first, second, third):
+def test_the_tensor_hash_chains_like_the_int_hash(first, second, third):
     bits = int(_hash_with(_hash_with(_hash(first), torch.tensor([second])), torch.tensor([third])))
     assert bits % 2**64 == _hash(first, second, third)

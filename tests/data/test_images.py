@@ -1,315 +1,32 @@
-"""Every data set arrives whole, upright, counted from 0 and equally normalised, or the damage is named."""
+"""Normalisation of images and the statistics behind it."""
 
-import gzip
-import hashlib
-import struct
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
-import torchvision
+import torchvision.transforms.functional as TF
 from torch import Tensor
 
-from mnist_dist.data import DATASETS, Dataset, Images, load_dataset
+from mnist_dist.data import load_dataset, normalize
 from mnist_dist.data.images import grey_level_statistics
-from mnist_dist.data.sources.mnist import read_idx
 
-TRAIN, TEST = 30, 12
-MNIST_LIKE = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}
 
+def grey_images(count: int) -> Tensor:
+    return torch.randint(0, 256, (count, 1, 28, 28), generator=torch.Generator().manual_seed(0)).float()
 
-@pytest.fixture(scope="module")
-def mnist(mnist_root) -> Dataset:
-    return load_dataset("mnist", root=mnist_root, download=False)
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_normalize_gives_mean_0_and_deviation_1_on_its_own_data(dtype):
+    images = (grey_images(200) * 0.4).round()
+    mean, std = float(images.mean() / 255), float(images.std(correction=0) / 255)
+    found = normalize(images.to(dtype), mean, std)
+    assert found.dtype == torch.float32
+    assert abs(found.double().mean()) < 1e-5
+    assert abs(found.double().std(correction=0) - 1) < 1e-5
 
-# --- IDX files ----------------------------------------------------------------------------------------------------
 
-
-def idx_bytes(array: np.ndarray) -> bytes:
-    kind = {np.dtype("uint8"): 0x08, np.dtype("int32"): 0x0C}[array.dtype]
-    header = struct.pack(f">HBB{array.ndim}I", 0, kind, array.ndim, *array.shape)
-    return header + array.astype(array.dtype.newbyteorder(">")).tobytes()
-
-
-def write_idx(path: Path, array: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = idx_bytes(array)
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
-
-
-@pytest.mark.parametrize("suffix", ["", ".gz"])
-@pytest.mark.parametrize("dtype", ["uint8", "int32"])
-@pytest.mark.parametrize("shape", [(7,), (5, 8), (3, 4, 6)])
-def test_read_idx_gives_back_what_was_written(tmp_path, shape, dtype, suffix):
-    limits = np.iinfo(dtype)
-    values = np.random.default_rng(0).integers(limits.min, limits.max, shape, dtype, endpoint=True)
-    path = tmp_path / f"values{suffix}"
-    write_idx(path, values)
-    found = read_idx(path)
-    assert found.dtype == getattr(torch, dtype)
-    assert torch.equal(found, torch.from_numpy(values))
-
-
-WHOLE = idx_bytes(np.arange(60, dtype=np.uint8).reshape(3, 4, 5))
-WHOLE_INT32 = idx_bytes(np.arange(60, dtype=np.int32).reshape(12, 5))
-PACKED = gzip.compress(WHOLE)
-
-
-def replaced(content: bytes, position: int, value: int) -> bytes:
-    return content[:position] + bytes([value]) + content[position + 1 :]
-
-
-DAMAGED = {
-    "empty": b"",
-    "only_two_bytes": WHOLE[:2],
-    "header_cut": WHOLE[:9],
-    "header_alone": WHOLE[:16],
-    "not_idx": b"<html>404 Not Found</html>" * 4,
-    "first_byte_not_zero": replaced(WHOLE, 0, 1),
-    "unknown_type": replaced(WHOLE, 2, 0x0D),
-    "no_dimensions": replaced(WHOLE, 3, 0),
-    "four_dimensions": idx_bytes(np.zeros((1, 2, 3, 4), np.uint8)),
-    "a_byte_short": WHOLE[:-1],
-    "a_byte_long": WHOLE + b"\0",
-    "more_images_than_bytes": replaced(WHOLE, 7, 4),
-    "a_great_many_images": replaced(WHOLE, 4, 0xFF),
-    "int32_a_byte_short": WHOLE_INT32[:-1],
-    "int32_a_number_short": WHOLE_INT32[:-4],
-    "packed_empty.gz": b"",
-    "packed_not_gzip.gz": WHOLE,
-    "packed_cut.gz": PACKED[: len(PACKED) // 2],
-    "packed_without_sum.gz": PACKED[:-8],
-    "packed_wrong_sum.gz": replaced(PACKED, len(PACKED) - 8, PACKED[-8] ^ 1),
-    "packed_stream_broken.gz": replaced(PACKED, 10, 0xFF),
-    "packed_but_not_idx.gz": gzip.compress(b"hello" * 10),
-}
-
-
-@pytest.mark.parametrize("name", DAMAGED)
-def test_a_damaged_file_is_named(tmp_path, name):
-    path = tmp_path / name
-    path.write_bytes(DAMAGED[name])
-    with pytest.raises(ValueError, match="damaged") as caught:
-        read_idx(path)
-    assert str(path) in str(caught.value)
-
-
-def test_any_flipped_byte_of_a_packed_file_is_found(tmp_path):
-    path = tmp_path / "values.gz"
-    # Bytes 3 to 9 of a gzip header are flags, time and system: they do not touch the data.
-    for position in [0, 1, 2, *range(10, len(PACKED))]:
-        path.write_bytes(replaced(PACKED, position, PACKED[position] ^ 0xFF))
-        with pytest.raises(ValueError, match="damaged"):
-            read_idx(path)
-
-
-# --- the MNIST family ---------------------------------------------------------------------------------------------
-
-
-def grey_images(count: int, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (count, 28, 28), np.uint8)
-
-
-def labels(count: int, classes: int, *, first: int = 0) -> np.ndarray:
-    """Both ends of the range are among them."""
-    return (np.linspace(classes - 1, 0, count).round() + first).astype(np.uint8)
-
-
-def family_files(name: str, split: str | None = None) -> dict[str, np.ndarray]:
-    """Stem -> content of the four files, training images and labels first, as their publishers number the labels."""
-    parts = (TRAIN, TEST)
-    if name == "qmnist":
-        stems = [f"QMNIST/raw/qmnist-{part}" for part in ("train", "test")]
-        columns = [np.stack([labels(n, 10), *[np.full(n, 70_000 + k) for k in range(7)]], 1) for n in parts]
-        truth = [column.astype(np.int32) for column in columns]
-        kinds = ("images-idx3-ubyte", "labels-idx2-int")
-    else:
-        kinds = ("images-idx3-ubyte", "labels-idx1-ubyte")
-        if name == "emnist":
-            stems = [f"EMNIST/raw/emnist-{split}-{part}" for part in ("train", "test")]
-            classes, first = {"letters": (26, 1), "balanced": (47, 0)}[split or "balanced"]
-        else:
-            stems = [f"{MNIST_LIKE[name]}/raw/{part}" for part in ("train", "t10k")]
-            classes, first = 10, 0
-        truth = [labels(n, classes, first=first) for n in parts]
-    files = {}
-    for seed, stem in enumerate(stems):
-        files[f"{stem}-{kinds[0]}"] = grey_images(parts[seed], seed)
-        files[f"{stem}-{kinds[1]}"] = truth[seed]
-    return files
-
-
-def write_family(root: Path, files: dict[str, np.ndarray], suffix: str = "") -> None:
-    for stem, array in files.items():
-        write_idx(root / f"{stem}{suffix}", array)
-
-
-@pytest.mark.parametrize("suffix", ["", ".gz"])
-@pytest.mark.parametrize("name", [*MNIST_LIKE, "qmnist"])
-def test_idx_files_become_images_and_labels(tmp_path, name, suffix):
-    files = family_files(name)
-    write_family(tmp_path, files, suffix)
-    dataset = load_dataset(name, root=tmp_path, download=False)
-    train_images, train_labels, test_images, test_labels = files.values()
-    for part, images, expected in [
-        (dataset.train, train_images, train_labels),
-        (dataset.test, test_images, test_labels),
-    ]:
-        assert part.images.dtype == torch.uint8
-        assert part.labels.dtype == torch.int64
-        assert part.images.shape == (len(images), 1, 28, 28)
-        assert np.array_equal(part.images[:, 0].numpy(), images)
-        assert np.array_equal(part.labels.numpy(), expected[:, 0] if name == "qmnist" else expected)
-        assert len(part.classes) == 10
-
-
-@pytest.mark.parametrize(
-    ("name", "classes"),
-    [("mnist", ("0", "9")), ("fashion_mnist", ("T-shirt/top", "Ankle boot")), ("kmnist", ("o", "wo"))],
-)
-def test_classes_have_their_names(tmp_path, name, classes):
-    write_family(tmp_path, family_files(name))
-    found = load_dataset(name, root=tmp_path, download=False).test.classes
-    assert (found[0], found[9]) == classes
-
-
-@pytest.mark.parametrize(("split", "count", "ends"), [("letters", 26, ("a", "z")), ("balanced", 47, ("0", "t"))])
-def test_emnist_comes_out_upright_with_labels_from_0(tmp_path, split, count, ends):
-    files = family_files("emnist", split)
-    upright = np.zeros((28, 28), np.uint8)
-    upright[2, 3:20] = 250  # a bar near the top
-    for array in files.values():
-        if array.ndim == 3:
-            array[0] = upright.T  # as the publishers store it
-    write_family(tmp_path, files)
-    dataset = load_dataset("emnist", root=tmp_path, split=split, download=False)
-    for part in (dataset.train, dataset.test):
-        assert np.array_equal(part.images[0, 0].numpy(), upright)
-        assert part.images.is_contiguous()
-        assert len(part.classes) == count
-        assert (int(part.labels.min()), int(part.labels.max())) == (0, count - 1)
-        assert (part.classes[part.labels.min()], part.classes[part.labels.max()]) == ends
-
-
-def test_emnist_without_a_split_is_balanced(tmp_path):
-    write_family(tmp_path, family_files("emnist", "balanced"))
-    assert len(load_dataset("emnist", root=tmp_path, download=False).train.classes) == 47
-
-
-def wrong_files() -> dict[str, tuple[str, np.ndarray]]:
-    """What is wrong -> (stem of the file, its content)."""
-    images, truth = "MNIST/raw/train-images-idx3-ubyte", "MNIST/raw/train-labels-idx1-ubyte"
-    return {
-        "narrow images": (images, np.zeros((TRAIN, 28, 27), np.uint8)),
-        "images of int32": (images, np.zeros((TRAIN, 28, 28), np.int32)),
-        "labels in the images' place": (images, labels(TRAIN, 10)),
-        "images in the labels' place": (truth, grey_images(TRAIN, 0)),
-        "a black image for each label": (truth, np.zeros((TRAIN, 28, 28), np.uint8)),
-        "a label too few": (truth, labels(TRAIN - 1, 10)),
-        "a label too high": (truth, labels(TRAIN, 11)),
-        "a label below 0": (truth, labels(TRAIN, 10).astype(np.int32) - 1),
-    }
-
-
-@pytest.mark.parametrize("wrong", wrong_files())
-def test_files_that_do_not_belong_together_are_refused(tmp_path, wrong):
-    stem, content = wrong_files()[wrong]
-    write_family(tmp_path, family_files("mnist") | {stem: content})
-    with pytest.raises(ValueError, match="MNIST"):
-        load_dataset("mnist", root=tmp_path, download=False)
-
-
-def test_qmnist_labels_without_columns_are_refused(tmp_path):
-    write_family(tmp_path, family_files("qmnist") | {"QMNIST/raw/qmnist-test-labels-idx2-int": labels(TEST, 10)})
-    with pytest.raises(ValueError, match="QMNIST"):
-        load_dataset("qmnist", root=tmp_path, download=False)
-
-
-# --- downloading --------------------------------------------------------------------------------------------------
-
-
-def test_files_at_hand_are_not_downloaded_again(tmp_path, monkeypatch):
-    def refuse(*args, **keywords):
-        raise AssertionError("a download was tried")
-
-    monkeypatch.setattr(torchvision.datasets, "MNIST", refuse)
-    write_family(tmp_path, family_files("mnist"), suffix=".gz")
-    assert len(load_dataset("mnist", root=tmp_path).train) == TRAIN
-
-
-@pytest.mark.parametrize("at_hand", [0, 3])
-def test_missing_files_are_downloaded(tmp_path, monkeypatch, at_hand):
-    files = family_files("mnist")
-    write_family(tmp_path, dict(list(files.items())[:at_hand]))
-    monkeypatch.setattr(torchvision.datasets, "MNIST", lambda root, download: write_family(Path(root), files))
-    assert len(load_dataset("mnist", root=tmp_path).test) == TEST
-
-
-@pytest.mark.parametrize("error", [OSError("no route to host"), RuntimeError("no route to host")])
-def test_a_failed_download_says_which_files_are_wanted_where_and_why(tmp_path, monkeypatch, error):
-    def fail(*args, **keywords):
-        raise error
-
-    monkeypatch.setattr(torchvision.datasets, "MNIST", fail)
-    with pytest.raises(FileNotFoundError, match="no route to host") as caught:
-        load_dataset("mnist", root=tmp_path)
-    assert str(tmp_path / "MNIST" / "raw") in str(caught.value)
-    assert "t10k-labels-idx1-ubyte" in str(caught.value)
-
-
-def test_without_download_exactly_the_missing_files_are_named(tmp_path):
-    files = family_files("mnist")
-    del files["MNIST/raw/t10k-images-idx3-ubyte"]
-    write_family(tmp_path, files)
-    with pytest.raises(FileNotFoundError, match="t10k-images-idx3-ubyte") as caught:
-        load_dataset("mnist", root=tmp_path, download=False)
-    assert "train-images" not in str(caught.value)
-
-
-# --- parts and normalisation --------------------------------------------------------------------------------------
-
-
-def same(one: Images, other: Images) -> bool:
-    return torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels)
-
-
-@pytest.fixture(scope="module")
-def whole() -> Dataset:
-    return load_dataset("synthetic")
-
-
-def test_without_validation_the_test_set_is_held_out(whole):
-    assert whole.held_out is whole.test
-    assert not whole.has_validation
-
-
-def test_validation_is_the_last_part_of_the_training_set(whole):
-    dataset = load_dataset("synthetic", validation=96)
-    assert dataset.has_validation
-    assert same(dataset.train, whole.train[:4000])
-    assert same(dataset.held_out, whole.train[4000:])
-    assert same(dataset.test, whole.test)
-
-
-def test_limits_keep_the_first_images_and_leave_validation_alone(whole):
-    dataset = load_dataset("synthetic", validation=96, limit_train=200, limit_test=50)
-    assert same(dataset.train, whole.train[:200])
-    assert same(dataset.held_out, whole.train[4000:])
-    assert same(dataset.test, whole.test[:50])
-    limited = load_dataset("synthetic", limit_train=5000, limit_test=50)
-    assert same(limited.train, whole.train)
-    assert same(limited.held_out, whole.test[:50])
-
-
-@pytest.mark.parametrize("sizes", [{}, {"limit_train": 5}, {"validation": 4000}, {"limit_test": 3}])
-def test_normalisation_is_that_of_the_whole_training_set(whole, sizes):
-    dataset = load_dataset("synthetic", **sizes)
-    fractions = whole.train.images.double() / 255
-    expected = (round(float(fractions.mean()), 4), round(float(fractions.std(correction=0)), 4))
-    for part in (dataset.train, dataset.held_out, dataset.test):
-        assert (part.mean, part.std) == expected
+def test_normalize_equals_torchvisions_to_tensor_and_normalize():
+    images = grey_images(40).to(torch.uint8)
+    expected = TF.normalize(images.float() / 255, [0.1307], [0.3081])
+    torch.testing.assert_close(normalize(images, 0.1307, 0.3081), expected, rtol=0, atol=2e-6)
 
 
 def test_statistics_of_known_images():
@@ -317,79 +34,16 @@ def test_statistics_of_known_images():
     assert grey_level_statistics(images) == (0.75, 0.433)
 
 
-def test_images_normalise_with_their_own_statistics(whole):
-    normalised = whole.train.normalize(whole.train.images)
+def test_a_data_set_normalises_with_its_own_statistics():
+    train = load_dataset("synthetic").train
+    normalised = train.normalize(train.images)
     assert normalised.dtype == torch.float32
     assert abs(normalised.double().mean()) < 1e-3  # the statistics are rounded to four decimals
     assert abs(normalised.double().std() - 1) < 1e-3
 
 
-@pytest.mark.parametrize(
-    "sizes",
-    [{"validation": 4096}, {"validation": 5000}, {"validation": -1}, {"limit_train": 0}, {"limit_test": 0}],
-)
-def test_sizes_that_leave_nothing_are_refused(sizes):
-    with pytest.raises(ValueError, match=next(iter(sizes))):
-        load_dataset("synthetic", **sizes)
-
-
-@pytest.mark.parametrize(
-    ("name", "split", "message"),
-    [
-        ("mnits", None, "unknown data set 'mnits'"),
-        ("mnist", "letters", "only emnist has splits"),
-        ("emnist", "leters", "unknown EMNIST split 'leters'"),
-    ],
-)
-def test_an_unknown_name_or_split_is_refused(tmp_path, name, split, message):
-    with pytest.raises(ValueError, match=message):
-        load_dataset(name, root=tmp_path, split=split, download=False)
-
-
-# --- without files ------------------------------------------------------------------------------------------------
-
-
-def test_every_digit_image_is_in_one_part_and_classes_share_alike():
-    pytest.importorskip("sklearn", reason="the digits come with scikit-learn, which is not installed")
-    dataset = load_dataset("digits")
-    train, test = dataset.train, dataset.test
-    assert len(train) + len(test) == 1797
-    in_all = torch.bincount(torch.cat([train.labels, test.labels]), minlength=10)
-    assert torch.bincount(test.labels, minlength=10).tolist() == (in_all // 5).tolist()
-    known = {image.numpy().tobytes() for image in train.images}
-    assert not [image for image in test.images if image.numpy().tobytes() in known]
-    for part in (train, test):
-        assert part.images.shape[1:] == (1, 28, 28)
-        assert part.images.dtype == torch.uint8
-        assert int(part.images.max()) == 255
-
-
-def digest(*tensors: Tensor) -> str:
-    content = hashlib.sha256()
-    for tensor in tensors:
-        content.update(tensor.numpy().tobytes())
-    return content.hexdigest()
-
-
-def test_synthetic_images_are_equal_on_every_machine(whole):
-    assert (len(whole.train), len(whole.test)) == (4096, 1024)
-    found = digest(whole.train.images, whole.train.labels, whole.test.images, whole.test.labels)
-    assert found == "4f9a6ed33cae36f679d6bd6742d20a76099fe71ffe3dbcad1293952a8546b18f"
-
-
-# --- the real MNIST -----------------------------------------------------------------------------------------------
-
-
-def test_mnist_is_mnist(mnist):
-    assert mnist.train.images.shape == (60_000, 1, 28, 28)
-    assert mnist.test.images.shape == (10_000, 1, 28, 28)
-    assert (mnist.train.mean, mnist.train.std) == (0.1307, 0.3081)
-    train_counts = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
-    test_counts = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
-    assert torch.bincount(mnist.train.labels).tolist() == train_counts
-    assert torch.bincount(mnist.test.labels).tolist() == test_counts
-    assert mnist.train.labels[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
-
-
-def test_every_data_set_is_tested_here():
-    assert set(DATASETS) == {*MNIST_LIKE, "qmnist", "emnist", "digits", "synthetic"}
+def test_slicing_and_moving_keep_classes_and_statistics():
+    test = load_dataset("synthetic", limit_test=20).test
+    part = test[5:9].to("meta")
+    assert len(part) == 4 and part.images.device.type == part.labels.device.type == "meta"
+    assert (part.classes, part.mean, part.std) == (test.classes, test.mean, test.std)

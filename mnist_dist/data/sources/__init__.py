@@ -1,13 +1,29 @@
-"""Data sets by name."""
+"""The data sets by name, and how one is read, divided and limited."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from mnist_dist.data.images import Dataset, Loader, grey_level_statistics
-from mnist_dist.data.sources.generated import digits, synthetic
-from mnist_dist.data.sources.mnist import emnist, mnist_like, qmnist
+from mnist_dist.data.images import Dataset, Images, grey_level_statistics
+from mnist_dist.data.sources.generated import make_digits, make_synthetic
+from mnist_dist.data.sources.mnist import read_emnist, read_mnist_like, read_qmnist
+
+Source = Callable[[Path, str, bool], tuple[Images, Images]]
+"""(root, EMNIST split, whether a download is allowed) -> training and test set, not yet normalised."""
+
+# An entry passes on only the arguments that its data set needs.
+DATASETS: dict[str, Source] = {
+    "mnist": lambda root, split, download: read_mnist_like("MNIST", root, download),
+    "fashion_mnist": lambda root, split, download: read_mnist_like("FashionMNIST", root, download),
+    "kmnist": lambda root, split, download: read_mnist_like("KMNIST", root, download),
+    "qmnist": lambda root, split, download: read_qmnist(root, download),
+    "emnist": read_emnist,
+    "digits": lambda root, split, download: make_digits(),
+    "synthetic": lambda root, split, download: make_synthetic(),
+}
+"""Name in a recipe (`data.dataset`) -> source."""
 
 
 def load_dataset(
@@ -20,44 +36,38 @@ def load_dataset(
     limit_test: int | None = None,
     download: bool = True,
 ) -> Dataset:
-    """Reads a data set whole, downloading it into `root` first if it is missing and `download` allows.
+    """Reads a data set into memory.
 
     Args:
-        name: one of `DATASETS`.
-        root: the folder that holds `MNIST/raw` and its kin, as torchvision lays it out.
-        split: EMNIST's split (balanced, byclass, bymerge, letters, digits, mnist).
-        validation: the last so many training images are held out to be judged on instead of the test set.
-        limit_train, limit_test: keep only the first so many images (after the validation part was taken away).
+        name: a key of `DATASETS`.
+        root: the folder that holds `MNIST/raw`, `EMNIST/raw` and so on, in torchvision's layout.
+        split: EMNIST's split: balanced, byclass, bymerge, letters, digits or mnist. None for balanced.
+        validation: number of images at the end of the training set that become the validation set.
+        limit_train: maximum number of training images, counted after the validation images are taken away.
+        limit_test: maximum number of test images.
+        download: download missing files into `root`.
 
     Raises:
-        ValueError: unknown name or split, sizes that leave nothing, a damaged file.
-        FileNotFoundError: files are missing and could not be downloaded.
-        ImportError: digits without scikit-learn.
+        ValueError: the name or the split is unknown, a size leaves no images, or a file is damaged.
+        FileNotFoundError: files are missing and were not downloaded.
+        ImportError: the data set `digits` without scikit-learn.
     """
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}; known: {', '.join(DATASETS)}")
     if split is not None and name != "emnist":
-        raise ValueError(f"only emnist has splits; {name} was asked for split {split!r}")
+        raise ValueError(f"only emnist has splits; {name} has no split {split!r}")
     if validation < 0 or any(limit is not None and limit < 1 for limit in (limit_train, limit_test)):
-        raise ValueError(f"{validation=} is at least 0, {limit_train=} and {limit_test=} are at least 1")
+        raise ValueError(
+            f"expected validation >= 0, limit_train >= 1 and limit_test >= 1, "
+            f"got {validation=}, {limit_train=}, {limit_test=}"
+        )
     train, test = DATASETS[name](Path(root), split or "balanced", download)
     if validation >= len(train):
-        raise ValueError(f"validation={validation} leaves nothing of the {len(train):,} training images")
-    # Before anything is cut away: a smaller training set must not mean another normalisation.
+        raise ValueError(f"validation={validation} leaves none of the {len(train):,} training images to train on")
+    # Computed before the set is divided and limited: fewer training images must not change the normalisation.
     mean, std = grey_level_statistics(train.images)
     train, test = (replace(part, mean=mean, std=std) for part in (train, test))
     test = test[slice(limit_test)]
     held_out = train[slice(len(train) - validation, None)] if validation else test
     train = train[slice(len(train) - validation)][slice(limit_train)]
     return Dataset(train, held_out, test)
-
-
-DATASETS: dict[str, Loader] = {
-    "mnist": mnist_like("MNIST"),
-    "fashion_mnist": mnist_like("FashionMNIST"),
-    "kmnist": mnist_like("KMNIST"),
-    "qmnist": qmnist,
-    "emnist": emnist,
-    "digits": digits,
-    "synthetic": synthetic,
-}

@@ -1,26 +1,28 @@
-"""Data sets without files: scikit-learn's digits and synthetic images."""
+"""Data sets that need no files: scikit-learn's digits, and synthetic images."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from mnist_dist.data.images import SIDE, Images, Splits
+from mnist_dist.data.images import SIDE, Images
 from mnist_dist.data.sources.mnist import DIGITS
 
-# --- without files ------------------------------------------------------------------------------------------------
 
+def make_digits() -> tuple[Images, Images]:
+    """Returns scikit-learn's 1,797 handwritten digits of 8×8 pixels, enlarged to 28×28, as training and test set.
 
-def digits(root: Path, split: str, download: bool) -> Splits:
-    """scikit-learn's 1,797 handwritten digits of 8×8, resized to 28×28; every fifth image of each class is the test."""
+    Every fifth image of each class belongs to the test set (355 images).
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+    """
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ImportError('the digits come with scikit-learn: pip install "mnist_dist[demo]"') from error
     source = load_digits()
-    images = torch.from_numpy(source.images).float()[:, None] * (255 / 16)
+    images = torch.from_numpy(source.images).float()[:, None] * (255 / 16)  # the source has grey levels 0 to 16
     images = F.interpolate(images, size=(SIDE, SIDE), mode="bilinear", align_corners=False)
     images, labels = images.round().to(torch.uint8), torch.from_numpy(source.target).long()
     is_test = torch.zeros(len(labels), dtype=torch.bool)
@@ -30,8 +32,11 @@ def digits(root: Path, split: str, download: bool) -> Splits:
     return train, test
 
 
-def synthetic(root: Path, split: str, download: bool) -> Splits:
-    """Ten fixed smooth patterns under noise: no file, learnable, equal on every machine (4,096 and 1,024 images)."""
+def make_synthetic() -> tuple[Images, Images]:
+    """Returns ten fixed block patterns under noise: 4,096 training and 1,024 test images.
+
+    A network can learn them, and their bytes are equal on every machine.
+    """
     generator = torch.Generator().manual_seed(20_231)
     coarse = torch.randint(0, 256, (10, 1, 7, 7), generator=generator).float()
     patterns = coarse.repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
