@@ -133,10 +133,7 @@ def _train(parser: Parser) -> None:
     parser.add_argument("--recipe", metavar="NAME", help="a path, or the name of a bundled recipe")
     folder = "a new folder, or the folder of a run to resume (default: runs/<recipe>/<date-time>)"
     parser.add_argument("--run-dir", metavar="DIR", help=folder)
-    resume = (
-        "auto (default): resume the run in --run-dir; never: refuse a folder that holds a run; PATH: start a new run "
-        "from another run folder or checkpoint"
-    )
+    resume = "auto (default): resume the run in --run-dir; never: refuse to; PATH: new run from this run or checkpoint"
     parser.add_argument("--resume", metavar="auto|never|PATH", default="auto", help=resume)
     parser.add_argument("--world-size", type=int, metavar="N", help="stop if the number of processes is not N")
     parser.add_argument("--allow-recipe-change", action="store_true", help="resume although the recipe has changed")
