@@ -240,14 +240,25 @@ def _attempt(
             named = sorted((key for key in left if key in message), key=lambda key: (message.index(key), -len(key)))
             key = named[0] if named else None
             if key or not findings:  # without a key, the error may only be due to a removed keyword
-                others = [other for other in named[1:] if other not in named[0]]
-                kind: Kind = "range" if (named and not others) or message.startswith("Invalid ") else "conflict"
-                if section == "model" and not key:
-                    kind = "model"
+                kind = _kind_of(section, message, named)
                 findings.append((f"{section}.{key}" if key else section, f"{message}{hint}", kind))
             if not key:
                 return None, findings
             del left[key]
+
+
+def _kind_of(section: str, message: str, named: list[str]) -> Kind:
+    """Returns the kind of an error raised by a constructor.
+
+    Args:
+        named: keywords of the recipe that the message contains, e.g. elastic_sigma and elastic.
+    """
+    if "unexpected keyword" in message:
+        return "unknown"
+    if not named and section == "model":
+        return "model"
+    several = any(other not in named[0] for other in named[1:])
+    return "range" if (named and not several) or message.startswith("Invalid ") else "conflict"
 
 
 def check_freeze(patterns: list[str], names: list[str]) -> Iterable[Finding]:
