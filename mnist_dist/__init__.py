@@ -6,8 +6,9 @@ From Python: `train(load_recipe("simple_cnn", "epochs=1"))`, `build_model("ms_ra
 import os
 from typing import TYPE_CHECKING, Any
 
-# Before torch is imported: GNU OpenMP's threads spin for milliseconds at every barrier while they wait for one another.
-# Beside any other load on the cores that made two threads 14 to 18 times slower here; without load nothing is lost.
+# Must be set before torch is imported. Threads of GNU OpenMP spin for milliseconds at every barrier while they wait for
+# each other. With other load on the cores, this made two threads 14 to 18 times slower; without load it costs nothing
+# to spin less.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 if TYPE_CHECKING:
@@ -23,10 +24,10 @@ __all__ = ["build_model", "get_feature_maps", "load_recipe", "load_run", "predic
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a public name when it is first asked for: `python -m mnist_dist.train` must not import itself twice."""
+    """Imports a public name at its first use, so that `python -m mnist_dist.train` does not import itself twice."""
     from importlib import import_module
 
-    homes = {
+    modules = {
         "build_model": "models",
         "get_feature_maps": "explain",
         "load_recipe": "recipe.loading",
@@ -34,6 +35,6 @@ def __getattr__(name: str) -> Any:
         "predict_digit": "predict",
         "train": "train",
     }
-    if name not in homes:
+    if name not in modules:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{homes[name]}"), name)
+    return getattr(import_module(f"{__name__}.{modules[name]}"), name)

@@ -1,4 +1,4 @@
-"""`mnist-dist COMMAND …` and `python -m mnist_dist COMMAND …`: lists the commands and starts one."""
+"""The console script `mnist-dist COMMAND …`, also `python -m mnist_dist COMMAND …`: lists and starts commands."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from mnist_dist.errors import Problem, RecipeError, did_you_mean
 
 
 def usage() -> str:
-    """Returns the list of commands, a line each."""
+    """Returns the list of commands, one line each."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {description}" for name, (description, *_) in COMMANDS.items()]
-    return "\n".join(["usage: mnist-dist COMMAND …", "", *lines, "", "mnist-dist COMMAND --help explains one of them."])
+    return "\n".join(["usage: mnist-dist COMMAND …", "", *lines, "", "mnist-dist COMMAND --help explains a command."])
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Starts the command that the first argument names. Returns its exit code.
+    """Runs the command that the first argument names. Returns its exit code.
+
+    Args:
+        argv: without the program's name; None for `sys.argv[1:]`.
 
     Raises:
         RecipeError: there is no such command, or its arguments are wrong.
@@ -28,16 +31,16 @@ def main(argv: list[str] | None = None) -> int:
         print(usage())
         return 0
     if command not in COMMANDS:
-        what = f"unknown command{did_you_mean(command, COMMANDS) or '; known: ' + ', '.join(COMMANDS)}"
-        raise RecipeError([Problem("command line", command, what, "unknown")])
-    parse(command, rest)  # answers --help and a mistyped argument before torch is imported
+        message = f"unknown command{did_you_mean(command, COMMANDS) or '; known: ' + ', '.join(COMMANDS)}"
+        raise RecipeError([Problem("command line", command, message, "unknown")])
+    parse(command, rest)  # answers --help and a wrong argument before torch is imported
     name = f"mnist_dist.{command}"
     is_package = (spec := find_spec(name)) is not None and spec.submodule_search_locations is not None
     return import_module(f"{name}.__main__" if is_package else name).main(rest)
 
 
 def entry_point() -> int:
-    """The console script `mnist-dist`."""
+    """Runs the console script `mnist-dist`; returns its exit code."""
     return run_command(main)
 
 

@@ -1,9 +1,10 @@
-"""Command lines of all commands, and how a command starts and fails. Imports nothing heavy: `--help` is instant."""
+"""The command lines of all commands, and how a command starts and fails. Imports nothing heavy: `--help` is fast."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -14,13 +15,13 @@ from mnist_dist.errors import Problem, RecipeError, RunError
 FAILED = 1
 BAD_INPUT = 2
 RANK_0_SECONDS = 30.0
-"""Other ranks wait this long before they print an error: rank 0 prints first, and the launcher then ends the others."""
+"""Other ranks wait this long before they print an error. Rank 0 prints first, and the launcher then ends the others."""
 
 # --- starting a command -------------------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser whose errors are `RecipeError`s, printed by rank 0 alone like every other problem."""
+    """An argparse parser that raises its errors as `RecipeError`, so that only rank 0 prints them."""
 
     def __init__(self, command: str, description: str, examples: str):
         super().__init__(
@@ -31,7 +32,9 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str):  # argparse declares NoReturn
-        raise RecipeError([Problem("command line", "", f"{message}; see --help", "usage")])
+        named = re.match(r"argument ([^:]+): |(?:unrecognized arguments|the following .* required): ([^\s,]+)", message)
+        key = (named[1] or named[2]) if named else ""
+        raise RecipeError([Problem("command line", key, f"{message}; see {self.prog} --help", "usage")])
 
 
 def parser_of(command: str) -> Parser:
@@ -56,9 +59,9 @@ def parse(command: str, argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def answer_early(command: str) -> None:
-    """Answers `--help` and a mistyped argument before torch is imported, which takes two seconds.
+    """Answers `--help` and a wrong argument before torch is imported, which takes two seconds.
 
-    A command's module calls this function above its imports if it is the program that runs.
+    The module of a command calls this function above its imports if the module is run as the program.
     """
 
     def check() -> int:
@@ -70,7 +73,7 @@ def answer_early(command: str) -> None:
 
 
 def run_command(main: Callable[[], int]) -> int:
-    """Runs a command's `main` and returns its exit code. An error of the user is one screen on stderr, from rank 0.
+    """Runs a command's `main`. Prints an error that the user can act on as one screen on stderr, on rank 0 only.
 
     Returns:
         What `main` returns; 2 for a `RecipeError`, 1 for a `RunError`, 130 after Ctrl-C.
@@ -112,7 +115,7 @@ def _add_run(parser: Parser) -> None:
 
 
 def _add_weights(parser: Parser) -> None:
-    parser.add_argument("--weights", choices=["last", "best"], default="last", help="default: last")
+    parser.add_argument("--weights", choices=["last", "best"], default="last", help="saved weights (default: last)")
 
 
 def _add_data(parser: Parser) -> None:
@@ -130,10 +133,7 @@ def _train(parser: Parser) -> None:
     parser.add_argument("--recipe", metavar="NAME", help="a path, or the name of a bundled recipe")
     folder = "a new folder, or the folder of a run to resume (default: runs/<recipe>/<date-time>)"
     parser.add_argument("--run-dir", metavar="DIR", help=folder)
-    resume = (
-        "auto (default): resume the run in --run-dir; never: refuse a folder that holds a run; PATH: start a new run "
-        "from another run folder or checkpoint"
-    )
+    resume = "auto (default): resume the run in --run-dir; never: refuse to; PATH: new run from this run or checkpoint"
     parser.add_argument("--resume", metavar="auto|never|PATH", default="auto", help=resume)
     parser.add_argument("--world-size", type=int, metavar="N", help="stop if the number of processes is not N")
     parser.add_argument("--allow-recipe-change", action="store_true", help="resume although the recipe has changed")
@@ -147,7 +147,7 @@ def _train(parser: Parser) -> None:
 def _evaluate(parser: Parser) -> None:
     _add_run(parser)
     _add_weights(parser)
-    parser.add_argument("--split", choices=["test", "validation"], default="test", help="default: test")
+    parser.add_argument("--split", choices=["test", "validation"], default="test", help="images (default: test)")
     _add_data(parser)
     _add_json(parser, "the report")
     _add_overrides(parser, "recipe keys, e.g. data.root=/data")
@@ -155,14 +155,14 @@ def _evaluate(parser: Parser) -> None:
 
 def _predict(parser: Parser) -> None:
     _add_run(parser)
-    parser.add_argument("pictures", nargs="+", type=Path, metavar="IMAGE|FOLDER")
+    parser.add_argument("pictures", nargs="+", type=Path, metavar="IMAGE|FOLDER", help="image files, or folders")
     _add_weights(parser)
     parser.add_argument("--json", action="store_true", help="print a JSON list instead of lines")
 
 
 def _explain(parser: Parser) -> None:
     _add_run(parser)
-    parser.add_argument("picture", type=Path, metavar="IMAGE")
+    parser.add_argument("picture", type=Path, metavar="IMAGE", help="an image file")
     parser.add_argument("--layers", nargs="+", metavar="NAME", help="layers to draw (default: up to 6 convolutions)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="a PNG (default: RUN/plots/explain_IMAGE.png)")
     _add_weights(parser)
@@ -183,7 +183,7 @@ def _sweep(parser: Parser) -> None:
     count = "maximum number of trials (default: the file's run_cap, or all)"
     parser.add_argument("--count", type=int, metavar="N", help=count)
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of a random search (default: 0)")
-    folder = "default: runs/sweeps/<name>; an interrupted search resumes from this folder"
+    folder = "folder of the search (default: runs/sweeps/<name>); the same command resumes an interrupted search"
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help=folder)
 
 
@@ -192,10 +192,10 @@ def _benchmark(parser: Parser) -> None:
     what.add_argument("--recipe", metavar="NAME", help="a path, or the name of a bundled recipe")
     time_to_accuracy = "time complete trainings of a recipe, compared with a reference network"
     what.add_argument("--time-to-accuracy", metavar="NAME", help=time_to_accuracy)
-    what.add_argument("--floors", type=Path, nargs="+", metavar="FILE", help="compare files of --json with the floors")
+    what.add_argument("--floors", type=Path, nargs="+", metavar="FILE", help="check files of --json against floors")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="interleaved rounds (default: 7)")
     parser.add_argument("--steps", type=int, default=50, metavar="N", help="steps or calls per round (default: 50)")
-    parser.add_argument("--seeds", type=int, default=30, metavar="N", help="for --time-to-accuracy (default: 30)")
+    parser.add_argument("--seeds", type=int, default=30, metavar="N", help="runs of --time-to-accuracy (default: 30)")
     note = "write the result of --time-to-accuracy into the recipe's head comment"
     parser.add_argument("--note", action="store_true", help=note)
     parser.add_argument("--sweep", metavar="KEY=a,b,c", help="measure with each of these values of a recipe key")
@@ -214,7 +214,7 @@ def _compare(parser: Parser) -> None:
     parser.add_argument("--html", type=Path, metavar="FILE", help="where to write the page (default: compare.html)")
     parser.add_argument("--no-html", action="store_true", help="write no page")
     parser.add_argument("--live", action="store_true", help="serve the page on this machine and follow running runs")
-    parser.add_argument("--port", type=int, metavar="N", default=8765, help="for --live (default: 8765; 0: any)")
+    parser.add_argument("--port", type=int, metavar="N", default=8765, help="port of --live (default: 8765; 0: any)")
     parser.add_argument("--keep", type=Path, metavar="FILE", help="append the summaries to this file of JSON lines")
     markdown = "write the table between the marks of this Markdown file"
     parser.add_argument("--markdown", type=Path, metavar="FILE", help=markdown)
@@ -235,12 +235,12 @@ EXPORT_ENDINGS = {"torch": ".pt2", "onnx": ".onnx", "onnx-int8": "-int8.onnx", "
 
 def _export(parser: Parser) -> None:
     _add_run(parser)
-    formats = "page: one HTML file to draw in"
+    formats = "torch: a torch.export archive; onnx, onnx-int8: ONNX files; page: one HTML file to draw digits in"
     parser.add_argument("--format", required=True, choices=list(EXPORT_ENDINGS), help=formats)
     _add_weights(parser)
-    output = "default: RUN/export/<weights> with the format's ending"
+    output = "the file to write (default: RUN/export/<weights> with the format's ending)"
     parser.add_argument("--output", type=Path, metavar="FILE", help=output)
-    runtime = "npm's archive of onnxruntime-web, instead of a download"
+    runtime = "for the format page: npm's archive of onnxruntime-web; without it, it is downloaded"
     parser.add_argument("--onnxruntime-web", type=Path, metavar="FILE.tgz", help=runtime)
     _add_overrides(parser, "recipe keys, e.g. data.root=/data")
 

@@ -1,4 +1,4 @@
-"""Errors that a user can act on. Imports nothing heavy."""
+"""Errors that a user can act on, and hints for unknown words. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -27,14 +27,16 @@ Kind = Literal[
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake of the user: where it is, which recipe key or option it concerns, and what to do."""
+    """One problem that the user can solve: where it is, which key or option it concerns, and what to do."""
 
     where: str
     """File and line, "command line", "the launcher", or a path."""
     key: str
-    """Dotted recipe key or command-line option; empty if none."""
+    """Dotted recipe key, command-line option or path concerned; empty if there is none."""
     message: str
+    """What is wrong, what was expected, what to do; may have several lines."""
     kind: Kind = "usage"
+    """For programs and tests, which do not read the message."""
 
     def __str__(self) -> str:
         head = f"{self.where}: {self.key}" if self.key else self.where
@@ -42,7 +44,7 @@ class Problem:
 
 
 class RecipeError(ValueError):
-    """Raised before anything is trained or written. Its text is the complete screen for the user; exit code 2."""
+    """Raised before anything is trained or written, with all problems. Its text is the user's screen; exit code 2."""
 
     def __init__(self, problems: list[Problem]):
         self.problems = problems

@@ -33,6 +33,7 @@ from mnist_dist.engine.schedules import set_rates
 from mnist_dist.models import build_model, count_parameters
 from mnist_dist.recipe.file import bundled_recipes, recipe_notes
 from mnist_dist.recipe.loading import load_recipe
+from mnist_dist.recipe.reference import explain
 from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.build import build_components, check_world, load_data
 from mnist_dist.run.checkpointing import Checkpointer
@@ -238,6 +239,10 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.list_recipes:
         if is_main_process():
             list_recipes()
+        return 0
+    if arguments.explain is not None:
+        if is_main_process():
+            print(explain(arguments.explain))
         return 0
     if arguments.recipe is None:
         parser.error("--recipe NAME is needed; --list-recipes shows the bundled ones")

@@ -1,1 +1,1 @@
-"""Recipes: schema, checks, files."""
+"""Recipes: schema, files, loading, checks, changes, and the reference of all keys."""

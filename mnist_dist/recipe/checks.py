@@ -1,4 +1,4 @@
-"""Checks of a recipe: each yields pairs of a dotted key and what is wrong with its value."""
+"""Checks of a recipe. Each yields findings: a dotted key, what is wrong with its value, and the kind of problem."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from pydantic import ConfigDict, TypeAdapter
 
 from mnist_dist.data import Augmentation
 from mnist_dist.engine import optimizers, schedules
-from mnist_dist.errors import did_you_mean, unknown_key
+from mnist_dist.errors import Kind, did_you_mean, unknown_key
 from mnist_dist.models import build_model, find_builder
 from mnist_dist.recipe.schema import DistillSection, ModelSection, OptimizerSection, Recipe, ScheduleSection, Section
 
-# --- checks: each finds pairs of a dotted key and what is wrong with its value -------------------------------------
+Finding = tuple[str, str, Kind]
+"""Dotted key, message, kind of problem."""
+
+# --- keys and types of the schema ---------------------------------------------------------------------------------
 
 
-Findings = Iterable[tuple[str, str]]
-
-
-def check_schema(values: dict[str, Any]) -> Findings:
+def check_schema(values: dict[str, Any]) -> Iterator[Finding]:
+    """Finds unknown keys, missing keys, and values of the wrong type or out of range."""
     try:
         Recipe.model_validate(values)
     except pydantic.ValidationError as error:
@@ -36,21 +37,21 @@ def check_schema(values: dict[str, Any]) -> Findings:
         for key, errors in by_key.items():
             *sections, last = errors[0]["loc"]
             if errors[0]["type"] == "extra_forbidden":
-                yield key, unknown_key(str(last), _section(sections).known_keys())
+                yield key, unknown_key(str(last), _section(sections).known_keys()), "unknown"
             elif key in ("model", "model.name") and errors[0]["type"] == "missing":
-                yield key, "this key is needed, e.g. `model: {name: simple_cnn}`"
+                yield key, "this key is required, e.g. `model: {name: simple_cnn}`", "missing"
             else:
-                yield key, _mismatch(errors, errors[0]["input"])
+                yield key, *_mismatch(errors, errors[0]["input"])
 
 
-def _dotted(place: tuple[int | str, ...]) -> str:
-    """Where pydantic found an error, as the recipe spells it: without the member of a union that was tried."""
-    depth = next((depth for depth in range(len(place)) if _section(place[:depth]) is None), len(place))
-    return ".".join(str(part) for at, part in enumerate(place) if at < depth or isinstance(part, int))
+def _dotted(location: tuple[int | str, ...]) -> str:
+    """Returns the location of a pydantic error as a dotted key, without the member of a union that was tried."""
+    depth = next((depth for depth in range(len(location)) if _section(location[:depth]) is None), len(location))
+    return ".".join(str(part) for at, part in enumerate(location) if at < depth or isinstance(part, int))
 
 
 def _section(path: Sequence[int | str]) -> Any:
-    """The schema that stands at a path; None where there is a plain value."""
+    """Returns the section of the schema at a path; None where the schema has a plain value."""
     schema: Any = Recipe
     for part in path:
         field = schema.model_fields.get(part)
@@ -73,119 +74,203 @@ _PLAIN_WORDS = {
     r"(Tuple|List) should have at most (\d+).*": r"a list of \2",
     r"Field required": "a longer list",
 }
+"""Pattern in a message of pydantic -> plain words."""
+
+_RANGE_ERRORS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number", "int_too_big"}
+"""Types of pydantic errors about a value of the right type."""
 
 
-def _mismatch(errors: list[Any], given: Any) -> str:
-    """pydantic's errors about one value as one sentence."""
+def _mismatch(errors: list[Any], given: Any) -> tuple[str, Kind]:
+    """Returns message and kind for pydantic's errors about one value."""
     if errors[0]["type"] == "value_error":
-        return str(errors[0]["ctx"]["error"])
-    # Some signatures take Python objects beside plain values; no YAML can give those.
-    wanted = [each["msg"] for each in errors if each["type"] != "needs_python_object"]
+        error = errors[0]["ctx"]["error"]
+        return str(error), _kind_of_name(error) if errors[0]["loc"] == ("model", "name") else "range"
+    # Some signatures also take Python objects; YAML cannot write those.
+    errors = [each for each in errors if each["type"] != "needs_python_object"]
+    expectations = [each["msg"] for each in errors]
     for pattern, words in _PLAIN_WORDS.items():
-        wanted = [re.sub(pattern, words, each) for each in wanted]
-    expected = " or ".join(dict.fromkeys(wanted))
+        expectations = [re.sub(pattern, words, each) for each in expectations]
+    expected = " or ".join(dict.fromkeys(expectations))
     near = did_you_mean(str(given), re.findall(r"'([^']*)'", expected))
-    return f"expected {expected}, got {json.dumps(given, ensure_ascii=False)[:80]}{near}"
+    types = {each["type"] for each in errors}
+    kind: Kind = "range" if types & _RANGE_ERRORS else "type"
+    if "literal_error" in types and isinstance(given, str):
+        kind = "unknown"
+    return f"expected {expected}, got {json.dumps(given, ensure_ascii=False)[:80]}{near}", kind
 
 
-def check_keywords(values: dict[str, Any]) -> Findings:
-    """Own keywords against the signature of what takes them: known, of the annotated type, and none missing."""
-    for section, schema, find, ours in (
-        ("model", ModelSection, find_builder, "num_classes"),
-        ("optimizer", OptimizerSection, optimizers.OPTIMIZERS.__getitem__, "params"),
-        ("schedule", ScheduleSection, schedules.SCHEDULES.__getitem__, "span"),
-    ):
+def _kind_of_name(error: ValueError) -> Kind:
+    """Returns the kind of a model name's problem: no such model, a package is missing, or a module that fails."""
+    if error.__cause__ is None:
+        return "unknown"
+    return "missing" if isinstance(error.__cause__, ImportError) else "model"
+
+
+# --- keywords of open sections ------------------------------------------------------------------------------------
+
+OPEN_SECTIONS: dict[str, tuple[type[Section], Callable[[str], Callable[..., Any]], str]] = {
+    "model": (ModelSection, find_builder, "num_classes"),
+    "optimizer": (OptimizerSection, optimizers.OPTIMIZERS.__getitem__, "params"),
+    "schedule": (ScheduleSection, schedules.SCHEDULES.__getitem__, "span"),
+}
+"""Open section -> its schema, name -> class or function, and the argument that the program itself fills in."""
+
+
+def takes_any_keyword(builder: Callable[..., Any]) -> bool:
+    """Returns whether a class or function takes `**keywords`."""
+    return any(each.kind is each.VAR_KEYWORD for each in inspect.signature(builder).parameters.values())
+
+
+def keywords_of(section: str, builder: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Returns the keywords that a recipe may give to a class or function in an open section, a key of OPEN_SECTIONS."""
+    schema, _, filled_in = OPEN_SECTIONS[section]
+    parameters = inspect.signature(builder, eval_str=True).parameters.values()
+    named = {each.name: each for each in parameters if each.kind in (each.KEYWORD_ONLY, each.POSITIONAL_OR_KEYWORD)}
+    return {name: each for name, each in named.items() if name not in (filled_in, *schema.model_fields)}
+
+
+def check_keywords(values: dict[str, Any]) -> Iterator[Finding]:
+    """Compares the keywords in open sections with the signature that takes them: names, types, required keywords."""
+    for section, (schema, find, _) in OPEN_SECTIONS.items():
         given, reserved = values.get(section, {}), schema.model_fields
         try:
-            builder = find(given.get("name", reserved["name"].default))
-            parameters = inspect.signature(builder, eval_str=True).parameters.values()
-        except Exception:  # the schema has refused it already, or only building it will tell
+            name = given.get("name", reserved["name"].default)
+            builder = find(name)
+            named, takes_any = keywords_of(section, builder), takes_any_keyword(builder)
+        except Exception:  # check_schema has refused the section, or only building the object can tell
             continue
-        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        named = {p.name: p for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
-        named = {name: p for name, p in named.items() if name not in (ours, *reserved)}
         own = {key: value for key, value in given.items() if key not in reserved and value is not None}
         for key, value in own.items():
             if key in named:
-                for message in _check_type(named[key].annotation, value):
-                    yield f"{section}.{key}", message
+                for mismatch in _check_type(named[key].annotation, value):
+                    yield f"{section}.{key}", *mismatch
             elif not takes_any:
-                yield f"{section}.{key}", unknown_key(key, [*reserved, *named])
-        for name, parameter in named.items():
-            if parameter.default is parameter.empty and name not in own:
-                yield f"{section}.{name}", f"{given['name']} needs this key"
+                yield f"{section}.{key}", unknown_key(key, [*reserved, *named]), "unknown"
+        for keyword, parameter in named.items():
+            if parameter.default is parameter.empty and keyword not in own:
+                yield f"{section}.{keyword}", f"{name} requires this key", "missing"
 
 
-def _check_type(annotation: Any, value: Any) -> Iterator[str]:
+def keyword_type(annotation: Any) -> TypeAdapter[Any]:
+    """Returns the pydantic type of an annotation in a signature.
+
+    Raises:
+        pydantic.errors.PydanticUserError: pydantic does not know the annotation.
+    """
+    kind = Any if annotation is inspect.Parameter.empty else annotation
+    return TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False, arbitrary_types_allowed=True))
+
+
+def _check_type(annotation: Any, value: Any) -> Iterator[tuple[str, Kind]]:
     try:
-        kind = Any if annotation is inspect.Parameter.empty else annotation
-        adapter = TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False, arbitrary_types_allowed=True))
-        adapter.validate_json(json.dumps(value), strict=True)  # JSON's arrays serve lists and tuples alike
+        # JSON: its arrays are valid for lists and tuples alike.
+        keyword_type(annotation).validate_json(json.dumps(value), strict=True)
     except pydantic.ValidationError as error:
         yield _mismatch(error.errors(), value)
     except pydantic.errors.PydanticUserError:
-        return  # an annotation that pydantic cannot read: the builder itself will judge
+        return  # an annotation that pydantic cannot read: building the object checks the value
 
 
-def check_combinations(recipe: Recipe) -> Findings:
-    """What only shows when parts meet: each is built once, small or without memory, and asked."""
-    optimizer, schedule, model = recipe.optimizer, recipe.schedule, recipe.model
-    if isinstance(recipe.micro_batch_size, int) and recipe.micro_batch_size > recipe.batch_size:
-        yield "micro_batch_size", f"{recipe.micro_batch_size} is more than the batch_size of {recipe.batch_size}"
-    if recipe.logical_shards and recipe.logical_shards > recipe.batch_size:
-        yield "logical_shards", f"{recipe.logical_shards} is more than the batch_size of {recipe.batch_size}"
-    if recipe.logical_shards and recipe.sync_batchnorm:
-        yield "sync_batchnorm", "with logical_shards batch norm belongs to the shard; leave one of the two out"
+# --- combinations of values ---------------------------------------------------------------------------------------
+
+
+def check_combinations(recipe: Recipe) -> Iterator[Finding]:
+    """Finds values that exclude each other. Builds optimizer, schedule and network once, without memory for weights."""
+    yield from _check_sizes(recipe)
     if recipe.data.split is not None and recipe.data.dataset != "emnist":
-        yield "data.split", f"only emnist has splits, not {recipe.data.dataset}; leave it out"
+        yield "data.split", f"only emnist has splits, not {recipe.data.dataset}; remove this key", "conflict"
     if not recipe.distill.teachers and recipe.distill != DistillSection():
-        yield "distill.from", "this key is needed, e.g. `distill: {from: runs/teacher}`"
+        yield "distill.from", "this key is required, e.g. `distill: {from: runs/teacher}`", "missing"
     yield from _attempt("data.augment", recipe.data.augment.model_dump(), Augmentation)[1]
+    yield from _check_training(recipe)
+    model = recipe.model
+    if ":" not in model.name:  # a user's own class may have side effects: it is built only once, later
+        with torch.device("meta"):
+            module, findings = _attempt("model", model.keywords, partial(build_model, model.name))
+        yield from findings
+        if module:
+            yield from check_freeze(model.freeze, [name for name, _ in module.named_parameters()])
 
+
+def _check_sizes(recipe: Recipe) -> Iterator[Finding]:
+    if isinstance(recipe.micro_batch_size, int) and recipe.micro_batch_size > recipe.batch_size:
+        message = f"{recipe.micro_batch_size} is more than the batch_size of {recipe.batch_size}"
+        yield "micro_batch_size", message, "conflict"
+    if recipe.logical_shards and recipe.logical_shards > recipe.batch_size:
+        message = f"{recipe.logical_shards} is more than the batch_size of {recipe.batch_size}"
+        yield "logical_shards", message, "conflict"
+    if recipe.logical_shards and recipe.sync_batchnorm:
+        message = "logical_shards computes batch norm per shard; remove one of the two keys"
+        yield "sync_batchnorm", message, "conflict"
+
+
+def _check_training(recipe: Recipe) -> Iterator[Finding]:
+    """Builds the optimizer and the schedule."""
+    optimizer, schedule = recipe.optimizer, recipe.schedule
     kind, parameter = optimizers.OPTIMIZERS[optimizer.name], torch.nn.Parameter(torch.zeros(2, 2))
     build: Callable[..., Any] = partial(optimizers.build_optimizer, [parameter], optimizer.name, lr=optimizer.lr or 0.1)
     yield from _attempt("optimizer", optimizer.keywords, build, f"; see torch.optim.{kind.__name__}")[1]
     build = partial(schedules.build_schedule, schedule.name, lr=optimizer.lr, steps_per_epoch=10, total_steps=100)
-    made, findings = _attempt("schedule", schedule.keywords, build)
+    built, findings = _attempt("schedule", schedule.keywords, build)
     yield from findings
-    if made and made.momentum_at and not {"momentum", "betas"} & inspect.signature(kind).parameters.keys():
-        yield "schedule.cycle_momentum", f"{optimizer.name} has no momentum to cycle; set it to false"
-
-    if ":" not in model.name:  # a user's own class may do anything when built: build it once only
-        with torch.device("meta"):
-            made, findings = _attempt("model", model.keywords, partial(build_model, model.name))
-        yield from findings
-        if made:
-            yield from check_freeze(model.freeze, [name for name, _ in made.named_parameters()])
+    if built and built.momentum_at and not {"momentum", "betas"} & inspect.signature(kind).parameters.keys():
+        yield "schedule.cycle_momentum", f"{optimizer.name} has no momentum to cycle; set this key to false", "conflict"
 
 
-def _attempt(section: str, keywords: dict[str, Any], build: Callable[..., Any], hint: str = "") -> tuple[Any, Findings]:
-    """Builds, and again without each keyword that a refusal names, so that one bad value hides no other."""
+def _attempt(
+    section: str, keywords: dict[str, Any], build: Callable[..., Any], hint: str = ""
+) -> tuple[Any, list[Finding]]:
+    """Builds an object; after an error that names a keyword builds it again without the keyword.
+
+    So one bad value does not hide another.
+
+    Returns:
+        The object, None if it cannot be built; and the findings.
+    """
     left = dict(keywords)
-    findings: list[tuple[str, str]] = []
+    findings: list[Finding] = []
     while True:
         try:
             return build(**left), findings
-        except Exception as error:  # PyTorch's and other people's constructors refuse in many ways
-            said = str(error)
-            if "meta " in said:  # it looks into the memory that it has not: only building it in earnest will tell
+        except Exception as error:  # constructors of PyTorch and other packages raise errors of many types
+            message = str(error)
+            if "meta " in message:  # it reads values of weights, which have no memory here
                 return None, findings
-            # The first that it names; of elastic and elastic_sigma, which begin alike, the longer.
-            named = sorted((key for key in left if key in said), key=lambda key: (said.index(key), -len(key)))
-            guilty = named[0] if named else None
-            if guilty or not findings:  # else it may only miss what was taken away
-                findings.append((f"{section}.{guilty}" if guilty else section, f"{said}{hint}"))
-            if not guilty:
+            # The keyword that the message names first; of elastic and elastic_sigma, the longer.
+            named = sorted((key for key in left if key in message), key=lambda key: (message.index(key), -len(key)))
+            key = named[0] if named else None
+            if key or not findings:  # without a key, the error may only be due to a removed keyword
+                kind = _kind_of(section, message, named)
+                findings.append((f"{section}.{key}" if key else section, f"{message}{hint}", kind))
+            if not key:
                 return None, findings
-            del left[guilty]
+            del left[key]
 
 
-def check_freeze(patterns: list[str], names: list[str]) -> Findings:
-    """Every pattern must match a parameter name, and something must be left to train."""
+def _kind_of(section: str, message: str, named: list[str]) -> Kind:
+    """Returns the kind of an error raised by a constructor.
+
+    Args:
+        named: keywords of the recipe that the message contains, e.g. elastic_sigma and elastic.
+    """
+    if "unexpected keyword" in message:
+        return "unknown"
+    if not named and section == "model":
+        return "model"
+    several = any(other not in named[0] for other in named[1:])
+    return "range" if (named and not several) or message.startswith("Invalid ") else "conflict"
+
+
+def check_freeze(patterns: list[str], names: list[str]) -> Iterable[Finding]:
+    """Finds patterns of `model.freeze` that match no parameter, and a network without a parameter left to train.
+
+    Args:
+        names: of the network's parameters.
+    """
     stages = dict.fromkeys(f"{name.partition('.')[0]}.*" for name in names)
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
             hint = did_you_mean(pattern, [*stages, *names])
-            yield "model.freeze", f"{pattern!r} matches no parameter{hint}\ntry: {', '.join(stages)}"
+            yield "model.freeze", f"{pattern!r} matches no parameter{hint}\ntry: {', '.join(stages)}", "unknown"
     if patterns and all(any(fnmatch.fnmatch(name, pattern) for pattern in patterns) for name in names):
-        yield "model.freeze", "every parameter is frozen: nothing is left to train"
+        yield "model.freeze", "every parameter is frozen: nothing is left to train", "conflict"

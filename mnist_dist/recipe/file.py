@@ -1,4 +1,4 @@
-"""A recipe as a file: YAML with the line of every key, overrides, where recipes lie, and problems that say where."""
+"""Recipe files: YAML with the line of every key, overrides, the bundled recipes and their head comments."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ import yaml
 
 from mnist_dist.errors import Kind, Problem, RecipeError, did_you_mean
 
-# --- where a key was written ---------------------------------------------------------------------------------------
+# --- the origin of a key ------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Origins:
-    """Where each key was written; it has no say in whether two recipes are equal."""
+    """Where each key of a recipe was written. Recipes that differ only in their origins are equal."""
 
     source: str = field(default="the recipe", compare=False)
+    """The recipe's file, for keys that are not in it."""
     places: dict[str, str] = field(default_factory=dict, compare=False)
+    """Dotted key -> "file:line" or "command line"."""
 
     def problem(self, key: str, message: str, kind: Kind = "usage") -> Problem:
-        """A problem placed at the key, or at the nearest section around it that somebody wrote."""
+        """Returns a problem located at the key, or at the nearest enclosing section that was written."""
         path = key
         while path and path not in self.places:
             path = path.rpartition(".")[0]
@@ -34,11 +36,11 @@ class Origins:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 scalars: `1e-3` is a float, `no` is text, `010` is ten."""
+    """Reads YAML 1.2 scalars: `1e-3` is a float, `no` is text, `010` is ten."""
 
 
 class Dumper(yaml.SafeDumper):
-    """Quotes text that YAML 1.1 or 1.2 would read as something else."""
+    """Writes YAML; quotes text that YAML 1.1 or 1.2 would read as another type."""
 
 
 _Loader.yaml_implicit_resolvers = {}
@@ -55,38 +57,26 @@ for _kind, _pattern, _first in [
 
 
 def parse(text: str, where: Callable[[int | None], str], key: str = "") -> tuple[Any, dict[str, str]]:
-    """The value of a YAML text, and `where` each dotted key in it stands by its line.
+    """Reads a YAML text.
+
+    Args:
+        where: line number (None: unknown) -> the location that messages name.
+        key: the recipe key that the text is the value of; empty for a file.
+
+    Returns:
+        The value, and the location of each dotted key in it.
 
     Raises:
-        RecipeError: the text is no YAML, or holds what has no place in a recipe.
+        RecipeError: the text is not YAML, or contains what a recipe cannot contain.
     """
     places: dict[str, str] = {}
-
-    def refuse(node: yaml.Node, problem: str) -> None:
-        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
-
-    def walk(node: yaml.Node, path: str, around: tuple[yaml.Node, ...]) -> None:
-        kind = node.tag.removeprefix("tag:yaml.org,2002:")
-        if kind not in ("null", "bool", "int", "float", "str", "seq", "map"):
-            refuse(node, f"{kind!r} has no place in a recipe, which holds text, numbers, true, false and lists")
-        if node in around:
-            refuse(node, "a section or list contains itself")
-        for index, child in enumerate(node.value if kind in ("seq", "map") else ()):
-            name, value = child if kind == "map" else (child, child)
-            inner = f"{path}.{name.value if kind == 'map' else index}".lstrip(".")
-            if kind == "map" and not name.tag.endswith(":str"):
-                refuse(name, "a key is text; put it in quotes if it is meant")
-            if inner in places:
-                refuse(name, f"{inner} is given twice, here and at {places[inner]}; keep one")
-            places[inner] = where(name.start_mark.line + 1)
-            walk(value, inner, (*around, node))
-
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
-        if node is not None:
-            walk(node, "", ())
-        return loader.construct_document(node) if node else None, places
+        if node is None:
+            return None, places
+        _locate_keys(node, where, places)
+        return loader.construct_document(node), places
     except Exception as error:  # PyYAML fails in many ways where an explicit tag does not fit
         mark = getattr(error, "problem_mark", None)
         parts = [getattr(error, "context", None), getattr(error, "problem", None)]
@@ -94,30 +84,69 @@ def parse(text: str, where: Callable[[int | None], str], key: str = "") -> tuple
         if "'\\t'" in problem:
             problem += ": indent with spaces, not tabs"
         elif isinstance(error, yaml.scanner.ScannerError | yaml.parser.ParserError):
-            problem += "\ncheck indentation, colons, brackets and quotes, here and in the line before"
-        raise RecipeError([Problem(where(mark and mark.line + 1), key, f"cannot be read: {problem}")]) from error
+            problem += "\ncheck indentation, colons, brackets and quotes in this line and the line before"
+        message = f"cannot be read: {problem}"
+        raise RecipeError([Problem(where(mark and mark.line + 1), key, message, "syntax")]) from error
+
+
+def _locate_keys(
+    node: yaml.Node,
+    where: Callable[[int | None], str],
+    places: dict[str, str],
+    path: str = "",
+    ancestors: tuple[yaml.Node, ...] = (),
+) -> None:
+    """Adds the location of every key below `node` to `places`.
+
+    Raises:
+        yaml.MarkedYAMLError: a node that a recipe cannot contain.
+    """
+
+    def refuse(node: yaml.Node, problem: str) -> None:
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+
+    kind = node.tag.removeprefix("tag:yaml.org,2002:")
+    if kind not in ("null", "bool", "int", "float", "str", "seq", "map"):
+        refuse(node, f"a recipe cannot contain {kind!r}; it contains text, numbers, true, false, lists and sections")
+    if node in ancestors:
+        refuse(node, "a section or list contains itself")
+    for index, child in enumerate(node.value if kind in ("seq", "map") else ()):
+        name, value = child if kind == "map" else (child, child)
+        inner = f"{path}.{name.value if kind == 'map' else index}".lstrip(".")
+        if kind == "map" and not name.tag.endswith(":str"):
+            refuse(name, "a key is text; quote it if you mean this text")
+        if inner in places:
+            refuse(name, f"{inner} is given twice, here and at {places[inner]}; remove one")
+        places[inner] = where(name.start_mark.line + 1)
+        _locate_keys(value, where, places, inner, (*ancestors, node))
 
 
 def read_recipe(path: Path) -> tuple[dict[str, Any], Origins]:
+    """Reads the keys and values of a recipe file, unchecked, and where each was written.
+
+    Raises:
+        RecipeError: the file cannot be read or is not a YAML mapping.
+    """
+    kind: Kind = "syntax"
     try:
         values, places = parse(path.read_text(encoding="utf-8"), lambda line: f"{path}:{line}" if line else str(path))
         if isinstance(values, dict):
             return values, Origins(str(path), places)
-        problem = "a recipe is a mapping of keys to values, such as `epochs: 10`; this file holds none"
+        problem = "not a recipe: expected keys with values, e.g. `epochs: 10`"
     except UnicodeDecodeError as error:
-        problem = f"not a text file ({error.reason} at byte {error.start}); a recipe is YAML in UTF-8"
+        problem = f"not a text file ({error.reason} at byte {error.start}); expected YAML in UTF-8"
     except OSError as error:
-        problem = f"cannot be read: {error.strerror}"
-    raise RecipeError([Problem(str(path), "", problem)])
+        problem, kind = f"cannot be read: {error.strerror}", "missing"
+    raise RecipeError([Problem(str(path), "", problem, kind)])
 
 
 def apply_overrides(values: dict[str, Any], origins: Origins, words: Iterable[str]) -> Iterator[Problem]:
-    """Writes `key=value` words into the values."""
+    """Writes `key=value` words into `values` and `origins`; yields a problem for each word that it cannot read."""
     here = "command line"
     for word in words:
         key, equals, text = word.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", key):
-            yield Problem(here, word, "an override is written key=value, e.g. optimizer.lr=0.05")
+            yield Problem(here, word, "expected key=value, e.g. optimizer.lr=0.05", "usage")
             continue
         try:
             value, places = parse(text, lambda line: here, key)
@@ -128,28 +157,37 @@ def apply_overrides(values: dict[str, Any], origins: Origins, words: Iterable[st
         target, path = values, ""
         for section in sections:
             path = f"{path}.{section}".lstrip(".")
-            if not isinstance(target.get(section), dict):  # if it was a value, the schema will want one again
+            if not isinstance(target.get(section), dict):  # if the key takes a value, the schema refuses the section
                 target[section], origins.places[path] = {}, here
             target = target[section]
         target[last] = value
         origins.places |= {key: here} | {f"{key}.{inner}": here for inner in places}
 
 
-# --- where recipes lie --------------------------------------------------------------------------------------------
+# --- finding recipes ----------------------------------------------------------------------------------------------
+
+
+def configs_folder() -> Path | None:
+    """Returns the folder configs/ of an installed wheel or of the repository; None if there is none."""
+    package = Path(__file__).parent.parent
+    return next((f for f in (package / "configs", package.parent / "configs") if f.is_dir()), None)
 
 
 def bundled_recipes() -> dict[str, Path]:
-    """Name -> file of every recipe in configs/, in the repository or in an installed wheel."""
-    package = Path(__file__).parent.parent
-    folder = next((f for f in (package / "configs", package.parent / "configs") if f.is_dir()), None)
+    """Returns name -> file of every recipe in configs/."""
+    folder = configs_folder()
     if folder is None:
         return {}
-    files = sorted(folder.rglob("*.yaml"), key=lambda file: (len(file.parts), file))  # folders behind single files
+    files = sorted(folder.rglob("*.yaml"), key=lambda file: (len(file.parts), file))  # files of subfolders last
     return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
 
 
 def find_recipe(name: str | Path) -> Path:
-    """A path as it stands, else a bundled recipe by name, with or without `.yaml`."""
+    """Returns the file at a path, else the bundled recipe of that name, with or without `.yaml`.
+
+    Raises:
+        RecipeError: there is neither.
+    """
     path, bundled = Path(name), bundled_recipes()
     stem = path.as_posix().removesuffix(".yaml")
     try:
@@ -157,21 +195,25 @@ def find_recipe(name: str | Path) -> Path:
             return path
         if match := next((file for key, file in bundled.items() if stem in (key, key.rpartition("/")[2])), None):
             return match
-        what = "a folder; in a run folder the recipe is recipe.yaml" if path.is_dir() else "there is no such recipe"
-        what += did_you_mean(str(path), map(str, path.parent.glob("*.yaml"))) or did_you_mean(stem, bundled)
+        message = "is a folder; the recipe of a run folder is recipe.yaml in it" if path.is_dir() else "does not exist"
+        message += did_you_mean(str(path), map(str, path.parent.glob("*.yaml"))) or did_you_mean(stem, bundled)
     except OSError as error:
-        what = f"cannot be read: {error.strerror}"
-    raise RecipeError([Problem(f"--recipe {str(name)!r}", "", f"{what}\nbundled: {', '.join(bundled)}")])
+        message = f"cannot be read: {error.strerror}"
+    message = f"{str(name)!r} {message}\nbundled recipes: {', '.join(bundled)}"
+    raise RecipeError([Problem("command line", "--recipe", message, "missing")])
+
+
+# --- head comments ------------------------------------------------------------------------------------------------
 
 
 def recipe_notes(path: Path) -> dict[str, str]:
-    """The `# key: value` lines of a recipe's head comment: command, document, claim, measured."""
+    """Returns the `# key: value` lines of a recipe's head comment: command, document, claim, measured."""
     lines = path.read_text(encoding="utf-8").splitlines()
     pairs = (re.fullmatch(r"#\s*(\w+):\s+(.*)", line) for line in lines if line.startswith("#"))
     return {pair[1]: pair[2] for pair in pairs if pair}
 
 
 def note_measured(path: Path, measured: str) -> None:
-    """Writes what was measured into the line for it in a recipe's head comment."""
+    """Writes a result into the line `# measured: …` of a recipe's head comment."""
     text = path.read_text(encoding="utf-8")
     path.write_text(re.sub(r"(?m)^# measured: .*$", f"# measured: {measured}", text), encoding="utf-8")

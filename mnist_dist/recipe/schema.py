@@ -1,8 +1,8 @@
-"""What a recipe may say: the schema, its checks, and how a recipe is put together from file and overrides.
+"""The schema of a recipe: every key with its type, default, range and meaning.
 
-A value travels: schema default < file < `key=value` on the command line -> typed and checked, every problem in one
-message -> the resolved recipe. The packages below (data, models, engine, …) never import this module: they take plain
-keywords.
+The docstring below each key is its reference: `train --explain KEY`, configs/recipe.schema.json and the table in
+configs/README.md are made from it. The packages below (data, models, engine, …) never import this module: they take
+plain keywords.
 """
 
 from __future__ import annotations
@@ -11,238 +11,327 @@ import re
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, Strict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, Strict, WithJsonSchema
 
 from mnist_dist.data import DATASETS, Augmentation
 from mnist_dist.engine import optimizers, schedules
-from mnist_dist.errors import Problem
-from mnist_dist.models import find_builder
+from mnist_dist.errors import Kind, Problem
+from mnist_dist.models import MODELS, find_builder
 from mnist_dist.recipe.file import Dumper, Origins
 
-# --- schema -------------------------------------------------------------------------------------------------------
-
+# --- types of values ----------------------------------------------------------------------------------------------
 
 Positive = Annotated[int, Field(ge=1)]
-
 
 AboveZero = Annotated[float, Field(gt=0)]
 
 
-def _a_folder(name: str) -> str:
+def _folder_name(name: str) -> str:
     if not re.fullmatch(r"\w[^/\\\x00-\x1f]{0,99}", name):
         raise ValueError(f"{name!r} cannot name a folder: a letter or digit first, no slash, at most 100 characters")
     return name
 
 
-def _a_power_of_two(count: int) -> int:
+def _power_of_two(count: int) -> int:
     if count & (count - 1):
         raise ValueError(f"expected a power of two, got {count}; try {1 << (count.bit_length() - 1)}")
     return count
 
 
-def _a_list(value: Any) -> Any:
+def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-class Section(BaseModel):
-    """Strict: 2.5 is not an int, "3" is not a number, an unknown key is refused, and nothing changes afterwards."""
+# What pydantic's JSON Schema cannot know: values that a validator changes or checks.
+_TEXT_OR_LIST = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "null"}]}
+_TEXT_OR_NULL = {"anyOf": [{"type": "string"}, {"type": "null"}]}
+_POWERS_OF_TWO = {"type": "integer", "enum": [2**exponent for exponent in range(11)]}
+_OTHER_MODELS = {"type": "string", "pattern": "^(torchvision|timm)/.+$|^.+:.+$"}
+_MODEL_NAMES = {"type": "string", "anyOf": [{"type": "string", "enum": list(MODELS)}, _OTHER_MODELS]}
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+# --- sections -----------------------------------------------------------------------------------------------------
+
+
+class Section(BaseModel):
+    """A section of a recipe.
+
+    It is strict: 2.5 is not an int, "3" is not a number, and an unknown key is an error. It is frozen.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     def model_dump(self, **keywords: Any) -> dict[str, Any]:
-        """With the keys as a recipe spells them: one of them, `from`, is a word of Python's."""
+        """Returns keys and values, with the keys as a recipe spells them (`from` is a reserved word in Python)."""
         return super().model_dump(**{"by_alias": True, **keywords})
 
     @classmethod
     def known_keys(cls) -> list[str]:
+        """Returns the keys of this section as a recipe spells them."""
         return [field.alias or name for name, field in cls.model_fields.items()]
 
 
 class OpenSection(Section):
-    """A section whose further keys are the own keywords of what it names."""
+    """A section that takes further keys: the keywords of the class or function that its `name` selects."""
 
     model_config = ConfigDict(extra="allow")
 
     @property
     def keywords(self) -> dict[str, Any]:
-        """The keys beyond the schema's; null means not given, so an override can take a key away."""
+        """The keys that the schema does not list. Null means "not given", so an override can remove a key."""
         return {key: value for key, value in (self.model_extra or {}).items() if value is not None}
 
 
 class ModelSection(OpenSection):
-    name: Annotated[str, AfterValidator(lambda name: find_builder(name) and name)]
-    """ms_ran, resnet18 … resnet152, simple_cnn, …, `torchvision/<name>`, `timm/<name>` or `package.module:Name`."""
+    """The network, and the weights it starts from."""
+
+    name: Annotated[str, AfterValidator(lambda name: find_builder(name) and name), WithJsonSchema(_MODEL_NAMES)]
+    """The network: a name of this package (`ms_ran`, `resnet18`, `simple_cnn`, …), `torchvision/<name>`,
+    `timm/<name>`, or your own class or function as `package.module:Name`."""
     freeze: list[str] = []
-    """Patterns of parameter names that are not trained, e.g. `layer1.*`."""
+    """Patterns of parameter names that are not trained, e.g. `layer1.*`. Batch norm layers whose parameters are all
+    frozen also keep their running statistics."""
     init_from: str | None = None
-    """Weights to begin with: of a run folder the last ones, or a .safetensors file; from the working directory."""
+    """Initial weights: a run folder (its last weights) or a .safetensors file, relative to the working directory.
+    Null: random weights from `seed`."""
 
 
 class OptimizerSection(OpenSection):
-    name: Literal[tuple(sorted(optimizers.OPTIMIZERS))] = "sgd"  # type: ignore[valid-type]  # made while running; pydantic reads it
-    """The lower-case name of a `torch.optim` class; its own keywords stand beside it."""
+    """The optimizer of `torch.optim`, and its learning rate."""
+
+    name: Literal[tuple(sorted(optimizers.OPTIMIZERS))] = "sgd"  # type: ignore[valid-type]  # made at run time for pydantic
+    """A class of `torch.optim`, in lower case."""
     lr: AboveZero | None = None
-    """Null: PyTorch's default; with schedule onecycle: `max_lr / div_factor`."""
+    """Learning rate that the schedule scales; with the schedule `onecycle`, the rate of the first step. Null: the
+    optimizer's default in PyTorch; with `onecycle`, `max_lr / div_factor`."""
 
 
 class ScheduleSection(OpenSection):
-    name: Literal[tuple(schedules.SCHEDULES)] = "constant"  # type: ignore[valid-type]  # made while running; pydantic reads it
-    """PyTorch's own keywords stand beside it; durations are in epochs."""
+    """The learning rate as a function of the step."""
+
+    name: Literal[tuple(schedules.SCHEDULES)] = "constant"  # type: ignore[valid-type]  # made at run time for pydantic
+    """The schedule. Its keywords have the names and defaults of PyTorch's scheduler; durations are in epochs."""
 
 
 class AugmentSection(Section):
+    """Random changes of the training images, drawn again for every image in every epoch."""
+
     rotation: Annotated[float, Field(ge=0, le=180)] = 0.0
-    """Degrees, uniform in ±."""
+    """Largest rotation, in degrees; the angle is uniform in ±`rotation`."""
     translation: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Fraction of the side, uniform in ±, in whole pixels."""
+    """Largest shift along x and along y, as a fraction of the image's side; uniform in ±, rounded to whole pixels."""
     scale: Annotated[tuple[AboveZero, AboveZero], Strict(False)] | None = None  # YAML has lists, not tuples
-    """[lowest, highest] zoom."""
+    """Zoom factor: uniform in [lowest, highest]. Null: no zoom."""
     shear: Annotated[float, Field(ge=0, lt=90)] = 0.0
-    """Degrees along x, uniform in ±."""
+    """Largest shear along x, in degrees; the angle is uniform in ±`shear`."""
     interpolation: Literal["nearest", "bilinear"] = "nearest"
+    """How a warped image is sampled. Elastic displacements need `bilinear` to show movements below a pixel."""
     fill: Annotated[float, Field(ge=0, le=255)] = 0.0
-    """Grey level of what comes in from outside."""
+    """Grey level, 0 (black) to 255 (white), of pixels that come from outside the image."""
     elastic: Annotated[float, Field(ge=0)] = 0.0
-    """Pixels, standard deviation of a smooth random displacement; 1.4 is that of Simard et al. 2003."""
+    """Elastic distortion: standard deviation of each pixel's displacement, in pixels. 0: none. 1.4 corresponds to
+    Simard et al. 2003 (alpha 34, sigma 4)."""
     elastic_sigma: Annotated[float, Field(ge=3)] = 4.0
-    """Pixels over which neighbours are displaced alike."""
+    """Distance, in pixels, over which neighbouring pixels move alike. Only with `elastic`."""
 
     def build(self) -> Augmentation:
+        """Builds the augmentation that the data package computes with."""
         return Augmentation(**self.model_dump())
 
 
 class DataSection(Section):
-    dataset: Literal[tuple(DATASETS)] = "mnist"  # type: ignore[valid-type]  # made while running; pydantic reads it
+    """The data set, its parts, and the augmentation."""
+
+    dataset: Literal[tuple(DATASETS)] = "mnist"  # type: ignore[valid-type]  # made at run time for pydantic
+    """The data set. `digits` comes with scikit-learn and `synthetic` is generated: neither needs a download."""
     root: str | None = None
-    """The folder that holds MNIST/raw; null: the environment variable MNIST_DIST_DATA, else ./data."""
+    """Folder that holds `MNIST/raw`; missing files are downloaded into it. Null: the environment variable
+    MNIST_DIST_DATA, else `./data`. Does not change the result."""
     split: Literal["balanced", "byclass", "bymerge", "letters", "digits", "mnist"] | None = None
-    """EMNIST's; null: balanced."""
+    """Split of EMNIST; only for `dataset: emnist`. Null: `balanced`."""
     validation: Annotated[int, Field(ge=0)] = 0
-    """So many training images are held out; evaluation while training is then on them, the test set is used once."""
+    """Number of training images to hold out: the last ones of the training set. Evaluations during training then use
+    them, and the test set is evaluated once, at the end. 0: evaluations use the test set."""
     limit_train: Positive | None = None
+    """Use only the first images of the training set, at most this many, counted without the `validation` images. Null:
+    all."""
     limit_test: Positive | None = None
+    """Use only the first images of the test set, at most this many. Null: all."""
     augment: AugmentSection = AugmentSection()
+    """Random changes of the training images."""
 
 
 class DistillSection(Section):
-    teachers: Annotated[list[str] | None, Field(alias="from"), BeforeValidator(_a_list)] = None
-    """A run folder, or a list of them: trained networks of the same classes to learn from; null: none. What they say
-    of the same augmented images counts beside the labels (Hinton et al. 2015)."""
+    """Learning from trained networks (Hinton et al. 2015)."""
+
+    teachers: Annotated[
+        list[str] | None, Field(alias="from"), BeforeValidator(_as_list), WithJsonSchema(_TEXT_OR_LIST)
+    ] = None
+    """A run folder, or a list of run folders: trained networks with the same classes. The loss then also compares
+    the network's probabilities with their mean on the same augmented images. Null: no distillation."""
     weight: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Of the teachers; the labels have the rest."""
+    """Weight of the teachers in the loss; the labels have weight 1 - `weight`."""
     temperature: AboveZero = 1.0
-    """Divides the logits of both sides: above 1 the less likely classes count more."""
+    """Divisor of the logits of network and teachers. Above 1, unlikely classes count more."""
 
 
 class EarlyStoppingSection(Section):
+    """When a run ends before its last epoch."""
+
     patience: Positive | None = None
-    """Evaluations without a better accuracy before the run ends; null: never."""
+    """Number of evaluations in a row without a better accuracy after which the run ends. Null: the run never ends
+    early."""
 
 
 class EngineSection(Section):
+    """How a step is computed. These keys change speed and rounding, not what is computed."""
+
     capture: Literal["auto", "off", "step", "epoch"] = "auto"
-    """Of a GPU: replay a step from one CUDA graph; changes rounding, never meaning. auto: where it can be done; epoch:
-    ten steps a replay between two looks at the weights, for networks without dropout."""
+    """Replay training steps from a CUDA graph (GPU only). `step`: one step per replay; `epoch`: ten steps per replay,
+    for networks without dropout; `auto`: one step per replay where the run allows it; `off`: never. Where capture
+    is not possible, the steps run without it."""
     channels_last: bool = True
-    """Memory layout of images and convolutions; changes rounding, never meaning."""
+    """Store images and convolution weights in the memory layout channels-last, which most GPUs prefer."""
     tf32: Literal["off", "convolutions", "on"] = "convolutions"
-    """Of a GPU, in fp32: where products keep 10 bits of mantissa, not 23; convolutions: as PyTorch does by default."""
+    """Where a GPU may compute fp32 products in TF32 (10 bits of mantissa instead of 23): nowhere, in convolutions (the
+    default of PyTorch), or in all matrix products."""
     cudnn_benchmark: bool = True
-    """Of a GPU: try cuDNN's kernels and take the fastest, which may round otherwise; not with `deterministic`."""
+    """Let cuDNN time its kernels at the start and use the fastest (GPU only). No effect with `deterministic: true`."""
     hang_seconds: AboveZero = 60.0
-    """Of several processes: when nothing moves for so long, the one that hangs is named and all end."""
+    """Seconds without progress after which a run of several processes names the process that hangs and ends. Long steps
+    raise the limit. Does not change the result."""
 
 
 class DDPSection(Section):
+    """How several processes exchange gradients."""
+
     comm_hook: Literal["none", "bf16", "fp16"] = "none"
-    """Precision in which gradients travel between processes."""
+    """Precision in which gradients are sent between processes. `none`: the precision of the gradients. No effect with
+    `logical_shards` or FSDP."""
     find_unused_parameters: bool = False
-    """For networks that leave parameters out of some steps; costs a search every step."""
+    """Set to true for a network that does not use all its parameters in every step. Costs a search per step."""
 
 
 class CheckpointSection(Section):
+    """When a run saves the state from which it can resume. Does not change the result."""
+
     every_steps: Positive | None = None
+    """Steps between checkpoints. Null: only `every_minutes` counts."""
     every_minutes: AboveZero | None = 5.0
-    """Minutes of training between checkpoints, to the next log line."""
+    """Minutes of training between checkpoints; a checkpoint is written at the next log line. Null: only `every_steps`
+    counts."""
     keep: Positive = 2
+    """Number of checkpoints kept in the run folder; older ones are deleted."""
 
 
 class WandbSection(Section):
+    """Weights & Biases. Does not change the result."""
+
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto: online with credentials, offline without."""
+    """`auto`: the environment variable WANDB_MODE, else online with credentials (`wandb login`) and offline without."""
     project: str = "mnist_dist"
+    """Project that the run belongs to."""
     entity: str | None = None
+    """User or team that owns the project. Null: the default of the account."""
     group: str | None = None
-    """Null: the recipe's name, so that its seeds stand together."""
+    """Group of the run. Null: the recipe's `name`, so that runs with different seeds are grouped."""
     job_type: str = "train"
+    """Job type of the run; a filter on the project page."""
     tags: list[str] = []
+    """Tags of the run."""
     histograms: bool = False
-    """Of all weights, and of the last step's gradients, at each evaluation."""
+    """Log histograms of all weights and of the last step's gradients at each evaluation."""
 
 
 class TrackingSection(Section):
+    """What is drawn and reported. Does not change the result."""
+
     plots: bool = True
-    """Draw the pictures of the run folder's `plots/` when the run ends."""
+    """Draw the pictures in the run folder's `plots/` when the run ends."""
     wandb: WandbSection = WandbSection()
+    """Weights & Biases."""
 
 
 class Recipe(Section):
-    """An experiment: all that changes its result, and how it is saved and tracked.
+    """An experiment: everything that changes its result, and how it is saved and tracked.
 
-    How many processes compute it, on what devices and by which launcher is not in it.
+    Number and kind of processes, devices and launchers are not part of a recipe.
     """
 
-    name: Annotated[str, AfterValidator(_a_folder)]
-    """Of the run; null or absent in a file: the file's own."""
+    name: Annotated[str, AfterValidator(_folder_name), WithJsonSchema(_TEXT_OR_NULL)]
+    """Name of the recipe; run folders are `runs/<name>/…`. Null or absent: the name of the file."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of all random numbers: initial weights, order of the images, augmentation, dropout."""
     epochs: Positive = 1
+    """Number of passes over the training set."""
     max_steps: Positive | None = None
-    """End after so many updates if the epochs are not over before; schedules span the shorter run."""
+    """Largest number of updates; the run ends here if the epochs are not over. Schedules span the shorter run. Null:
+    no limit."""
     batch_size: Positive = 128
-    """Global: the sum over all processes."""
+    """Images per update, summed over all processes."""
     micro_batch_size: Positive | Literal["auto"] | None = None
-    """Samples a process computes at once; null: its whole share; auto: as many as fit into memory, found by halving.
-    Never changes the update but for batch norm."""
+    """Images that a process computes at once; the gradients of an update are accumulated. `auto`: as many as fit into
+    memory, found by halving. Null: the process's whole share of the batch. Changes the result only for networks with
+    batch norm or dropout, apart from rounding."""
     sync_batchnorm: bool = False
-    """Batch norm over the global batch instead of each process's share."""
-    logical_shards: Annotated[int, Field(ge=1, le=1024), AfterValidator(_a_power_of_two)] | None = None
-    """Cut the global batch into so many fixed pieces: the same bytes at every world size that divides them."""
+    """Compute batch norm statistics over the global batch instead of each process's share."""
+    logical_shards: (
+        Annotated[int, Field(ge=1, le=1024), AfterValidator(_power_of_two), WithJsonSchema(_POWERS_OF_TWO)] | None
+    ) = None
+    """Cut the global batch into this many fixed pieces (a power of two), so that every number of processes that
+    divides it gives identical bytes. Null: one piece per process."""
     eval_batch_size: Positive = 500
-    """Evaluation's fixed batches; matters only to networks that normalise by the evaluated batch (simple_cnn)."""
+    """Images per evaluation batch, the same at every number of processes. Changes the result only for networks that
+    normalize by the evaluated batch (`simple_cnn`)."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
-    """Null: the launcher's."""
+    """Precision of the forward pass; `no` is fp32. `fp16` needs a GPU. Null: the launcher's setting, else `no`."""
     clip_grad_norm: AboveZero | None = None
+    """Largest L2 norm of the gradient; a longer gradient is scaled down. Null: no clipping."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the label's probability that the training loss spreads evenly over all classes."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """Before an update whose gradient is not finite: end the run and say why, or pass over that step."""
+    """If a gradient is not finite: `stop` ends the run before the update and names the cause; `skip` skips the
+    update."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Averaged weights, which are then the ones evaluated and saved."""
+    """Decay per step of an exponential moving average of the weights, which is then evaluated and saved instead of the
+    trained weights. Null: no average."""
     compile: bool | Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = False
-    """`torch.compile` of the network, true or its mode; changes rounding, and on a GPU what dropout drops. Its first
-    steps take seconds to minutes."""
+    """Compile the network with `torch.compile`: true, or one of its modes. Changes rounding and, on a GPU, the random
+    numbers of dropout. The first steps take seconds to minutes."""
     deterministic: bool = True
-    """Deterministic kernels only; false lets a GPU choose faster ones, and runs then differ in rounding."""
+    """Use deterministic kernels only. False allows faster kernels on a GPU; two runs then differ in rounding."""
     eval_every: Positive = 1
     """Epochs between evaluations; the last step is always evaluated."""
     log_every: Positive = 50
     """Steps between log lines."""
     early_stopping: EarlyStoppingSection = EarlyStoppingSection()
+    """When the run ends before its last epoch."""
     model: ModelSection
+    """The network."""
     data: DataSection = DataSection()
+    """The data set, its parts, and the augmentation."""
     distill: DistillSection = DistillSection()
+    """Learning from trained networks."""
     optimizer: OptimizerSection = OptimizerSection()
+    """The optimizer and its learning rate."""
     schedule: ScheduleSection = ScheduleSection()
+    """The learning rate as a function of the step."""
     engine: EngineSection = EngineSection()
+    """How a step is computed."""
     ddp: DDPSection = DDPSection()
+    """How several processes exchange gradients."""
     checkpoint: CheckpointSection = CheckpointSection()
+    """When the run saves the state from which it can resume."""
     tracking: TrackingSection = TrackingSection()
+    """What is drawn and reported."""
 
     _origins: Origins = PrivateAttr(default_factory=lambda: Origins())
 
     def to_yaml(self) -> str:
-        """The resolved recipe; loads back to an equal one."""
+        """Returns the resolved recipe as YAML, which loads as an equal recipe."""
         return yaml.dump(self.model_dump(), Dumper=Dumper, sort_keys=False)
 
-    def problem(self, key: str, message: str) -> Problem:
-        """A problem with the value of a dotted key, placed at the file and line that gave it."""
-        return self._origins.problem(key, message)
+    def problem(self, key: str, message: str, kind: Kind = "usage") -> Problem:
+        """Returns a problem with the value of a dotted key, located at the file and line that gave the value."""
+        return self._origins.problem(key, message, kind)

@@ -50,7 +50,7 @@ def _freeze(recipe: Recipe, module: nn.Module) -> None:
     parameters = dict(module.named_parameters())
     if not parameters:
         raise RecipeError([recipe.problem("model.name", f"{recipe.model.name} has no parameter to train")])
-    problems = [recipe.problem(key, what) for key, what in check_freeze(recipe.model.freeze, list(parameters))]
+    problems = [recipe.problem(*finding) for finding in check_freeze(recipe.model.freeze, list(parameters))]
     if problems:
         raise RecipeError(problems)
     for pattern in recipe.model.freeze:

@@ -1,4 +1,4 @@
-"""Bad input of any kind ends before training: exit code 2, one screen on stderr, nothing left half-written."""
+"""Wrong input of any kind ends before training: exit code 2, one screen on stderr, nothing written."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from accelerate.state import AcceleratorState
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import mnist_dist
 from mnist_dist.cli import run_command
-from mnist_dist.errors import RecipeError
+from mnist_dist.errors import Problem, RecipeError
 from mnist_dist.recipe.loading import load_recipe
 from mnist_dist.recipe.schema import Recipe
 from mnist_dist.train import main
+from tests import processes
 
 GOOD = """\
 model:
@@ -33,30 +33,29 @@ model:
 data:
   dataset: synthetic
 """
-"""Four lines, so that what a test adds begins in line 5."""
+"""Four lines: what a test adds starts in line 5."""
 
 SCREEN = 24
 WIDTH = 120
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
-    """Every path below a folder; of files, what they hold."""
+    """Returns every path below a folder, with the content of files."""
     paths = sorted(folder.rglob("*"))
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
 
 
 @pytest.fixture(autouse=True)
-def an_empty_folder(tmp_path, monkeypatch):
-    """A working directory without data, without the network."""
+def empty_folder(tmp_path, monkeypatch):
+    """A working directory without data, and no network."""
 
     def unreachable(*args: object, **keywords: object) -> None:
         raise URLError("Name or service not known")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])  # a model of one's own adds the folder
+    monkeypatch.setattr(sys, "path", [*sys.path])  # a user's own model adds the folder
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     monkeypatch.setattr(urllib.request, "urlopen", unreachable)
-    monkeypatch.setenv("WANDB_MODE", "disabled")
     for name in ("ACCELERATE_MIXED_PRECISION", "MNIST_DIST_DATA", "RANK"):
         monkeypatch.delenv(name, raising=False)
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -66,31 +65,40 @@ def an_empty_folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def refused(tmp_path, monkeypatch, capsys):
-    """Calls the door with words that it must refuse; returns the message on one line."""
+    """Calls `train` with arguments that it must refuse; returns the problems."""
 
     def fit(*args: object) -> None:
-        pytest.fail("training began")
+        pytest.fail("training started")
 
     monkeypatch.setattr("mnist_dist.train.fit", fit)
 
-    def call(*argv: str) -> str:
+    def call(*argv: object) -> list[Problem]:
+        problems: list[Problem] = []
+
+        def run() -> int:
+            try:
+                return main([str(word) for word in argv])
+            except RecipeError as error:
+                problems.extend(error.problems)
+                raise
+
         before = tree(tmp_path)
-        code = run_command(lambda: main([str(word) for word in argv]))
+        code = run_command(run)
         out, err = capsys.readouterr()
         assert code == 2, err
         assert out == ""
         assert_one_screen(err)
-        assert tree(tmp_path) == before, "something was left behind"
-        return " ".join(err.split())
+        assert tree(tmp_path) == before, "a file was left behind"
+        return problems
 
     return call
 
 
 @pytest.fixture
 def refused_recipe(refused):
-    """As `refused`, of the text of a recipe and overrides."""
+    """As `refused`, with the text of a recipe and overrides."""
 
-    def call(text: str, *overrides: str) -> str:
+    def call(text: str, *overrides: str) -> list[Problem]:
         Path("my.yaml").write_text(text, encoding="utf-8")
         return refused("--recipe", "my.yaml", *overrides)
 
@@ -103,254 +111,254 @@ def assert_one_screen(err: str) -> None:
     assert sum(1 + len(line) // WIDTH for line in err.splitlines()) <= SCREEN, err
 
 
+def assert_problem(problems: list[Problem], where: str | int | None, key: str, kind: str, *words: str) -> None:
+    """Asserts that there is one problem, with these properties and these words in its message.
+
+    Args:
+        where: a line of my.yaml; None for my.yaml as a whole; or the location itself.
+    """
+    [problem] = problems
+    location = where if isinstance(where, str) else "my.yaml" if where is None else f"my.yaml:{where}"
+    assert (problem.where, problem.key, problem.kind) == (location, key, kind), problem
+    assert not [word for word in words if word not in problem.message], problem.message
+
+
 # --- the file -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"),
+    ("name", "words"),
     [
-        ("simple_cn", "--recipe 'simple_cn' there is no such recipe; did you mean 'simple_cnn'"),
-        ("configs/simple_cn.yaml", "did you mean 'simple_cnn'"),
-        ("recipes/wied.yaml", "did you mean 'recipes/wide.yaml'?"),
-        ("recipes/wide.yaml/more", "there is no such recipe"),
-        ("nothing/like/it", "bundled: debug, lenet5, "),
-        ("recipes", "--recipe 'recipes' a folder; in a run folder the recipe is recipe.yaml"),
-        ("", "--recipe '' a folder"),
-        ("x" * 300, "File name too long"),
+        ("simple_cn", ["'simple_cn'", "'simple_cnn'"]),
+        ("configs/simple_cn.yaml", ["'simple_cnn'"]),
+        ("recipes/wied.yaml", ["'recipes/wide.yaml'"]),
+        ("recipes/wide.yaml/more", ["'recipes/wide.yaml/more'"]),
+        ("nothing/like/it", ["debug, lenet5, "]),
+        ("recipes", ["'recipes'", "recipe.yaml"]),
+        ("", ["''"]),
+        ("x" * 300, ["File name too long"]),
     ],
 )
-def test_a_recipe_that_is_not_there(refused, name, expected):
+def test_missing_recipe(refused, name, words):
     Path("recipes").mkdir()
     Path("recipes/wide.yaml").write_text(GOOD, encoding="utf-8")
-    assert expected in refused("--recipe", name)
+    assert_problem(refused("--recipe", name), "command line", "--recipe", "missing", *words)
 
 
 def test_no_recipe_at_all(refused):
-    assert "command line --recipe NAME is needed; --list-recipes shows the bundled ones" in refused()
+    assert_problem(refused(), "command line", "", "usage", "--recipe", "--list-recipes")
 
 
-def test_an_unknown_option(refused):
-    assert "unrecognized arguments: --epochs" in refused("--recipe", "simple_cnn", "--epochs", "3")
+def test_unknown_option(refused):
+    assert_problem(refused("--recipe", "simple_cnn", "--epochs", "3"), "command line", "--epochs", "usage")
 
 
 @pytest.mark.parametrize(
-    ("content", "expected"),
+    ("content", "line", "words"),
     [
-        (b"", "my.yaml a recipe is a mapping of keys to values"),
-        (b"# only a comment\n", "my.yaml a recipe is a mapping of keys to values"),
-        (b"- model\n- data\n", "my.yaml a recipe is a mapping of keys to values"),
-        (b"simple_cnn\n", "my.yaml a recipe is a mapping of keys to values"),
-        (
-            b"model:\n  name: [a\nepochs: 1\n",
-            "my.yaml:3 cannot be read: while parsing a flow sequence expected ',' or ']'",
-        ),
-        (b"model:\n  name: lenet5\n epochs: 1\n", "my.yaml:3 cannot be read: while parsing a block mapping"),
-        (b"epochs: 1\nmodel:\n\tname: lenet5\n", "my.yaml:3 cannot be read: while scanning for the next token"),
-        (b"model:\n\tname: lenet5\n", "indent with spaces, not tabs"),
-        (
-            b"epochs: 1\nbatch_size: 2\nepochs: 3\n",
-            "my.yaml:3 cannot be read: epochs is given twice, here and at my.yaml:1",
-        ),
-        (
-            b"model:\n  name: a\n  name: b\n",
-            "my.yaml:3 cannot be read: model.name is given twice, here and at my.yaml:2",
-        ),
-        (b"model: &m\n  name: lenet5\n  again: *m\n", "my.yaml:1 cannot be read: a section or list contains itself"),
-        (b"epochs: 1\nmodel: *nobody\n", "my.yaml:2 cannot be read: found undefined alias 'nobody'"),
-        (b"model: !!python/object:os.system {}\n", "my.yaml:1 cannot be read: 'python/object:os.system' has no place"),
-        (b"model: !mine {}\n", "my.yaml:1 cannot be read: '!mine' has no place in a recipe"),
-        (b"name: !!timestamp 2026-01-01\n", "my.yaml:1 cannot be read: 'timestamp' has no place in a recipe"),
-        (b"epochs: !!int many\n", "my.yaml cannot be read: invalid literal for int()"),
-        (b"deterministic: !!bool maybe\n", "my.yaml cannot be read: "),
-        (b"epochs: 1\n2: 3\n", "my.yaml:2 cannot be read: a key is text; put it in quotes if it is meant"),
-        (b"epochs: 1\n---\nepochs: 2\n", "my.yaml:2 cannot be read: expected a single document"),
-        (bytes(range(256)), "my.yaml not a text file (invalid start byte at byte 128); a recipe is YAML in UTF-8"),
-        (b"\x00\x01", "my.yaml cannot be read: unacceptable character #x0000"),
-        ("name: é\n".encode("latin-1"), "my.yaml not a text file (invalid continuation byte at byte 6)"),
-        (b"[" * 5000, "my.yaml cannot be read"),
+        (b"", None, []),
+        (b"# only a comment\n", None, []),
+        (b"- model\n- data\n", None, []),
+        (b"simple_cnn\n", None, []),
+        (b"model:\n  name: [a\nepochs: 1\n", 3, ["',' or ']'"]),
+        (b"model:\n  name: lenet5\n epochs: 1\n", 3, []),
+        (b"epochs: 1\nmodel:\n\tname: lenet5\n", 3, ["tabs"]),
+        (b"model:\n\tname: lenet5\n", 2, ["tabs"]),
+        (b"epochs: 1\nbatch_size: 2\nepochs: 3\n", 3, ["epochs", "my.yaml:1"]),
+        (b"model:\n  name: a\n  name: b\n", 3, ["model.name", "my.yaml:2"]),
+        (b"model: &m\n  name: lenet5\n  again: *m\n", 1, ["contains itself"]),
+        (b"epochs: 1\nmodel: *nobody\n", 2, ["'nobody'"]),
+        (b"model: !!python/object:os.system {}\n", 1, ["'python/object:os.system'"]),
+        (b"model: !mine {}\n", 1, ["'!mine'"]),
+        (b"name: !!timestamp 2026-01-01\n", 1, ["'timestamp'"]),
+        (b"epochs: !!int many\n", None, ["'many'"]),
+        (b"deterministic: !!bool maybe\n", None, ["maybe"]),
+        (b"epochs: 1\n2: 3\n", 2, ["quote"]),
+        (b"epochs: 1\n---\nepochs: 2\n", 2, ["document"]),
+        (bytes(range(256)), None, ["byte 128", "UTF-8"]),
+        (b"\x00\x01", None, ["#x0000"]),
+        ("name: é\n".encode("latin-1"), None, ["byte 6"]),
+        (b"[" * 5000, None, []),
     ],
 )
-def test_a_file_that_is_not_a_recipe(refused, content, expected):
+def test_file_that_is_not_a_recipe(refused, content, line, words):
     Path("my.yaml").write_bytes(content)
-    assert expected in refused("--recipe", "my.yaml")
+    assert_problem(refused("--recipe", "my.yaml"), line, "", "syntax", *words)
 
 
 # --- keys and types -----------------------------------------------------------------------------------------------
+# Each row: what is added to GOOD, or the recipe; line, key and kind of the problem; words of the message.
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    "case",
     [
-        ("epoch: 3", "my.yaml:5: epoch unknown key; did you mean 'epochs'?"),
-        (
-            "  augment: {rotaton: 3}",
-            "my.yaml:5: data.augment.rotaton unknown key; did you mean 'rotation'?",
-        ),
-        ("tracking: {wandb: {porject: x}}", "tracking.wandb.porject unknown key; did you mean 'project'?"),
-        ("optimizer.lr: 0.1", "my.yaml:5: optimizer.lr unknown key"),
-        ("'': 3", "unknown key; known: name, seed"),
-        ("distill: {form: runs/a}", "my.yaml:5: distill.form unknown key; did you mean 'from'?"),
-        ("distill: {teachers: runs/a}", "distill.teachers unknown key; known: from, weight, temperature"),
-        ("engine: {gpu: true}", "my.yaml:5: engine.gpu unknown key; known: capture, channels_last"),
-        (
-            "optimizer: {momentun: 0.9}",
-            "optimizer.momentun unknown key; did you mean 'momentum'?",
-        ),
-        ("optimizer: {params: 3}", "optimizer.params unknown key; known: name, lr, momentum"),
-        ("schedule: {name: cosine, t_max: 3}", "schedule.t_max unknown key; did you mean 'T_max'?"),
-        ("schedule: {name: constant, span: 3}", "schedule.span unknown key; known: name"),
+        ("epoch: 3", 5, "epoch", "unknown", "'epochs'"),
+        ("  augment: {rotaton: 3}", 5, "data.augment.rotaton", "unknown", "'rotation'"),
+        ("tracking: {wandb: {porject: x}}", 5, "tracking.wandb.porject", "unknown", "'project'"),
+        ("optimizer.lr: 0.1", 5, "optimizer.lr", "unknown"),
+        ("'': 3", 5, "", "unknown", "name, seed"),
+        ("distill: {form: runs/a}", 5, "distill.form", "unknown", "'from'"),
+        ("distill: {teachers: runs/a}", 5, "distill.teachers", "unknown", "from, weight, temperature"),
+        ("engine: {gpu: true}", 5, "engine.gpu", "unknown", "capture, channels_last"),
+        ("optimizer: {momentun: 0.9}", 5, "optimizer.momentun", "unknown", "'momentum'"),
+        ("optimizer: {params: 3}", 5, "optimizer.params", "unknown", "name, lr, momentum"),
+        ("schedule: {name: cosine, t_max: 3}", 5, "schedule.t_max", "unknown", "'T_max'"),
+        ("schedule: {name: constant, span: 3}", 5, "schedule.span", "unknown"),
     ],
 )
-def test_an_unknown_key(refused_recipe, text, expected):
-    assert expected in refused_recipe(GOOD + text)
+def test_unknown_key(refused_recipe, case):
+    text, *expected = case
+    assert_problem(refused_recipe(GOOD + text), *expected)
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    "case",
     [
-        (
-            "name: ms_ran\n  widht: 8",
-            "my.yaml:3: model.widht unknown key; did you mean 'width'?",
-        ),
-        ("name: ms_ran\n  num_classes: 8", "model.num_classes unknown key; known: name, freeze, init_from, width"),
-        ("name: lenet5\n  width: 8", "my.yaml:3: model.width unknown key; known: name, freeze"),
-        ("name: torchvision/resnet18\n  widht: 8", "my.yaml:3: model.widht"),
+        ("name: ms_ran\n  widht: 8", 3, "model.widht", "unknown", "'width'"),
+        ("name: ms_ran\n  num_classes: 8", 3, "model.num_classes", "unknown", "name, freeze, init_from, width"),
+        ("name: lenet5\n  width: 8", 3, "model.width", "unknown", "name, freeze"),
+        ("name: torchvision/resnet18\n  widht: 8", 3, "model.widht", "unknown"),
     ],
 )
-def test_an_unknown_keyword_of_a_model(refused_recipe, text, expected):
-    assert expected in refused_recipe(f"model:\n  {text}\n")
+def test_unknown_keyword_of_a_model(refused_recipe, case):
+    text, *expected = case
+    assert_problem(refused_recipe(f"model:\n  {text}\n"), *expected)
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    "case",
     [
-        ("epochs: 2.5", "my.yaml:5: epochs expected a whole number, got 2.5"),
-        ("epochs: '3'", 'epochs expected a whole number, got "3"'),
-        ("epochs: true", "epochs expected a whole number, got true"),
-        ("epochs: [3]", "epochs expected a whole number, got [3]"),
-        ("epochs: {a: 3}", 'epochs expected a whole number, got {"a": 3}'),
-        ("epochs:", "epochs expected a whole number, got null"),
-        ("seed: 1e3", "seed expected a whole number, got 1000.0"),
-        ("label_smoothing: little", 'label_smoothing expected a number, got "little"'),
-        ("label_smoothing: .nan", "label_smoothing expected a finite number, got NaN"),
-        ("clip_grad_norm: .inf", "clip_grad_norm expected a finite number, got Infinity"),
-        ("clip_grad_norm: true", "clip_grad_norm expected a number, got true"),
-        ("deterministic: no", 'deterministic expected true or false, got "no"'),
-        ("name: 3", "name expected text, got 3"),
-        (
-            "mixed_precision: fp61",
-            "mixed_precision expected 'no', 'bf16' or 'fp16', got \"fp61\"; did you mean 'fp16'?",
-        ),
-        ("mixed_precision: false", "mixed_precision expected 'no', 'bf16' or 'fp16', got false"),
-        ("tracking: {wandb: {tags: 3}}", "tracking.wandb.tags expected a list, e.g. [a, b], got 3"),
-        ("tracking: {wandb: {tags: [a,\n 3]}}", "my.yaml:6: tracking.wandb.tags.1 expected text, got 3"),
-        ("tracking: {wandb: disabled}", 'tracking.wandb expected a section with keys of its own, got "disabled"'),
-        ("optimizer: adam", 'my.yaml:5: optimizer expected a section with keys of its own, got "adam"'),
-        ("optimizer: [adam]", "optimizer expected a section with keys of its own"),
-        ("optimizer:", "optimizer expected a section with keys of its own, got null"),
-        ("optimizer: {lr: .nan}", "optimizer.lr expected a finite number, got NaN"),
-        ("optimizer: {momentum: much}", 'optimizer.momentum expected a number, got "much"'),
-        ("optimizer: {momentum: .nan}", "optimizer.momentum expected a finite number, got NaN"),
-        ("optimizer: {nesterov: 1}", "optimizer.nesterov expected true or false, got 1"),
-        ("optimizer: {name: adam, betas: 0.9}", "optimizer.betas expected a list, e.g. [a, b], got 0.9"),
-        ("optimizer: {name: adam, betas: [0.9]}", "optimizer.betas expected a longer list, got [0.9]"),
-        ("optimizer: {name: adam, betas: [a, b]}", 'optimizer.betas expected a number, got ["a", "b"]'),
-        ("schedule: {name: onecycle, max_lr: .inf}", "schedule.max_lr expected a finite number, got Infinity"),
-        ("schedule: {name: step, step_size: 2.5}", "schedule.step_size expected a whole number, got 2.5"),
-        ("schedule: {name: cosine, interval: stpe}", "expected 'epoch' or 'step', got \"stpe\"; did you mean 'step'?"),
-        ("  root: 3", "data.root expected text, got 3"),
-        ("distill: runs/a", 'distill expected a section with keys of its own, got "runs/a"'),
-        ("distill: {from: 3}", "distill.from expected a list, e.g. [a, b], got 3"),
-        ("distill: {from: [a, 3]}", "distill.from.1 expected text, got 3"),
-        ("  augment: {scale: 2}", "data.augment.scale expected a list, e.g. [a, b], got 2"),
+        ("epochs: 2.5", 5, "epochs", "type", "2.5"),
+        ("epochs: '3'", 5, "epochs", "type"),
+        ("epochs: true", 5, "epochs", "type", "true"),
+        ("epochs: [3]", 5, "epochs", "type", "[3]"),
+        ("epochs: {a: 3}", 5, "epochs", "type", '{"a": 3}'),
+        ("epochs:", 5, "epochs", "type", "null"),
+        ("seed: 1e3", 5, "seed", "type", "1000.0"),
+        ("label_smoothing: little", 5, "label_smoothing", "type", '"little"'),
+        ("label_smoothing: .nan", 5, "label_smoothing", "range", "NaN"),
+        ("clip_grad_norm: .inf", 5, "clip_grad_norm", "range", "Infinity"),
+        ("clip_grad_norm: true", 5, "clip_grad_norm", "type", "true"),
+        ("deterministic: no", 5, "deterministic", "type", '"no"'),
+        ("name: 3", 5, "name", "type"),
+        ("mixed_precision: fp61", 5, "mixed_precision", "unknown", "'fp16'", '"fp61"'),
+        ("mixed_precision: false", 5, "mixed_precision", "type", "false"),
+        ("tracking: {wandb: {tags: 3}}", 5, "tracking.wandb.tags", "type"),
+        ("tracking: {wandb: {tags: [a,\n 3]}}", 6, "tracking.wandb.tags.1", "type"),
+        ("tracking: {wandb: disabled}", 5, "tracking.wandb", "type", '"disabled"'),
+        ("optimizer: adam", 5, "optimizer", "type", '"adam"'),
+        ("optimizer: [adam]", 5, "optimizer", "type"),
+        ("optimizer:", 5, "optimizer", "type", "null"),
+        ("optimizer: {lr: .nan}", 5, "optimizer.lr", "range", "NaN"),
+        ("optimizer: {momentum: much}", 5, "optimizer.momentum", "type", '"much"'),
+        ("optimizer: {momentum: .nan}", 5, "optimizer.momentum", "range", "NaN"),
+        ("optimizer: {nesterov: 1}", 5, "optimizer.nesterov", "type"),
+        ("optimizer: {name: adam, betas: 0.9}", 5, "optimizer.betas", "type", "0.9"),
+        ("optimizer: {name: adam, betas: [0.9]}", 5, "optimizer.betas", "type", "[0.9]"),
+        ("optimizer: {name: adam, betas: [a, b]}", 5, "optimizer.betas", "type", '["a", "b"]'),
+        ("schedule: {name: onecycle, max_lr: .inf}", 5, "schedule.max_lr", "range", "Infinity"),
+        ("schedule: {name: step, step_size: 2.5}", 5, "schedule.step_size", "type", "2.5"),
+        ("schedule: {name: cosine, interval: stpe}", 5, "schedule.interval", "unknown", "'step'", '"stpe"'),
+        ("  root: 3", 5, "data.root", "type"),
+        ("distill: runs/a", 5, "distill", "type", '"runs/a"'),
+        ("distill: {from: 3}", 5, "distill.from", "type"),
+        ("distill: {from: [a, 3]}", 5, "distill.from.1", "type"),
+        ("  augment: {scale: 2}", 5, "data.augment.scale", "type"),
     ],
 )
-def test_a_wrong_type(refused_recipe, text, expected):
-    assert expected in refused_recipe(GOOD + text)
+def test_wrong_type(refused_recipe, case):
+    text, *expected = case
+    assert_problem(refused_recipe(GOOD + text), *expected)
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    "case",
     [
-        ("epochs: 0", "my.yaml:5: epochs expected at least 1, got 0"),
-        ("batch_size: -8", "batch_size expected at least 1, got -8"),
-        ("seed: -1", "seed expected at least 0, got -1"),
-        ("seed: 9223372036854775808", "seed expected less than 9223372036854775808"),
-        ("label_smoothing: 1", "label_smoothing expected less than 1, got 1"),
-        ("ema_decay: 1.5", "ema_decay expected less than 1, got 1.5"),
-        ("max_steps: 0", "max_steps expected at least 1, got 0"),
-        ("early_stopping: {patience: 0}", "early_stopping.patience expected at least 1, got 0"),
-        ("name: a/b", "name 'a/b' cannot name a folder"),
-        ("name: ../../elsewhere", "name '../../elsewhere' cannot name a folder"),
-        ("name: ''", "name '' cannot name a folder"),
-        ("optimizer: {lr: 0}", "optimizer.lr expected greater than 0, got 0"),
-        ("optimizer: {lr: -1e-3}", "optimizer.lr expected greater than 0, got -0.001"),
-        ("optimizer: {weight_decay: -1}", "optimizer.weight_decay Invalid weight_decay value: -1; see torch.optim.SGD"),
-        ("optimizer: {momentum: -1}", "optimizer.momentum Invalid momentum value: -1; see torch.optim.SGD"),
-        ("optimizer: {name: adam, betas: [0.9, 2]}", "Invalid beta parameter at index 1: 2; see torch.optim.Adam"),
-        ("schedule: {name: onecycle, max_lr: 0}", "schedule.max_lr max_lr is above 0, not 0"),
-        ("schedule: {name: onecycle, max_lr: 1, pct_start: 2}", "schedule.pct_start pct_start is a share of the run"),
-        ("schedule: {name: onecycle, max_lr: 1, base_momentum: 3}", "schedule.base_momentum"),
-        ("schedule: {name: onecycle, max_lr: 1, three_phase: true, pct_start: 0.8}", "schedule.pct_start"),
-        ("schedule: {name: step, step_size: 0}", "schedule.step_size step_size is a number of epochs, at least 1"),
-        ("schedule: {name: step, step_size: 1, gamma: -3}", "schedule.gamma"),
-        ("schedule: {name: cosine, T_max: 0}", "schedule.T_max T_max is a number of epochs above 0, not 0"),
-        ("schedule: {name: cosine, eta_min: -1}", "schedule.eta_min"),
-        ("schedule: {name: linear, start_factor: 0}", "schedule.start_factor start_factor is above 0"),
-        ("schedule: {name: plateau, factor: 2}", "schedule"),
-        ("schedule: {name: plateau, factor: -1}", "schedule.factor"),
-        ("schedule: {name: plateau, patience: -1}", "schedule.patience"),
-        ("distill: {from: a, weight: 1.5}", "distill.weight expected at most 1, got 1.5"),
-        ("distill: {from: a, weight: 0}", "distill.weight expected greater than 0, got 0"),
-        ("distill: {from: a, temperature: 0}", "distill.temperature expected greater than 0, got 0"),
-        ("  validation: -1", "data.validation expected at least 0, got -1"),
-        ("  limit_train: 0", "data.limit_train expected at least 1, got 0"),
-        ("  augment: {rotation: -5}", "my.yaml:5: data.augment.rotation expected at least 0, got -5"),
-        ("  augment: {rotation: 400}", "data.augment.rotation expected at most 180, got 400"),
-        ("  augment: {translation: 2}", "data.augment.translation expected at most 1, got 2"),
-        ("  augment: {scale: [2, 1]}", "data.augment.scale scale is [lowest, highest]"),
-        ("  augment: {scale: [1, 2, 3]}", "data.augment.scale expected a list of 2, got [1, 2, 3]"),
-        ("  augment: {scale: [1]}", "data.augment.scale"),
-        ("  augment: {scale: []}", "data.augment.scale"),
+        ("epochs: 0", 5, "epochs", "range"),
+        ("batch_size: -8", 5, "batch_size", "range", "-8"),
+        ("seed: -1", 5, "seed", "range", "-1"),
+        ("seed: 9223372036854775808", 5, "seed", "range"),
+        ("label_smoothing: 1", 5, "label_smoothing", "range"),
+        ("ema_decay: 1.5", 5, "ema_decay", "range", "1.5"),
+        ("max_steps: 0", 5, "max_steps", "range"),
+        ("early_stopping: {patience: 0}", 5, "early_stopping.patience", "range"),
+        ("name: a/b", 5, "name", "range"),
+        ("name: ../../elsewhere", 5, "name", "range"),
+        ("name: ''", 5, "name", "range"),
+        ("optimizer: {lr: 0}", 5, "optimizer.lr", "range"),
+        ("optimizer: {lr: -1e-3}", 5, "optimizer.lr", "range", "-0.001"),
+        ("optimizer: {weight_decay: -1}", 5, "optimizer.weight_decay", "range"),
+        ("optimizer: {momentum: -1}", 5, "optimizer.momentum", "range"),
+        ("optimizer: {name: adam, betas: [0.9, 2]}", 5, "optimizer", "range"),
+        ("schedule: {name: onecycle, max_lr: 0}", 5, "schedule.max_lr", "range"),
+        ("schedule: {name: onecycle, max_lr: 1, pct_start: 2}", 5, "schedule.pct_start", "range"),
+        ("schedule: {name: onecycle, max_lr: 1, base_momentum: 3}", 5, "schedule.base_momentum", "range"),
         (
-            "  augment: {interpolation: cubic}",
-            "data.augment.interpolation expected 'nearest' or 'bilinear', got \"cubic\"",
+            "schedule: {name: onecycle, max_lr: 1, three_phase: true, pct_start: 0.8}",
+            5,
+            "schedule.pct_start",
+            "conflict",
         ),
-        ("  augment: {fill: 300}", "data.augment.fill expected at most 255, got 300"),
-        ("  augment: {elastic: -1}", "data.augment.elastic expected at least 0, got -1"),
-        ("  augment: {elastic: {alpha: 3}}", "data.augment.elastic expected a number"),
-        ("  augment: {elastic: 1, elastic_sigma: 2}", "data.augment.elastic_sigma expected at least 3, got 2"),
-        ("  augment: {shear: 95}", "data.augment.shear expected less than 90, got 95"),
-        ("schedule: {name: onecycle, max_lr: 1, final_div_factor: -1}", "schedule.final_div_factor"),
+        ("schedule: {name: step, step_size: 0}", 5, "schedule.step_size", "range"),
+        ("schedule: {name: step, step_size: 1, gamma: -3}", 5, "schedule.gamma", "range"),
+        ("schedule: {name: cosine, T_max: 0}", 5, "schedule.T_max", "range"),
+        ("schedule: {name: cosine, eta_min: -1}", 5, "schedule.eta_min", "range"),
+        ("schedule: {name: linear, start_factor: 0}", 5, "schedule.start_factor", "range"),
+        ("schedule: {name: plateau, factor: 2}", 5, "schedule.factor", "range"),
+        ("schedule: {name: plateau, factor: -1}", 5, "schedule.factor", "range"),
+        ("schedule: {name: plateau, patience: -1}", 5, "schedule.patience", "range"),
+        ("distill: {from: a, weight: 1.5}", 5, "distill.weight", "range", "1.5"),
+        ("distill: {from: a, weight: 0}", 5, "distill.weight", "range"),
+        ("distill: {from: a, temperature: 0}", 5, "distill.temperature", "range"),
+        ("  validation: -1", 5, "data.validation", "range", "-1"),
+        ("  limit_train: 0", 5, "data.limit_train", "range"),
+        ("  augment: {rotation: -5}", 5, "data.augment.rotation", "range", "-5"),
+        ("  augment: {rotation: 400}", 5, "data.augment.rotation", "range", "400"),
+        ("  augment: {translation: 2}", 5, "data.augment.translation", "range"),
+        ("  augment: {scale: [2, 1]}", 5, "data.augment.scale", "range"),
+        ("  augment: {scale: [1, 2, 3]}", 5, "data.augment.scale", "type", "[1, 2, 3]"),
+        ("  augment: {scale: [1]}", 5, "data.augment.scale.1", "type"),
+        ("  augment: {interpolation: cubic}", 5, "data.augment.interpolation", "unknown", '"cubic"'),
+        ("  augment: {fill: 300}", 5, "data.augment.fill", "range", "300"),
+        ("  augment: {elastic: -1}", 5, "data.augment.elastic", "range", "-1"),
+        ("  augment: {elastic: {alpha: 3}}", 5, "data.augment.elastic", "type"),
+        ("  augment: {elastic: 1, elastic_sigma: 2}", 5, "data.augment.elastic_sigma", "range"),
+        ("  augment: {shear: 95}", 5, "data.augment.shear", "range", "95"),
+        ("schedule: {name: onecycle, max_lr: 1, final_div_factor: -1}", 5, "schedule.final_div_factor", "range"),
     ],
 )
-def test_a_value_out_of_range(refused_recipe, text, expected):
-    assert expected in refused_recipe(GOOD + text)
+def test_value_out_of_range(refused_recipe, case):
+    text, *expected = case
+    assert_problem(refused_recipe(GOOD + text), *expected)
+
+
+def test_list_that_is_too_short(refused_recipe):
+    problems = refused_recipe(GOOD + "  augment: {scale: []}")
+    assert [(p.key, p.kind) for p in problems] == [("data.augment.scale.0", "type"), ("data.augment.scale.1", "type")]
 
 
 # --- names --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    "case",
     [
-        ("optimizer: {name: adma}", "my.yaml:5: optimizer.name expected 'adadelta', "),
-        ("optimizer: {name: adma}", "got \"adma\"; did you mean 'adamax' or 'adam'?"),
-        ("optimizer: {name: SGD}", "got \"SGD\"; did you mean 'sgd'"),
-        ("optimizer: {name: lbfgs}", 'got "lbfgs"'),
-        ("optimizer: {name: muon}", "optimizer"),
-        ("schedule: {name: onecylce}", "schedule.name expected 'constant', "),
-        ("schedule: {name: onecylce}", "did you mean 'onecycle'?"),
+        ("optimizer: {name: adma}", 5, "optimizer.name", "unknown", "'adamax'", '"adma"'),
+        ("optimizer: {name: SGD}", 5, "optimizer.name", "unknown", "'sgd'", '"SGD"'),
+        ("optimizer: {name: lbfgs}", 5, "optimizer.name", "unknown", '"lbfgs"'),
+        ("optimizer: {name: muon}", 5, "optimizer.name", "usage"),
+        ("schedule: {name: onecylce}", 5, "schedule.name", "unknown", "'onecycle'"),
     ],
 )
-def test_an_unknown_name(refused_recipe, text, expected):
-    assert expected in refused_recipe(GOOD + text)
+def test_unknown_name(refused_recipe, case):
+    text, *expected = case
+    assert_problem(refused_recipe(GOOD + text), *expected)
 
 
-def test_an_unknown_data_set(refused_recipe):
-    message = refused_recipe("model: {name: lenet5}\ndata: {dataset: fashion-mnist}\n")
-    assert "my.yaml:2: data.dataset expected 'mnist', " in message
-    assert "did you mean 'fashion_mnist'" in message
+def test_unknown_data_set(refused_recipe):
+    problems = refused_recipe("model: {name: lenet5}\ndata: {dataset: fashion-mnist}\n")
+    assert_problem(problems, 2, "data.dataset", "unknown", "'mnist', ", "'fashion_mnist'")
 
 
 OWN = """\
@@ -390,157 +398,154 @@ class Needy(Shapeless):
 
 
 @pytest.mark.parametrize(
-    ("model", "expected"),
+    "case",
     [
-        ("name: lenet", "my.yaml:1: model.name unknown model 'lenet'"),
-        ("name: lenet", "did you mean 'lenet5'?"),
-        ("name: ''", "my.yaml:1: model.name unknown model ''"),
-        ("name: 3", "my.yaml:1: model.name expected text, got 3"),
-        ("freeze: [a]", "my.yaml:1: model.name this key is needed, e.g. `model: {name: simple_cnn}`"),
-        ("name: torchvision/resnet1", "did you mean 'resnet18'?"),
-        ("name: torchvision/fcn_resnet50", "torchvision has no classifier 'fcn_resnet50'"),
-        ("name: torchvision/alexnet", "model.name"),
-        ("name: torchvision/vit_b_16", "Wrong image height! Expected 224 but got 28!"),
-        ("name: 'nowhere.nets:Net'", "my.yaml:1: model.name model 'nowhere.nets:Net': cannot import 'nowhere.nets'"),
-        ("name: 'my_nets:Brokn'", "'my_nets' has no class or function 'Brokn'"),
-        ("name: 'my_nets:Brokn'", "did you mean 'Broken'"),
-        ("name: 'my_nets:'", "has no class or function ''"),
-        ("name: ':Net'", "model.name"),
-        ("name: 'my_faulty:Net'", "my.yaml:1: model.name model 'my_faulty:Net': cannot import 'my_faulty'"),
-        ("name: 'my_faulty:Net'", "name 'foo' is not defined"),
-        ("name: 'my_nets:Broken'", "RuntimeError: out of ideas"),
-        ("name: 'my_nets:Shapeless'", "gives (2, 784) for two images; expected (2, 10)"),
-        ("name: 'my_nets:Silent'", "gives NoneType for two images; expected (2, 10)"),
-        ("name: 'my_nets:Twofold'", "it gives a tensor in evaluation, but tuple in training"),
-        ("name: torchvision/googlenet", "it gives a tensor in evaluation, but GoogLeNetOutputs in training"),
-        ("name: 'my_nets:NoModule'", "gives a NoModule, not a torch.nn.Module"),
-        ("name: 'my_nets:Weightless'", "my.yaml:1: model.name"),
-        ("name: 'my_nets:Needy'", "my.yaml:1: model.depth my_nets:Needy needs this key"),
-        ("name: 'my_nets:Needy', depth: deep", 'my.yaml:1: model.depth expected a whole number, got "deep"'),
-        ("name: 'my_nets:Needy', depth: 2, widht: 3", "my.yaml:1: model.widht unknown key; did you mean 'width'?"),
-        ("name: 'builtins:int'", "my.yaml:1: model.name"),
-        ("name: ms_ran, width: 0", "my.yaml:1: model.width width must be at least 1, not 0"),
-        ("name: ms_ran, dropout: 1.5", "my.yaml:1: model.dropout dropout must be at least 0 and below 1, not 1.5"),
-        ("name: ms_ran, width: 2.5", "my.yaml:1: model.width expected a whole number, got 2.5"),
-        ("name: ms_ran, width: 1000000", "my.yaml:1: model"),
-        ("name: lenet5, freeze: features.*", "model.freeze expected a list, e.g. [a, b]"),
-        ("name: lenet5, freeze: [3]", "model.freeze.0 expected text, got 3"),
-        (
-            "name: lenet5, freeze: [fetures.*]",
-            "model.freeze 'fetures.*' matches no parameter; did you mean 'features.*'",
-        ),
-        ("name: lenet5, freeze: [zzz]", "'zzz' matches no parameter try: features.*, classifier.*"),
-        ("name: lenet5, freeze: ['*']", "model.freeze every parameter is frozen: nothing is left to train"),
-        ("name: lenet5, freeze: [classifier.*, features.*]", "every parameter is frozen"),
+        ("name: lenet", 1, "model.name", "unknown", "'lenet5'"),
+        ("name: ''", 1, "model.name", "unknown"),
+        ("name: 3", 1, "model.name", "type"),
+        ("freeze: [a]", 1, "model.name", "missing"),
+        ("name: torchvision/resnet1", 1, "model.name", "unknown", "'resnet18'"),
+        ("name: torchvision/fcn_resnet50", 1, "model.name", "unknown"),
+        ("name: torchvision/alexnet", 1, "model.name", "model"),
+        ("name: torchvision/vit_b_16", 1, "model.name", "model", "28!"),
+        ("name: 'nowhere.nets:Net'", 1, "model.name", "missing"),
+        ("name: 'my_nets:Brokn'", 1, "model.name", "unknown", "'Broken'"),
+        ("name: 'my_nets:'", 1, "model.name", "unknown"),
+        ("name: ':Net'", 1, "model.name", "model"),
+        ("name: 'my_faulty:Net'", 1, "model.name", "model"),
+        ("name: 'my_nets:Broken'", 1, "model.name", "model"),
+        ("name: 'my_nets:Shapeless'", 1, "model.name", "model"),
+        ("name: 'my_nets:Silent'", 1, "model.name", "model"),
+        ("name: 'my_nets:Twofold'", 1, "model.name", "model"),
+        ("name: torchvision/googlenet", 1, "model.name", "model"),
+        ("name: 'my_nets:NoModule'", 1, "model.name", "model"),
+        ("name: 'my_nets:Weightless'", 1, "model.name", "model"),
+        ("name: 'my_nets:Needy'", 1, "model.depth", "missing"),
+        ("name: 'my_nets:Needy', depth: deep", 1, "model.depth", "type", '"deep"'),
+        ("name: 'my_nets:Needy', depth: 2, widht: 3", 1, "model.widht", "unknown", "'width'"),
+        ("name: 'builtins:int'", 1, "model.name", "model"),
+        ("name: ms_ran, width: 0", 1, "model.width", "range"),
+        ("name: ms_ran, dropout: 1.5", 1, "model.dropout", "range"),
+        ("name: ms_ran, width: 2.5", 1, "model.width", "type", "2.5"),
+        ("name: ms_ran, width: 1000000", 1, "model.name", "model"),
+        ("name: lenet5, freeze: features.*", 1, "model.freeze", "type"),
+        ("name: lenet5, freeze: [3]", 1, "model.freeze.0", "type"),
+        ("name: lenet5, freeze: [fetures.*]", 1, "model.freeze", "unknown", "'features.*'"),
+        ("name: lenet5, freeze: [zzz]", 1, "model.freeze", "unknown"),
+        ("name: lenet5, freeze: ['*']", 1, "model.freeze", "conflict"),
+        ("name: lenet5, freeze: [classifier.*, features.*]", 1, "model.freeze", "conflict"),
     ],
 )
-def test_a_model_that_cannot_be(refused_recipe, model, expected):
+def test_model_that_cannot_be_built(refused_recipe, case):
     Path("my_nets.py").write_text(OWN, encoding="utf-8")
     Path("my_faulty.py").write_text("foo\n", encoding="utf-8")
     sys.modules.pop("my_nets", None)
-    assert expected in refused_recipe(f"model: {{{model}}}\ndata: {{dataset: synthetic}}\n")
+    model, *expected = case
+    assert_problem(refused_recipe(f"model: {{{model}}}\ndata: {{dataset: synthetic}}\n"), *expected)
 
 
 def test_timm_where_it_is_not_installed(refused_recipe, monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    message = refused_recipe("model: {name: timm/resnet18}\n")
-    assert "my.yaml:1: model.name model 'timm/resnet18' needs timm: pip install timm" in message
+    problems = refused_recipe("model: {name: timm/resnet18}\n")
+    assert_problem(problems, 1, "model.name", "missing", "'timm/resnet18'", "pip install timm")
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    "case",
     [
-        ("compile: defalt", "my.yaml:5: compile expected true or false or 'default', 'reduce-overhead'"),
-        ("compile: defalt", "got \"defalt\"; did you mean 'default'?"),
-        ("micro_batch_size: big", "my.yaml:5: micro_batch_size expected a whole number or 'auto', got \"big\""),
-        ("micro_batch_size: 0", "my.yaml:5: micro_batch_size expected at least 1 or 'auto', got 0"),
+        ("compile: defalt", 5, "compile", "unknown", "'default'", '"defalt"'),
+        ("micro_batch_size: big", 5, "micro_batch_size", "unknown", '"big"'),
+        ("micro_batch_size: 0", 5, "micro_batch_size", "range"),
     ],
 )
-def test_a_key_that_takes_values_of_two_kinds_is_one_problem(refused_recipe, text, expected):
-    message = refused_recipe(GOOD + text)
-    assert expected in message
-    assert "1 problem;" in message
+def test_key_with_two_types_is_one_problem(refused_recipe, case):
+    text, *expected = case
+    assert_problem(refused_recipe(GOOD + text), *expected)
 
 
-@pytest.mark.parametrize("text", ["model: lenet5\n", "epochs: 3\n", "model:\n", "epochs: 3\nmodel: [lenet5]\n"])
-def test_a_recipe_without_a_model(refused_recipe, text):
-    assert "model" in refused_recipe(text)
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("model: lenet5\n", 1, "model", "type"),
+        ("epochs: 3\n", None, "model", "missing"),
+        ("model:\n", 1, "model", "type"),
+        ("epochs: 3\nmodel: [lenet5]\n", 2, "model", "type"),
+    ],
+)
+def test_recipe_without_a_model(refused_recipe, case):
+    text, *expected = case
+    assert_problem(refused_recipe(text), *expected)
 
 
 # --- combinations -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    "case",
     [
-        ("micro_batch_size: 256", "my.yaml:5: micro_batch_size 256 is more than the batch_size of 128"),
-        ("optimizer:\n  nesterov: true", "my.yaml:5: optimizer Nesterov momentum requires a momentum"),
-        ("optimizer: {fused: true, foreach: true}", "`fused` and `foreach` cannot be `True` together"),
-        ("schedule: {name: onecycle}", "my.yaml:5: schedule.max_lr onecycle needs this key"),
+        ("micro_batch_size: 256", 5, "micro_batch_size", "conflict"),
+        ("optimizer:\n  nesterov: true", 5, "optimizer", "conflict"),
+        ("optimizer: {fused: true, foreach: true}", 5, "optimizer.fused", "conflict"),
+        ("schedule: {name: onecycle}", 5, "schedule.max_lr", "missing"),
         (
             "optimizer: {name: adagrad}\nschedule: {name: onecycle, max_lr: 0.1}",
-            "my.yaml:6: schedule.cycle_momentum adagrad has no momentum to cycle; set it to false",
+            6,
+            "schedule.cycle_momentum",
+            "conflict",
         ),
-        ("  split: letters", "my.yaml:5: data.split only emnist has splits, not synthetic; leave it out"),
-        ("distill: {weight: 0.7}", "my.yaml:5: distill.from this key is needed, e.g. `distill: {from: runs/teacher}`"),
-        ("distill: {from: nowhere}", "my.yaml:5: distill.from nowhere is not a run folder"),
-        ("  validation: 4096", "validation=4096 leaves nothing of the 4,096 training images"),
-        ("mixed_precision: fp16", "mixed_precision fp16 needs a GPU"),
+        ("  split: letters", 5, "data.split", "conflict"),
+        ("distill: {weight: 0.7}", 5, "distill.from", "missing"),
+        ("distill: {from: nowhere}", 5, "distill.from", "usage"),
+        ("  validation: 4096", 3, "data", "usage"),
+        ("mixed_precision: fp16", 5, "mixed_precision", "usage"),
     ],
 )
-def test_an_impossible_combination(refused_recipe, text, expected):
-    assert expected in refused_recipe(GOOD + text)
+def test_impossible_combination(refused_recipe, case):
+    text, *expected = case
+    assert_problem(refused_recipe(GOOD + text), *expected)
 
 
-def test_an_unknown_split(refused_recipe):
-    assert "did you mean 'letters'?" in refused_recipe(
-        "model: {name: lenet5}\ndata: {dataset: emnist, split: leters}\n"
-    )
+def test_unknown_split(refused_recipe):
+    problems = refused_recipe("model: {name: lenet5}\ndata: {dataset: emnist, split: leters}\n")
+    assert_problem(problems, 2, "data.split", "unknown", "'letters'")
 
 
-def test_a_keyword_left_over_from_another_model(refused_recipe):
-    message = refused_recipe("model:\n  name: ms_ran\n  width: 8\ndata: {dataset: synthetic}\n", "model.name=lenet5")
-    assert "my.yaml:3: model.width unknown key; known: name, freeze" in message
+def test_keyword_left_over_from_another_model(refused_recipe):
+    problems = refused_recipe("model:\n  name: ms_ran\n  width: 8\ndata: {dataset: synthetic}\n", "model.name=lenet5")
+    assert_problem(problems, 3, "model.width", "unknown", "name, freeze")
 
 
 @pytest.mark.parametrize("precision", ["fp16", "fp8"])
-def test_a_precision_of_the_launcher_that_a_cpu_has_not(refused_recipe, monkeypatch, precision):
+def test_launcher_precision_that_a_cpu_lacks(refused_recipe, monkeypatch, precision):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
-    assert "the launcher: mixed_precision" in refused_recipe(GOOD)
+    assert_problem(refused_recipe(GOOD), "the launcher", "mixed_precision", "unsupported", precision)
 
 
-def test_a_batch_smaller_than_the_world(refused_recipe, monkeypatch):
+def test_batch_smaller_than_the_world(refused_recipe, monkeypatch):
     world = SimpleNamespace(device=torch.device("cpu"), num_processes=4, is_main_process=True)
     monkeypatch.setattr("mnist_dist.train.launched_world", lambda: world)
-    message = refused_recipe(GOOD + "batch_size: 3\n")
-    assert "my.yaml:5: batch_size the global batch of 3 cannot be shared by 4 processes" in message
+    assert_problem(refused_recipe(GOOD + "batch_size: 3\n"), 5, "batch_size", "conflict", "3", "4 processes")
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    "case",
     [
-        ("batch_size: 64\ndata: {dataset: synthetic, limit_train: 129}", "batch_size 64 leaves a process one image"),
-        ("micro_batch_size: 1\ndata: {dataset: synthetic}", "micro_batch_size 1 leaves a process one image at a time"),
-        ("batch_size: 8\nlogical_shards: 8\ndata: {dataset: synthetic}", "logical_shards 8 leaves a process one image"),
+        ("batch_size: 64\ndata: {dataset: synthetic, limit_train: 129}", 2, "batch_size", "usage"),
+        ("micro_batch_size: 1\ndata: {dataset: synthetic}", 2, "micro_batch_size", "usage"),
+        ("batch_size: 8\nlogical_shards: 8\ndata: {dataset: synthetic}", 3, "logical_shards", "usage"),
     ],
 )
-def test_one_image_alone_where_batch_norm_needs_two(refused_recipe, words, expected):
-    message = refused_recipe(f"model: {{name: separable_cnn, head: weighted}}\n{words}\n")
-    assert expected in message and "Expected more than 1 value per channel" in message
+def test_one_image_where_batch_norm_needs_two(refused_recipe, case):
+    text, *expected = case
+    problems = refused_recipe(f"model: {{name: separable_cnn, head: weighted}}\n{text}\n")
+    assert_problem(problems, *expected, "Expected more than 1 value per channel")
 
 
-def test_a_problem_met_while_building_names_file_and_line(refused_recipe):
-    assert "my.yaml:5: mixed_precision fp16 needs a GPU" in refused_recipe(GOOD + "mixed_precision: fp16")
-    assert "my.yaml:3: data" in refused_recipe(GOOD + "  validation: 4096")
-    message = refused_recipe("epochs: 1\n\nmodel:\n  name: torchvision/alexnet\ndata: {dataset: synthetic}\n")
-    assert "my.yaml:4: model.name" in message
-
-
-# --- several at once ----------------------------------------------------------------------------------------------
+# --- several problems ---------------------------------------------------------------------------------------------
 
 
 def test_every_problem_in_one_message(refused_recipe):
-    message = refused_recipe(
+    problems = refused_recipe(
         "epoch: 3\n"
         "batch_size: -3\n"
         "model: {name: lenet5, width: 3}\n"
@@ -550,35 +555,41 @@ def test_every_problem_in_one_message(refused_recipe):
         "label_smoothing=1",
         "seed",
     )
-    assert "mnist_dist: 10 problems; nothing was done:" in message
-    for expected in [
-        "my.yaml:1: epoch unknown key",
-        "my.yaml:2: batch_size expected",
-        "my.yaml:3: model.width unknown key",
-        "my.yaml:4: optimizer.name expected",
-        "my.yaml:4: optimizer.lr expected",
-        "my.yaml:5: schedule.max_lr onecycle needs this key",
-        "my.yaml:6: data.dataset expected",
-        "my.yaml:6: data.augment.rotation expected",
-        "command line: label_smoothing expected",
-        "command line: seed an override is written key=value",
-    ]:
-        assert expected in message
+    assert {(problem.where, problem.key, problem.kind) for problem in problems} == {
+        ("my.yaml:1", "epoch", "unknown"),
+        ("my.yaml:2", "batch_size", "range"),
+        ("my.yaml:3", "model.width", "unknown"),
+        ("my.yaml:4", "optimizer.name", "unknown"),
+        ("my.yaml:4", "optimizer.lr", "range"),
+        ("my.yaml:5", "schedule.max_lr", "missing"),
+        ("my.yaml:6", "data.dataset", "unknown"),
+        ("my.yaml:6", "data.augment.rotation", "range"),
+        ("command line", "label_smoothing", "range"),
+        ("command line", "seed", "usage"),
+    }
+    assert len(problems) == 10
 
 
-def test_a_wrong_type_hides_no_impossible_combination(refused_recipe):
-    message = refused_recipe(
+def test_wrong_type_hides_no_impossible_combination(refused_recipe):
+    problems = refused_recipe(
         "epochs: 2.5\n"
         "micro_batch_size: 300\n"
         "model: {name: ms_ran, width: 0, bottleneck: 0, freeze: [nothing]}\n"
         "optimizer: {nesterov: true, momentum: -1, weight_decay: -1}\n"
         "schedule: {name: onecycle, max_lr: 1, pct_start: 2, div_factor: 0}\n"
     )
-    keys = ["epochs", "micro_batch_size", "model.width", "model.bottleneck", "model.freeze"]
-    keys += ["optimizer.momentum", "optimizer.weight_decay", "schedule.pct_start", "schedule.div_factor"]
-    assert f"{len(keys)} problems" in message
-    for key in keys:
-        assert f": {key} " in message
+    assert {(problem.key, problem.kind) for problem in problems} == {
+        ("epochs", "type"),
+        ("micro_batch_size", "conflict"),
+        ("model.width", "range"),
+        ("model.bottleneck", "range"),
+        ("model.freeze", "unknown"),
+        ("optimizer.momentum", "range"),
+        ("optimizer.weight_decay", "range"),
+        ("schedule.pct_start", "range"),
+        ("schedule.div_factor", "range"),
+    }
+    assert len(problems) == 9
 
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text("abc 1.-é#'{[", max_size=5)
@@ -607,7 +618,7 @@ VALUES = st.recursive(
 
 @given(st.dictionaries(st.sampled_from(list(Recipe.model_fields)) | st.text(max_size=3), VALUES, max_size=5))
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_any_values_are_taken_or_refused_in_words(values):
+def test_any_values_are_accepted_or_refused(values):
     Path("my.yaml").write_text(yaml.safe_dump({"model": {"name": "lenet5"}} | values), encoding="utf-8")
     try:
         load_recipe("my.yaml")
@@ -617,7 +628,7 @@ def test_any_values_are_taken_or_refused_in_words(values):
 
 @given(st.text(max_size=40) | st.text("ab:-[]{}&*!|>'\"#%?, \n\t", max_size=40))
 @settings(max_examples=200, deadline=None)
-def test_any_text_is_refused_in_words(text):
+def test_any_text_is_refused(text):
     Path("my.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(RecipeError):
         load_recipe("my.yaml")
@@ -627,35 +638,33 @@ def test_any_text_is_refused_in_words(text):
 
 
 @pytest.mark.parametrize(
-    ("word", "expected"),
+    "case",
     [
-        ("epochs", "command line: epochs an override is written key=value, e.g. optimizer.lr=0.05"),
-        ("=3", "command line: =3 an override is written key=value"),
-        ("optimizer..lr=3", "command line: optimizer..lr=3 an override is written key=value"),
-        ("model.freeze.0=x", "an override is written key=value"),
-        ("epochs=", "command line: epochs expected a whole number, got null"),
-        ("epochs==3", 'command line: epochs expected a whole number, got "=3"'),
-        ("epochs=[1", "command line: epochs cannot be read"),
-        ("epochs=*a", "command line: epochs cannot be read: found undefined alias 'a'"),
-        ("epochs=!!python/name:os.system", "command line: epochs cannot be read"),
-        ("optimizer={name: adam, name: sgd}", "command line: optimizer cannot be read: name is given twice"),
-        ("epoch=3", "command line: epoch unknown key; did you mean 'epochs'?"),
-        ("a.b.c=3", "command line: a unknown key"),
-        ("optimizer.momentun=3", "command line: optimizer.momentun unknown key; did you mean 'momentum'?"),
-        ("optimizer={name: adma}", "command line: optimizer.name expected"),
-        ("epochs.x=3", "command line: epochs expected a whole number"),
-        ("model.name.x=3", "command line: model.name expected text"),
-        ("model=lenet5", "command line: model expected a section with keys of its own"),
-        ("data=null", "command line: data expected a section with keys of its own, got null"),
-        ("optimizer.lr=abc", 'command line: optimizer.lr expected a number, got "abc"'),
-        (
-            "tracking.wandb.mode=no",
-            "command line: tracking.wandb.mode expected 'auto', 'online', 'offline' or 'disabled'",
-        ),
+        ("epochs", "epochs", "usage"),
+        ("=3", "=3", "usage"),
+        ("optimizer..lr=3", "optimizer..lr=3", "usage"),
+        ("model.freeze.0=x", "model.freeze.0=x", "usage"),
+        ("epochs=", "epochs", "type", "null"),
+        ("epochs==3", "epochs", "type", '"=3"'),
+        ("epochs=[1", "epochs", "syntax"),
+        ("epochs=*a", "epochs", "syntax"),
+        ("epochs=!!python/name:os.system", "epochs", "syntax"),
+        ("optimizer={name: adam, name: sgd}", "optimizer", "syntax"),
+        ("epoch=3", "epoch", "unknown", "'epochs'"),
+        ("a.b.c=3", "a", "unknown"),
+        ("optimizer.momentun=3", "optimizer.momentun", "unknown", "'momentum'"),
+        ("optimizer={name: adma}", "optimizer.name", "unknown"),
+        ("epochs.x=3", "epochs", "type"),
+        ("model.name.x=3", "model.name", "type"),
+        ("model=lenet5", "model", "type"),
+        ("data=null", "data", "type", "null"),
+        ("optimizer.lr=abc", "optimizer.lr", "type", '"abc"'),
+        ("tracking.wandb.mode=no", "tracking.wandb.mode", "unknown"),
     ],
 )
-def test_a_bad_override(refused_recipe, word, expected):
-    assert expected in refused_recipe(GOOD, word)
+def test_wrong_override(refused_recipe, case):
+    word, *expected = case
+    assert_problem(refused_recipe(GOOD, word), "command line", *expected)
 
 
 # --- data ---------------------------------------------------------------------------------------------------------
@@ -674,7 +683,7 @@ def packed(values: np.ndarray) -> bytes:
 
 
 def write_mnist() -> Path:
-    """Twenty images and labels each in ./data, packed."""
+    """Writes 20 images and labels for each of training and test into ./data, compressed; returns their folder."""
     raw = Path("data/MNIST/raw")
     raw.mkdir(parents=True)
     images, labels = np.random.default_rng(0).integers(0, 256, (20, 28, 28)), np.arange(20) % 10
@@ -685,20 +694,19 @@ def write_mnist() -> Path:
 
 @pytest.mark.parametrize("root", ["data", "elsewhere", "my.yaml"])
 def test_missing_data_without_a_network(refused_recipe, root):
-    message = refused_recipe(MNIST, f"data.root={root}")
-    assert f"{root}/MNIST/raw lacks" in message
-    assert all(name in message for name in FILES)
-    assert "put the files there, or name another folder with data.root=… or MNIST_DIST_DATA" in message
+    problems = refused_recipe(MNIST, f"data.root={root}")
+    assert_problem(problems, "command line", "data.root", "missing", f"{root}/MNIST/raw", "MNIST_DIST_DATA", *FILES)
 
 
 @pytest.mark.parametrize("dataset", ["fashion_mnist", "kmnist", "qmnist", "emnist"])
-def test_a_missing_data_set_without_a_network(refused_recipe, dataset):
-    assert "put the files there" in refused_recipe(MNIST, f"data.dataset={dataset}")
+def test_missing_data_set_without_a_network(refused_recipe, dataset):
+    problems = refused_recipe(MNIST, f"data.dataset={dataset}")
+    assert_problem(problems, 2, "data.root", "missing", "data.root=", "MNIST_DIST_DATA")
 
 
-def test_the_digits_without_scikit_learn(refused_recipe, monkeypatch):
+def test_digits_without_scikit_learn(refused_recipe, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    assert "pip install" in refused_recipe(MNIST, "data.dataset=digits")
+    assert_problem(refused_recipe(MNIST, "data.dataset=digits"), 2, "data", "missing", "digits", "pip install")
 
 
 def flipped(content: bytes, position: int) -> bytes:
@@ -706,33 +714,28 @@ def flipped(content: bytes, position: int) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("name", "damage", "expected"),
+    ("name", "damage", "words"),
     [
-        (IMAGES, lambda whole: whole[: len(whole) // 2], "is damaged"),
-        (IMAGES, lambda whole: flipped(whole, 1000), "is damaged"),
-        (LABELS, lambda whole: flipped(whole, 20), "is damaged"),
-        (IMAGES, lambda whole: flipped(whole, -6), "is damaged"),
-        (IMAGES, lambda whole: b"", "is damaged"),
-        (IMAGES, lambda whole: b"<html>Not found</html>", "is damaged"),
-        (IMAGES, lambda whole: gzip.compress(b"\x08\x08\x08\x03" + bytes(100)), "is damaged"),
-        (IMAGES, lambda whole: gzip.compress(b"\x00\x00\x07\x03" + bytes(100)), "is damaged"),
-        (IMAGES, lambda whole: gzip.compress(b"\x00\x00\x08\x03" + bytes(3)), "is damaged"),
-        (IMAGES, lambda whole: gzip.compress(gzip.decompress(whole)[:-5]), "is damaged"),
-        (LABELS, lambda whole: packed(np.zeros(19)), "20 images but 19 labels"),
-        (LABELS, lambda whole: packed(np.full(20, 10)), "labels run from 10 to 10, not from 0 to 9"),
-        (LABELS, lambda whole: packed(np.zeros((20, 3))), "data/MNIST/raw"),
-        (IMAGES, lambda whole: packed(np.zeros((20, 32, 32))), "expected uint8 images of 28×28"),
+        (IMAGES, lambda whole: whole[: len(whole) // 2], [f"{IMAGES}.gz"]),
+        (IMAGES, lambda whole: flipped(whole, 1000), [f"{IMAGES}.gz"]),
+        (LABELS, lambda whole: flipped(whole, 20), [f"{LABELS}.gz"]),
+        (IMAGES, lambda whole: flipped(whole, -6), [f"{IMAGES}.gz"]),
+        (IMAGES, lambda whole: b"", [f"{IMAGES}.gz"]),
+        (IMAGES, lambda whole: b"<html>Not found</html>", [f"{IMAGES}.gz"]),
+        (IMAGES, lambda whole: gzip.compress(b"\x08\x08\x08\x03" + bytes(100)), [f"{IMAGES}.gz"]),
+        (IMAGES, lambda whole: gzip.compress(b"\x00\x00\x07\x03" + bytes(100)), [f"{IMAGES}.gz"]),
+        (IMAGES, lambda whole: gzip.compress(b"\x00\x00\x08\x03" + bytes(3)), [f"{IMAGES}.gz"]),
+        (IMAGES, lambda whole: gzip.compress(gzip.decompress(whole)[:-5]), [f"{IMAGES}.gz"]),
+        (LABELS, lambda whole: packed(np.zeros(19)), ["20 images", "19 labels"]),
+        (LABELS, lambda whole: packed(np.full(20, 10)), ["10 to 10", "0 to 9"]),
+        (LABELS, lambda whole: packed(np.zeros((20, 3))), []),
+        (IMAGES, lambda whole: packed(np.zeros((20, 32, 32))), ["28×28"]),
     ],
 )
-def test_damaged_data(refused_recipe, name, damage, expected):
+def test_damaged_data(refused_recipe, name, damage, words):
     path = write_mnist() / f"{name}.gz"
     path.write_bytes(damage(path.read_bytes()))
-    message = refused_recipe(MNIST)
-    assert expected in message
-    assert "data/MNIST/raw" in message
-    if expected == "is damaged":
-        assert f"{name}.gz is damaged" in message
-        assert "delete it to have it downloaded again" in message
+    assert_problem(refused_recipe(MNIST), 2, "data", "damaged", "data/MNIST/raw", *words)
 
 
 @pytest.mark.parametrize(("first", "second"), [FILES[:2], FILES[2:]])
@@ -740,79 +743,78 @@ def test_data_without_an_image(refused_recipe, first, second):
     raw = write_mnist()
     (raw / f"{first}.gz").write_bytes(packed(np.zeros((0, 28, 28))))
     (raw / f"{second}.gz").write_bytes(packed(np.zeros(0)))
-    assert "data" in refused_recipe(MNIST)
+    assert_problem(refused_recipe(MNIST), 2, "data", "damaged")
 
 
-def test_a_validation_part_as_large_as_the_training_set(refused_recipe):
+def test_validation_part_as_large_as_the_training_set(refused_recipe):
     write_mnist()
-    assert "validation=20 leaves nothing of the 20 training images" in refused_recipe(MNIST, "data.validation=20")
+    problems = refused_recipe(MNIST, "data.validation=20")
+    assert_problem(problems, "command line", "data.validation", "conflict", "20 training images")
 
 
 # --- the run folder -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("run_dir", "expected"),
+    ("run_dir", "kind", "words"),
     [
-        ("full", "command line: --run-dir full is not empty"),
-        ("other", "command line: --run-dir the run in other began with another recipe: epochs: 3 -> 1"),
-        (".", "is not empty"),
-        ("my.yaml", "my.yaml cannot be written: File exists; give another --run-dir"),
-        ("my.yaml/run", "my.yaml/run cannot be written: Not a directory; give another --run-dir"),
-        ("/proc/run", "/proc/run cannot be written"),
-        ("x" * 300, "cannot be written: File name too long"),
-        ("", "command line: --run-dir"),
+        ("full", "exists", ["full"]),
+        ("other", "conflict", ["other", "epochs: 3 -> 1"]),
+        (".", "exists", []),
+        ("my.yaml", "unwritable", ["my.yaml", "File exists"]),
+        ("my.yaml/run", "unwritable", ["my.yaml/run", "Not a directory"]),
+        ("/proc/run", "unwritable", ["/proc/run"]),
+        ("x" * 300, "unwritable", ["File name too long"]),
+        ("", "exists", []),
     ],
 )
-def test_a_run_folder_that_cannot_be_used(refused, run_dir, expected):
+def test_run_folder_that_cannot_be_used(refused, run_dir, kind, words):
     for folder, file, text in [("full", "notes.txt", ""), ("other", "recipe.yaml", "name: my\nepochs: 3\n" + GOOD)]:
         Path(folder).mkdir()
         Path(folder, file).write_text(text, encoding="utf-8")
     Path("my.yaml").write_text(GOOD, encoding="utf-8")
-    assert expected in refused("--recipe", "my.yaml", "--run-dir", run_dir)
+    problems = refused("--recipe", "my.yaml", "--run-dir", run_dir)
+    assert_problem(problems, "command line", "--run-dir", kind, *words)
 
 
 @pytest.mark.parametrize("path", ["runs", "runs/my"])
-def test_a_file_where_the_run_folders_go(refused_recipe, path):
+def test_file_in_the_place_of_the_run_folders(refused_recipe, path):
     Path(path).parent.mkdir(exist_ok=True)
     Path(path).write_text("a file", encoding="utf-8")
-    assert "cannot be written: Not a directory; give another --run-dir" in refused_recipe(GOOD)
+    [problem] = refused_recipe(GOOD)
+    assert problem.kind == "unwritable"
+    assert "Not a directory" in problem.message and "--run-dir" in problem.message
 
 
-# --- in processes of their own ------------------------------------------------------------------------------------
-
-
-def in_processes(world_size: int, *words: str) -> subprocess.CompletedProcess[str]:
-    """Runs the door in the working directory, from which Python also takes a sitecustomize.py."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size)]
-    command = [sys.executable, *(launcher if world_size > 1 else []), "-m", "mnist_dist.train", *words]
-    paths = [str(Path.cwd()), str(Path(mnist_dist.__file__).parent.parent)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    return subprocess.run(
-        command, env=environment | {"PYTHONDONTWRITEBYTECODE": "1"}, capture_output=True, text=True, timeout=120
-    )
+# --- child processes ----------------------------------------------------------------------------------------------
 
 
 def test_one_process_ends_with_code_2_and_nothing_on_stdout(tmp_path):
     Path("my.yaml").write_text(GOOD, encoding="utf-8")
     before = tree(tmp_path)
-    done = in_processes(1, "--recipe", "my.yaml", "--run-dir", "my.yaml")
+    command = [sys.executable, "-m", "mnist_dist.train", "--recipe", "my.yaml", "--run-dir", "my.yaml"]
+    done = processes.run(command, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert_one_screen(done.stderr)
-    assert "my.yaml cannot be written: File exists" in done.stderr
+    assert "my.yaml" in done.stderr and "File exists" in done.stderr
     assert tree(tmp_path) == before
 
 
-def test_two_processes_give_one_message_although_the_first_is_the_slower(tmp_path):
-    # A launcher ends the others as soon as one process has ended, with or without the message.
+@pytest.mark.launch
+def test_two_processes_print_one_message_although_rank_0_is_slower(tmp_path):
+    # A launcher ends the other processes as soon as one has ended, whether rank 0 has printed its message or not.
     slow = "import os, time\nif os.environ.get('RANK') == '0':\n    time.sleep(2)\n"
     Path("sitecustomize.py").write_text(slow, encoding="utf-8")
     Path("my.yaml").write_text(GOOD, encoding="utf-8")
     before = tree(tmp_path)
-    done = in_processes(2, "--recipe", "my.yaml", "epoch=3")
-    ours = [line for line in done.stderr.splitlines() if "nothing was done" in line]
-    assert ours == ["mnist_dist: 1 problem; nothing was done:"], done.stderr
-    assert "did you mean 'epochs'?" in done.stderr
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, *launcher, "-m", "mnist_dist.train", "--recipe", "my.yaml", "epoch=3"]
+    paths = [str(Path.cwd()), str(processes.ROOT)]  # Python imports sitecustomize.py from the first
+    variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=300)
+    screens = [line for line in done.stderr.splitlines() if line.startswith("mnist_dist: ")]
+    assert len(screens) == 1, done.stderr
+    assert "command line: epoch" in done.stderr and "'epochs'" in done.stderr
     assert "Traceback" not in done.stderr.partition("'epochs'")[0]
     assert "exitcode  : 2 " in done.stderr
     assert done.stdout == ""

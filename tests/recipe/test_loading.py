@@ -1,4 +1,4 @@
-"""A recipe's values: how they are read, merged, typed and written. `test_bad_input` has what is refused."""
+"""How the values of a recipe are read, merged, typed and written. Refusals are in `test_bad_input`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from mnist_dist.engine import optimizers as optim
 from mnist_dist.errors import RecipeError
-from mnist_dist.recipe.changes import describe_changes
-from mnist_dist.recipe.file import bundled_recipes, find_recipe, recipe_notes
+from mnist_dist.recipe.changes import describe_changes, refuse_changes
+from mnist_dist.recipe.file import bundled_recipes, find_recipe, note_measured, recipe_notes
 from mnist_dist.recipe.loading import load_recipe
 from mnist_dist.recipe.schema import Recipe
 
@@ -20,9 +20,9 @@ MODEL = "model: {name: lenet5}\n"
 
 
 @pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
+def empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])  # a model of one's own adds the folder
+    monkeypatch.setattr(sys, "path", [*sys.path])  # a user's own model adds the folder
 
 
 def load(text: str, *overrides: str) -> Recipe:
@@ -31,7 +31,7 @@ def load(text: str, *overrides: str) -> Recipe:
 
 
 def read(text: str) -> object:
-    """What a scalar is read as where no type says what it should be: Identity takes any keyword."""
+    """Returns what a scalar is read as where the schema sets no type: Identity takes any keyword."""
     return load(f"model: {{name: 'torch.nn:Identity', value: {text}}}\n").model.keywords["value"]
 
 
@@ -67,23 +67,23 @@ def read(text: str) -> object:
         ("{a: 1}", {"a": 1}),
     ],
 )
-def test_scalars_are_those_of_yaml_1_2(text, value):
+def test_scalars_follow_yaml_1_2(text, value):
     assert read(text) == value
     assert type(read(text)) is type(value)
 
 
-def test_no_is_text_where_text_is_meant():
+def test_no_is_text_where_text_is_expected():
     recipe = load(MODEL + "mixed_precision: no\nname: on\n")
     assert (recipe.mixed_precision, recipe.name) == ("no", "on")
 
 
-def test_a_whole_number_serves_where_a_number_is_meant():
+def test_whole_number_is_accepted_where_a_number_is_expected():
     recipe = load(MODEL + "clip_grad_norm: 1\noptimizer: {lr: 1}\n")
     assert (recipe.clip_grad_norm, recipe.optimizer.lr) == (1.0, 1.0)
     assert isinstance(recipe.clip_grad_norm, float)
 
 
-def test_windows_line_ends_and_a_byte_order_mark_do_no_harm():
+def test_windows_line_ends_and_a_byte_order_mark_are_accepted():
     Path("my.yaml").write_bytes("\ufeffepochs: 3\r\nmodel:\r\n  name: lenet5\r\n".encode())
     assert load_recipe("my.yaml").epochs == 3
 
@@ -91,24 +91,24 @@ def test_windows_line_ends_and_a_byte_order_mark_do_no_harm():
 # --- precedence ---------------------------------------------------------------------------------------------------
 
 
-def test_a_default_gives_way_to_the_file_and_the_file_to_an_override():
+def test_file_overrides_default_and_override_overrides_file():
     assert load(MODEL).epochs == Recipe.model_fields["epochs"].default
     assert load(MODEL + "epochs: 3\n").epochs == 3
     assert load(MODEL + "epochs: 3\n", "epochs=5").epochs == 5
     assert load(MODEL + "epochs: 3\n", "epochs=5", "epochs=7").epochs == 7
 
 
-def test_an_override_leaves_the_rest_of_its_section_alone():
+def test_override_keeps_the_rest_of_its_section():
     recipe = load(MODEL + "data: {dataset: synthetic, augment: {rotation: 5, shear: 2}}\n", "data.augment.shear=3")
     assert (recipe.data.dataset, recipe.data.augment.rotation, recipe.data.augment.shear) == ("synthetic", 5.0, 3.0)
 
 
 @pytest.mark.parametrize("section", ["", "data:\n", "data: null\n", "data: {dataset: synthetic}\n"])
-def test_an_override_reaches_into_a_section_that_the_file_lacks(section):
+def test_override_creates_a_section_that_the_file_lacks(section):
     assert load(MODEL + section, "data.augment.rotation=5").data.augment.rotation == 5.0
 
 
-def test_an_override_can_be_a_whole_section():
+def test_override_can_be_a_whole_section():
     recipe = load(MODEL + "optimizer: {momentum: 0.5}\n", "optimizer={name: adam, lr: 1e-2, betas: [0.8, 0.9]}")
     assert recipe.optimizer.model_dump() == {"name": "adam", "lr": 0.01, "betas": [0.8, 0.9]}
 
@@ -125,24 +125,24 @@ def test_an_override_can_be_a_whole_section():
         ("name='010'", "010"),
     ],
 )
-def test_an_override_is_typed_as_in_the_file(word, value):
+def test_override_is_typed_as_in_the_file(word, value):
     assert getattr(load(MODEL, word), word.partition("=")[0]) == value
 
 
-def test_lists_are_overridden_whole():
+def test_override_replaces_a_list():
     recipe = load(MODEL + "tracking: {wandb: {tags: [a, b]}}\n", "tracking.wandb.tags=[c]", "data.augment.scale=[1, 2]")
     assert recipe.tracking.wandb.tags == ["c"]
     assert recipe.data.augment.build().scale == (1.0, 2.0)
 
 
-def test_null_takes_an_own_keyword_away():
+def test_null_removes_a_keyword():
     text = MODEL + "optimizer: {name: sgd, momentum: 0.9, nesterov: true}\n"
     assert load(text).optimizer.keywords == {"momentum": 0.9, "nesterov": True}
     recipe = load(text, "optimizer.name=adam", "optimizer.momentum=null", "optimizer.nesterov=")
     assert recipe.optimizer.keywords == {}
 
 
-def test_the_name_is_the_files_own_unless_given():
+def test_name_is_the_file_name_unless_given():
     assert load(MODEL).name == "my"
     assert load(MODEL + "name: null\n").name == "my"
     assert load(MODEL + "name: other\n").name == "other"
@@ -150,35 +150,35 @@ def test_the_name_is_the_files_own_unless_given():
     assert load(MODEL + "name: other\n", "name=null").name == "my"
 
 
-# --- what depends on something else -------------------------------------------------------------------------------
+# --- values that depend on others ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", sorted(optim.OPTIMIZERS))
-def test_the_optimizers_default_learning_rate_is_written_out(name):
+def test_default_learning_rate_of_the_optimizer_is_filled_in(name):
     assert load(MODEL, f"optimizer.name={name}").optimizer.lr == optim.default_lr(name)
 
 
-def test_a_given_learning_rate_stays():
+def test_given_learning_rate_is_kept():
     assert load(MODEL, "optimizer.lr=0.5").optimizer.lr == 0.5
 
 
-def test_onecycle_finds_its_own_first_rate():
+def test_onecycle_keeps_a_learning_rate_of_null():
     cycle = ["schedule.name=onecycle", "schedule.max_lr=0.1"]
     assert load(MODEL, *cycle).optimizer.lr is None
     assert load(MODEL, *cycle, "optimizer.lr=0.02").optimizer.lr == 0.02
 
 
-def test_own_keywords_reach_what_they_name():
+def test_keywords_of_open_sections_are_kept():
     recipe = load("model: {name: ms_ran, width: 8, freeze: ['stem.*']}\nschedule: {name: cosine, T_max: 3}\n")
     assert recipe.model.keywords == {"width": 8}
     assert recipe.schedule.keywords == {"T_max": 3}
 
 
-def test_a_model_that_cannot_be_built_without_memory_is_left_to_be_built_in_earnest():
+def test_model_that_cannot_be_built_without_memory_is_accepted():
     assert load("model: {name: torchvision/regnet_y_400mf}\n").model.name == "torchvision/regnet_y_400mf"
 
 
-def test_a_signature_with_lists_tuples_and_choices_takes_yaml_lists(monkeypatch, tmp_path):
+def test_signature_with_lists_tuples_and_choices_accepts_yaml_lists(monkeypatch, tmp_path):
     source = """\
 from typing import Literal
 from torch import nn
@@ -191,16 +191,15 @@ def net(*, widths: list[int], kernel: tuple[int, int] = (3, 3), kind: Literal["a
     assert recipe.model.keywords == {"widths": [8, 16], "kernel": [5, 5], "kind": "b", "rate": 1}
 
 
-def test_nothing_changes_a_loaded_recipe():
+def test_loaded_recipe_is_frozen():
     with pytest.raises(ValueError, match="frozen"):
         load(MODEL).epochs = 3
 
 
-def test_a_recipe_knows_where_its_values_were_written():
+def test_recipe_knows_where_its_values_were_written():
     recipe = load(MODEL + "\nepochs: 3\ndata:\n  dataset: synthetic\n", "batch_size=64")
-    wheres = {
-        key: recipe.problem(key, "").where for key in ("epochs", "data.dataset", "data.root", "batch_size", "seed")
-    }
+    keys = ("epochs", "data.dataset", "data.root", "batch_size", "seed")
+    wheres = {key: recipe.problem(key, "", "range").where for key in keys}
     assert wheres == {
         "epochs": "my.yaml:3",
         "data.dataset": "my.yaml:5",
@@ -210,15 +209,16 @@ def test_a_recipe_knows_where_its_values_were_written():
     }
 
 
-# --- written out --------------------------------------------------------------------------------------------------
+# --- writing ------------------------------------------------------------------------------------------------------
 
 
-def again(recipe: Recipe) -> Recipe:
+def reload(recipe: Recipe) -> Recipe:
+    """Writes a recipe and loads the file."""
     Path("again.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     return load_recipe("again.yaml")
 
 
-def test_a_recipe_written_out_loads_to_an_equal_one():
+def test_written_recipe_loads_as_an_equal_recipe():
     recipe = load(
         "model: {name: ms_ran, width: 8, dropout: 0.25, freeze: ['stem.*']}\n"
         "optimizer: {name: adam, betas: [0.8, 0.99], eps: 1e-7}\n"
@@ -227,7 +227,7 @@ def test_a_recipe_written_out_loads_to_an_equal_one():
         "mixed_precision: no\n"
         "distill: {from: runs/teacher, temperature: 4}\n"
     )
-    assert again(recipe) == recipe
+    assert reload(recipe) == recipe
     assert "lr: 0.001" in recipe.to_yaml()
     assert "distill:\n  from:\n  - runs/teacher\n  weight: 0.5\n" in recipe.to_yaml()
 
@@ -250,7 +250,7 @@ rates = st.floats(min_value=0, max_value=1, exclude_min=True, exclude_max=True)
     deterministic=st.booleans(),
 )
 @settings(max_examples=100, deadline=None, derandomize=True)
-def test_any_valid_values_survive_being_written_and_read(
+def test_any_valid_values_are_written_and_read_without_change(
     name, seed, epochs, smoothing, clip, precision, tags, project, momentum, deterministic
 ):
     recipe = Recipe.model_validate(
@@ -267,31 +267,31 @@ def test_any_valid_values_survive_being_written_and_read(
             "tracking": {"wandb": {"project": project, "tags": tags}},
         }
     )
-    assert again(recipe) == recipe
+    assert reload(recipe) == recipe
 
 
 # --- bundled recipes ----------------------------------------------------------------------------------------------
 
 
-def test_a_bundled_recipe_is_found_by_name_from_any_folder():
+def test_bundled_recipe_is_found_by_name_from_any_folder():
     plain = load_recipe("model_v3_onecycle")
     assert plain == load_recipe("model_v3_onecycle.yaml")
     assert plain == load_recipe(bundled_recipes()["model_v3_onecycle"])
     assert plain.name == "model_v3_onecycle"
 
 
-def test_a_file_at_hand_comes_before_a_bundled_recipe_of_its_name():
+def test_file_has_priority_over_a_bundled_recipe_of_the_same_name():
     Path("simple_cnn.yaml").write_text(MODEL, encoding="utf-8")
     assert load_recipe("simple_cnn.yaml").model.name == "lenet5"
     assert load_recipe("simple_cnn").model.name == "simple_cnn"
 
 
-def test_a_folder_does_not_hide_a_bundled_recipe_of_its_name():
+def test_folder_does_not_hide_a_bundled_recipe_of_the_same_name():
     Path("simple_cnn").mkdir()
     assert find_recipe("simple_cnn") == bundled_recipes()["simple_cnn"]
 
 
-def test_the_documented_command():
+def test_documented_command():
     recipe, plain = (
         load_recipe("model_v3_onecycle.yaml", "epochs=1", "optimizer.lr=0.05"),
         load_recipe("model_v3_onecycle"),
@@ -301,28 +301,67 @@ def test_the_documented_command():
 
 
 @pytest.mark.parametrize("name", list(bundled_recipes()))
-def test_a_bundled_recipe_written_out_loads_to_an_equal_one(name):
+def test_written_bundled_recipe_loads_as_an_equal_recipe(name):
     recipe = load_recipe(name)
-    assert again(recipe) == recipe
+    assert reload(recipe) == recipe
 
 
-def test_the_notes_are_the_head_comments_lines():
+def test_notes_are_lines_of_the_head_comment():
     Path("my.yaml").write_text(
+        "# yaml-language-server: $schema=recipe.schema.json\n"
         "# Title\n# command:  train --recipe my.yaml\n# claim: > 99 %: fine\n# no note\nepochs: 1 # measured: 3\n",
         encoding="utf-8",
     )
     assert recipe_notes(Path("my.yaml")) == {"command": "train --recipe my.yaml", "claim": "> 99 %: fine"}
 
 
+@pytest.mark.parametrize("name", ["debug", "plus/plus_25k"])
+def test_measured_result_is_written_into_the_head_comment(name):
+    text = bundled_recipes()[name].read_text(encoding="utf-8")
+    path = Path("my.yaml")
+    path.write_text(text, encoding="utf-8")
+    note_measured(path, "99.0 %")
+    assert recipe_notes(path)["measured"] == "99.0 %"
+    changed = [
+        pair for pair in zip(text.splitlines(), path.read_text().splitlines(), strict=True) if pair[0] != pair[1]
+    ]
+    assert [new for _, new in changed] == ["# measured: 99.0 %"]
+
+
+# --- changes ------------------------------------------------------------------------------------------------------
+
+
+def test_only_changes_of_the_result_are_described():
+    old = load(MODEL)
+    new = load(MODEL, "epochs=2", "checkpoint.keep=5", "tracking.plots=false", "data.root=elsewhere")
+    assert describe_changes(old, new) == ["epochs: 1 -> 2"]
+
+
+@pytest.mark.parametrize(
+    ("override", "allowed", "named"),
+    [
+        ("tracking.plots=false", False, []),
+        ("epochs=2", False, ["epochs: 1 -> 2", "--allow-recipe-change"]),
+        ("epochs=2", True, []),
+        ("model.name=simple_cnn", True, ["model.name: lenet5 -> simple_cnn", "model.init_from"]),
+    ],
+)
+def test_changes_that_a_resume_refuses(override, allowed, named):
+    refusal = refuse_changes(load(MODEL), load(MODEL, override), allowed)
+    assert bool(refusal) == bool(named)
+    assert not [words for words in named if words not in refusal]
+
+
 # --- the message --------------------------------------------------------------------------------------------------
 
 
-def test_all_problems_stand_in_one_message_with_their_places():
+def test_one_message_has_all_problems_with_their_locations():
     with pytest.raises(RecipeError) as caught:
         load(MODEL + "epoch: 3\nbatch_size: 2.5\n", "optimizer.lr=-1")
-    assert [(problem.where, problem.key) for problem in caught.value.problems] == [
-        ("my.yaml:3", "batch_size"),
-        ("command line", "optimizer.lr"),
-        ("my.yaml:2", "epoch"),
+    assert [(problem.where, problem.key, problem.kind) for problem in caught.value.problems] == [
+        ("my.yaml:3", "batch_size", "type"),
+        ("command line", "optimizer.lr", "range"),
+        ("my.yaml:2", "epoch", "unknown"),
     ]
-    assert str(caught.value).startswith("3 problems; nothing was done:\n  my.yaml:3: batch_size\n      expected")
+    heads = [line for line in str(caught.value).splitlines() if line.startswith("  ") and not line.startswith("   ")]
+    assert heads == ["  my.yaml:3: batch_size", "  command line: optimizer.lr", "  my.yaml:2: epoch"]
