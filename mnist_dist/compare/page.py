@@ -30,7 +30,7 @@ CURVES = ("train/loss", "eval/loss", "train/accuracy", "eval/accuracy", "train/l
 POINTS = 300
 """Maximum number of points of a curve. A longer curve is shown by the means of groups of lines."""
 
-PICTURES = {"confusion_matrix.png": "Confusion matrix", "misclassified.png": "Worst images"}
+PICTURES = {"confusion_matrix.png": "Confusion matrix", "misclassified.png": "Most confident mistakes"}
 PICTURE_WIDTH = 900
 
 

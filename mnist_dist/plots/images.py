@@ -114,9 +114,7 @@ def plot_augmented_samples(originals: Any, augmented: Any, path: str | Path, *, 
     """
     before, after = style.as_array(originals), style.as_array(augmented)
     if before.shape != after.shape or not len(before):
-        raise ValueError(
-            f"originals and augmented must have equal shapes and at least one image: {before.shape} and {after.shape}"
-        )
+        raise ValueError(f"originals and augmented need equal shapes, with an image: {before.shape}, {after.shape}")
     columns, indent, pitch = min(10, len(before)), 1.0, style.TILE + 0.08
     block = 2 * pitch + 0.2
     width = max(4.5, indent + columns * pitch + style.MARGIN)

@@ -65,7 +65,7 @@ _LOCK = threading.RLock()
 
 @contextmanager
 def house_style() -> Iterator[None]:
-    """Applies the style in a `with` block or, as a decorator, in a function; restores the caller's settings afterwards."""
+    """Applies the style in a `with` block or, as a decorator, in a function; then restores the caller's settings."""
     # matplotlib keeps its settings in one dict per process: two threads at once would restore each other's settings.
     with _LOCK, matplotlib.style.context(["default", STYLE]):
         yield

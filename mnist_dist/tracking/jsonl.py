@@ -58,7 +58,7 @@ class JSONLReader:
         self._end, self._last = 0, b""
 
     def read(self) -> list[dict[str, Any]]:
-        """Returns the objects of all complete lines so far; ignores a missing file and lines that are no JSON object."""
+        """Returns the objects of all complete lines so far; ignores a missing file and lines without an object."""
         with suppress(OSError), self.path.open("rb") as file:
             file.seek(self._end - len(self._last))
             text = file.read()
