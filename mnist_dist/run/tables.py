@@ -60,9 +60,10 @@ def fill_between_marks(
         RecipeError: there is no pair of marks, or a first mark lacks its second mark.
     """
     starts = list((first or re.compile(re.escape(marks[0]))).finditer(content))
+    limits = [start.start() for start in starts[1:]] + [len(content)]
     pieces, end = [], 0
-    for start, following in zip(starts, [*starts[1:], None], strict=True):
-        found = content.find(marks[1], start.end(), following.start() if following else len(content))
+    for start, limit in zip(starts, limits, strict=False):
+        found = content.find(marks[1], start.end(), limit)
         if found < 0:
             break
         pieces += [content[end : start.end()], f"\n{text(start)}\n"]
