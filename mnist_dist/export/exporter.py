@@ -150,7 +150,7 @@ def _write_int8(source: Source, program: Any, made: Path) -> list[Form]:
 def _write_page(source: Source, program: Any, made: Path, runtime: dict[str, bytes]) -> list[Form]:
     fp32 = made.with_name(f"{made.name}.fp32")
     [form] = _write_onnx(source, program, fp32)
-    caption = f"{source.recipe.name}: {form.accuracy:.2f} % of {len(source.data.test):,} test images"
+    caption = f"{source.recipe.name}: {form.accuracy:.2f} % of {len(source.data.test):,} test images correct"
     made.write_text(build_page(fp32.read_bytes(), source.about["classes"], caption, runtime), encoding="utf-8")
     return [replace(form, name="onnx inside the page", size=made.stat().st_size)]
 

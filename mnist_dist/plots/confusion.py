@@ -72,7 +72,7 @@ def _name_classes(axes: Axes, classes: Sequence[str]) -> None:
 def _describe_confusion(counts: np.ndarray, classes: Sequence[str]) -> str:
     """Returns the accuracy and the five most frequent pairs of true and predicted class."""
     total, right = int(counts.sum()), int(np.trace(counts))
-    text = f"{100 * right / max(total, 1):.2f} % of {total:,} images right (grey), {total - right:,} wrong (blue)"
+    text = f"{100 * right / max(total, 1):.2f} % of {total:,} images correct (grey), {total - right:,} wrong (blue)"
     mistakes = [(-count, *pair) for pair, count in np.ndenumerate(counts) if count and pair[0] != pair[1]]
     pairs = [f"{classes[truth]} → {classes[guess]} ({-count:,})" for count, truth, guess in sorted(mistakes)[:5]]
     return text + "\n" + textwrap.fill("most often, truth → prediction:  " + ",  ".join(pairs), 110) if pairs else text

@@ -141,7 +141,8 @@ def _scale_loss(axes: Axes, losses: np.ndarray) -> None:
         axes.yaxis.set_major_formatter(FuncFormatter(_plain_number))
         axes.yaxis.set_minor_locator(NullLocator())
     elif losses.size:
-        axes.set_ylim(bottom=min(0, losses.min()))
+        # Losses in a narrow range would otherwise lie on the upper edge.
+        axes.set_ylim(min(0, losses.min()), max(axes.get_ylim()[1], 1.05 * losses.max()))
 
 
 def _mark_as_empty(axes: Axes) -> None:

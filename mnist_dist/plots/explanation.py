@@ -48,7 +48,7 @@ def plot_explanation(
     effect, name = saliency.numpy(), top[0][0]
     scale = 255 / max(np.abs(effect).max(), 1e-12)
     tiles = [
-        ("what the network sees", picture.numpy()),
+        ("input of the network", picture.numpy()),
         (f"more ink supports {name}", scale * effect.clip(min=0)),
         (f"less ink supports {name}", scale * -effect.clip(max=0)),
     ]

@@ -200,6 +200,13 @@ def test_per_batch_loss_is_logarithmic_beyond_a_decade(tmp_path, figures, lowest
     assert figures[0].axes[0].get_yscale() == scale
 
 
+def test_losses_in_a_narrow_range_are_below_the_upper_edge(tmp_path, figures):
+    lines = [training_line(step, step / 4, 2.3 + step / 100, 10.0) for step in range(1, 5)]
+    curves.plot_training_history([*lines, evaluation_line(4, 1.0, 2.34, 10.0)], tmp_path / "history.png", title="A run")
+    low, high = figures[0].axes[0].get_ylim()
+    assert low == 0 and high > 1.04 * 2.34
+
+
 @pytest.mark.parametrize("around", [1, 3, 50])
 def test_running_mean_equals_the_mean_of_each_window(around):
     values = np.random.default_rng(0).normal(size=40)
@@ -313,7 +320,7 @@ def test_confusion_matrix_colours_the_mistakes_and_writes_every_count(tmp_path, 
     assert image.get_clim() == (0, 16), "the diagonal must not set the scale"
     assert image.get_array().mask.tolist() == np.eye(10, dtype=bool).tolist()
     assert axes.get_title(loc="left") == (
-        "99.81 % of 10,019 images right (grey), 19 wrong (blue)\n"
+        "99.81 % of 10,019 images correct (grey), 19 wrong (blue)\n"
         "most often, truth → prediction:  4 → 9 (16),  2 → 7 (3)"
     )
 
@@ -335,7 +342,7 @@ def test_confusion_matrix_of_many_classes_has_no_numbers(tmp_path, figures):
 
 def test_confusion_matrix_of_a_perfect_model_and_of_a_wrong_shape(tmp_path, figures):
     confusion.plot_confusion_matrix(np.eye(10, dtype=int), tmp_path / "c.png", classes=DIGITS, title="A run")
-    assert figures[0].axes[0].get_title(loc="left") == "100.00 % of 10 images right (grey), 0 wrong (blue)"
+    assert figures[0].axes[0].get_title(loc="left") == "100.00 % of 10 images correct (grey), 0 wrong (blue)"
     with pytest.raises(ValueError, match="10 × 10"):
         confusion.plot_confusion_matrix(np.eye(9), tmp_path / "c.png", classes=DIGITS, title="A run")
 
