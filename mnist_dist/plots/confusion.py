@@ -36,10 +36,10 @@ def plot_confusion_matrix(matrix: Any, path: str | Path, *, classes: Sequence[st
     axes = figure.subplots()
 
     # Correct predictions are a hundred times as frequent: one colour scale for both would show no mistake.
-    right = np.eye(size, dtype=bool)
-    paint = PowerNorm(0.5, vmin=0, vmax=max(1, counts[~right].max(initial=0)))
+    diagonal = np.eye(size, dtype=bool)
+    paint = PowerNorm(0.5, vmin=0, vmax=max(1, counts[~diagonal].max(initial=0)))
     colours = matplotlib.colormaps["Blues"].with_extremes(bad=style.PALE)
-    image = axes.imshow(np.ma.masked_array(counts, mask=right), cmap=colours, norm=paint)
+    image = axes.imshow(np.ma.masked_array(counts, mask=diagonal), cmap=colours, norm=paint)
     bar = figure.colorbar(image, ax=axes, label="misclassified (images)", shrink=0.8, aspect=30)
     bar.ax.yaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     bar.outline.set_visible(False)
@@ -55,11 +55,11 @@ def plot_confusion_matrix(matrix: Any, path: str | Path, *, classes: Sequence[st
 
 
 def _name_classes(axes: Axes, classes: Sequence[str]) -> None:
-    positions, letters = np.arange(len(classes)), 10 if len(classes) <= 20 else 8
+    positions, fontsize = np.arange(len(classes)), 10 if len(classes) <= 20 else 8
     tilted = max(map(len, classes)) > 3
     slant: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if tilted else {}
-    axes.set_xticks(positions, classes, fontsize=letters, **slant)
-    axes.set_yticks(positions, classes, fontsize=letters)
+    axes.set_xticks(positions, classes, fontsize=fontsize, **slant)
+    axes.set_yticks(positions, classes, fontsize=fontsize)
     axes.set(xlabel="prediction (class)", ylabel="truth (class)")
     axes.grid(False)
     axes.set_xticks(positions[1:] - 0.5, minor=True)
@@ -71,8 +71,9 @@ def _name_classes(axes: Axes, classes: Sequence[str]) -> None:
 
 def _describe_confusion(counts: np.ndarray, classes: Sequence[str]) -> str:
     """Returns the accuracy and the five most frequent pairs of true and predicted class."""
-    total, right = int(counts.sum()), int(np.trace(counts))
-    text = f"{100 * right / max(total, 1):.2f} % of {total:,} images correct (grey), {total - right:,} wrong (blue)"
+    total, correct = int(counts.sum()), int(np.trace(counts))
+    text = f"{100 * correct / max(total, 1):.2f} % of {total:,} images correct (grey), {total - correct:,} wrong (blue)"
     mistakes = [(-count, *pair) for pair, count in np.ndenumerate(counts) if count and pair[0] != pair[1]]
-    pairs = [f"{classes[truth]} → {classes[guess]} ({-count:,})" for count, truth, guess in sorted(mistakes)[:5]]
+    most = sorted(mistakes)[:5]
+    pairs = [f"{classes[truth]} → {classes[predicted]} ({-count:,})" for count, truth, predicted in most]
     return text + "\n" + textwrap.fill("most often, truth → prediction:  " + ",  ".join(pairs), 110) if pairs else text

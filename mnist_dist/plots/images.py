@@ -22,9 +22,9 @@ class Predictions:
     """Images with their true and predicted classes, as NumPy arrays."""
 
     pictures: np.ndarray  # (N, H, W), grey levels
-    labels: np.ndarray  # (N,)
-    guesses: np.ndarray  # (N,)
-    confidences: np.ndarray  # (N,), probability of the guess
+    labels: np.ndarray  # (N,), the true classes
+    predicted: np.ndarray  # (N,), the predicted classes
+    confidences: np.ndarray  # (N,), probability of the predicted class
     classes: Sequence[str]
 
     @classmethod
@@ -40,15 +40,15 @@ class Predictions:
         Raises:
             ValueError: the lengths differ, or there is no image.
         """
-        pictures, truth, chances = style.as_array(images), style.as_array(labels), style.as_array(probabilities)
-        if not 0 < len(pictures) == len(truth) == len(chances):
-            lengths = f"{len(pictures)}, {len(truth)} and {len(chances)}"
+        pictures, truth, scores = style.as_array(images), style.as_array(labels), style.as_array(probabilities)
+        if not 0 < len(pictures) == len(truth) == len(scores):
+            lengths = f"{len(pictures)}, {len(truth)} and {len(scores)}"
             raise ValueError(f"images, labels and probabilities must have one length, at least 1: {lengths}")
-        return cls(pictures[:, 0], truth, chances.argmax(axis=1), chances.max(axis=1), classes)
+        return cls(pictures[:, 0], truth, scores.argmax(axis=1), scores.max(axis=1), classes)
 
     def mistakes(self) -> np.ndarray:
         """Returns the indices of wrong predictions, the most confident first."""
-        wrong = np.flatnonzero(self.guesses != self.labels)
+        wrong = np.flatnonzero(self.predicted != self.labels)
         return wrong[np.argsort(-self.confidences[wrong], kind="stable")]
 
     def describe(self, mistakes: np.ndarray, most: int) -> str:
@@ -61,13 +61,13 @@ class Predictions:
 
     def caption(self, index: int) -> tuple[str, str]:
         """Returns the text above an image and its colour. The sign ✓ or ✗ has the same meaning as the colour."""
-        guess, truth = self.classes[self.guesses[index]], self.classes[self.labels[index]]
-        if guess == truth:
-            return f"{guess} ✓", style.GREEN
+        predicted, truth = self.classes[self.predicted[index]], self.classes[self.labels[index]]
+        if predicted == truth:
+            return f"{predicted} ✓", style.GREEN
         confidence = f"{self.confidences[index]:.2f}"
-        if len(guess) + len(truth) < 6:
-            return f"✗ {guess} (true {truth}) {confidence}", style.VERMILLION
-        return f"✗ {guess} {confidence}\n(true {truth})", style.VERMILLION  # long names need a line each
+        if len(predicted) + len(truth) < 6:
+            return f"✗ {predicted} (true {truth}) {confidence}", style.VERMILLION
+        return f"✗ {predicted} {confidence}\n(true {truth})", style.VERMILLION  # long names need a line each
 
 
 @style.house_style()

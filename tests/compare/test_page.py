@@ -44,7 +44,7 @@ def look(browser) -> Iterator[Callable[..., Any]]:
     def open_page(address: str, **more: Any) -> Any:
         contexts.append(browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **more}))
         page = contexts[-1].new_page()
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(60_000)
         page.on("console", lambda message: unwanted.append(message.text))
         page.on("pageerror", lambda error: unwanted.append(str(error)))
         page.on("dialog", lambda dialog: (unwanted.append(dialog.message), dialog.dismiss()))
@@ -307,7 +307,7 @@ def test_a_live_page_waits_for_the_first_run(look, tmp_path):
 def ask(url: str, path: str, host: str = "") -> tuple[int, bytes]:
     request = urllib.request.Request(url.rstrip("/") + path, headers={"Host": host} if host else {})
     try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
+        with urllib.request.urlopen(request, timeout=60) as answer:
             return answer.status, answer.read()
     except urllib.error.HTTPError as error:
         return error.code, error.read()
@@ -340,7 +340,7 @@ def test_a_browser_finds_the_pictures_of_a_path_with_dots(runs, monkeypatch):
 
 
 def test_known_values_are_not_sent_again(runs):
-    with serving(runs) as url, urllib.request.urlopen(url + "data", timeout=10) as answer:
+    with serving(runs) as url, urllib.request.urlopen(url + "data", timeout=60) as answer:
         assert ask(url, "/data?" + answer.headers["X-Version"]) == (204, b"")
         assert ask(url, "/data?other")[0] == 200
 
