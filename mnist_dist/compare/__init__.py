@@ -1,1 +1,1 @@
-"""`python -m mnist_dist.compare`: a table and a page of runs."""
+"""`mnist-dist compare`: a table and an HTML page of runs."""

@@ -1,19 +1,20 @@
-"""Run folders -> one table and one page: what was claimed, what was measured, over seeds.
+"""Prints a table of runs, the claimed and the measured accuracy over seeds, and writes one HTML page with their curves.
 
-`python -m mnist_dist.compare runs` prints the table and writes the page, curves and all; `--live` serves the page and
-follows the runs that are still training. `--keep FILE` adds the runs' summaries to a file of JSON lines, which can
-stand in for run folders in the table, and `--markdown FILE` writes the table between a Markdown file's marks.
+`mnist-dist compare runs` does both; `--live` serves the page and follows runs that are still training. `--keep FILE`
+appends the runs' summaries to a file of JSON lines, which can replace run folders as an argument. `--markdown FILE`
+rewrites every marked table of a Markdown file.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mnist_dist.cli import answer_early, parser_of, run_command
+from mnist_dist.cli import answer_early, parse, run_command
 from mnist_dist.compare.live import LiveServer
 from mnist_dist.compare.page import Page, PageRun, embedded, render
 from mnist_dist.compare.table import (
@@ -23,27 +24,26 @@ from mnist_dist.compare.table import (
     in_order,
     labels,
     note_in_recipes,
-    plain,
+    page_rows,
     print_table,
-    replace_between_marks,
-    to_markdown,
+    write_tables,
 )
 from mnist_dist.engine.files import write_text
-from mnist_dist.errors import Problem, RecipeError
+from mnist_dist.errors import Kind, Problem, RecipeError
 from mnist_dist.run.reader import RunReader, find_runs, is_summary
 
 if __name__ == "__main__":
     answer_early("compare")  # before the imports below load torch
 
 
-# --- the page -----------------------------------------------------------------------------------------------------
+# --- the runs -----------------------------------------------------------------------------------------------------
 
 
 class Comparison:
-    """Run folders, folders that hold some, and files of kept summaries, to be read as often as one likes.
+    """Run folders, folders of run folders, and files of kept summaries. They can be read again at any time.
 
     Args:
-        may_wait: a folder need not hold a run yet.
+        may_wait: accept a folder that holds no run yet.
 
     Raises:
         RecipeError: a path is none of these.
@@ -55,13 +55,13 @@ class Comparison:
         self._readers: dict[Path, RunReader] = {}
         for path in self._folders:
             if not path.is_dir():
-                raise RecipeError([Problem(str(path), "", "there is no such file or folder")])
+                raise _problem(str(path), "no such file or folder", "missing")
             if not may_wait and not any(find_runs(path)):
-                what = "not a run folder, and no folder in it is one: what makes one is its recipe.yaml"
-                raise RecipeError([Problem(str(path), "", what)])
+                message = "neither this folder nor a folder in it is a run folder: a run folder has a recipe.yaml"
+                raise _problem(str(path), message, "missing")
 
     def read(self) -> list[Measured]:
-        """All runs as they are now, with those that have come into a folder of runs since."""
+        """Returns all runs as they are now, including runs that are new in a folder of run folders."""
         paths = dict.fromkeys(path for folder in self._folders for path in find_runs(folder))
         for path in paths:
             if path in self._readers:
@@ -71,7 +71,7 @@ class Comparison:
         return [*self._kept, *(Measured(self._readers[path].summary, self._readers[path]) for path in paths)]
 
     def page_values(self, page: Page) -> dict[str, Any]:
-        """The page's values as the runs are now."""
+        """Returns the values of the page as the runs are now."""
         measured = self.read()
         label = labels(measured)
         single = in_order([Row([each], label(each)) for each in measured])
@@ -91,7 +91,7 @@ class Comparison:
             for row in single
             if (run := row.runs[0].run)
         ]
-        return page.data(runs, tables={"groups": plain(group(measured)), "single": plain(single)})
+        return page.data(runs, tables={"groups": page_rows(group(measured)), "single": page_rows(single)})
 
 
 def _read_kept(path: Path) -> list[Measured]:
@@ -103,59 +103,78 @@ def _read_kept(path: Path) -> list[Measured]:
                 raise ValueError(f"line {number} is not the summary of a run")
             found.append(Measured(values))
     except (OSError, ValueError) as error:
-        what = f"not a file of kept summaries: {error}\ngive run folders, or a file that --keep has written"
-        raise RecipeError([Problem(str(path), "", what)]) from error
+        message = f"not a file of kept summaries: {error}\ngive run folders, or a file written by --keep"
+        raise _problem(str(path), message, "damaged") from error
     return found
+
+
+def _problem(key: str, message: str, kind: Kind) -> RecipeError:
+    return RecipeError([Problem("command line", key, message, kind)])
 
 
 # --- the command line ---------------------------------------------------------------------------------------------
 
 
 def follow(comparison: Comparison, port: int) -> None:
-    """Serves the page until Ctrl-C.
+    """Serves the live page until Ctrl-C.
 
     Raises:
-        RecipeError: the port cannot be had.
+        RecipeError: the port cannot be used.
     """
     try:
         server = LiveServer(port, comparison.page_values)
-    except (OSError, OverflowError) as error:
-        what = f"cannot serve on port {port}: {getattr(error, 'strerror', None) or error}; give another, or 0 for any"
-        raise RecipeError([Problem("command line", "--port", what)]) from error
+    except OverflowError as error:
+        raise _problem("--port", f"port {port} is not between 0 and 65535", "range") from error
+    except OSError as error:
+        message = f"cannot serve on port {port}: {error.strerror or error}; give another port, or 0 for any free one"
+        raise _problem("--port", message, "conflict") from error
     with server, suppress(KeyboardInterrupt):
-        print(f"{server.url} follows these runs; Ctrl-C ends it", flush=True)
+        print(f"{server.url} follows these runs; Ctrl-C stops the server", flush=True)
         server.serve_forever()
 
 
+@contextmanager
+def _writing(option: str, path: Path | None = None) -> Iterator[None]:
+    """Turns a failed write into a problem of the option that asked for it."""
+    try:
+        yield
+    except (OSError, UnicodeError) as error:
+        name, reason = getattr(error, "filename", None) or path, getattr(error, "strerror", None) or error
+        raise _problem(option, f"{name or 'the file'} cannot be written: {reason}", "unwritable") from error
+
+
 def main(argv: list[str] | None = None) -> int:
-    """The door: exit code 0, or 2 for what is no run, a file that cannot be written, or a port that is taken."""
-    parser = parser_of("compare")
-    arguments = parser.parse_intermixed_args(argv)
+    """Runs the command; returns exit code 0.
+
+    Raises:
+        RecipeError: a path is no run, a file cannot be written, or the port cannot be used.
+    """
+    arguments = parse("compare", argv)
     if arguments.html and arguments.html.is_dir():
-        parser.error(f"--html names a file, and {arguments.html} is a folder")
+        raise _problem("--html", f"{arguments.html} is a folder; name a file", "unwritable")
     comparison = Comparison(arguments.runs, may_wait=arguments.live)
     measured = comparison.read()
     print_table(group(measured))
     finished = [each for each in measured if each.is_finished]
-    if not finished and (arguments.keep or arguments.markdown or arguments.recipes):
-        raise RecipeError([Problem("command line", "", "none of these runs has finished: there is nothing to write")])
-    try:
-        if arguments.keep:
-            with arguments.keep.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(each.summary) + "\n" for each in finished)
-        if arguments.markdown:
-            replace_between_marks(arguments.markdown, to_markdown(group(finished)))
-        if arguments.recipes:
+    for option in ("keep", "markdown", "recipes"):
+        if getattr(arguments, option) and not finished:
+            raise _problem(f"--{option}", "nothing to write: none of these runs has finished", "missing")
+    if arguments.keep:
+        with _writing("--keep", arguments.keep), arguments.keep.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(each.summary) + "\n" for each in finished)
+    if arguments.markdown:
+        with _writing("--markdown", arguments.markdown):
+            write_tables(arguments.markdown, group(finished))
+    if arguments.recipes:
+        with _writing("--recipes"):
             note_in_recipes(group(finished))
-        if arguments.live:
-            follow(comparison, arguments.port)
-        elif arguments.html or (not arguments.no_html and any(each.run for each in measured)):
-            path = arguments.html or Path("compare.html")
+    if arguments.live:
+        follow(comparison, arguments.port)
+    elif arguments.html or (not arguments.no_html and any(each.run for each in measured)):
+        path = arguments.html or Path("compare.html")
+        with _writing("--html", path):
             write_text(path, render(comparison.page_values(Page(embedded))))
-            print(f"{path}: the table with curves and pictures, for any browser")
-    except (OSError, UnicodeError) as error:
-        where, why = getattr(error, "filename", None), getattr(error, "strerror", None)
-        raise RecipeError([Problem(str(where or "the file"), "", f"cannot be written: {why or error}")]) from error
+        print(f"{path}: the table with curves and pictures; open it in a browser")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""A page that follows runs while they train, served to this machine alone."""
+"""A web server for the live page, which follows runs while they train. It answers only this machine."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ ADDRESS = "127.0.0.1"
 
 
 class LiveServer(ThreadingHTTPServer):
-    """Serves the page at /, its newest values at /data, and the pictures that these name.
+    """Serves the page at /, its newest values at /data, and the pictures that these values name.
 
     Args:
-        port: 0 for any that is free.
-        values: puts the newest values of a page together; never called twice at once.
+        port: 0 for any free port.
+        values: returns the newest values of a page; never called by two threads at once.
 
     Raises:
-        OSError, OverflowError: the port cannot be had.
+        OSError: the port is in use or may not be used.
+        OverflowError: the port is not between 0 and 65535.
     """
 
-    daemon_threads = True  # a browser's open connection must not hold up the end
+    daemon_threads = True  # a browser's open connection must not delay the exit
 
     def __init__(self, port: int, values: Callable[[Page], dict[str, Any]]):
         super().__init__((ADDRESS, port), _Handler)
@@ -36,11 +37,12 @@ class LiveServer(ThreadingHTTPServer):
         self.url = f"http://{ADDRESS}:{self.server_port}/"
 
     def newest(self) -> dict[str, Any]:
+        """Returns the values of the page as the runs are now."""
         with self._lock:
             return self._values(self._page)
 
     def _picture_url(self, path: Path) -> str:
-        """Another one for another content: a browser keeps pictures."""
+        """Returns a URL that changes with the file's content, because browsers cache pictures."""
         if not path.is_file():
             return ""
         url = f"/picture/{quote(os.fsencode(path.resolve()))}?{path.stat().st_mtime_ns}"
@@ -52,28 +54,29 @@ class _Handler(BaseHTTPRequestHandler):
     server: LiveServer
 
     def do_GET(self) -> None:
-        # A page from elsewhere can point a name of its own at this machine, but not say that it is this machine.
+        # DNS rebinding: a foreign page can have its own host name resolve to this machine, but the browser still sends
+        # that host name.
         if self.headers.get("Host", "").split(":")[0] not in (ADDRESS, "localhost"):
-            self.send_error(403, "this page is for this machine alone")
+            self.send_error(403, "this server answers only requests to localhost")
             return
         path, _, known = self.path.partition("?")
         try:
             if path == "/":
-                self._answer("text/html; charset=utf-8", render(self.server.newest(), live=True).encode())
+                self._send("text/html; charset=utf-8", render(self.server.newest(), live=True).encode())
             elif path == "/data":
                 text = to_json(self.server.newest()).encode()
                 version = hashlib.sha256(text).hexdigest()[:16]
-                self._answer("application/json", b"" if known == version else text, version)
+                self._send("application/json", b"" if known == version else text, version)
             elif self.path in self.server.pictures:
-                self._answer("image/png", self.server.pictures[self.path].read_bytes())
+                self._send("image/png", self.server.pictures[self.path].read_bytes())
             else:
                 self.send_error(404)
         except ConnectionError:
-            pass  # the browser has gone on
+            pass  # the browser closed the connection
         except OSError as error:
             self.send_error(404, error.strerror)
 
-    def _answer(self, kind: str, content: bytes, version: str = "") -> None:
+    def _send(self, kind: str, content: bytes, version: str = "") -> None:
         self.send_response(200 if content else 204)
         for name, value in (("Content-Type", kind), ("Content-Length", str(len(content))), ("X-Version", version)):
             self.send_header(name, value)

@@ -1,6 +1,7 @@
-"""Runs -> one HTML page that needs nothing else: table, curves, what the recipes differ in, pictures.
+"""The values of the HTML page: table, curves, differing recipe keys, pictures.
 
-The page itself is compare.html beside this file; here its values are put together, as JSON inside it.
+The page is one file without external resources. Its layout and script are in compare.html; this module puts the values
+into it as JSON.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from mnist_dist.plots import style
 
 COLOURS = (style.BLUE, style.VERMILLION, style.GREEN, style.PURPLE, style.ORANGE, style.SKY)
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "14 4")
-"""As many as have no common divisor with the colours: thirty looks until one comes again."""
+"""Dashes of SVG lines. Six colours and five dashes have no common divisor: thirty looks until one repeats."""
 
 CURVES = ("train/loss", "eval/loss", "train/accuracy", "eval/accuracy", "train/lr", "train/images_per_second")
 POINTS = 300
-"""Of a curve, at most; of a longer one each is the mean of as many lines as that takes."""
+"""Maximum number of points of a curve. A longer curve is shown by the means of groups of lines."""
 
-PICTURES = {"confusion_matrix.png": "Confusion matrix", "misclassified.png": "Worst images"}
+PICTURES = {"confusion_matrix.png": "Confusion matrix", "misclassified.png": "Most confident mistakes"}
 PICTURE_WIDTH = 900
 
 
@@ -39,27 +40,28 @@ class PageRun:
 
     name: str
     label: str
-    """What its family is called: the recipe, and the keys that set it apart."""
+    """The name of its family: the recipe, and the keys in which it differs from others of that name."""
     family: Hashable
-    """Equal for runs that share a colour: they differ only in the seed."""
+    """Equal for runs that differ only in the seed; they share a colour."""
     recipe: Mapping[str, Any]
     """Dotted keys and values, without the seed."""
     seed: Any
     status: str
     accuracy: float | None
-    """Percent, of the last evaluation; the family's pictures are of the run where it is highest. None: not finished."""
+    """Of the last evaluation, in percent; None for an unfinished run. The page shows a family's most accurate run."""
     lines: Sequence[Mapping[str, Any]]
-    """Of metrics.jsonl."""
+    """The lines of metrics.jsonl."""
     changes: int
-    """Another number whenever the lines are others."""
+    """A number that changes with the lines."""
     plots: Path
+    """The folder of the run's pictures."""
 
 
 class Page:
-    """Puts a page's values together, again and again for a live one: a family keeps its colour.
+    """Builds the values of a page. A live page builds them repeatedly; each family keeps its colour.
 
     Args:
-        picture_url: the address of a PNG of a run folder; empty where it cannot be shown.
+        picture_url: returns the URL of a PNG in a run folder, or an empty text if the PNG cannot be shown.
     """
 
     def __init__(self, picture_url: Callable[[Path], str]):
@@ -68,11 +70,11 @@ class Page:
         self._curves: dict[str, tuple[int, dict[str, Any]]] = {}
 
     def data(self, runs: Sequence[PageRun], tables: Mapping[str, Any]) -> dict[str, Any]:
-        """Everything that the page's script reads, as JSON can hold it.
+        """Returns all values that the page's script reads; JSON can represent them.
 
         Args:
-            tables: `columns`: names; `groups` and `single`: rows, each with `runs` (names) and `cells` (for each
-                column its text and what to sort it by).
+            tables: `groups` (a row per recipe) and `single` (a row per run). A row has `runs`, their names, and
+                `cells`, text and sort key of each column.
         """
         families: dict[Hashable, list[PageRun]] = {}
         for run in runs:
@@ -84,9 +86,7 @@ class Page:
         folders = zip(*(run.name.split("/")[:-1] for run in runs), strict=False)
         shared = takewhile(lambda parts: len(set(parts)) == 1, folders)
         return {
-            "shared": "".join(
-                f"{parts[0]}/" for parts in shared
-            ),  # the folders that all lie in, and that need not be named
+            "shared": "".join(f"{parts[0]}/" for parts in shared),  # the page omits the folders that all runs share
             "tables": tables,
             "keys": keys,
             "families": {self._families[key]: self._family(key, members, keys) for key, members in families.items()},
@@ -102,7 +102,8 @@ class Page:
         }
 
     def _family(self, key: Hashable, members: list[PageRun], keys: list[str]) -> dict[str, Any]:
-        place, recipe = self._families[key], members[0].recipe
+        """Returns the page's values of runs that differ only in the seed."""
+        number, recipe = self._families[key], members[0].recipe
         pictures: list[tuple[str, str]] = []
         finished = [run for run in members if run.accuracy is not None]
         best = max(finished, key=lambda run: run.accuracy or 0.0, default=None)
@@ -111,28 +112,28 @@ class Page:
             pictures = [(title, url) for title, url in urls if url]
         return {
             "label": members[0].label,
-            "colour": COLOURS[place % len(COLOURS)],
-            "dash": DASHES[place % len(DASHES)],
-            "values": [say(recipe[key]) if key in recipe else "" for key in keys],
+            "colour": COLOURS[number % len(COLOURS)],
+            "dash": DASHES[number % len(DASHES)],
+            "values": [as_written(recipe[key]) if key in recipe else "" for key in keys],
             "pictures": pictures,
             "of": best.name if best else "",
         }
 
 
 def differing_keys(recipes: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The keys that not all recipes give the same value, in their order; the name and unreadable recipes aside."""
+    """Returns the keys whose values differ between the recipes, without `name`; ignores unreadable (empty) recipes."""
     recipes = [recipe for recipe in recipes if recipe]
     keys = dict.fromkeys(key for recipe in recipes for key in recipe)
     return [key for key in keys if key != "name" and len({repr(recipe.get(key)) for recipe in recipes}) > 1]
 
 
-def say(value: Any) -> str:
-    """A recipe's value as one would write it."""
+def as_written(value: Any) -> str:
+    """Returns a value as it is written in a recipe."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def curves(lines: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[float], list[float | None]]]:
-    """For each of `CURVES` that the lines hold: epochs, and values, None where one is not finite."""
+    """Returns the epochs and the values of each of `CURVES` that the lines hold. A value that is not finite is None."""
     found = {}
     for name in CURVES:
         pairs = [(line.get("epoch"), line[name]) for line in lines if name in line]
@@ -152,7 +153,7 @@ def _short(value: float) -> float:
 
 
 def embedded(path: Path) -> str:
-    """A PNG as a data URL, made smaller; empty where there is none, or half of one."""
+    """Returns a PNG as a data URL, scaled down; an empty text if the file is missing or damaged."""
     with suppress(OSError, ValueError, SyntaxError), Image.open(path) as image:
         smaller = image.convert("RGB")
         smaller.thumbnail((PICTURE_WIDTH, 4 * PICTURE_WIDTH))
@@ -163,14 +164,18 @@ def embedded(path: Path) -> str:
 
 
 def render(data: Mapping[str, Any], *, live: bool = False) -> str:
-    """The page; a live one asks where it came from for newer values."""
+    """Returns the HTML of the page. A live page asks its server for newer values."""
     template = Path(__file__).with_name("compare.html").read_text(encoding="utf-8")
     written = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     text = to_json({**data, "live": live, "written": written})
     before, _, after = template.partition("{{data}}")
-    return before + text.replace("<", "\\u003c") + after  # no name of a run ends the script
+    return before + text.replace("<", "\\u003c") + after  # a run's name may contain </script>
 
 
 def to_json(data: Mapping[str, Any]) -> str:
-    """JSON in ASCII, without NaN, which is no JSON."""
+    """Returns ASCII JSON.
+
+    Raises:
+        ValueError: a number is NaN or infinite; the JSON standard has no text for it.
+    """
     return json.dumps(data, allow_nan=False, separators=(",", ":"))

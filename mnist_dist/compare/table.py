@@ -1,10 +1,11 @@
-"""Rows of the table: runs that differ only in their seed."""
+"""The table of runs: one row for runs that differ only in their seed."""
 
 from __future__ import annotations
 
+import os
 import re
 import statistics
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,15 +14,19 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from mnist_dist.compare.page import differing_keys, say
-from mnist_dist.errors import Problem, RecipeError
+from mnist_dist.compare.page import as_written, differing_keys
+from mnist_dist.engine.files import write_text
+from mnist_dist.errors import Problem, RecipeError, did_you_mean
 from mnist_dist.recipe.file import bundled_recipes, note_measured, recipe_notes
 from mnist_dist.recipe.loading import load_recipe
 from mnist_dist.run.reader import RunReader, numbers
-from mnist_dist.run.tables import markdown_table, table_console
+from mnist_dist.run.tables import fill_between_marks, markdown_table, table_console
 
 MARKS = ("<!-- results: made by mnist_dist.compare -->", "<!-- end of results -->")
+"""The lines around a table in a Markdown file. `<!-- results of lenet5, ms_ran: made by mnist_dist.compare -->` as the
+first of them selects recipes and has the table use `SHORT_COLUMNS`."""
 
+FIRST_MARK = re.compile(r"<!-- results(?: of (?P<recipes>[^\n:]+))?: made by mnist_dist\.compare -->")
 
 COLUMNS = (
     "recipe",
@@ -37,8 +42,10 @@ COLUMNS = (
     "commit",
     "verdict",
 )
-"""Of the Markdown table, whose rows are finished runs."""
+"""Columns of a Markdown table of all finished runs."""
 
+SHORT_COLUMNS = ("recipe", "parameters", "claim", "last epoch", "n", "epochs", "time", "verdict")
+"""Columns of a Markdown table of selected recipes."""
 
 WIDE_COLUMNS = (
     "recipe",
@@ -56,15 +63,14 @@ WIDE_COLUMNS = (
     "verdict",
     "device",
 )
-"""Of the printed table and the page; those that no row has anything in are left out."""
+"""Columns of the printed table and of the page, except those that are empty in every row."""
 
-
-# --- the table ----------------------------------------------------------------------------------------------------
+# --- rows ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The summary of a run, and the run folder it comes from; None for a kept summary."""
+    """The summary of a run and the run folder that it comes from; None for a kept summary."""
 
     summary: dict[str, Any]
     run: RunReader | None = None
@@ -75,7 +81,10 @@ class Measured:
 
     @property
     def key(self) -> Hashable:
-        """Equal for runs that differ only in the seed; an unfinished one is alone. Kept summaries have no recipe."""
+        """A value that is equal for runs that differ only in the seed. An unfinished run has a value of its own.
+
+        A kept summary holds no recipe: the recipe's name and the number of epochs stand for it.
+        """
         if self.run and not self.is_finished:
             return self.run.name
         keys = ("recipe", "epochs", "mixed_precision", "world_size", "device")
@@ -88,22 +97,24 @@ class Row:
 
     runs: list[Measured]
     label: str = ""
-    """The recipe, and its keys that set it apart from other rows of the same name."""
+    """The recipe's name, and the keys in which it differs from other rows of the same name."""
 
     @property
     def recipe(self) -> str:
         return self.runs[0].summary["recipe"]
 
     def values(self, key: str) -> list[float]:
+        """Returns the finite numbers of the runs' summaries under a key."""
         return numbers([run.summary for run in self.runs], key)
 
     def mean(self, key: str) -> float | None:
+        """Returns the mean of `values(key)`; None if no run has a value."""
         return statistics.mean(self.values(key)) if self.values(key) else None
 
     def cells(self) -> dict[str, tuple[str, float | str | None]]:
-        """For each column its text, and what to sort it by; None where there is nothing."""
+        """Returns the cell of each column: its text and its sort key, which is None for an empty cell."""
         times, speeds = self.values("train_seconds"), self.values("images_per_second")
-        seconds = statistics.median(times) if times else None  # a run that stood still for a while says little
+        seconds = statistics.median(times) if times else None  # the mean would count the pauses of a suspended machine
         world, parameters, epochs = self.mean("world_size"), self.mean("parameters"), self.mean("epochs") or 0.0
         device, precision = (str(self.runs[0].summary.get(key) or "") for key in ("device", "mixed_precision"))
         statuses = [run.run.status for run in self.runs if run.run]
@@ -131,7 +142,10 @@ class Row:
         return {name: (text, (text or None) if value is None else value) for name, (text, value) in texts.items()}
 
     def verdict(self) -> str:
-        """The claimed accuracy against the mean of the last epochs, and of the best: how the documents judge."""
+        """Compares the claimed accuracy with the means of the last and of the best epochs.
+
+        The documents report the best epoch, so a claim may be "met at the best epoch" only.
+        """
         path, claim, full = _claimed(self.recipe)
         if not self.runs[0].is_finished or path is None or not (claimed := re.search(r"(\d+(?:\.\d+)?) %", claim)):
             return ""
@@ -145,26 +159,26 @@ class Row:
         return "met" if last >= target else "met at the best epoch" if best >= target else "not met"
 
     def measured(self) -> str:
-        """One line for a recipe's head comment."""
+        """Returns the line for the `# measured:` comment of the recipe."""
         columns = ("last epoch", "best epoch", "n", "epochs", "precision", "ran on")
         last, best, count, epochs, precision, device = (self.cells()[column][0] for column in columns)
         return f"{last} % last epoch, {best} % best (n = {count}, {epochs} epochs, {precision}, {device})"
 
 
 def _shipped() -> dict[str, Path]:
-    """The file of each shipped recipe by its runs' name, which is without the folder."""
+    """Returns the file of each shipped recipe by the name that its runs have, which is without the folder."""
     return {path.stem: path for path in bundled_recipes().values()}
 
 
 def _short(commit: str) -> str:
-    """As git shortens it, with what may follow it, e.g. -dirty."""
+    """Returns the first seven digits of a commit, with a suffix such as -dirty."""
     name, dash, rest = commit.partition("-")
     return f"{name[:7]}{dash}{rest}"
 
 
 @cache  # a live page asks every two seconds
 def _claimed(recipe: str) -> tuple[Path | None, str, float]:
-    """Of a bundled recipe its file, the document's claim and the full number of epochs."""
+    """Returns the file of a shipped recipe, the document's claim and the complete number of epochs."""
     path = _shipped().get(recipe)
     return (path, recipe_notes(path).get("claim", ""), load_recipe(path).epochs) if path else (None, "", 0.0)
 
@@ -174,7 +188,7 @@ def _time(seconds: float) -> str:
 
 
 def mean_and_deviation(values: list[float], form: str = ".2f") -> str:
-    """Mean ± standard deviation; empty for no values."""
+    """Returns mean ± standard deviation; an empty text for no values."""
     if not values:
         return ""
     deviation = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
@@ -182,7 +196,7 @@ def mean_and_deviation(values: list[float], form: str = ".2f") -> str:
 
 
 def group(measured: list[Measured]) -> list[Row]:
-    """Rows in the order of the shipped recipes; a seed that ran twice counts once, the later one."""
+    """Returns the rows in the order of the shipped recipes. Of two runs with the same seed the later one counts."""
     groups: dict[Hashable, dict[Any, Measured]] = {}
     for run in measured:
         groups.setdefault(run.key, {})[run.summary["seed"]] = run
@@ -192,48 +206,91 @@ def group(measured: list[Measured]) -> list[Row]:
 
 
 def in_order(rows: list[Row]) -> list[Row]:
-    """Sorted by the place of their recipe among the shipped ones; others behind them."""
-    rank = {name: place for place, name in enumerate(_shipped())}
+    """Returns the rows in the order of the shipped recipes, followed by the rows of other recipes."""
+    rank = {name: position for position, name in enumerate(_shipped())}
     return sorted(rows, key=lambda row: rank.get(row.recipe, len(rank)))
 
 
 def labels(measured: list[Measured]) -> Callable[[Measured], str]:
-    """Names a run by its recipe, and by up to three keys that set it apart from runs of other recipes of that name."""
+    """Returns a function that names a run: its recipe, and up to three keys that differ within recipes of that name."""
     recipes: dict[str, dict[Hashable, dict[str, Any]]] = {}
     for each in measured:
         if each.run:
             recipes.setdefault(each.summary["recipe"], {})[each.run.key] = each.run.result_keys
-    differ = {name: differing_keys(list(families.values())) for name, families in recipes.items()}
+    differing = {name: differing_keys(list(families.values())) for name, families in recipes.items()}
 
     def label(each: Measured) -> str:
         recipe = each.run.result_keys if each.run else {}
-        words = [f"{key}={say(recipe[key])}" for key in differ.get(each.summary["recipe"], []) if key in recipe]
+        keys = [key for key in differing.get(each.summary["recipe"], []) if key in recipe]
+        words = [f"{key}={as_written(recipe[key])}" for key in keys]
         return " ".join([each.summary["recipe"], *words[:3], *(["…"] if len(words) > 3 else [])])
 
     return label
 
 
-def to_markdown(rows: list[Row]) -> str:
-    cells = [row.cells() for row in rows]
-    return markdown_table([COLUMNS, *(tuple(row[column][0] for column in COLUMNS) for row in cells)])
+# --- where the table goes -----------------------------------------------------------------------------------------
 
 
-def replace_between_marks(path: Path, text: str, marks: tuple[str, str] = MARKS) -> None:
-    """Writes `text` between a file's two marks, and leaves the rest as it is; a new file has nothing else.
+def to_markdown(rows: list[Row], columns: Sequence[str] = COLUMNS, folder: Path | None = None) -> str:
+    """Returns the rows as a Markdown table.
+
+    Args:
+        folder: of the Markdown file. Recipe names link to the recipe's file if both are in this repository.
+    """
+    lines = []
+    for row in rows:
+        cells = {column: text for column, (text, _) in row.cells().items()}
+        cells["recipe"] = _linked(row, cells["recipe"], folder)
+        lines.append(tuple(cells[column] for column in columns))
+    return markdown_table([tuple(columns), *lines])
+
+
+def _linked(row: Row, label: str, folder: Path | None) -> str:
+    path, repository = _shipped().get(row.recipe), Path(__file__).parents[2]
+    if folder is None or path is None or not folder.resolve().is_relative_to(repository):
+        return label
+    target = os.path.relpath(path, folder.resolve())
+    return f"[{row.recipe}]({Path(target).as_posix()}){label.removeprefix(row.recipe)}"
+
+
+def fill_tables(content: str, rows: list[Row], path: Path) -> str:
+    """Returns the text of a Markdown file with a new table between each pair of marks; see `MARKS`.
+
+    Args:
+        content: the text of the file now.
+        path: the file, for links and messages.
 
     Raises:
-        RecipeError: the file lacks the marks.
+        RecipeError: there is no pair of marks, or a selected recipe has no row.
     """
-    content = path.read_text(encoding="utf-8") if path.exists() else "\n".join(marks) + "\n"
-    before, start, rest = content.partition(marks[0])
-    _, end, after = rest.partition(marks[1])
-    if not start or not end:
-        raise RecipeError([Problem(str(path), "", f"has no lines {marks[0]} and {marks[1]} to write between")])
-    path.write_text(f"{before}{start}\n{text}\n{end}{after}", encoding="utf-8")
+
+    def table(mark: re.Match[str]) -> str:
+        if mark["recipes"] is None:
+            return to_markdown(rows, COLUMNS, path.parent)
+        names = [name.strip() for name in mark["recipes"].split(",")]
+        found = {name: [row for row in rows if row.recipe == name] for name in names}
+        if missing := [name for name in names if not found[name]]:
+            message = f"{path} selects recipes without a finished run: "
+            message += ", ".join(repr(name) + did_you_mean(name, {row.recipe for row in rows}) for name in missing)
+            raise RecipeError([Problem("command line", "--markdown", message, "missing")])
+        return to_markdown([row for name in names for row in found[name]], SHORT_COLUMNS, path.parent)
+
+    return fill_between_marks(content, table, path, MARKS, FIRST_MARK)
+
+
+def write_tables(path: Path, rows: list[Row]) -> None:
+    """Rewrites every table between marks in a Markdown file; a new file gets the table of all rows alone.
+
+    Raises:
+        RecipeError: see `fill_tables`; nothing was written.
+        OSError, UnicodeError: the file cannot be read or written.
+    """
+    content = path.read_text(encoding="utf-8") if path.exists() else "\n".join(MARKS) + "\n"
+    write_text(path, fill_tables(content, rows, path))
 
 
 def note_in_recipes(rows: list[Row]) -> None:
-    """Writes each row into the `# measured:` line of its recipe; of several rows the last, the longest, stays."""
+    """Writes each row into the `# measured:` line of its recipe. If a recipe has several rows, the last one counts."""
     for row in rows:
         path = _shipped().get(row.recipe)
         if path is not None:
@@ -241,6 +298,7 @@ def note_in_recipes(rows: list[Row]) -> None:
 
 
 def print_table(rows: list[Row]) -> None:
+    """Prints the columns of `WIDE_COLUMNS` that are not empty."""
     cells = [row.cells() for row in rows]
     columns = [column for column in WIDE_COLUMNS if any(row[column][0] for row in cells)]
     table = Table(*columns, box=None)
@@ -249,11 +307,11 @@ def print_table(rows: list[Row]) -> None:
     table_console().print(table)
 
 
-def plain(rows: list[Row]) -> list[dict[str, Any]]:
-    """Rows as the page takes them: their runs' names, and the cells of the wide columns."""
-    taken = []
+def page_rows(rows: list[Row]) -> list[dict[str, Any]]:
+    """Returns the rows for the page: the names of their runs, and their cells in `WIDE_COLUMNS`."""
+    found = []
     for row in rows:
         cells = row.cells()
         names = [each.run.name for each in row.runs if each.run]
-        taken.append({"runs": names, "cells": {column: cells[column] for column in WIDE_COLUMNS}})
-    return taken
+        found.append({"runs": names, "cells": {column: cells[column] for column in WIDE_COLUMNS}})
+    return found

@@ -1,1 +1,1 @@
-"""`python -m mnist_dist.export`: one file that stands alone."""
+"""`mnist-dist export`: one file that works without this package."""

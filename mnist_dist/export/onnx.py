@@ -1,4 +1,4 @@
-"""A network as a PyTorch program and as an ONNX file."""
+"""Traces a network as a PyTorch program and writes it as an ONNX file."""
 
 from __future__ import annotations
 
@@ -11,31 +11,42 @@ import torch
 from torch import Tensor
 
 from mnist_dist.errors import Problem, RecipeError, RunError
-from mnist_dist.export.verify import Answer, Deployed
-
-# --- programs -----------------------------------------------------------------------------------------------------
+from mnist_dist.export.verify import Deployed, Predictor
 
 
 def _refuse(name: str, error: Exception) -> RecipeError:
     reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    what = f"{name} cannot be exported: PyTorch cannot follow it for any batch size\n{reason.strip()[:300]}"
-    return RecipeError([Problem("the network", "", what)])
+    message = f"{name} cannot be exported: PyTorch cannot trace it for every batch size\n{reason.strip()[:300]}"
+    return RecipeError([Problem("the network", "model.name", message, "model")])
 
 
 def trace_program(deployed: Deployed, images: Tensor, name: str) -> Any:
-    """A `torch.export.ExportedProgram` whose first dimension may be any."""
+    """Returns a `torch.export.ExportedProgram` for any batch size.
+
+    Args:
+        images: uint8 (N, 1, 28, 28), examples.
+        name: the model, for the message.
+
+    Raises:
+        RecipeError: PyTorch cannot trace the network.
+    """
     batch = ({0: torch.export.Dim("batch")},)
     try:
-        # A clone: the program keeps its example with all the memory behind it, which would be the test set.
+        # A clone: the program keeps the example and its whole storage, which would be the test set.
         program = torch.export.export(deployed, (images[:2].clone(),), dynamic_shapes=batch, strict=False)
-    except Exception as error:  # a user's own network may fail in any way
+    except Exception as error:  # a user's own network may raise anything
         raise _refuse(name, error) from error
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # paths of this machine, of no use on another
+        node.meta.pop("stack_trace", None)  # it holds paths of this machine
     return program
 
 
 def write_onnx(program: Any, path: Path, about: dict[str, Any]) -> None:
+    """Writes a program as an ONNX file. The metadata `classes` holds the names of the classes as JSON.
+
+    Raises:
+        RecipeError: torch.onnx cannot convert the program.
+    """
     import onnx
 
     try:
@@ -51,7 +62,12 @@ def write_onnx(program: Any, path: Path, about: dict[str, Any]) -> None:
     onnx.save(model, path)
 
 
-def onnx_session(path: Path) -> Answer:
+def onnx_session(path: Path) -> Predictor:
+    """Returns a function that runs an ONNX file on the CPU.
+
+    Raises:
+        RunError: onnxruntime cannot run the file.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -59,15 +75,15 @@ def onnx_session(path: Path) -> Answer:
     options.log_severity_level = 3
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its own kinds, of no common base
+    except Exception as error:  # onnxruntime's exceptions have no common base
         raise RunError(f"onnxruntime cannot run the file; nothing was written: {error}") from error
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
 def slim_onnx(model: Any) -> None:
-    """Takes from an ONNX model what does not change an answer: two thirds of a small network's file.
+    """Removes what changes no result from an ONNX model: two thirds of a small network's file.
 
-    That is the exporter's notes (with paths of this machine), long names, and attributes that say the default.
+    These are the exporter's notes (with paths of this machine), long names, and attributes with their default value.
     """
     import onnx
 
@@ -80,12 +96,12 @@ def slim_onnx(model: Any) -> None:
         node.name = ""
         if node.domain == "":
             schema = onnx.defs.get_schema(node.op_type, versions[""])
-            result_keys = [each for each in node.attribute if not _is_default(each, schema)]
+            needed = [each for each in node.attribute if not _is_default(each, schema)]
             del node.attribute[:]
-            node.attribute.extend(result_keys)
+            node.attribute.extend(needed)
 
     if any(attribute.HasField("g") for node in graph.node for attribute in node.attribute):
-        return  # a branch or a loop names tensors from around it
+        return  # the graph of a branch or loop refers to outer tensors by name
     kept = {value.name for value in (*graph.input, *graph.output)} | {""}
     numbers = map("{:x}".format, itertools.count())
     short: dict[str, str] = {}
@@ -103,7 +119,7 @@ def _is_default(attribute: Any, schema: Any) -> bool:
     import onnx
 
     value = onnx.helper.get_attribute_value(attribute)
-    # The standard gives these three in its text only.
+    # The schema does not hold the defaults of these three; the standard's text does.
     plain = {"strides": {1}, "dilations": {1}, "pads": {0}}.get(attribute.name)
     if plain is not None:
         return set(value) == plain

@@ -1,4 +1,4 @@
-"""int8 files."""
+"""Quantizes an ONNX file to int8: tries several approaches and keeps the first that is accurate and small enough."""
 
 from __future__ import annotations
 
@@ -14,36 +14,38 @@ from mnist_dist.export.onnx import onnx_session, slim_onnx
 from mnist_dist.export.verify import Form
 
 LARGEST_LOSS = 0.1
-"""Points of accuracy by which an int8 file may differ from the network, to either side."""
-
+"""Largest difference in accuracy between an int8 file and the network, up or down, in percentage points."""
 
 LARGEST_SHARE = 0.35
-"""Of the fp32 ONNX file's size, that an int8 file may have."""
-
+"""Largest size of an int8 file, as a share of the fp32 ONNX file's size."""
 
 CALIBRATION_IMAGES = 512
 
 
-# --- int8 ---------------------------------------------------------------------------------------------------------
-
-
 def quantize(fp32: Path, made: Path, images: Tensor, network: Form, measure: Callable[..., Form]) -> Form:
-    """Writes the first int8 file that is exact and small enough, those with most arithmetic in int8 first.
+    """Writes the first int8 file that is accurate and small enough. Approaches with more int8 arithmetic come first.
 
-    The choice looks at the test set, as the promise about accuracy does. Calibration looks at `images` of the training
-    set, uint8 (N, 1, 28, 28), only.
+    Args:
+        fp32: the ONNX file to quantize.
+        made: the file to write.
+        images: uint8 (N, 1, 28, 28) of the training set, for calibration.
+        network: the network in PyTorch. The accuracy on the test set decides, because that is what is promised.
+        measure: from name, file and session to the measured form.
+
+    Raises:
+        RunError: no approach reaches the limits; lists what each one reached.
     """
     import onnx
     import onnxruntime
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
-    onnxruntime.set_default_logger_severity(3)  # errors: calibration opens sessions of its own
+    onnxruntime.set_default_logger_severity(3)  # errors only, also of the sessions that calibration opens
     size, tried = fp32.stat().st_size, []
     approaches: dict[str, dict[str, Any] | int] = {
         "static, QDQ": {},
         "static, QDQ, percentiles": {"calibrate_method": CalibrationMethod.Percentile},
         "static, QDQ, 7-bit weights": {"reduce_range": True},
-        # One node where QDQ has three; its kernels want unsigned activations.
+        # One node instead of QDQ's three; its kernels need unsigned activations.
         "static, QOperator": {"quant_format": QuantFormat.QOperator, "activation_type": QuantType.QUInt8},
         "weights only": 0,
         "weights only, small layers fp32": 128,
@@ -59,18 +61,18 @@ def quantize(fp32: Path, made: Path, images: Tensor, network: Form, measure: Cal
             slim_onnx(model)
             onnx.save(model, made)
             form = measure(f"onnx-int8 ({name})", made, onnx_session(made))
-        except Exception as error:  # a user's own network may fail in any way; another approach may do
+        except Exception as error:  # a user's own network may raise anything; another approach may work
             tried.append(f"{name}: {type(error).__name__}: {error}".splitlines()[0])
             continue
         if abs(form.accuracy - network.accuracy) <= LARGEST_LOSS + 1e-9 and form.size <= LARGEST_SHARE * size:
             return form
         tried.append(f"{name}: {form.accuracy:.2f} %, {form.size:,} bytes ({form.size / size:.1%} of fp32)")
-    asked = f"{network.accuracy:.2f} ± {LARGEST_LOSS} % in {LARGEST_SHARE:.0%} of fp32's {size:,} bytes"
-    raise RunError("\n  ".join([f"no int8 file reaches {asked}; nothing was written. Tried:", *tried]))
+    limits = f"{network.accuracy:.2f} ± {LARGEST_LOSS} % in {LARGEST_SHARE:.0%} of fp32's {size:,} bytes"
+    raise RunError("\n  ".join([f"no int8 file reaches {limits}; nothing was written. Tried:", *tried]))
 
 
 class _Calibration:
-    """Evenly spaced images, one at a time, as onnxruntime's calibration asks for them."""
+    """Evenly spaced images, one at a time: the interface of onnxruntime's calibration."""
 
     def __init__(self, images: Tensor) -> None:
         spaced = images[:: max(1, len(images) // CALIBRATION_IMAGES)][:CALIBRATION_IMAGES]
@@ -82,9 +84,9 @@ class _Calibration:
 
 
 def _quantize_weights(model: Any, *, smallest: int) -> None:
-    """Keeps float tensors of two dimensions or more as int8 with a scale per row; the arithmetic stays fp32.
+    """Stores float tensors of two or more dimensions as int8 with a scale per row; the arithmetic stays fp32.
 
-    Tensors of fewer than `smallest` elements stay as they are.
+    Tensors of fewer than `smallest` elements stay fp32.
     """
     import onnx
 
@@ -105,9 +107,9 @@ def _quantize_weights(model: Any, *, smallest: int) -> None:
 
 
 def _as_int8(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """float32 (R, C) -> int8 (R, C) and float32 (R,), whose product has each row's least squared error.
+    """Returns int8 (R, C) and scales, float32 (R,), with the least squared error for each row of float32 (R, C).
 
-    Of the ranges tried: 0.6 to 1 of the row's largest value. Cutting that one off may be the smaller error.
+    The range of a row is 0.6 to 1 of its largest value, in 41 steps: clipping that value may be the smaller error.
     """
     largest = np.maximum(np.abs(rows).max(axis=1), np.finfo(np.float32).tiny * 127)
     best = np.full(len(rows), np.inf)

@@ -1,4 +1,4 @@
-"""Comparing an exported file with the network in PyTorch."""
+"""Measures an exported file and compares it with the network in PyTorch."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from mnist_dist.data import Images, normalize
 from mnist_dist.errors import Problem, RecipeError, RunError
 
-Answer = Callable[[Tensor], Tensor]
-"""uint8 (N, 1, 28, 28) -> probabilities, float32 (N, classes)."""
+Predictor = Callable[[Tensor], Tensor]
+"""From uint8 (N, 1, 28, 28) to probabilities, float32 (N, classes)."""
 
 
 class Deployed(nn.Module):
-    """A trained network with its normalisation before it and softmax behind it."""
+    """A trained network between the normalisation of its input and a softmax."""
 
     def __init__(self, network: nn.Module, mean: float, std: float) -> None:
         super().__init__()
@@ -30,57 +30,77 @@ class Deployed(nn.Module):
 
 @dataclass(frozen=True)
 class Form:
-    """The network in one form, as it was measured; `size` in bytes, `accuracy` in percent, times in seconds."""
+    """One form of the network, PyTorch or a file, as measured on the test set."""
 
     name: str
     size: int
+    """Bytes."""
     accuracy: float
+    """Percent."""
     predictions: Tensor
+    """int64 (N,)."""
     probabilities: Tensor
-    answer: Answer
+    """float32 (N, classes)."""
+    predict: Predictor
 
     def seconds(self, images: Tensor) -> float:
-        """Median time of answering uint8 (N, 1, 28, 28), of fifteen after one that does not count."""
-        return statistics.median(timeit.repeat(lambda: self.answer(images), number=1, repeat=16)[1:])
+        """Returns the median time of 15 calls on uint8 images (N, 1, 28, 28), in seconds, after one warm-up call."""
+        return statistics.median(timeit.repeat(lambda: self.predict(images), number=1, repeat=16)[1:])
 
 
 # --- checks -------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def refuse_what_depends_on_the_batch(deployed: Deployed, images: Tensor, name: str) -> None:
+def refuse_batch_dependence(deployed: Deployed, images: Tensor, name: str) -> None:
+    """Checks that the network's result for an image does not depend on the other images of a batch, or on chance.
+
+    Args:
+        images: uint8 (N, 1, 28, 28).
+        name: the model, for the message.
+
+    Raises:
+        RecipeError: the result for an image alone differs from its result in the batch.
+    """
     inputs = normalize(images, deployed.mean, deployed.std)
-    together = deployed.network(inputs)
+    batched = deployed.network(inputs)
     alone = torch.cat([deployed.network(each[None]) for each in inputs])
-    if (together - alone).abs().max() <= 1e-3 * together.abs().max():
+    if (batched - alone).abs().max() <= 1e-3 * batched.abs().max():
         return
     norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
-    parts = deployed.network.named_modules()
-    guilty = [part for part, module in parts if isinstance(module, norms) and module.running_mean is None]
-    why = f" ({guilty[0]} and others normalise by the batch, also in evaluation)" if guilty else ""
-    what = f"{name}'s answer to an image depends on the other images of its batch, or on chance{why}"
-    raise RecipeError([Problem("the network", "", f"{what}:\nno file could repeat its answers")])
+    layers = deployed.network.named_modules()
+    found = [layer for layer, module in layers if isinstance(module, norms) and module.running_mean is None]
+    cause = f" (layers that normalise by the batch in evaluation too: {', '.join(found[:3])})" if found else ""
+    message = f"{name}'s result for an image depends on the other images of its batch, or on chance{cause}:\n"
+    message += "no file could reproduce its results"
+    raise RecipeError([Problem("the network", "model.name", message, "model")])
 
 
 @torch.no_grad()
-def measure_form(name: str, size: int, answer: Answer, data: Images, batch_size: int) -> Form:
-    probabilities = torch.cat([answer(images) for images in data.images.split(batch_size)])
+def measure_form(name: str, size: int, predict: Predictor, data: Images, batch_size: int) -> Form:
+    """Returns a form with its accuracy and its probabilities on a test set."""
+    probabilities = torch.cat([predict(images) for images in data.images.split(batch_size)])
     predictions = probabilities.argmax(dim=1)
     accuracy = 100 * int((predictions == data.labels).sum()) / len(data)
-    return Form(name, size, accuracy, predictions, probabilities, answer)
+    return Form(name, size, accuracy, predictions, probabilities, predict)
 
 
-def check_answers(network: Form, made: Form, classes: list[str]) -> None:
-    """Raises RunError unless both give every image the same class; names those that differ."""
+def check_agreement(network: Form, made: Form, classes: list[str]) -> None:
+    """Compares the predicted class of every image.
+
+    Raises:
+        RunError: the predictions of at least one image differ; lists up to eight of them.
+    """
     differing = (network.predictions != made.predictions).nonzero().flatten().tolist()
     if not differing:
         return
 
-    def says(form: Form, image: int) -> str:
+    def describe(form: Form, image: int) -> str:
         best = form.predictions[image]
         return f"{classes[best]} ({form.probabilities[image, best]:.6f})"
 
-    lines = [f"  image {each}: {says(made, each)}, not {says(network, each)}" for each in differing[:8]]
+    lines = [f"  image {each}: {describe(made, each)}, not {describe(network, each)}" for each in differing[:8]]
     lines += [f"  and {len(differing) - 8} more"] if len(differing) > 8 else []
     count = f"{len(differing)} of {len(network.predictions):,} test images"
-    raise RunError("\n".join([f"{made.name} answers {count} otherwise than PyTorch; nothing was written:", *lines]))
+    message = f"the {made.name} file disagrees with PyTorch on {count}; nothing was written:"
+    raise RunError("\n".join([message, *lines]))

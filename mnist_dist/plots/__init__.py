@@ -1,1 +1,1 @@
-"""Pictures of a run."""
+"""Pictures of a run, one module for each kind."""

@@ -1,4 +1,4 @@
-"""One picture of why a network said what it said; see `mnist_dist.explain`."""
+"""The picture of `mnist_dist.explain`: which pixels and feature maps lead to a prediction."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from mnist_dist.plots import style
 
 MOST_MAPS, COLUMNS = 16, 8
-GAP = 0.08  # inches, as all below
+GAP = 0.08  # inches, as the lengths below
 PITCH = style.TILE + GAP
 ACROSS = COLUMNS * PITCH - GAP
 LARGE = 252 / style.DPI  # nine dots for each of 28 pixels
@@ -31,12 +31,15 @@ def plot_explanation(
     *,
     title: str,
 ) -> Path:
-    """The picture, where more and less ink speak for the likeliest class, the likeliest classes, and feature maps.
+    """Draws the picture, the saliency for the most probable class, the most probable classes, and feature maps.
 
     Args:
-        picture: uint8 (H, W). saliency: float (H, W), signed.
-        top: names and probabilities, the likeliest first.
-        maps: for each layer (C, H, W); the first 16 are drawn.
+        picture: uint8 (H, W).
+        saliency: float (H, W); positive where more ink raises the score of the most probable class.
+        top: names and probabilities, the most probable class first.
+        maps: layer -> feature maps (C, H, W), of which the first 16 are drawn.
+        path: the PNG to write.
+        title: of the figure.
     """
     rows = {name: math.ceil(min(len(each), MOST_MAPS) / COLUMNS) for name, each in maps.items()}
     height = HEAD + sum(0.35 + PITCH * count + 0.1 for count in rows.values())
@@ -45,12 +48,12 @@ def plot_explanation(
     effect, name = saliency.numpy(), top[0][0]
     scale = 255 / max(np.abs(effect).max(), 1e-12)
     tiles = [
-        ("what the network sees", picture.numpy()),
-        (f"more ink speaks for {name}", scale * effect.clip(min=0)),
-        (f"less ink speaks for {name}", scale * -effect.clip(max=0)),
+        ("input of the network", picture.numpy()),
+        (f"more ink supports {name}", scale * effect.clip(min=0)),
+        (f"less ink supports {name}", scale * -effect.clip(max=0)),
     ]
-    for place, (heading, tile) in enumerate(tiles):
-        x = style.MARGIN + place * (LARGE + 0.2)
+    for position, (heading, tile) in enumerate(tiles):
+        x = style.MARGIN + position * (LARGE + 0.2)
         sheet.text(x, 0.1, heading, fontsize=9, va="center")
         style.draw_tile(sheet, x, 0.25, tile, LARGE)
     x = style.MARGIN + 3 * (LARGE + 0.2) + 0.1
@@ -64,10 +67,10 @@ def plot_explanation(
 
 
 def _draw_bars(sheet: Axes, x: float, width: float, top: Sequence[tuple[str, float]]) -> None:
-    """Each class's name and probability above a bar whose frame is 100 %."""
-    for place, (name, probability) in enumerate(top):
-        y = 0.42 + place * LARGE / 3
-        weight, colour = ("bold", style.BLUE) if place == 0 else ("normal", style.SKY)
+    """Draws each class's name and probability above a bar. The pale bar behind it is 100 %."""
+    for position, (name, probability) in enumerate(top):
+        y = 0.42 + position * LARGE / 3
+        weight, colour = ("bold", style.BLUE) if position == 0 else ("normal", style.SKY)
         sheet.text(x, y, name, fontsize=9, weight=weight, va="bottom")
         sheet.text(x + width, y, f"{100 * probability:.1f} %", fontsize=9, weight=weight, ha="right", va="bottom")
         sheet.add_patch(Rectangle((x, y + 0.03), width, 0.16, facecolor=style.PALE))
@@ -75,14 +78,14 @@ def _draw_bars(sheet: Axes, x: float, width: float, top: Sequence[tuple[str, flo
 
 
 def _draw_maps(sheet: Axes, y: float, name: str, maps: np.ndarray) -> None:
-    """A heading and the maps below it, on one scale: white is the lowest value of all, black the highest."""
+    """Draws a heading and the maps below it on one scale: white is the lowest value of all maps, black the highest."""
     shown, low, high = maps[:MOST_MAPS], maps[:MOST_MAPS].min(), maps[:MOST_MAPS].max()
     count = f"{len(shown)} of {len(maps)} maps" if len(shown) < len(maps) else f"{len(maps)} maps"
     size = "×".join(map(str, maps.shape[1:]))
     sheet.text(style.MARGIN, y + 0.15, name, fontsize=9, weight="bold", va="center")
-    said = f"{count} of {size}, white {low:.2g} to black {high:.2g}"
-    sheet.text(style.MARGIN + ACROSS, y + 0.15, said, fontsize=9, color=style.GREY, ha="right", va="center")
-    for place, each in enumerate(shown):
-        row, column = divmod(place, COLUMNS)
+    scale = f"{count} of {size}, white {low:.2g} to black {high:.2g}"
+    sheet.text(style.MARGIN + ACROSS, y + 0.15, scale, fontsize=9, color=style.GREY, ha="right", va="center")
+    for position, each in enumerate(shown):
+        row, column = divmod(position, COLUMNS)
         grey = 255 * (each - low) / max(high - low, 1e-12)
         style.draw_tile(sheet, style.MARGIN + column * PITCH, y + 0.3 + row * PITCH, grey)

@@ -1,7 +1,7 @@
-"""One restrained look for every picture, without pyplot: readable in grey, by the colour-blind and at half size.
+"""The common style and the drawing functions of all pictures, without pyplot.
 
-Colours are those of Okabe and Ito, "Color Universal Design" (2008); no meaning hangs on colour alone, a line style,
-a marker or a sign always says it too.
+Pictures are readable in grey, for colour-blind readers and at half size. Colours are those of Okabe and Ito, "Color
+Universal Design" (2008). No meaning depends on colour alone: a line style, a marker or a sign repeats it.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.style
+import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from numpy import ndarray
 
 BLUE, SKY, GREEN, VERMILLION = "#0072B2", "#56B4E9", "#009E73", "#D55E00"
 ORANGE, PURPLE = "#E69F00", "#CC79A7"
 INK, GREY, PALE = "#222222", "#666666", "#E4E4E4"
 
 DPI = 150
-TILE = 140 / DPI  # inches: five dots for each of 28 pixels, so that no pixel comes out wider than its neighbour
+TILE = 140 / DPI  # inches: five dots for each of 28 pixels, so that all pixels have one width
 MARGIN = 0.2  # inches
 
 STYLE: dict[str, Any] = {
@@ -64,14 +65,14 @@ _LOCK = threading.RLock()
 
 @contextmanager
 def house_style() -> Iterator[None]:
-    """Draw and save inside this context, or decorated by it: the caller's settings neither leak in nor get lost."""
-    # matplotlib keeps its settings in one dict per process: two threads inside at once would restore each other's.
+    """Applies the style in a `with` block or, as a decorator, in a function; then restores the caller's settings."""
+    # matplotlib keeps its settings in one dict per process: two threads at once would restore each other's settings.
     with _LOCK, matplotlib.style.context(["default", STYLE]):
         yield
 
 
 def new_figure(width: float, height: float, title: str) -> Figure:
-    """An empty figure of width × height inches, laid out by constraints, its title on the left and wrapped to fit."""
+    """Returns an empty figure of width × height inches with constrained layout and a wrapped title on the left."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(_wrap_title(title, width), x=0.12 / width, ha="left")
@@ -79,9 +80,9 @@ def new_figure(width: float, height: float, title: str) -> Figure:
 
 
 def new_sheet(width: float, height: float, title: str) -> tuple[Figure, Axes]:
-    """A sheet for grids of small images, measured in inches from the top left of the room below the title.
+    """Returns a sheet for grids of small images: one axes in inches, with the origin at the top left below the title.
 
-    One axes with everything placed by hand costs a tenth of the time of one axes per image.
+    One axes for all images takes a tenth of the time of one axes per image.
     """
     heading = _wrap_title(title, width)
     top = 0.4 + 0.22 * len(heading.splitlines())
@@ -94,24 +95,33 @@ def new_sheet(width: float, height: float, title: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def draw_tile(axes: Axes, x: float, y: float, image: ndarray, side: float = TILE) -> None:
-    """One image, (H, W) of grey levels 0..255, as ink on paper with its top left corner at (x, y) inches."""
+def draw_tile(axes: Axes, x: float, y: float, image: np.ndarray, side: float = TILE) -> None:
+    """Draws one image, (H, W) of grey levels 0..255, dark on white, with its top left corner at (x, y) inches."""
     axes.imshow(image, cmap="gray_r", vmin=0, vmax=255, extent=(x, x + side, y + side, y), interpolation="nearest")
     axes.add_patch(Rectangle((x, y), side, side, fill=False, edgecolor="#BBBBBB", linewidth=0.5))
 
 
 def write_png(figure: Figure, path: str | Path) -> Path:
-    """Writes the figure as PNG in one step (beside, then renamed), making the folder if need be; returns the path."""
+    """Writes the figure as PNG under a temporary name, then renames it; creates the folder. Returns the path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        figure.savefig(beside, format="png")
-        beside.replace(path)
+        figure.savefig(staged, format="png")
+        staged.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        staged.unlink(missing_ok=True)
     return path
 
 
+def as_array(values: Any) -> np.ndarray:
+    """Returns a NumPy array of an array or of a tensor on any device."""
+    if isinstance(values, torch.Tensor):
+        # NumPy has no bfloat16.
+        values = values.detach().float() if values.is_floating_point() else values.detach()
+        values = values.cpu()
+    return np.asarray(values)
+
+
 def _wrap_title(title: str, width: float) -> str:
-    return textwrap.fill(title, max(20, int(8.5 * width)))  # 13 pt bold runs to about nine letters an inch
+    return textwrap.fill(title, max(20, int(8.5 * width)))  # 13 pt bold: about nine letters per inch

@@ -48,7 +48,7 @@ def open_trackers(
             init |= {"id": checkpoint["wandb_id"], "resume": "allow"}
         files = {"directory": folder.path, "recipe": folder.recipe}
         trackers.append(
-            WandbTracker(wandb.project, **files, say=console.message, gauges=components.meter.gauges, **init)
+            WandbTracker(wandb.project, **files, notify=console.message, gauges=components.meter.gauges, **init)
         )
     components.accelerator.log_with = trackers
     components.accelerator.init_trackers(wandb.project, config=recipe.model_dump())
@@ -145,19 +145,18 @@ def write_outputs(
 
 def _draw(folder: RunFolder, title: str, batches: Batches, dataset: Dataset, test: Evaluation, eval_name: str) -> None:
     """All pictures of a run, into its plots/."""
-    from mnist_dist.plots import plots  # matplotlib: not before the first step
+    from mnist_dist.plots import confusion, curves, images  # matplotlib: not before the first step
 
     metrics, data = load_run(folder.path).metrics, dataset.test
-    plots.plot_training_history(metrics, folder.plots / "training_history.png", title=title, eval_name=eval_name)
-    plots.plot_per_batch_loss(metrics, folder.plots / "per_batch_loss.png", title=title)
-    for plot, name in ((plots.plot_predictions, "predictions"), (plots.plot_misclassified, "misclassified")):
-        path = folder.plots / f"{name}.png"
-        plot(data.images, data.labels, test.probabilities, path, classes=data.classes, title=title)
-    plots.plot_confusion_matrix(
-        test.confusion, folder.plots / "confusion_matrix.png", classes=data.classes, title=title
-    )
+    curves.plot_training_history(metrics, folder.plots / "training_history.png", title=title, eval_name=eval_name)
+    curves.plot_per_batch_loss(metrics, folder.plots / "per_batch_loss.png", title=title)
+    predictions = images.Predictions.read(data.images, data.labels, test.probabilities, data.classes)
+    images.plot_predictions(predictions, folder.plots / "predictions.png", title=title)
+    images.plot_misclassified(predictions, folder.plots / "misclassified.png", title=title)
+    matrix = folder.plots / "confusion_matrix.png"
+    confusion.plot_confusion_matrix(test.confusion, matrix, classes=data.classes, title=title)
     originals, warped = _augmented_samples(batches, dataset.train)
-    plots.plot_augmented_samples(originals, warped, folder.plots / "augmented_samples.png", title=title)
+    images.plot_augmented_samples(originals, warped, folder.plots / "augmented_samples.png", title=title)
 
 
 def _augmented_samples(batches: Batches, data: Images, count: int = 10) -> tuple[torch.Tensor, torch.Tensor]:

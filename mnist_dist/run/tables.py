@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+
+from mnist_dist.engine.files import write_text
+from mnist_dist.errors import Problem, RecipeError
 
 
 def table_console(**keywords: Any) -> Console:
@@ -24,3 +28,48 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
 def printable(path: Path) -> str:
     """Returns a path as text that any console can print. A file name on disk need not be valid text."""
     return str(path).encode(errors="replace").decode()
+
+
+def replace_between_marks(path: Path, text: str, marks: tuple[str, str]) -> None:
+    """Writes `text` between each pair of marks in a Markdown file and keeps the rest; a new file holds nothing else.
+
+    Raises:
+        RecipeError: the file has no such pair of marks; nothing was written.
+    """
+    content = path.read_text(encoding="utf-8") if path.exists() else "\n".join(marks) + "\n"
+    write_text(path, fill_between_marks(content, lambda _: text, path, marks))
+
+
+def fill_between_marks(
+    content: str,
+    text: Callable[[re.Match[str]], str],
+    path: Path,
+    marks: tuple[str, str],
+    first: re.Pattern[str] | None = None,
+) -> str:
+    """Returns `content` with new text between each pair of marks.
+
+    Args:
+        content: the text of a Markdown file.
+        text: called with the match of each first mark; returns what follows that mark.
+        path: the file, for the message.
+        marks: the first and the second mark.
+        first: the pattern of the first mark, if the mark has several forms.
+
+    Raises:
+        RecipeError: there is no pair of marks, or a first mark lacks its second mark.
+    """
+    starts = list((first or re.compile(re.escape(marks[0]))).finditer(content))
+    limits = [start.start() for start in starts[1:]] + [len(content)]
+    pieces, end = [], 0
+    for start, limit in zip(starts, limits, strict=False):
+        found = content.find(marks[1], start.end(), limit)
+        if found < 0:
+            break
+        pieces += [content[end : start.end()], f"\n{text(start)}\n"]
+        end = found
+    else:
+        if starts:
+            return "".join([*pieces, content[end:]])
+    message = f"{path} lacks the lines to write between: {marks[0]} and {marks[1]}"
+    raise RecipeError([Problem("command line", "--markdown", message, "missing")])

@@ -1,4 +1,4 @@
-"""Console, JSON lines and Weights & Biases, each an Accelerate tracker: `accelerator.log(...)` tells all of them."""
+"""Trackers for Accelerate: console, JSON lines and Weights & Biases. `accelerator.log(...)` calls all of them."""
 
 from typing import TypeVar
 
@@ -22,5 +22,5 @@ Tracker = TypeVar("Tracker", ConsoleTracker, JSONLTracker, WandbTracker)
 
 
 def find_tracker(accelerator: Accelerator, kind: type[Tracker]) -> Tracker | None:
-    """The tracker of this kind; None where the run has none, as on every rank but 0."""
+    """Returns the tracker of this kind; None if the run has none. Only rank 0 has trackers."""
     return next((each for each in accelerator.trackers if isinstance(each, kind)), None)

@@ -1,4 +1,4 @@
-"""The console of rank 0: a header, one live bar, one line an epoch; plain lines without a terminal."""
+"""The console of rank 0: a header, a progress bar and one line per epoch; plain lines if there is no terminal."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 PLAIN_SECONDS = 30.0
-"""Without a terminal a line of progress appears at most this often."""
+"""Without a terminal, the shortest time between two lines of progress."""
 
 
 class ConsoleTracker(GeneralTracker):
-    """Shows what is logged, and keeps every line (not the bar) in `log_path`."""
+    """Prints what is logged and writes every line, but not the bar, to `log_path`."""
 
     name = "console"
     requires_logging_directory = False
@@ -32,7 +32,7 @@ class ConsoleTracker(GeneralTracker):
             TimeRemainingColumn(),
             console=self._console,
             refresh_per_second=4,
-            speed_estimate_period=3600,  # a big network logs less than once in rich's own 30 s
+            speed_estimate_period=3600,  # rich's default of 30 s is less than one log interval of a large network
             transient=True,
         )
         self._bar = self._progress.add_task("", total=total_steps, epoch=f"1/{epochs}", figures="")
@@ -47,13 +47,13 @@ class ConsoleTracker(GeneralTracker):
             self._progress.start()
 
     def message(self, text: str, style: str | None = None) -> None:
-        """Prints one line above the bar and keeps it in the log."""
+        """Prints one line above the bar and writes it to the log."""
         self._console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
         self._log.write(text + "\n")
         self._log.flush()
 
     def header(self, facts: dict[str, str]) -> None:
-        """The facts of the run, one a line."""
+        """Prints the facts of the run, one per line."""
         width = max(map(len, facts))
         for name, fact in facts.items():
             self.message(f"{name:<{width}}  {fact}", style="bold" if name == "recipe" else None)

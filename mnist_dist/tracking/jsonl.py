@@ -1,4 +1,4 @@
-"""metrics.jsonl: one object a line, always written, whatever becomes of the other trackers; and following it."""
+"""metrics.jsonl: a tracker that writes one JSON object per line, and a reader that follows the file."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ from accelerate.tracking import GeneralTracker
 
 
 class JSONLTracker(GeneralTracker):
+    """Writes metrics.jsonl, which is complete even if other trackers fail.
+
+    Args:
+        path: the file.
+        keep_bytes: a resumed run continues the file after these bytes and writes later lines again. If the file has
+            become shorter, its complete lines stay.
+    """
+
     name = "jsonl"
     requires_logging_directory = False
 
     def __init__(self, path: Path, keep_bytes: int = 0):
-        """Continues a file after its first `keep_bytes` bytes; what a killed run wrote beyond them is written again.
-
-        Of a file that has become shorter the whole lines stay.
-        """
         super().__init__()
         self.path = path
         path.touch()
@@ -32,12 +36,12 @@ class JSONLTracker(GeneralTracker):
         return self.path
 
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        """Appends one line; it is in the file when the call returns."""
+        """Appends one line. The line is in the file when the call returns."""
         self._file.write(json.dumps(values) + "\n")
         self._file.flush()
 
     def bytes_written(self) -> int:
-        """The file's length, all of it on the disk."""
+        """Flushes the file to the disk and returns its length."""
         os.fsync(self._file.fileno())
         return self._file.tell()
 
@@ -46,7 +50,7 @@ class JSONLTracker(GeneralTracker):
 
 
 class JSONLReader:
-    """Follows a file that a tracker may still be writing: each `read` parses only what is new since the last."""
+    """Follows a file that a tracker may still be writing. Each `read` parses only the lines that are new."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -54,11 +58,11 @@ class JSONLReader:
         self._end, self._last = 0, b""
 
     def read(self) -> list[dict[str, Any]]:
-        """All whole lines so far; half a line, a line that is no JSON object or a missing file is passed over."""
+        """Returns the objects of all complete lines so far; ignores a missing file and lines without an object."""
         with suppress(OSError), self.path.open("rb") as file:
             file.seek(self._end - len(self._last))
             text = file.read()
-            if not text.startswith(self._last):  # the run went back to a checkpoint and has written other lines
+            if not text.startswith(self._last):  # a resumed run has truncated the file and written new lines
                 file.seek(0)
                 text, self.lines, self._end, self._last = file.read(), [], 0, b""
             new = text[len(self._last) : text.rfind(b"\n") + 1].splitlines(keepends=True)

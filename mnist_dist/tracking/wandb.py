@@ -1,4 +1,4 @@
-"""Weights & Biases through Accelerate's tracker, so guarded that it can neither prompt, nor stall, nor end a run."""
+"""Weights & Biases through Accelerate's tracker, guarded so that it cannot prompt, stall or end a run."""
 
 from __future__ import annotations
 
@@ -19,43 +19,43 @@ from accelerate.utils import patch_environment
 from torch import Tensor
 
 INIT_SECONDS = 30
-"""How long an online run may take to reach the server before the run goes offline."""
+"""An online run that does not reach the server in this time is logged offline."""
 
 PACKAGE = Path(__file__).parent.parent
 
 
 def resolve_mode(mode: str) -> tuple[str, str]:
-    """Turns `auto` into online or offline: credentials decide, WANDB_MODE overrules.
+    """Resolves `auto` to online or offline by the credentials on this machine; WANDB_MODE has priority.
 
     Returns:
-        the mode, and the sentence that says why.
+        The mode, and its reason for the console.
     """
     if mode != "auto":
-        return mode, f"{mode}, as the recipe says"
-    asked = os.environ.get("WANDB_MODE")
-    if asked in ("online", "offline", "disabled", "dryrun"):
-        mode = "offline" if asked == "dryrun" else asked
-        return mode, f"{mode}, as WANDB_MODE says"
+        return mode, f"{mode} (recipe)"
+    requested = os.environ.get("WANDB_MODE")
+    if requested in ("online", "offline", "disabled", "dryrun"):
+        mode = "offline" if requested == "dryrun" else requested
+        return mode, f"{mode} (WANDB_MODE)"
     if _has_credentials():
-        return "online", "online, credentials found"
-    return "offline", "offline, no credentials (wandb login); wandb sync uploads it later"
+        return "online", "online (credentials found)"
+    return "offline", "offline (no credentials: run `wandb login`); `wandb sync` uploads the run later"
 
 
 def server_url() -> str:
-    """W&B's server: the environment's, else the one that `wandb login --host` took down, else the public one."""
+    """Returns W&B's server: WANDB_BASE_URL, else the server that `wandb login --host` stored, else the public one."""
     folder = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser()
     settings = configparser.ConfigParser(interpolation=None)
     with suppress(configparser.Error, UnicodeDecodeError):
         settings.read(folder / "settings")
-    noted = settings.get("default", "base_url", fallback="")
-    return os.environ.get("WANDB_BASE_URL") or noted or "https://api.wandb.ai"
+    stored = settings.get("default", "base_url", fallback="")
+    return os.environ.get("WANDB_BASE_URL") or stored or "https://api.wandb.ai"
 
 
 def _has_credentials() -> bool:
-    """Looks where wandb looks, without importing it or asking anybody."""
+    """Returns whether wandb would find credentials. Does not import wandb, which might prompt."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    host = urlparse(server_url()).netloc  # with its port, as wandb writes it there
+    host = urlparse(server_url()).netloc  # includes the port, as in wandb's entry in .netrc
     for path in filter(None, (os.environ.get("NETRC"), "~/.netrc", "~/_netrc")):
         try:
             if netrc.netrc(Path(path).expanduser()).authenticators(host):
@@ -66,11 +66,14 @@ def _has_credentials() -> bool:
 
 
 class WandbTracker(WandBTracker):
-    """One W&B run. Whatever it raises is said once and the training goes on; metrics.jsonl holds everything anyway.
+    """One W&B run. After the first error of wandb the training continues without it; metrics.jsonl is complete anyway.
 
     Args:
-        directory: the run folder. recipe: the resolved one, a file in it.
-        gauges: asked for further figures with each line of training; they are of the machine, not of the result.
+        directory: the run folder.
+        recipe: the file of the resolved recipe in the run folder.
+        notify: called with one line for the user when wandb fails.
+        gauges: returns further figures for each line of training. They describe the machine, not the result.
+        init: keywords for `wandb.init`.
     """
 
     def __init__(
@@ -79,26 +82,26 @@ class WandbTracker(WandBTracker):
         *,
         directory: Path,
         recipe: Path,
-        say: Callable[[str], None],
+        notify: Callable[[str], None],
         gauges: Callable[[], dict[str, float]] = dict,
         **init: Any,
     ):
         from wandb import Settings
 
         settings = Settings(init_timeout=INIT_SECONDS, finish_timeout=60, silent=True, console="off", save_code=True)
-        if (PACKAGE.parent / ".git").exists():  # else wandb looks for a repository around the run folder
+        if (PACKAGE.parent / ".git").exists():  # otherwise wandb searches for a repository around the run folder
             settings.git_root = str(PACKAGE.parent)
         super().__init__(project, dir=str(directory), settings=settings, **init)
-        self._directory, self._recipe, self._say, self._gauges = directory, recipe, say, gauges
+        self._directory, self._recipe, self._notify, self._gauges = directory, recipe, notify, gauges
         self._alive = False
         self.log_seconds = 0.0
-        """What logging took of the training's time."""
+        """Training time spent in logging."""
 
     def start(self) -> None:
         try:
             super().start()
         except Exception as error:
-            self._say(f"wandb could not start online ({_first_line(error)}); this run is logged offline")
+            self._notify(f"wandb could not start online ({_first_line(error)}); this run is logged offline")
             self.init_kwargs["mode"] = "offline"
             self._alive = True
             self._guard("start offline", super().start)
@@ -107,22 +110,22 @@ class WandbTracker(WandBTracker):
         self._guard("save the code", self._save_code)
 
     def _define_metrics(self) -> None:
-        # The step is a metric of its own: wandb refuses to go back in its built-in step after a resume.
+        # The step is a metric: wandb's own step cannot decrease, but a resume repeats steps.
         self.run.define_metric("*", step_metric="step")
         for metric, goal in (("eval/accuracy", "max"), ("eval/loss", "min")):
             self.run.define_metric(metric, step_metric="step", summary=goal)
-        # Leaves no line; what wandb imports at the first call it imports here, not beside the first steps.
+        # Writes no line. The first call of `log` imports modules; it must not slow the first steps.
         self.run.log({}, commit=False)
 
     def _save_code(self) -> None:
         self.run.log_code(str(PACKAGE))
-        # A copy, which stays as it is; wandb by itself would link to the file.
+        # A copy: wandb would make a link, and the file may change later.
         copy = shutil.copy(self._recipe, self.run.dir)
         self.run.save(copy, base_path=self.run.dir, policy="now")
 
     @property
     def run_id(self) -> str | None:
-        """With which a resumed run continues this one."""
+        """The id with which a resumed run continues this W&B run; None if the W&B run has failed."""
         return self.run.id if self._alive else None
 
     def store_init_configuration(self, values: dict[str, Any]) -> None:
@@ -134,11 +137,11 @@ class WandbTracker(WandBTracker):
     def log_evaluation(
         self, confusion: Tensor, classes: tuple[str, ...], tensors: dict[str, Tensor], *, step: int
     ) -> None:
-        """Confusion matrix, accuracy of each class, and a histogram of each tensor.
+        """Logs a confusion matrix, the accuracy of each class, and a histogram of each tensor.
 
         Args:
-            confusion: int64 (classes, classes), images by truth and prediction.
-            tensors: of any shape, by the name of their histogram.
+            confusion: int64 (classes, classes), number of images by truth and prediction.
+            tensors: name of the histogram -> tensor of any shape.
         """
 
         def content() -> dict[str, Any]:
@@ -161,10 +164,12 @@ class WandbTracker(WandBTracker):
     def log_most_wrong(
         self, images: Tensor, labels: Tensor, probabilities: Tensor, classes: tuple[str, ...], *, step: int
     ) -> None:
-        """A table of the 32 images that the network gives the least probability to be what they are.
+        """Logs a table of the 32 images whose true class has the lowest probability.
 
         Args:
-            images: uint8 (N, 1, height, width). labels: int64 (N,). probabilities: float32 (N, classes).
+            images: uint8 (N, 1, height, width).
+            labels: int64 (N,).
+            probabilities: float32 (N, classes).
         """
 
         def content() -> dict[str, Any]:
@@ -182,31 +187,37 @@ class WandbTracker(WandBTracker):
         self._guard("log the most wrong images", lambda: self.run.log(content()))
 
     def log_weights(self, files: list[Path], alias: str, about: dict[str, Any]) -> None:
-        """A version of the artifact `model-<run id>`: what `load_run` needs, with `about` as its metadata."""
+        """Logs a version of the artifact `model-<run id>`.
+
+        Args:
+            files: what `load_run` needs.
+            alias: of the version, e.g. best.
+            about: its metadata.
+        """
 
         def send() -> None:
             from wandb import Artifact
 
             artifact = Artifact(f"model-{self.run.id}", type="model", metadata=about)
             for file in files:
-                # Uploaded from where they lie: a finished run's weights do not change.
+                # Uploaded from the run folder, without a copy: the weights of a finished run do not change.
                 artifact.add_file(str(file.resolve()), policy="immutable", skip_cache=True)
             self.run.log_artifact(artifact, aliases=[alias])
 
         self._guard("log the weights", send)
 
     def summarize(self, values: dict[str, Any]) -> None:
-        """Best and last values, shown in W&B's table of runs."""
+        """Writes best and last values, which W&B's table of runs shows."""
         self._guard("write the summary", lambda: self.run.summary.update(values))
 
-    def fail(self, title: str, what: str) -> None:
-        """Alerts whoever asked W&B for alerts, and ends the W&B run as failed."""
-        self._guard("send an alert", lambda: self.run.alert(title=title, text=what, level="ERROR"))
+    def fail(self, title: str, message: str) -> None:
+        """Sends an alert to users who have W&B's alerts enabled, and ends the W&B run as failed."""
+        self._guard("send an alert", lambda: self.run.alert(title=title, text=message, level="ERROR"))
         self._end(exit_code=1)
 
     def preempt(self, exit_code: int) -> None:
-        """Ends the W&B run as preempted: W&B knows then that it will go on, and its sweeps start it again."""
-        self._guard("say that it was preempted", lambda: self.run.mark_preempting())
+        """Ends the W&B run as preempted. W&B then expects it to resume, and W&B's sweeps start it again."""
+        self._guard("mark the run as preempted", lambda: self.run.mark_preempting())
         self._end(exit_code)
 
     def finish(self) -> None:
@@ -216,32 +227,37 @@ class WandbTracker(WandBTracker):
         if self._alive:
             self._guard("finish", lambda: self.run.finish(exit_code=exit_code))
         elif getattr(self, "run", None):
-            # It broke, and that was said. Left open, it would take in the next training of this process.
+            # The failure has been reported. An open W&B run would receive the next training of this process.
             with suppress(Exception), self._data_here():
                 self.run.finish(exit_code=exit_code)
 
     def _data_here(self) -> AbstractContextManager[None]:
-        """What waits to be uploaded stays in the run folder: a home may be full, or read-only."""
+        """Has wandb keep data for the upload in the run folder: the home folder may be full or read-only."""
         return patch_environment(WANDB_DATA_DIR=os.environ.get("WANDB_DATA_DIR", self._directory / "wandb"))
 
-    def _timed(self, what: str, call: Callable[[], Any]) -> None:
+    def _timed(self, action: str, call: Callable[[], Any]) -> None:
         started = time.perf_counter()
-        self._guard(what, call)
+        self._guard(action, call)
         self.log_seconds += time.perf_counter() - started
 
-    def _guard(self, what: str, call: Callable[[], Any]) -> None:
+    def _guard(self, action: str, call: Callable[[], Any]) -> None:
+        """Calls wandb. If that raises, notifies the user and makes no further calls.
+
+        Args:
+            action: for the message "wandb could not …".
+        """
         if not self._alive:
             return
         try:
             with self._data_here():
                 call()
-        except Exception as error:  # wandb raises anything from its own errors to broken pipes
+        except Exception as error:  # wandb raises many kinds, from its own errors to broken pipes
             self._alive = False
-            self._say(f"wandb could not {what} ({_first_line(error)}); training goes on without it")
+            self._notify(f"wandb could not {action} ({_first_line(error)}); training continues without it")
 
 
 def _confusion_chart(confusion: Tensor, classes: tuple[str, ...]) -> Any:
-    """W&B's own chart, from counts; its function for it would go through every image in Python."""
+    """Returns W&B's confusion chart from counts. `wandb.plot.confusion_matrix` would loop over all images in Python."""
     from wandb import Table, plot_table
 
     rows = [

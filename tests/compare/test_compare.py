@@ -1,4 +1,4 @@
-"""Run folders become one table; the same summaries give the same table."""
+"""The table of runs: from run folders and from kept summaries, printed and in Markdown."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mnist_dist.cli import run_command
 from mnist_dist.compare import __main__ as compare
+from mnist_dist.compare.table import MARKS, SHORT_COLUMNS, to_markdown
 from mnist_dist.run.reader import RunReader
 from mnist_dist.tracking import JSONLReader
 
@@ -31,19 +31,19 @@ def cell(row: compare.Row, column: str) -> str:
     return row.cells()[column][0]
 
 
-def test_seeds_are_one_row_with_mean_and_deviation():
+def test_seeds_share_a_row_with_mean_and_deviation():
     [row] = rows_of([summary(seed=0, last=99.4), summary(seed=1, last=99.6)])
     assert cell(row, "last epoch") == "99.50 ± 0.14"
     assert cell(row, "n") == "2"
     assert cell(row, "parameters") == "8,650"
 
 
-def test_other_precision_device_or_length_are_other_rows():
+def test_another_precision_device_or_length_is_another_row():
     others = [summary(), summary(mixed_precision="bf16"), summary(device="H200"), summary(epochs=1.0)]
     assert len(rows_of(others)) == 4
 
 
-def test_a_row_says_which_commits_its_runs_are_of():
+def test_a_row_names_the_commits_of_its_runs():
     commits = ["dd4fd25a33", "dd4fd25a33", "c1c367aa11-dirty", None]
     [row] = rows_of([summary(seed=seed, git_commit=commit) for seed, commit in enumerate(commits)])
     assert cell(row, "commit") == "dd4fd25, c1c367a-dirty"
@@ -65,19 +65,96 @@ def test_a_seed_that_ran_twice_counts_once():
         ({"recipe": "not_shipped"}, ""),
     ],
 )
-def test_a_verdict_holds_the_claim_against_both_figures(values, verdict):
+def test_a_verdict_compares_the_claim_with_last_and_best_accuracy(values, verdict):
     [row] = rows_of([summary(**values)])
     assert cell(row, "verdict") == verdict
 
 
-def test_the_table_is_written_between_the_marks_and_nowhere_else(tmp_path, capsys):
-    kept, page = tmp_path / "kept.jsonl", tmp_path / "page.md"
-    kept.write_text(json.dumps(summary()) + "\n")
-    page.write_text(f"before\n{compare.MARKS[0]}\nold\n{compare.MARKS[1]}\nafter\n")
+# --- Markdown -----------------------------------------------------------------------------------------------------
+
+SELECTION = "<!-- results of {}: made by mnist_dist.compare -->"
+
+
+@pytest.fixture
+def kept(tmp_path) -> Path:
+    path = tmp_path / "kept.jsonl"
+    rows = [summary(), summary(recipe="lenet5", last=99.1), summary(recipe="my_own", last=98.5)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def recipes_in(table: str) -> list[str]:
+    """The first column of a Markdown table, without its heading."""
+    return [line.split("|")[1].strip() for line in table.strip().splitlines()[2:]]
+
+
+def test_the_table_is_written_between_the_marks_only(tmp_path, kept, capsys):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{MARKS[0]}\nan older table\n{MARKS[1]}\nafter\n")
     assert compare.main([str(kept), "--markdown", str(page)]) == 0
     text = page.read_text()
-    assert text.startswith(f"before\n{compare.MARKS[0]}\n| recipe |") and text.endswith(f"{compare.MARKS[1]}\nafter\n")
-    assert "old" not in text and "99.50" in text and "99.50" in capsys.readouterr().out
+    assert text.startswith(f"before\n{MARKS[0]}\n| recipe |") and text.endswith(f"{MARKS[1]}\nafter\n")
+    assert "an older table" not in text and "99.50" in text and "99.50" in capsys.readouterr().out
+    assert compare.main([str(kept), "--markdown", str(page)]) == 0
+    assert page.read_text() == text
+
+
+def test_a_mark_selects_recipes_and_every_marked_table_is_rewritten(tmp_path, kept):
+    page = tmp_path / "page.md"
+    blocks = [SELECTION.format("my_own, model_v3_onecycle"), MARKS[0], SELECTION.format("lenet5")]
+    page.write_text("\n".join(f"text {n}\n{mark}\nold {n}\n{MARKS[1]}" for n, mark in enumerate(blocks)) + "\nend\n")
+    assert compare.main([str(kept), "--markdown", str(page)]) == 0
+    text = page.read_text()
+    tables = [text.partition(mark)[2].partition(MARKS[1])[0] for mark in blocks]
+    assert recipes_in(tables[0]) == ["my_own", "model_v3_onecycle"]
+    assert recipes_in(tables[1]) == ["lenet5", "model_v3_onecycle", "my_own"]
+    assert recipes_in(tables[2]) == ["lenet5"]
+    heads = [[cell.strip() for cell in table.strip().splitlines()[0].strip("|").split("|")] for table in tables]
+    assert tuple(heads[0]) == tuple(heads[2]) == SHORT_COLUMNS
+    assert {"best epoch", "precision", "ran on", "commit"} == set(heads[1]) - set(heads[0])
+    outside = text
+    for table in tables:
+        outside = outside.replace(table, "")
+    assert outside == "\n".join(f"text {n}\n{mark}{MARKS[1]}" for n, mark in enumerate(blocks)) + "\nend\n"
+
+
+def test_recipes_in_a_page_of_the_repository_link_to_their_files():
+    repository = Path(compare.__file__).parents[2]
+    rows = rows_of([summary(recipe="plus_8k"), summary(recipe="lenet5"), summary(recipe="my_own")])
+    pages = {repository: "configs/", repository / "configs": "", repository / "launch": "../configs/"}
+    for folder, prefix in pages.items():
+        table = to_markdown(rows, SHORT_COLUMNS, folder)
+        links = [f"[lenet5]({prefix}lenet5.yaml)", f"[plus_8k]({prefix}plus/plus_8k.yaml)", "my_own"]
+        assert recipes_in(table) == links
+        assert all((folder / link.split("(")[1].strip(")")).is_file() for link in links[:2])
+
+
+def test_a_new_markdown_file_holds_the_marks_and_the_table(tmp_path, kept):
+    assert compare.main([str(kept), "--markdown", str(tmp_path / "new.md")]) == 0
+    text = (tmp_path / "new.md").read_text()
+    assert text.startswith(MARKS[0] + "\n") and text.endswith(MARKS[1] + "\n")
+    table = text.removeprefix(MARKS[0]).removesuffix(MARKS[1] + "\n")
+    assert recipes_in(table) == ["lenet5", "model_v3_onecycle", "my_own"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "no marks\n",
+        f"{MARKS[0]}\n",
+        f"{MARKS[0]}\n{SELECTION.format('lenet5')}\n{MARKS[1]}\n",
+        f"{MARKS[0]}\n{MARKS[1]}\n{MARKS[0]}\n",
+        f"{SELECTION.format('lenet5, lenet_6')}\n{MARKS[1]}\n",
+    ],
+)
+def test_a_page_whose_marks_do_not_fit_is_left_as_it_is(tmp_path, kept, refused, content):
+    page = tmp_path / "page.md"
+    page.write_text(content)
+    assert refused(lambda: compare.main([str(kept), "--markdown", str(page)])) == [("--markdown", "missing")]
+    assert page.read_text() == content
+
+
+# --- run folders --------------------------------------------------------------------------------------------------
 
 
 def lines(count: int, start: int = 0) -> str:
@@ -93,7 +170,7 @@ def lines(count: int, start: int = 0) -> str:
 
 
 def write_run(path: Path, *, status: str = "done", steps: int = 30, recipe: dict | None = None, **more) -> Path:
-    """A run folder as training leaves it: whole where `status` is done."""
+    """Writes a run folder as training leaves it; a run that is done has a summary."""
     path.mkdir(parents=True)
     values = {"name": "wide", "seed": 0, "epochs": 3, "optimizer": {"name": "sgd", "lr": 0.1}, **(recipe or {})}
     (path / "recipe.yaml").write_text(yaml.safe_dump(values, allow_unicode=True))
@@ -109,7 +186,7 @@ def compared(*paths: Path) -> list[compare.Row]:
     return compare.group(compare.Comparison(list(paths)).read())
 
 
-def test_runs_of_one_recipe_are_one_row_and_other_overrides_another(tmp_path):
+def test_runs_of_one_recipe_share_a_row_and_other_overrides_are_another_row(tmp_path):
     write_run(tmp_path / "a" / "seed0", last=99.4)
     write_run(tmp_path / "a" / "seed1", last=99.6, recipe={"seed": 1, "data": {"root": "/elsewhere"}})
     write_run(tmp_path / "lower", last=99.0, recipe={"optimizer": {"name": "sgd", "lr": 0.01}})
@@ -125,7 +202,7 @@ def test_runs_of_one_recipe_are_one_row_and_other_overrides_another(tmp_path):
 
 
 @pytest.mark.parametrize("status", ["running", "failed", "preempted"])
-def test_an_unfinished_run_is_a_row_of_its_own_with_what_it_has_so_far(tmp_path, status):
+def test_an_unfinished_run_is_a_row_of_its_own_with_its_latest_values(tmp_path, status):
     write_run(tmp_path / "done")
     write_run(tmp_path / "later", status=status, steps=20, recipe={"seed": 1})
     finished, unfinished = compared(tmp_path)
@@ -134,43 +211,54 @@ def test_an_unfinished_run_is_a_row_of_its_own_with_what_it_has_so_far(tmp_path,
     assert (cell(unfinished, "last epoch"), cell(unfinished, "images/s")) == ("99.02", "5,020")
 
 
-def test_a_run_that_is_silent_for_long_is_said_to_be(tmp_path):
+def test_the_status_mentions_a_long_silence(tmp_path):
     path = write_run(tmp_path / "run", status="running")
     for file in path.iterdir():
         os.utime(file, (0, 1e9))
-    assert RunReader(path).status.startswith("running at 3 of 3 epochs, silent for ")
+    status = RunReader(path).status
+    assert status.startswith("running at 3 of 3 epochs") and "silent" in status and "days" in status
 
 
 @pytest.mark.parametrize(
     ("file", "content", "status"),
     [
-        ("summary.json", b'{"recipe": "wi', "damaged: no whole summary.json"),
-        ("summary.json", b'["not", "a", "summary"]', "damaged: no whole summary.json"),
-        ("recipe.yaml", b"\xff\xfe", "damaged: recipe.yaml cannot be read"),
-        ("STATUS", b"\xff", "no STATUS"),
-        ("STATUS", None, "no STATUS"),
-        ("metrics.jsonl", None, "done"),
-        ("metrics.jsonl", b'{"epoch": 1, "train/loss": NaN}\nno JSON\n[1]\n{"epoch": "x"}\n{"epo', "done"),
+        ("summary.json", b'{"recipe": "wi', ("damaged", "summary.json")),
+        ("summary.json", b'["not", "a", "summary"]', ("damaged", "summary.json")),
+        ("recipe.yaml", b"\xff\xfe", ("damaged", "recipe.yaml")),
+        ("STATUS", b"\xff", ("no STATUS",)),
+        ("STATUS", None, ("no STATUS",)),
+        ("metrics.jsonl", None, ("done",)),
+        ("metrics.jsonl", b'{"epoch": 1, "train/loss": NaN}\nno JSON\n[1]\n{"epoch": "x"}\n{"epo', ("done",)),
     ],
 )
 def test_a_damaged_run_is_a_row_with_its_status(tmp_path, file, content, status):
     path = write_run(tmp_path / "run") / file
     path.unlink() if content is None else path.write_bytes(content)
     [row] = compared(tmp_path)
-    assert cell(row, "status") == status
+    assert all(word in cell(row, "status") for word in status)
+    assert ("damaged" in status) == ("damaged" in cell(row, "status"))
 
 
-def test_only_finished_runs_are_kept_and_written(tmp_path, capsys):
+@pytest.mark.parametrize("option", ["--keep", "--markdown"])
+def test_without_a_finished_run_nothing_is_written(tmp_path, refused, option):
+    write_run(tmp_path / "run", status="running")
+    words = [str(tmp_path / "run"), option, str(tmp_path / "file")]
+    assert refused(lambda: compare.main(words)) == [(option, "missing")]
+    assert not (tmp_path / "file").exists()
+
+
+def test_only_finished_runs_are_kept(tmp_path):
     write_run(tmp_path / "runs" / "running", status="running")
     words = [str(tmp_path / "runs"), "--no-html", "--keep", str(tmp_path / "kept.jsonl")]
-    assert run_command(lambda: compare.main(words)) == 2
-    assert "nothing to write" in capsys.readouterr().err
     write_run(tmp_path / "runs" / "done")
     assert compare.main(words) == 0
     assert [json.loads(line)["recipe"] for line in (tmp_path / "kept.jsonl").read_text().splitlines()] == ["wide"]
 
 
-def test_metrics_are_followed_also_where_a_run_went_back(tmp_path):
+# --- following a file ---------------------------------------------------------------------------------------------
+
+
+def test_a_reader_follows_metrics_also_after_a_resume(tmp_path):
     path = tmp_path / "metrics.jsonl"
     reader = JSONLReader(path)
     assert reader.read() == []
@@ -179,13 +267,13 @@ def test_metrics_are_followed_also_where_a_run_went_back(tmp_path):
     with path.open("a") as file:
         file.write(' 3}\n{"a": 4}\n')
     assert [line["a"] for line in reader.read()] == [1, 2, 3, 4]
-    path.write_text('{"a": 1}\n{"b": 22}\n{"b": 33}\n{"b": 44}\n{"b": 55}\n')  # longer than before, and other lines
+    path.write_text('{"a": 1}\n{"b": 22}\n{"b": 33}\n{"b": 44}\n{"b": 55}\n')  # longer than before, with other lines
     assert reader.read() == [{"a": 1}, *({"b": value} for value in (22, 33, 44, 55))]
     path.write_text('{"a": 1}\n')
     assert reader.read() == reader.read() == [{"a": 1}]
 
 
-def test_only_what_is_new_is_parsed(tmp_path, monkeypatch):
+def test_only_new_lines_are_parsed(tmp_path, monkeypatch):
     path, parsed = tmp_path / "metrics.jsonl", []
     monkeypatch.setattr(json, "loads", lambda line, load=json.loads: parsed.append(line) or load(line))
     path.write_text(lines(50))
@@ -197,23 +285,27 @@ def test_only_what_is_new_is_parsed(tmp_path, monkeypatch):
     assert len(reader.read()) == 56 and parsed == [b'{"epoch": 9}\n']
 
 
+# --- bad input ----------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("content", ["no JSON\n", "[]\n", '{"recipe": "wide"}\n', "\ud800"])
-def test_what_is_no_kept_summary_is_refused(tmp_path, capsys, content):
+def test_a_file_without_kept_summaries_is_refused(tmp_path, refused, content):
     path = tmp_path / "kept.jsonl"
     path.write_bytes(content.encode(errors="surrogatepass"))
-    assert run_command(lambda: compare.main([str(path)])) == 2
-    assert "not a file of kept summaries" in capsys.readouterr().err
+    assert refused(lambda: compare.main([str(path)])) == [(str(path), "damaged")]
 
 
-def test_what_is_no_run_is_refused(tmp_path, capsys):
-    assert run_command(lambda: compare.main([str(tmp_path)])) == 2
-    assert "not a run folder" in capsys.readouterr().err
-    assert run_command(lambda: compare.main([str(tmp_path / "nowhere")])) == 2
-    assert "no such file or folder" in capsys.readouterr().err
+def test_a_path_without_a_run_is_refused(tmp_path, refused):
+    for path in (tmp_path, tmp_path / "nowhere"):
+        assert refused(lambda path=path: compare.main([str(path)])) == [(str(path), "missing")]
 
 
-def test_a_file_that_cannot_be_written_is_refused(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "words",
+    [["--html", "."], ["--html", ""], ["--html", "no/page.html"], ["--keep", "no/kept"], ["--markdown", "no/md"]],
+)
+def test_a_file_that_cannot_be_written_is_refused(tmp_path, monkeypatch, refused, words):
+    monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "run")
-    for words in (["--html", str(tmp_path)], ["--html", ""], ["--html", str(tmp_path / "no" / "page.html")]):
-        assert run_command(lambda words=words: compare.main([str(tmp_path / "run"), *words])) == 2
-        assert "Traceback" not in capsys.readouterr().err
+    assert refused(lambda: compare.main(["run", *words])) == [(words[0], "unwritable")]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]

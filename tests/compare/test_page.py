@@ -1,4 +1,4 @@
-"""The page in a browser: it sorts, filters, draws and follows, asks nothing of any network, and fits a telephone."""
+"""The page in a browser: it sorts, filters, draws curves, follows runs, uses no network, and fits a phone."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from mnist_dist import load_recipe, train
-from mnist_dist.cli import run_command
 from mnist_dist.compare import __main__ as compare
 from mnist_dist.compare.live import LiveServer
 from mnist_dist.compare.page import POINTS, Page, curves, embedded, render
+from tests import processes
 from tests.compare.test_compare import lines, summary, write_run
+
+pytest_plugins = ["tests.browser"]
 
 HOSTILE = [
     "</script><script>alert(1)</script>",
@@ -34,49 +36,37 @@ HOSTILE = [
 ]
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    with playwright.sync_playwright() as started:
-        try:
-            words = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-            opened = started.chromium.launch(executable_path=chromium, args=words)
-        except playwright.Error as error:
-            pytest.skip(f"no Chromium to look at the page with: {error}")
-        yield opened
-        opened.close()
-
-
 @pytest.fixture
 def look(browser) -> Iterator[Callable[..., Any]]:
-    """Opens a page; at the end nothing may have been said in its console, nor asked of anyone but where it is from."""
-    heard, contexts = [], []
+    """Opens a page. At the end its console must be empty, with no request except to where the page came from."""
+    unwanted, contexts = [], []
 
     def open_page(address: str, **more: Any) -> Any:
         contexts.append(browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **more}))
         page = contexts[-1].new_page()
-        page.set_default_timeout(10_000)
-        page.on("console", lambda message: heard.append(message.text))
-        page.on("pageerror", lambda error: heard.append(str(error)))
-        page.on("dialog", lambda dialog: (heard.append(dialog.message), dialog.dismiss()))
+        page.set_default_timeout(60_000)
+        page.on("console", lambda message: unwanted.append(message.text))
+        page.on("pageerror", lambda error: unwanted.append(str(error)))
+        page.on("dialog", lambda dialog: (unwanted.append(dialog.message), dialog.dismiss()))
         here = ("data:", address.partition("?")[0])
-        page.on("request", lambda request: None if request.url.startswith(here) else heard.append(request.url))
+        page.on("request", lambda request: None if request.url.startswith(here) else unwanted.append(request.url))
         page.goto(address)
         return page
 
     yield open_page
     for context in contexts:
         context.close()
-    assert heard == []
+    assert unwanted == []
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
-    """A run as the trainer leaves it, and others of every kind beside it."""
+def runs(_finished_debug_run, tmp_path_factory) -> Path:
+    """A run of the trainer, with pictures, and made-up runs of every kind."""
     folder = tmp_path_factory.mktemp("page") / "runs"
-    words = ["data.limit_train=320", "data.limit_test=100", "epochs=2", "log_every=1", "tracking.wandb.mode=disabled"]
-    train(load_recipe("simple_cnn", *words, "data.dataset=synthetic"), folder / "real")
+    shutil.copytree(_finished_debug_run, folder / "real")
+    (folder / "real" / "plots").mkdir(exist_ok=True)
+    for name in ("confusion_matrix.png", "misclassified.png"):  # the names that the trainer uses
+        Image.new("RGB", (1200, 900), "#0072b2").save(folder / "real" / "plots" / name)
     for seed, last in enumerate((99.4, 99.6)):
         write_run(folder / f"wide-{seed}", last=last, best=last, recipe={"seed": seed}, parameters=900)
     write_run(folder / "lower", last=98.0, recipe={"optimizer": {"name": "sgd", "lr": 0.01}}, parameters=10_000)
@@ -104,10 +94,10 @@ def drawn(page: Any) -> set[str]:
     return {Path(name).name for name in page.locator(".run").evaluate_all("all => all.map(g => g.dataset.run)")}
 
 
-def test_it_shows_what_was_measured(look, address):
+def test_it_shows_the_measurements(look, address):
     page = look(address)
     recipes = [text.splitlines()[0] for text in column(page, "recipe")]
-    assert recipes == ["simple_cnn", "wide optimizer.lr=0.01", "deep", "wide optimizer.lr=0.1"]
+    assert recipes == ["debug", "wide optimizer.lr=0.01", "deep", "wide optimizer.lr=0.1"]
     assert column(page, "last epoch")[1:] == ["98.00", "99.01", "99.50 ± 0.14"]
     assert column(page, "status")[1:] == ["done", "preempted at 1.2 of 3 epochs", "done"]
     assert drawn(page) == {"real", "wide-0", "wide-1", "lower", "stopped"}
@@ -123,18 +113,18 @@ def test_it_shows_what_was_measured(look, address):
     pictures.evaluate_all("all => Promise.all(all.map(image => image.decode()))")  # raises for a broken one
 
 
-def test_it_sorts_by_click_and_by_key_and_what_is_missing_is_last(look, address):
+def test_it_sorts_by_click_and_by_key_with_missing_values_last(look, address):
     page = look(address)
     header, button = page.locator("th[data-column=parameters]"), page.locator("th[data-column=parameters] button")
     assert header.get_attribute("aria-sort") == "none"
     button.click()
-    assert column(page, "parameters") == ["21,614", "10,000", "900", ""]
+    assert column(page, "parameters") == ["61,706", "10,000", "900", ""]
     assert header.get_attribute("aria-sort") == "descending"
     button.press("Enter")
-    assert column(page, "parameters") == ["900", "10,000", "21,614", ""]
+    assert column(page, "parameters") == ["900", "10,000", "61,706", ""]
     assert header.get_attribute("aria-sort") == "ascending"
     page.locator("th[data-column=recipe] button").click()
-    assert [text.split()[0] for text in column(page, "recipe")] == ["deep", "simple_cnn", "wide", "wide"]
+    assert [text.split()[0] for text in column(page, "recipe")] == ["debug", "deep", "wide", "wide"]
     assert header.get_attribute("aria-sort") == "none"
 
 
@@ -145,10 +135,10 @@ def test_it_sorts_by_click_and_by_key_and_what_is_missing_is_last(look, address)
         ("wide lr=0.01", 1, {"lower"}),
         ("wide-1", 1, {"wide-1"}),
         ("preempted", 1, {"stopped"}),
-        ("nothing like it", 0, set()),
+        ("no such run", 0, set()),
     ],
 )
-def test_a_filter_holds_for_rows_and_curves_alike(look, address, words, rows, expected):
+def test_a_filter_selects_rows_and_curves(look, address, words, rows, expected):
     page = look(address)
     page.fill("#filter", words)
     assert page.locator("#table tbody tr").count() == rows
@@ -166,7 +156,7 @@ def test_the_legend_hides_runs_and_the_switches_change_scale_and_rows(look, addr
     assert drawn(page) == {"real", "lower", "stopped", "wide-1"}
     page.locator("#legend button", has_text="deep").dblclick()
     assert drawn(page) == {"stopped"}
-    page.locator("#legend button", has_text="deep").dblclick()  # alone already: all again
+    page.locator("#legend button", has_text="deep").dblclick()  # it is alone already: all are drawn again
     assert len(drawn(page)) == 5
     path = "document.querySelector('.run .line').getAttribute('d')"
     before = page.evaluate(path)
@@ -187,7 +177,7 @@ def test_seeds_share_a_look_and_recipes_do_not(look, address):
     assert len(set.union(*looks.values())) == 4
 
 
-def test_the_pointer_reads_values_out(look, address):
+def test_the_pointer_shows_the_nearest_value(look, address):
     page = look(address)
     page.fill("#filter", "wide-1")
     page.locator("figure", has_text="Evaluation accuracy").locator("svg[role=img]").hover(position={"x": 500, "y": 60})
@@ -197,9 +187,9 @@ def test_the_pointer_reads_values_out(look, address):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_fits_a_telephone(look, tmp_path, scheme):
-    for place, name in enumerate(HOSTILE):
-        write_run(tmp_path / "runs" / ("long_" * 20 + str(place)), recipe={"name": name + "x" * 90})
+def test_it_fits_a_phone(look, tmp_path, scheme):
+    for number, name in enumerate(HOSTILE):
+        write_run(tmp_path / "runs" / ("long_" * 20 + str(number)), recipe={"name": name + "x" * 90})
     values = compare.Comparison([tmp_path / "runs"]).page_values(Page(embedded))
     (tmp_path / "page.html").write_text(render(values))
     page = look((tmp_path / "page.html").as_uri(), viewport={"width": 390, "height": 844}, color_scheme=scheme)
@@ -211,8 +201,8 @@ def test_it_fits_a_telephone(look, tmp_path, scheme):
 
 
 def test_no_name_breaks_it(look, tmp_path):
-    for place, name in enumerate(HOSTILE):
-        write_run(tmp_path / "runs" / name.replace("/", "∕"), recipe={"name": name, "seed": place})
+    for seed, name in enumerate(HOSTILE):
+        write_run(tmp_path / "runs" / name.replace("/", "∕"), recipe={"name": name, "seed": seed})
     write_run(Path(os.fsdecode(os.fsencode(tmp_path / "runs") + b"/not-utf8-\xff")))
     values = compare.Comparison([tmp_path / "runs"]).page_values(Page(embedded))
     (tmp_path / "page.html").write_text(render(values))
@@ -226,7 +216,7 @@ def test_no_name_breaks_it(look, tmp_path):
     assert len(drawn(page)) == 5
 
 
-def test_kept_summaries_alone_make_a_table_and_only_when_asked(look, tmp_path, monkeypatch):
+def test_kept_summaries_make_a_page_only_with_html(look, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("kept.jsonl").write_text(json.dumps(summary()) + "\n")
     assert compare.main(["kept.jsonl"]) == 0
@@ -237,7 +227,7 @@ def test_kept_summaries_alone_make_a_table_and_only_when_asked(look, tmp_path, m
     assert not page.locator("#curves").is_visible() and not page.locator("#pictures").is_visible()
 
 
-def test_it_is_written_where_one_is_unless_told(tmp_path, monkeypatch, capsys):
+def test_the_page_is_written_here_by_default(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "run")
     assert compare.main(["run", "--no-html"]) == 0 and not Path("compare.html").exists()
@@ -270,10 +260,10 @@ def serving(*paths: Path) -> Iterator[str]:
             thread.join()
 
 
-PLACE = "document.querySelector('#charts').getBoundingClientRect().top"
+TOP = "document.querySelector('#charts').getBoundingClientRect().top"
 
 
-def test_a_live_page_follows_and_keeps_what_was_set(look, tmp_path):
+def test_a_live_page_follows_and_keeps_the_users_settings(look, tmp_path):
     folder = tmp_path / "runs"
     write_run(folder / "wide-0", parameters=900)
     growing = write_run(folder / "wide-1", status="running", steps=4, recipe={"seed": 1})
@@ -284,7 +274,7 @@ def test_a_live_page_follows_and_keeps_what_was_set(look, tmp_path):
         page.locator("#legend button[aria-label$='seed 0']").click()
         page.fill("#filter", "wide")
         page.evaluate("scrollTo(0, 300)")
-        place = page.evaluate(PLACE)
+        top = page.evaluate(TOP)
         assert page.locator("#table tbody tr").count() == 2 and drawn(page) == {"wide-1"}
 
         def append() -> None:
@@ -302,14 +292,14 @@ def test_a_live_page_follows_and_keeps_what_was_set(look, tmp_path):
         assert column(page, "n") == ["2", "1"] or column(page, "n") == ["1", "2"]
         assert page.locator("th[data-column=recipe]").get_attribute("aria-sort") == "descending"
         assert page.input_value("#filter") == "wide"
-        assert page.evaluate(PLACE) == pytest.approx(place, abs=2)
+        assert page.evaluate(TOP) == pytest.approx(top, abs=2)
         assert "live" in page.inner_text("#note")
 
 
 def test_a_live_page_waits_for_the_first_run(look, tmp_path):
     with serving(tmp_path) as url:
         page = look(url)
-        assert page.inner_text("#nothing") == "No run yet."
+        assert page.inner_text("#nothing") == "No runs yet."
         write_run(tmp_path / "first", status="running")
         page.wait_for_selector("text=running at 3 of 3 epochs")
 
@@ -317,13 +307,13 @@ def test_a_live_page_waits_for_the_first_run(look, tmp_path):
 def ask(url: str, path: str, host: str = "") -> tuple[int, bytes]:
     request = urllib.request.Request(url.rstrip("/") + path, headers={"Host": host} if host else {})
     try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
+        with urllib.request.urlopen(request, timeout=60) as answer:
             return answer.status, answer.read()
     except urllib.error.HTTPError as error:
         return error.code, error.read()
 
 
-def test_the_server_answers_this_machine_and_nothing_but_the_page(runs):
+def test_the_server_answers_this_machine_only_with_the_page_only(runs):
     with serving(runs) as url:
         port = url.rpartition(":")[2].rstrip("/")
         assert url.startswith("http://127.0.0.1:")
@@ -339,8 +329,8 @@ def test_the_server_answers_this_machine_and_nothing_but_the_page(runs):
 
 
 def test_a_browser_finds_the_pictures_of_a_path_with_dots(runs, monkeypatch):
-    (runs / "beside").mkdir(exist_ok=True)
-    monkeypatch.chdir(runs / "beside")
+    (runs / "other").mkdir(exist_ok=True)
+    monkeypatch.chdir(runs / "other")
     with serving(Path("..")) as url:
         pictures = [
             found for family in json.loads(ask(url, "/data")[1])["families"].values() for _, found in family["pictures"]
@@ -349,30 +339,24 @@ def test_a_browser_finds_the_pictures_of_a_path_with_dots(runs, monkeypatch):
         assert all(ask(url, found)[1].startswith(b"\x89PNG") for found in pictures)
 
 
-def test_what_is_not_new_is_not_sent_again(runs):
-    with serving(runs) as url, urllib.request.urlopen(url + "data", timeout=10) as answer:
+def test_known_values_are_not_sent_again(runs):
+    with serving(runs) as url, urllib.request.urlopen(url + "data", timeout=60) as answer:
         assert ask(url, "/data?" + answer.headers["X-Version"]) == (204, b"")
         assert ask(url, "/data?other")[0] == 200
 
 
-def test_a_port_that_is_taken_is_refused(runs, capsys):
+def test_a_port_that_cannot_be_used_is_refused(runs, refused):
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        for words in (str(port), "99999"):
-            assert run_command(lambda words=words: compare.main([str(runs), "--live", "--port", words])) == 2
-            assert f"port {words}" in capsys.readouterr().err
+        for port, kind in ((str(taken.getsockname()[1]), "conflict"), ("99999", "range")):
+            words = [str(runs), "--live", "--port", port]
+            assert refused(lambda words=words: compare.main(words)) == [("--port", kind)]
 
 
-def test_ctrl_c_ends_it_well(runs):
-    command = [sys.executable, "-m", "mnist_dist.compare", str(runs), "--live", "--port", "0"]
-
-    def heard() -> None:  # where the tests run in the background, their children would not hear Ctrl-C
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": heard}
-    with subprocess.Popen(command, **pipes) as process:
-        said = next(line for line in process.stdout if "http://" in line)
-        assert ask(said.split()[0], "/")[0] == 200
+def test_ctrl_c_stops_the_server_without_an_error(runs):
+    command = [sys.executable, "-m", "mnist_dist.compare", runs, "--live", "--port", "0"]
+    with processes.popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        url = next(word for line in process.stdout for word in line.split() if word.startswith("http://"))
+        assert ask(url, "/")[0] == 200
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=20) == 0
+        assert process.wait(timeout=60) == 0
         assert process.stderr.read() == ""

@@ -16,9 +16,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from mnist_dist.compare.table import replace_between_marks
 from mnist_dist.distributed.devices import processor
 from mnist_dist.run.provenance import git_commit, versions
+from mnist_dist.run.tables import replace_between_marks
 from tests.faults.damage import KINDS
 from tests.faults.training import EVERY_STATE, bytes_of, finish
 from tests.faults.trials import (

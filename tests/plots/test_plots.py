@@ -1,10 +1,9 @@
-"""The pictures say what the numbers say, stay inside their frame, and leave the caller's settings alone."""
+"""The pictures show the right numbers, their texts fit, and the caller's matplotlib settings stay as they are."""
 
 from __future__ import annotations
 
 import itertools
 import struct
-import subprocess
 import sys
 import threading
 
@@ -13,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.colors import to_hex
-from torch import nn
 
-from mnist_dist.plots import plots, style
-from mnist_dist.run.model_summary import summarize_model
+from mnist_dist.plots import confusion, curves, style
+from mnist_dist.plots import images as grids
+from tests import processes
+
+pytestmark = pytest.mark.pictures
 
 DIGITS = [str(digit) for digit in range(10)]
 CLOTHES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
@@ -45,7 +46,7 @@ def evaluation_line(step, epoch, loss, accuracy):
 
 
 def history(epochs=5, lines_per_epoch=20):
-    """Climbs from 10 % to 99 % within the first epoch; the loss falls from 2.3 to 0.02."""
+    """The accuracy rises from 10 % to 99 % in the first epoch; the loss falls from 2.3 to 0.02."""
     lines = []
     for step in range(1, epochs * lines_per_epoch + 1):
         epoch = step / lines_per_epoch
@@ -56,14 +57,14 @@ def history(epochs=5, lines_per_epoch=20):
     return lines
 
 
-def guesses_for(labels, wrong, classes=10):
-    """Probabilities that are right with 0.99, but for {index: (guess, confidence)}."""
-    probabilities = torch.full((len(labels), classes), 0.001)
+def predictions_for(images, labels, wrong, classes=DIGITS):
+    """Predictions that are right with confidence 0.99, except for {index: (guess, confidence)}."""
+    probabilities = torch.full((len(labels), len(classes)), 0.001)
     probabilities[torch.arange(len(labels)), labels] = 0.99
     for index, (guess, confidence) in wrong.items():
         probabilities[index] = 0.001
         probabilities[index, guess] = confidence
-    return probabilities
+    return grids.Predictions.read(images, labels, probabilities, classes)
 
 
 @pytest.fixture
@@ -78,14 +79,14 @@ def labels():
 
 
 def png_size(path):
-    """Width and height, pixels, read from the file's own header."""
+    """Returns width and height in pixels from the header of a PNG."""
     data = path.read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n" and data[-8:-4] == b"IEND"
     return struct.unpack(">II", data[16:24])
 
 
 def captions(figure):
-    """(text, colour, weight) of what stands above the images, in order."""
+    """Returns (text, colour, weight) of the captions above the images, in order."""
     marked = [text for text in figure.axes[0].texts if "✓" in text.get_text() or "✗" in text.get_text()]
     return [(text.get_text(), to_hex(text.get_color()).upper(), text.get_fontweight()) for text in marked]
 
@@ -95,7 +96,7 @@ def all_text(figure):
 
 
 def assert_texts_fit(figure):
-    """No two words written on the figure's sheet overlap, and none is cut at its edge."""
+    """Checks that no two texts on the sheet overlap and that none is cut at the edge."""
     renderer = figure.canvas.get_renderer()
     boxes = [(text.get_text(), text.get_window_extent(renderer)) for text in figure.axes[0].texts]
     width, height = figure.get_size_inches() * figure.dpi
@@ -110,7 +111,9 @@ def assert_texts_fit(figure):
 
 def test_history_draws_the_lines_of_the_file_on_labelled_axes(tmp_path, figures):
     lines = history()
-    path = plots.plot_training_history(lines, tmp_path / "plots" / "history.png", title="A run", eval_name="validation")
+    path = curves.plot_training_history(
+        lines, tmp_path / "plots" / "history.png", title="A run", eval_name="validation"
+    )
     assert path == tmp_path / "plots" / "history.png"
     assert png_size(path) == (1200, 1275)
 
@@ -127,16 +130,16 @@ def test_history_draws_the_lines_of_the_file_on_labelled_axes(tmp_path, figures)
         for curve, kind, split in zip(axes.lines, ("train", "eval"), (training, evaluation), strict=True):
             np.testing.assert_array_equal(curve.get_xdata(), [line["epoch"] for line in split])
             np.testing.assert_array_equal(curve.get_ydata(), [line[f"{kind}/{key}"] for line in split])
-        # Not told apart by colour alone.
+        # Colour is not the only difference.
         assert axes.lines[0].get_linestyle() != axes.lines[1].get_linestyle()
     np.testing.assert_array_equal(rate.lines[0].get_ydata(), [line["train/lr"] for line in training])
     names = [text.get_text() for text in accuracy.get_legend().get_texts()]
     assert names == ["training", "validation (best 99.30 % at epoch 5)"]
 
 
-def test_history_does_not_let_the_first_points_squash_the_accuracy(tmp_path, figures):
+def test_the_first_points_do_not_set_the_range_of_the_accuracy(tmp_path, figures):
     lines = history()
-    plots.plot_training_history(lines, tmp_path / "history.png", title="A run")
+    curves.plot_training_history(lines, tmp_path / "history.png", title="A run")
     accuracy = figures[0].axes[1]
     low, high = accuracy.get_ylim()
     assert 90 < low < 98.5 and 99.3 < high <= 101
@@ -148,7 +151,7 @@ def test_history_does_not_let_the_first_points_squash_the_accuracy(tmp_path, fig
 def test_history_shows_every_point_of_a_slow_run(tmp_path, figures):
     lines = [evaluation_line(epoch, float(epoch), 1.0, 40.0 + 5 * epoch) for epoch in range(1, 8)]
     lines += [training_line(epoch, float(epoch), 1.0, 60.0) for epoch in range(1, 8)]
-    plots.plot_training_history(lines, tmp_path / "history.png", title="A run")
+    curves.plot_training_history(lines, tmp_path / "history.png", title="A run")
     low, high = figures[0].axes[1].get_ylim()
     assert low < 45 and high > 75
     assert figures[0].axes[1].get_legend().get_title().get_text() in ("", "None")
@@ -157,7 +160,7 @@ def test_history_shows_every_point_of_a_slow_run(tmp_path, figures):
 @pytest.mark.parametrize("kept", ["eval/loss", "train/loss"])
 def test_history_works_with_one_line_of_one_kind(tmp_path, figures, kept):
     (last,) = [line for line in history() if kept in line][-1:]
-    plots.plot_training_history([last], tmp_path / "history.png", title="A run")
+    curves.plot_training_history([last], tmp_path / "history.png", title="A run")
     loss, _, rate = figures[0].axes
     (curve,) = loss.lines
     assert curve.get_ydata() == [last[kept]]
@@ -166,8 +169,8 @@ def test_history_works_with_one_line_of_one_kind(tmp_path, figures, kept):
     assert ("nothing recorded" in [text.get_text() for text in rate.texts]) == (kept == "eval/loss")
 
 
-def test_history_without_any_line_says_so(tmp_path, figures):
-    path = plots.plot_training_history([], tmp_path / "history.png", title="A run")
+def test_history_without_any_line_is_marked_as_empty(tmp_path, figures):
+    path = curves.plot_training_history([], tmp_path / "history.png", title="A run")
     png_size(path)
     assert all_text(figures[0]) == "nothing recorded nothing recorded nothing recorded"
 
@@ -176,7 +179,7 @@ def test_per_batch_loss_draws_each_interval_and_its_mean(tmp_path, figures):
     lines = [training_line(step, step / 10, 1.0 + step % 2, 50.0) for step in range(1, 21)]
     lines.insert(5, training_line(99, 0.1, float("nan"), 50.0))
     lines.insert(9, evaluation_line(10, 1.0, 0.5, 90.0))
-    path = plots.plot_per_batch_loss(lines, tmp_path / "loss.png", title="A run")
+    path = curves.plot_per_batch_loss(lines, tmp_path / "loss.png", title="A run")
     assert png_size(path) == (1200, 675)
     (axes,) = figures[0].axes
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("step", "training loss (nats)")
@@ -193,15 +196,22 @@ def test_per_batch_loss_draws_each_interval_and_its_mean(tmp_path, figures):
 @pytest.mark.parametrize(("lowest", "scale"), [(0.5, "linear"), (0.05, "log"), (0.0, "linear")])
 def test_per_batch_loss_is_logarithmic_beyond_a_decade(tmp_path, figures, lowest, scale):
     lines = [training_line(1, 0.1, 2.0, 50.0), training_line(2, 0.2, lowest, 50.0)]
-    plots.plot_per_batch_loss(lines, tmp_path / "loss.png", title="A run")
+    curves.plot_per_batch_loss(lines, tmp_path / "loss.png", title="A run")
     assert figures[0].axes[0].get_yscale() == scale
+
+
+def test_losses_in_a_narrow_range_are_below_the_upper_edge(tmp_path, figures):
+    lines = [training_line(step, step / 4, 2.3 + step / 100, 10.0) for step in range(1, 5)]
+    curves.plot_training_history([*lines, evaluation_line(4, 1.0, 2.34, 10.0)], tmp_path / "history.png", title="A run")
+    low, high = figures[0].axes[0].get_ylim()
+    assert low == 0 and high > 1.04 * 2.34
 
 
 @pytest.mark.parametrize("around", [1, 3, 50])
 def test_running_mean_equals_the_mean_of_each_window(around):
     values = np.random.default_rng(0).normal(size=40)
     expected = [values[max(i - around, 0) : i + around + 1].mean() for i in range(40)]
-    np.testing.assert_allclose(plots.running_mean(values, around), expected, rtol=1e-12)
+    np.testing.assert_allclose(curves.running_mean(values, around), expected, rtol=1e-12)
 
 
 # --- images ----------------------------------------------------------------------------------------------------------
@@ -210,13 +220,11 @@ def test_running_mean_equals_the_mean_of_each_window(around):
 def test_predictions_mark_right_and_wrong_in_colour_and_in_grey(tmp_path, figures, images, labels):
     wrong = {99: (4, 0.93), 0: (6, 0.5)}
     images[0] //= 4
-    path = plots.plot_predictions(
-        images, labels, guesses_for(labels, wrong), tmp_path / "p.png", classes=DIGITS, title="A run"
-    )
+    path = grids.plot_predictions(predictions_for(images, labels, wrong), tmp_path / "p.png", title="A run")
     width, height = png_size(path)
     assert 1000 < width < 1600 and 1000 < height < 1600
     shown = captions(figures[0])
-    # Four rows of six spread over the set, its first and last image among them; then both mistakes, the surer first.
+    # Four rows of six over the whole set with its first and last image; then both mistakes, the more confident first.
     assert len(shown) == 24 + 2
     green, red = (style.GREEN, "normal"), (style.VERMILLION, "bold")
     assert shown[1] == ("4 ✓", *green)
@@ -225,39 +233,35 @@ def test_predictions_mark_right_and_wrong_in_colour_and_in_grey(tmp_path, figure
     tiles = figures[0].axes[0].images
     np.testing.assert_array_equal(tiles[23].get_array(), images[99, 0].numpy())
     np.testing.assert_array_equal(tiles[25].get_array(), images[0, 0].numpy())
-    assert tiles[0].get_clim() == (0, 255), "a dark image must not be stretched to look bright"
+    assert tiles[0].get_clim() == (0, 255), "a dark image must stay dark"
     assert "All 2 mistakes in 100 images" in all_text(figures[0])
 
 
 def test_predictions_of_a_small_perfect_set(tmp_path, figures, images, labels):
-    probabilities = guesses_for(labels[:7], {})
-    plots.plot_predictions(images[:7], labels[:7], probabilities, tmp_path / "p.png", classes=DIGITS, title="A run")
+    grids.plot_predictions(predictions_for(images[:7], labels[:7], {}), tmp_path / "p.png", title="A run")
     assert [text for text, *_ in captions(figures[0])] == [f"{digit} ✓" for digit in range(7)]
     assert "No mistakes: all 7 images are classified correctly" in all_text(figures[0])
 
 
-def test_misclassified_shows_the_surest_mistakes_first(tmp_path, figures, images, labels):
+def test_misclassified_shows_the_most_confident_mistakes_first(tmp_path, figures, images, labels):
     wrong = {index: ((int(labels[index]) + 1) % 10, 0.3 + index / 200) for index in range(0, 100, 2)}
-    arguments = (images, labels, guesses_for(labels, wrong))
-    plots.plot_misclassified(*arguments, tmp_path / "m.png", classes=DIGITS, title="A run", count=10)
+    grids.plot_misclassified(predictions_for(images, labels, wrong), tmp_path / "m.png", title="A run", count=10)
     expected = [f"✗ {wrong[i][0]} (true {labels[i]}) {wrong[i][1]:.2f}" for i in range(98, 78, -2)]
     assert [text for text, *_ in captions(figures[0])] == expected
     np.testing.assert_array_equal(figures[0].axes[0].images[0].get_array(), images[98, 0].numpy())
     assert "The 10 most confident of 50 mistakes in 100 images" in all_text(figures[0])
 
 
-def test_misclassified_says_when_there_is_none(tmp_path, figures, images, labels):
-    path = plots.plot_misclassified(
-        images, labels, guesses_for(labels, {}), tmp_path / "m.png", classes=DIGITS, title="A run"
-    )
+def test_misclassified_without_a_mistake_has_a_heading_only(tmp_path, figures, images, labels):
+    path = grids.plot_misclassified(predictions_for(images, labels, {}), tmp_path / "m.png", title="A run")
     png_size(path)
     assert not figures[0].axes[0].images
     assert "No mistakes: all 100 images are classified correctly" in all_text(figures[0])
 
 
 def test_long_names_are_captioned_on_two_lines(tmp_path, figures, images, labels):
-    probabilities = guesses_for(labels, {10: (3, 0.97)})
-    plots.plot_misclassified(images, labels, probabilities, tmp_path / "m.png", classes=CLOTHES, title="A run")
+    predictions = predictions_for(images, labels, {10: (3, 0.97)}, CLOTHES)
+    grids.plot_misclassified(predictions, tmp_path / "m.png", title="A run")
     assert captions(figures[0]) == [("✗ Dress 0.97\n(true T-shirt/top)", style.VERMILLION, "bold")]
 
 
@@ -267,28 +271,25 @@ LONG = [f"number {digit} of ten classes" for digit in range(10)]
 @pytest.mark.parametrize("classes", [DIGITS, CLOTHES, LONG], ids=["digits", "clothes", "long"])
 def test_captions_neither_overlap_nor_leave_the_page(tmp_path, figures, images, labels, classes):
     wrong = {index: (int(9 - labels[index]), 0.99) for index in range(50)}
-    arguments = (images, labels, guesses_for(labels, wrong))
-    title = "A long title of a run, as people give them when a recipe has many changes that must be told apart " * 2
-    plots.plot_predictions(*arguments, tmp_path / "p.png", classes=classes, title=title, count=12)
-    plots.plot_misclassified(*arguments, tmp_path / "m.png", classes=classes, title=title, count=16)
-    plots.plot_augmented_samples(images[:12], images[:12], tmp_path / "a.png", title=title)
+    predictions = predictions_for(images, labels, wrong, classes)
+    title = "A long title of a run, as users write it if a recipe has many changes that the title should mention " * 2
+    grids.plot_predictions(predictions, tmp_path / "p.png", title=title, count=12)
+    grids.plot_misclassified(predictions, tmp_path / "m.png", title=title, count=16)
+    grids.plot_augmented_samples(images[:12], images[:12], tmp_path / "a.png", title=title)
     for figure in figures:
         assert_texts_fit(figure)
 
 
 @pytest.mark.parametrize("lengths", [(3, 2, 3), (3, 3, 2), (0, 0, 0)])
-def test_predictions_refuse_lengths_that_differ(tmp_path, images, labels, lengths):
+def test_predictions_refuse_lengths_that_differ(images, labels, lengths):
     first, second, third = lengths
-    probabilities = guesses_for(labels, {})[:third]
-    with pytest.raises(ValueError, match="as many and not none"):
-        plots.plot_predictions(
-            images[:first], labels[:second], probabilities, tmp_path / "p.png", classes=DIGITS, title="A run"
-        )
+    with pytest.raises(ValueError, match=f"{first}, {second} and {third}"):
+        grids.Predictions.read(images[:first], labels[:second], torch.full((third, 10), 0.1), DIGITS)
 
 
-def test_augmented_samples_stand_below_their_originals(tmp_path, figures, images):
+def test_augmented_samples_are_below_their_originals(tmp_path, figures, images):
     augmented = 255.0 - images[:12].float()
-    plots.plot_augmented_samples(images[:12], augmented, tmp_path / "a.png", title="Turned")
+    grids.plot_augmented_samples(images[:12], augmented, tmp_path / "a.png", title="Turned")
     (sheet,) = figures[0].axes
     assert [text.get_text() for text in sheet.texts] == ["Turned"] + ["original", "augmented"] * 2
     assert len(sheet.images) == 24
@@ -297,8 +298,8 @@ def test_augmented_samples_stand_below_their_originals(tmp_path, figures, images
         np.testing.assert_array_equal(below.get_array(), augmented[index, 0].numpy())
         assert above.get_extent()[:2] == below.get_extent()[:2]
         assert above.get_extent()[2] < below.get_extent()[3], "y runs down the sheet"
-    with pytest.raises(ValueError, match="as many"):
-        plots.plot_augmented_samples(images[:3], augmented[:2], tmp_path / "a.png", title="Turned")
+    with pytest.raises(ValueError, match=r"\(3, 1, 28, 28\), \(2, 1, 28, 28\)"):
+        grids.plot_augmented_samples(images[:3], augmented[:2], tmp_path / "a.png", title="Turned")
 
 
 # --- confusion matrix ------------------------------------------------------------------------------------------------
@@ -307,7 +308,7 @@ def test_augmented_samples_stand_below_their_originals(tmp_path, figures, images
 def test_confusion_matrix_colours_the_mistakes_and_writes_every_count(tmp_path, figures):
     matrix = torch.diag(torch.full((10,), 1000))
     matrix[4, 9], matrix[2, 7] = 16, 3
-    path = plots.plot_confusion_matrix(matrix, tmp_path / "c.png", classes=DIGITS, title="A run")
+    path = confusion.plot_confusion_matrix(matrix, tmp_path / "c.png", classes=DIGITS, title="A run")
     assert png_size(path) == (1275, 1140)
     axes, bar = figures[0].axes
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("prediction (class)", "truth (class)")
@@ -319,15 +320,17 @@ def test_confusion_matrix_colours_the_mistakes_and_writes_every_count(tmp_path, 
     assert image.get_clim() == (0, 16), "the diagonal must not set the scale"
     assert image.get_array().mask.tolist() == np.eye(10, dtype=bool).tolist()
     assert axes.get_title(loc="left") == (
-        "99.81 % of 10,019 images right (grey), 19 wrong (blue)\n"
+        "99.81 % of 10,019 images correct (grey), 19 wrong (blue)\n"
         "most often, truth → prediction:  4 → 9 (16),  2 → 7 (3)"
     )
 
 
-def test_confusion_matrix_of_many_classes_omits_the_numbers(tmp_path, figures):
+def test_confusion_matrix_of_many_classes_has_no_numbers(tmp_path, figures):
     matrix = np.random.default_rng(0).integers(0, 5, (47, 47)) + 300 * np.eye(47, dtype=int)
     classes = [chr(ord("A") + i) for i in range(47)]
-    width, height = png_size(plots.plot_confusion_matrix(matrix, tmp_path / "c.png", classes=classes, title="A run"))
+    width, height = png_size(
+        confusion.plot_confusion_matrix(matrix, tmp_path / "c.png", classes=classes, title="A run")
+    )
     assert width == 1500 and height == 1380
     axes = figures[0].axes[0]
     assert not axes.texts
@@ -338,22 +341,22 @@ def test_confusion_matrix_of_many_classes_omits_the_numbers(tmp_path, figures):
 
 
 def test_confusion_matrix_of_a_perfect_model_and_of_a_wrong_shape(tmp_path, figures):
-    plots.plot_confusion_matrix(np.eye(10, dtype=int), tmp_path / "c.png", classes=DIGITS, title="A run")
-    assert figures[0].axes[0].get_title(loc="left") == "100.00 % of 10 images right (grey), 0 wrong (blue)"
+    confusion.plot_confusion_matrix(np.eye(10, dtype=int), tmp_path / "c.png", classes=DIGITS, title="A run")
+    assert figures[0].axes[0].get_title(loc="left") == "100.00 % of 10 images correct (grey), 0 wrong (blue)"
     with pytest.raises(ValueError, match="10 × 10"):
-        plots.plot_confusion_matrix(np.eye(9), tmp_path / "c.png", classes=DIGITS, title="A run")
+        confusion.plot_confusion_matrix(np.eye(9), tmp_path / "c.png", classes=DIGITS, title="A run")
 
 
 # --- style and files -------------------------------------------------------------------------------------------------
 
 
-def test_the_callers_settings_neither_leak_in_nor_get_lost(tmp_path, figures):
+def test_the_callers_settings_have_no_effect_and_are_restored(tmp_path, figures):
     lines = history()
     with matplotlib.style.context("dark_background"):
         before = dict(matplotlib.rcParams)
-        plots.plot_training_history(lines, tmp_path / "dark.png", title="A run")
+        curves.plot_training_history(lines, tmp_path / "dark.png", title="A run")
         assert dict(matplotlib.rcParams) == before
-    plots.plot_training_history(lines, tmp_path / "light.png", title="A run")
+    curves.plot_training_history(lines, tmp_path / "light.png", title="A run")
     assert (tmp_path / "dark.png").read_bytes() == (tmp_path / "light.png").read_bytes()
     assert to_hex(figures[0].get_facecolor()) == "#ffffff"
 
@@ -362,7 +365,7 @@ def test_threads_may_draw_at_the_same_time(tmp_path):
     before, lines = dict(matplotlib.rcParams), history(epochs=1)
     paths = [tmp_path / f"{index}.png" for index in range(4)]
     threads = [
-        threading.Thread(target=plots.plot_per_batch_loss, args=(lines, path), kwargs={"title": "A run"})
+        threading.Thread(target=curves.plot_per_batch_loss, args=(lines, path), kwargs={"title": "A run"})
         for path in paths
     ]
     for thread in threads:
@@ -373,17 +376,17 @@ def test_threads_may_draw_at_the_same_time(tmp_path):
     assert dict(matplotlib.rcParams) == before
 
 
-def test_neither_pyplot_nor_matplotlib_is_loaded_unasked():
+def test_matplotlib_is_imported_late_and_pyplot_never():
     code = (
         "import sys; import mnist_dist.run.model_summary; assert 'matplotlib' not in sys.modules;"
-        "from mnist_dist.plots import plots; assert 'matplotlib.pyplot' not in sys.modules"
+        "from mnist_dist.plots import confusion, curves, images; assert 'matplotlib.pyplot' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    processes.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_failed_write_keeps_the_old_picture_and_leaves_nothing_behind(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_old_picture_and_leaves_no_other_file(tmp_path, monkeypatch):
     path = tmp_path / "loss.png"
-    plots.plot_per_batch_loss(history(), path, title="A run")
+    curves.plot_per_batch_loss(history(), path, title="A run")
     before = path.read_bytes()
 
     def write_half(figure, target, **_):
@@ -392,147 +395,12 @@ def test_a_failed_write_keeps_the_old_picture_and_leaves_nothing_behind(tmp_path
 
     monkeypatch.setattr(style.Figure, "savefig", write_half)
     with pytest.raises(OSError, match="disk full"):
-        plots.plot_per_batch_loss(history(), path, title="A run")
+        curves.plot_per_batch_loss(history(), path, title="A run")
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["loss.png"]
 
 
-def test_signs_in_titles_and_names_are_taken_literally(tmp_path, figures):
+def test_mathematical_signs_in_titles_and_names_are_literal(tmp_path, figures):
     classes = ["$", "_^{"]
-    plots.plot_confusion_matrix(np.ones((2, 2)), tmp_path / "c.png", classes=classes, title="$x^ at lr_max=$1")
+    confusion.plot_confusion_matrix(np.ones((2, 2)), tmp_path / "c.png", classes=classes, title="$x^ at lr_max=$1")
     assert figures[0].get_suptitle() == "$x^ at lr_max=$1"
-
-
-# --- model summary ---------------------------------------------------------------------------------------------------
-
-
-def summary_rows(text):
-    """{layer: the other cells}; cells are separated by two blanks or more."""
-    lines = text.splitlines()
-    first, last = (index for index, line in enumerate(lines) if line and not line.strip("-"))
-    rows = [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in lines[first + 1 : last]]
-    return {row[0]: row[1:] for row in rows}
-
-
-def total_of(text, name):
-    (line,) = [line for line in text.splitlines() if line.startswith(name + "  ")]
-    return line.removeprefix(name).strip()
-
-
-class Net(nn.Module):
-    """Layers defined in another order than called, a tuple on the way, a shared layer, and a parameter of its own."""
-
-    def __init__(self):
-        super().__init__()
-        self.head = nn.Linear(8, 10)
-        self.mix = nn.Linear(8, 8, bias=False)
-        self.features = nn.Sequential(nn.Conv2d(1, 4, 5, stride=2), nn.BatchNorm2d(4), nn.ReLU())
-        self.grouped = nn.Conv2d(4, 8, 3, groups=2)
-        self.recurrent = nn.LSTM(100, 8, batch_first=True)
-        self.scale = nn.Parameter(torch.ones(3))
-        self.dropout = nn.Dropout(0.5)
-
-    def forward(self, x):
-        x = self.grouped(self.features(x)).flatten(2)
-        x, _ = self.recurrent(x)
-        x = self.dropout(x[:, -1] + torch.randn_like(x[:, -1]))
-        return self.head(self.mix(self.mix(x))) * self.scale[0]
-
-
-def test_summary_lists_layers_as_called_with_exact_counts():
-    rows = summary_rows(summarize_model(Net()))
-    called = ["features.0", "features.1", "features.2", "grouped", "recurrent", "dropout", "mix", "head", "(elsewhere)"]
-    assert list(rows) == called
-    # 12 × 12 outputs in 4 channels, each a product with 1 × 5 × 5 weights.
-    assert rows["features.0"] == ["Conv2d", "(N, 4, 12, 12)", "104", "14,400"]
-    assert rows["features.1"] == ["BatchNorm2d", "(N, 4, 12, 12)", "8", "0"]
-    # 10 × 10 outputs in 8 channels, each of two of the four channels: 2 × 3 × 3 weights.
-    assert rows["grouped"] == ["Conv2d", "(N, 8, 10, 10)", "152", "14,400"]
-    assert rows["recurrent"][:2] == ["LSTM", "(N, 8, 8), (1, 2, 8), (1, 2, 8)"]
-    assert rows["mix"] == ["Linear", "(N, 8)", "0", "64"], "the second call of a shared layer adds no parameters"
-    assert rows["head"] == ["Linear", "(N, 10)", "90", "80"]
-    assert rows["(elsewhere)"][1:] == ["-", "3", "-"]
-
-
-def test_summary_totals_are_those_of_the_model():
-    model = Net()
-    model.features.requires_grad_(False)
-    text = summarize_model(model)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    assert total_of(text, "Parameters") == f"{parameters:,}"
-    assert total_of(text, "Trainable parameters") == f"{parameters - 104 - 8:,}"
-    assert total_of(text, "Multiply-adds") == "29,008 (0.03 M) per image"
-    assert total_of(text, "Weights") == f"{4 * parameters / 1e6:.2f} MB as float32"
-    assert "count as 0" in text
-
-
-def test_summary_counts_tied_weights_once():
-    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 16, bias=False), nn.Linear(16, 784, bias=False))
-    model.append(nn.Linear(784, 16, bias=False))
-    model[3].weight = model[1].weight
-    text = summarize_model(model)
-    assert total_of(text, "Parameters") == f"{2 * 784 * 16:,}"
-    assert total_of(text, "Multiply-adds").startswith(f"{3 * 784 * 16:,} ")
-
-
-def test_summary_tells_rows_per_image_from_images():
-    patches = nn.Sequential(nn.Unflatten(2, (7, 4)), nn.Flatten(0, 2), nn.Linear(28, 5))
-    rows = summary_rows(summarize_model(patches))
-    assert rows["2"] == ["Linear", "(7N, 4, 5)", "145", f"{28 * 28 * 5:,}"]
-
-
-def test_summary_leaves_the_model_its_mode_its_hooks_and_the_random_numbers_alone():
-    model = Net().train()
-    model.features.eval()
-    seen = []
-    model.head.register_forward_hook(lambda *_: seen.append("called"))
-    weights = {name: value.clone() for name, value in model.state_dict().items()}
-    modes = [module.training for module in model.modules()]
-    random_state = torch.get_rng_state()
-    summarize_model(model)
-    assert torch.equal(torch.get_rng_state(), random_state)
-    assert [module.training for module in model.modules()] == modes
-    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
-    assert not seen
-    assert [len(module._forward_hooks) for module in model.modules() if module._forward_hooks] == [1]
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_summary_takes_half_precision_and_other_input_shapes():
-    model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.AdaptiveAvgPool2d(1)).to(torch.bfloat16)
-    text = summarize_model(model, input_shape=(3, 32, 32))
-    assert text.startswith("Sequential on (N, 3, 32, 32)\n")
-    assert total_of(text, "Multiply-adds").startswith(f"{3 * 2 * 32 * 32:,} ")
-    assert model[0].weight.dtype == torch.bfloat16
-
-
-def test_summary_of_a_model_that_cannot_run_says_why():
-    model = nn.Sequential(nn.Flatten(), nn.Linear(3, 4))
-    text = summarize_model(model)
-    assert summary_rows(text) == {"0": ["Flatten", "-", "0", "-"], "1": ["Linear", "-", "16", "-"]}
-    assert total_of(text, "Parameters") == "16"
-    assert total_of(text, "Multiply-adds") == "not measured"
-    assert "could not be run (RuntimeError: " in text.splitlines()[-1]
-    # Lazy layers that were never reached have no parameters to count yet.
-    assert total_of(summarize_model(model.append(nn.LazyLinear(3))), "Parameters") == "16"
-
-
-def test_summary_runs_the_model_as_it_is_when_evaluated():
-    class EvaluationOnly(nn.Linear):
-        def forward(self, x):
-            assert not self.training and not torch.is_grad_enabled()
-            return super().forward(x)
-
-    assert "could not be run" not in summarize_model(EvaluationOnly(28, 2))
-
-
-def test_summary_of_lazy_layers_and_of_one_that_cannot_be_copied():
-    lazy = nn.Sequential(nn.Flatten(), nn.LazyLinear(3))
-    assert total_of(summarize_model(lazy), "Parameters") == f"{784 * 3 + 3:,}"
-    assert isinstance(lazy[1], nn.LazyLinear) and lazy[1].has_uninitialized_params()
-
-    model = nn.Linear(2, 2)
-    model.derived = model.weight * 2  # deepcopy refuses a tensor that is part of a graph
-    text = summarize_model(model)
-    assert total_of(text, "Parameters") == "6"
-    assert "could not be run" in text

@@ -1,4 +1,4 @@
-"""What Weights & Biases is told, read back from the offline `.wandb` file by W&B's own reader."""
+"""What a run logs to Weights & Biases, read from the offline `.wandb` file by W&B's own reader."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from mnist_dist.tracking import wandb as weights_and_biases
 
 ROOT = Path(__file__).parents[2]
 WORDS = ["data.dataset=synthetic", "data.limit_train=200", "data.limit_test=100", "batch_size=50", "log_every=2"]
-WORDS += ["epochs=2", "tracking.wandb.mode=offline"]
+WORDS += ["epochs=2", "tracking.wandb.mode=offline", "tracking.plots=false"]
 
 
 def tiny(*words: str) -> Recipe:
     return load_recipe("lenet5", *WORDS, *words)
 
 
-class Told:
-    """One offline run as W&B will have it."""
+class Logged:
+    """One offline run as W&B will receive it."""
 
     def __init__(self, folder: Path):
         assert shutil.which("wandb"), "the command comes with the package"
@@ -78,7 +78,7 @@ def offline_runs(run_dir: Path) -> list[Path]:
 
 
 def local(artifact: dict[str, Any]) -> dict[str, Path]:
-    """Name -> file of what will be uploaded."""
+    """Returns name -> file of what will be uploaded."""
     return {entry["path"]: Path(entry["local_path"]) for entry in artifact["manifest"]["contents"]}
 
 
@@ -90,69 +90,71 @@ def run_dir(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def told(run_dir) -> Told:
+def logged(run_dir) -> Logged:
     [folder] = offline_runs(run_dir)
-    return Told(folder)
+    return Logged(folder)
 
 
-def test_seeds_of_a_recipe_stand_in_one_group(told):
-    assert (told.run["display_name"], told.run["run_group"], told.run["job_type"]) == (
+def test_seeds_of_a_recipe_share_a_group(logged):
+    assert (logged.run["display_name"], logged.run["run_group"], logged.run["job_type"]) == (
         "lenet5-seed3",
         "lenet5",
         "train",
     )
 
 
-def test_group_and_job_type_are_the_users(tmp_path):
+def test_group_job_type_and_tags_are_those_of_the_recipe(tmp_path):
     words = ["epochs=1", "tracking.wandb.group=mine", "tracking.wandb.job_type=sweep", "tracking.wandb.tags=[a]"]
     train(tiny(*words), tmp_path / "run")
     [folder] = offline_runs(tmp_path / "run")
-    told = Told(folder)
-    assert (told.run["run_group"], told.run["job_type"], told.run["tags"]) == ("mine", "sweep", ["a"])
-    assert not [key for item in told.history for key in item if key.startswith(("weights/", "gradients/"))]
+    logged = Logged(folder)
+    assert (logged.run["run_group"], logged.run["job_type"], logged.run["tags"]) == ("mine", "sweep", ["a"])
+    assert not [key for item in logged.history for key in item if key.startswith(("weights/", "gradients/"))]
 
 
-def test_the_resolved_recipe_is_config_and_file(told, run_dir):
+def test_the_resolved_recipe_is_logged_as_config_and_as_file(logged, run_dir):
     recipe = yaml.safe_load((run_dir / "recipe.yaml").read_text())
-    assert told.config["optimizer"]["lr"] == recipe["optimizer"]["lr"] == 0.003
-    assert {key: told.config[key] for key in ("seed", "epochs", "batch_size", "mixed_precision")} == {
+    assert logged.config["optimizer"]["lr"] == recipe["optimizer"]["lr"] == 0.003
+    assert {key: logged.config[key] for key in ("seed", "epochs", "batch_size", "mixed_precision")} == {
         **{"seed": 3, "epochs": 2, "batch_size": 50},
         "mixed_precision": "no",
     }
-    saved = [entry["path"] for record in told.all("files") for entry in record["files"]]
+    saved = [entry["path"] for record in logged.all("files") for entry in record["files"]]
     assert "recipe.yaml" in saved
-    assert not (told.files / "recipe.yaml").is_symlink()
-    assert (told.files / "recipe.yaml").read_bytes() == (run_dir / "recipe.yaml").read_bytes()
+    assert not (logged.files / "recipe.yaml").is_symlink()
+    assert (logged.files / "recipe.yaml").read_bytes() == (run_dir / "recipe.yaml").read_bytes()
 
 
-def test_every_line_of_metrics_is_there_and_the_machines_figures_beside_it(told, run_dir):
+def test_every_line_of_metrics_is_logged_with_figures_of_the_machine(logged, run_dir):
     lines = load_run(run_dir).metrics
-    plain = [item for item in told.history if "train/loss" in item or "eval/loss" in item]
+    plain = [item for item in logged.history if "train/loss" in item or "eval/loss" in item]
     assert len(plain) == len(lines)
     for item, line in zip(plain, lines, strict=True):
         assert {key: item[key] for key in line} == pytest.approx(line)
         if "train/loss" in line:
             assert 10 < item["train/memory_mb"] < 1e6
             assert item["process/0/images_per_second"] == pytest.approx(line["train/images_per_second"])
-            assert not {"train/memory_mb", "process/0/images_per_second"} & line.keys(), "times have no place there"
+            assert not {"train/memory_mb", "process/0/images_per_second"} & line.keys(), "for W&B only"
 
 
-def test_best_values_are_the_summary(told, run_dir):
+def test_the_summary_holds_the_best_values(logged, run_dir):
     summary = load_run(run_dir).summary
-    assert told.summary["eval/accuracy"]["max"] == summary["eval.best.accuracy"] == told.summary["eval.best.accuracy"]
-    assert told.summary["eval/loss"]["min"] == min(line["eval/loss"] for line in evaluations(run_dir))
-    assert told.summary["test/most_wrong.nrows"] == 32
+    assert (
+        logged.summary["eval/accuracy"]["max"] == summary["eval.best.accuracy"] == logged.summary["eval.best.accuracy"]
+    )
+    assert logged.summary["eval/loss"]["min"] == min(line["eval/loss"] for line in evaluations(run_dir))
+    assert logged.summary["test/most_wrong.nrows"] == 32
 
 
 def evaluations(run_dir: Path) -> list[dict[str, Any]]:
     return [line for line in load_run(run_dir).metrics if "eval/loss" in line]
 
 
-def test_each_evaluation_has_its_confusions_and_the_accuracy_of_its_classes(told, run_dir):
-    shown = [item for item in told.history if "eval/confusion_table._type" in item]
+def test_each_evaluation_logs_its_confusion_matrix_and_the_accuracy_of_each_class(logged, run_dir):
+    shown = [item for item in logged.history if "eval/confusion_table._type" in item]
     assert [item["step"] for item in shown] == [line["step"] for line in evaluations(run_dir)] == [4, 8]
     for item, line in zip(shown, evaluations(run_dir), strict=True):
-        table = json.loads((told.files / item["eval/confusion_table.path"]).read_text())
+        table = json.loads((logged.files / item["eval/confusion_table.path"]).read_text())
         assert table["columns"] == ["Actual", "Predicted", "nPredictions"] and len(table["data"]) == 100
         images, hits = Counter(), Counter()
         for truth, prediction, count in table["data"]:
@@ -161,12 +163,12 @@ def test_each_evaluation_has_its_confusions_and_the_accuracy_of_its_classes(told
         assert (images.total(), hits.total()) == (100, line["eval/accuracy"])
         accuracies = {key.rpartition("/")[2]: item[key] for key in item if key.startswith("eval/class/")}
         assert accuracies == pytest.approx({name: 100 * hits[name] / images[name] for name in images if images[name]})
-    assert told.config["_wandb.visualize.eval/confusion"]["panel_config"]["panelDefId"] == "wandb/confusion_matrix/v1"
+    assert logged.config["_wandb.visualize.eval/confusion"]["panel_config"]["panelDefId"] == "wandb/confusion_matrix/v1"
 
 
-def test_histograms_of_weights_and_gradients_when_asked(told):
+def test_histograms_of_weights_and_gradients_if_the_recipe_requests_them(logged):
     names = [name for name, _ in load_net()]
-    [*_, last] = [item for item in told.history if "eval/confusion_table._type" in item]
+    [*_, last] = [item for item in logged.history if "eval/confusion_table._type" in item]
     for section in ("weights", "gradients"):
         for name in names:
             assert len(last[f"{section}/{name}.values"]) + 1 == len(last[f"{section}/{name}.bins"])
@@ -180,8 +182,8 @@ def load_net() -> list[tuple[str, torch.nn.Parameter]]:
     return list(build_model("lenet5").named_parameters())
 
 
-def test_the_32_most_wrong_images_come_with_their_pictures(told, run_dir):
-    [artifact] = [each for each in told.artifacts("run_table") if "most_wrong" in each["name"]]
+def test_the_32_most_wrong_images_are_logged_with_their_pictures(logged, run_dir):
+    [artifact] = [each for each in logged.artifacts("run_table") if "most_wrong" in each["name"]]
     files = local(artifact)
     table = json.loads(files["test/most_wrong.table.json"].read_text())
     columns, rows = table["columns"], table["data"]
@@ -194,9 +196,9 @@ def test_the_32_most_wrong_images_come_with_their_pictures(told, run_dir):
     assert all(row[5] <= row[4] <= 1 for row in rows)
 
 
-def test_the_artifact_rebuilds_the_network_under_both_aliases(told, run_dir, tmp_path):
-    artifacts = {alias: each for each in told.artifacts("model") for alias in each["aliases"]}
-    assert {each["name"] for each in artifacts.values()} == {f"model-{told.run['run_id']}"}
+def test_the_artifact_rebuilds_the_network_under_both_aliases(logged, run_dir, tmp_path):
+    artifacts = {alias: each for each in logged.artifacts("model") for alias in each["aliases"]}
+    assert {each["name"] for each in artifacts.values()} == {f"model-{logged.run['run_id']}"}
     for alias in ("best", "last"):
         about = json.loads(artifacts[alias]["metadata"])
         assert (about["model"], about["keywords"], about["classes"]) == ("lenet5", {}, [str(n) for n in range(10)])
@@ -210,18 +212,18 @@ def test_the_artifact_rebuilds_the_network_under_both_aliases(told, run_dir, tmp
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_what_waits_for_the_upload_lies_in_the_run_folder(told, run_dir):
-    waiting = [file for each in told.all("artifact") for file in local(each).values()]
+def test_data_for_the_upload_is_in_the_run_folder(logged, run_dir):
+    waiting = [file for each in logged.all("artifact") for file in local(each).values()]
     assert waiting and all(file.is_relative_to(run_dir) and file.is_file() for file in waiting)
 
 
-def test_the_package_is_saved_and_nothing_else(told):
-    [artifact] = told.artifacts("code")
+def test_the_package_alone_is_saved_as_code(logged):
+    [artifact] = logged.artifacts("code")
     package = ROOT / "mnist_dist"
     assert set(local(artifact)) == {path.relative_to(package).as_posix() for path in package.rglob("*.py")}
 
 
-def test_the_git_diff_is_saved_wherever_the_run_folder_lies(accelerator, tmp_path, monkeypatch):
+def test_the_git_diff_is_saved_for_any_run_folder(accelerator, tmp_path, monkeypatch):
     if not shutil.which("git"):
         pytest.skip("git is not installed")
     package = tmp_path / "repository" / "package"
@@ -235,33 +237,33 @@ def test_the_git_diff_is_saved_wherever_the_run_folder_lies(accelerator, tmp_pat
     run_dir = tmp_path / "elsewhere"
     run_dir.mkdir()
     (run_dir / "recipe.yaml").write_text("name: x\n")
-    said: list[str] = []
-    tracker = WandbTracker("p", directory=run_dir, recipe=run_dir / "recipe.yaml", say=said.append, mode="offline")
+    notes: list[str] = []
+    tracker = WandbTracker("p", directory=run_dir, recipe=run_dir / "recipe.yaml", notify=notes.append, mode="offline")
     tracker.start()
     tracker.finish()
     [folder] = offline_runs(run_dir)
-    assert "+width = 2" in (folder / "files" / "diff.patch").read_text() and not said
-    [artifact] = Told(folder).artifacts("code")
+    assert "+width = 2" in (folder / "files" / "diff.patch").read_text() and not notes
+    [artifact] = Logged(folder).artifacts("code")
     assert set(local(artifact)) == {"net.py"}
 
 
 def test_a_resumed_run_continues_its_w_and_b_run(tmp_path, monkeypatch):
-    asked = iter([False] * 6)
+    answers = iter([False] * 6)
     with monkeypatch.context() as patch:
-        patch.setattr("mnist_dist.distributed.signals.Interrupts.stop_requested", lambda self: next(asked, True))
+        patch.setattr("mnist_dist.distributed.signals.Interrupts.stop_requested", lambda self: next(answers, True))
         assert train(tiny(), tmp_path / "run")["status"] == "preempted"
     train(tiny(), tmp_path / "run")
-    first, second = map(Told, offline_runs(tmp_path / "run"))
+    first, second = map(Logged, offline_runs(tmp_path / "run"))
     assert first.run["run_id"] == second.run["run_id"]
     assert len({each["name"] for each in second.artifacts("model")}) == 1
     steps = [[item["step"] for item in each.history if "train/loss" in item] for each in (first, second)]
     assert steps[0] and steps[1] and [*steps[0], *steps[1]] == [2, 4, 6, 8]
-    for each in (first, second):  # the step is a metric: in W&B's own count a replayed one would be refused
+    for each in (first, second):  # the step is a metric: W&B refuses to repeat its own step
         assert {record["step_metric"] for record in each.all("metric")} == {"step"}
         assert [item["_step"] for item in each.history] == list(range(len(each.history)))
 
 
-def test_a_server_of_ones_own_is_found_as_wandb_login_wrote_it_down(tmp_path, monkeypatch):
+def test_a_private_server_is_found_as_wandb_login_stored_it(tmp_path, monkeypatch):
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "NETRC"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -279,42 +281,42 @@ def test_a_server_of_ones_own_is_found_as_wandb_login_wrote_it_down(tmp_path, mo
     assert server_url() == "https://api.wandb.ai"
 
 
-def test_a_failure_is_an_alert_and_a_failed_run(tmp_path, monkeypatch):
+def test_a_failed_run_sends_an_alert_and_is_failed_in_w_and_b(tmp_path, monkeypatch):
     monkeypatch.setattr("mnist_dist.train.fit", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(tiny(), tmp_path / "run")
     [folder] = offline_runs(tmp_path / "run")
-    told = Told(folder)
-    [alert] = told.all("alert")
+    logged = Logged(folder)
+    [alert] = logged.all("alert")
     assert (alert["title"], alert["level"]) == ("lenet5 failed", "ERROR")
     assert alert["text"] == "ZeroDivisionError: division by zero"
-    assert told.all("exit")[0]["exit_code"] == 1
-    assert wandb.run is None, "the next training in this process is a run of its own"
+    assert logged.all("exit")[0]["exit_code"] == 1
+    assert wandb.run is None, "the next training in this process must be another W&B run"
 
 
-def test_a_run_that_was_asked_to_stop_is_a_preempted_one(tmp_path, monkeypatch):
+def test_a_stopped_run_is_preempted_in_w_and_b(tmp_path, monkeypatch):
     monkeypatch.setattr("mnist_dist.train.fit", lambda *arguments: False)
     assert train(tiny(), tmp_path / "run")["status"] == "preempted"
     [folder] = offline_runs(tmp_path / "run")
-    told = Told(folder)
-    assert told.all("preempting") and told.all("exit")[0]["exit_code"] == PREEMPTED
+    logged = Logged(folder)
+    assert logged.all("preempting") and logged.all("exit")[0]["exit_code"] == PREEMPTED
     assert wandb.run is None
 
 
-@pytest.mark.parametrize("what", ["init", "plot_table", "Artifact.add_file", "Image"])
-def test_whatever_wandb_raises_is_said_and_not_the_end(what, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["init", "plot_table", "Artifact.add_file", "Image"])
+def test_an_error_of_wandb_is_reported_and_the_training_continues(name, tmp_path, monkeypatch):
     def broken(*arguments: Any, **keywords: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(f"wandb.{what}", broken)
+    monkeypatch.setattr(f"wandb.{name}", broken)
     assert train(tiny("epochs=1"), tmp_path / "run")["steps"] == 4
     lines = (tmp_path / "run" / "console.log").read_text().splitlines()
-    said = [line for line in lines if line.startswith("wandb could not")]
-    assert len(said) == (2 if what == "init" else 1) and all("No space left" in line for line in said)
-    assert wandb.run is None, "the next training in this process is a run of its own"
+    reports = [line for line in lines if "wandb" in line and "No space left" in line]
+    assert len(reports) == (2 if name == "init" else 1)  # init: online, then offline
+    assert wandb.run is None, "the next training in this process must be another W&B run"
 
 
-def test_a_finish_that_fails_is_said_and_not_the_end(tmp_path, monkeypatch):
+def test_an_error_at_the_end_is_reported_and_the_run_is_done(tmp_path, monkeypatch):
     def broken(*arguments: Any, **keywords: Any) -> None:
         raise ConnectionResetError("Connection lost")
 
@@ -322,8 +324,8 @@ def test_a_finish_that_fails_is_said_and_not_the_end(tmp_path, monkeypatch):
         patch.setattr("wandb.sdk.wandb_run.Run.finish", broken)
         assert train(tiny("epochs=1"), tmp_path / "run")["steps"] == 4
     wandb.finish()
-    said = [line for line in (tmp_path / "run" / "console.log").read_text().splitlines() if "wandb could" in line]
-    assert said == ["wandb could not finish (Connection lost); training goes on without it"]
+    lines = (tmp_path / "run" / "console.log").read_text().splitlines()
+    assert len([line for line in lines if "wandb" in line and "Connection lost" in line]) == 1
     assert (tmp_path / "run" / "STATUS").read_text() == "done\n"
 
 
@@ -338,27 +340,28 @@ def dashboard() -> Any:
     return module
 
 
-def test_the_dashboard_shows_what_a_run_logs(told):
+def test_the_dashboard_shows_what_a_run_logs(logged):
     pytest.importorskip("wandb_workspaces", reason="the dashboard is optional: pip install -e '.[dashboard]'")
     view = dashboard().build("me", "mnist_dist")._to_model().spec.model_dump(by_alias=True)
     panels = [panel for section in view["section"]["panelBankConfig"]["sections"] for panel in section["panels"]]
-    logged = {key for item in told.history for key in item}
+    keys = {key for item in logged.history for key in item}
     shown = {metric for panel in panels for metric in panel["config"].get("metrics") or []}
-    assert shown and shown <= logged
+    assert shown and shown <= keys
     text = json.dumps(view, default=str)
     for key in ("eval/confusion_table", "test/most_wrong"):
-        assert key in text and f"{key}._type" in logged
+        assert key in text and f"{key}._type" in keys
     for pattern in ("eval/class/", "process/"):
-        assert pattern in text and any(key.startswith(pattern) for key in logged)
+        assert pattern in text and any(key.startswith(pattern) for key in keys)
 
 
-def test_the_dashboard_says_in_one_line_what_it_lacks(capfd, monkeypatch):
+def test_the_dashboard_reports_in_one_line_what_is_missing(capfd, monkeypatch):
     pytest.importorskip("wandb_workspaces", reason="the dashboard is optional: pip install -e '.[dashboard]'")
     module = dashboard()
     monkeypatch.setattr("wandb_workspaces.workspaces.Workspace.save", lambda self: wandb.Api())
     monkeypatch.setattr(wandb, "Api", lambda: (_ for _ in ()).throw(wandb.errors.UsageError("No API key\nmore")))
     assert module.main(["--entity", "me"]) == 2
-    assert capfd.readouterr().err.splitlines() == ["dashboard: W&B did not take it (No API key); wandb login?"]
+    [line] = capfd.readouterr().err.splitlines()
+    assert "No API key" in line
     monkeypatch.setitem(sys.modules, "wandb_workspaces", None)
     monkeypatch.setitem(sys.modules, "wandb_workspaces.reports.v2", None)
     assert module.main(["--entity", "me"]) == 2
