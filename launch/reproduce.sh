@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains rows of the results in configs/README.md again: the missing runs only, teachers first. A stopped run resumes.
-# Prints the table of these runs, and writes the table of all runs so far to runs/reproduce/results.md.
+# Re-makes rows of the README's table: trains what is missing, teachers first, goes on where it was stopped, prints the
+# table of what was asked for and writes that of all runs so far into runs/reproduce/results.md.
 #   launch/reproduce.sh                                       every recipe of the table, five seeds: days on a CPU
 #   launch/reproduce.sh model_v1_onecycle mnistnet            SEEDS="0 1 2" launch/reproduce.sh simple_cnn epochs=2
 set -euo pipefail

@@ -22,8 +22,7 @@ from torch.distributed.run import get_args_parser
 
 from mnist_dist.cli import COMMANDS, parse, run_command
 from mnist_dist.compare.__main__ import Comparison
-from mnist_dist.compare.__main__ import main as compare
-from mnist_dist.compare.table import group
+from mnist_dist.compare.table import MARKS, Row, fill_tables, group
 from mnist_dist.recipe.file import bundled_recipes, recipe_notes
 from mnist_dist.recipe.loading import load_recipe
 from mnist_dist.train import main
@@ -34,7 +33,6 @@ PAGES = sorted(
     for pattern in ("README.md", "configs/*.md", "launch/**/*.md", "tests/README.md")
     for page in ROOT.glob(pattern)
 )
-MARKS = ("<!-- results: made by mnist_dist.compare -->", "<!-- end of results -->")
 REPORTS = [page for page in PAGES if page.startswith("launch/benchmarks/") and not page.endswith("README.md")]
 READERS_OWN = ("mine.yaml", "my_recipes/wide.yaml")
 """Recipes in examples that a reader would write."""
@@ -378,31 +376,26 @@ def test_the_worked_error_is_the_one_that_is_shown(capsys, monkeypatch):
 # --- results ------------------------------------------------------------------------------------------------------
 
 
-def test_the_results_are_the_generated_ones(tmp_path, monkeypatch, capsys):
-    """Has `compare` write the table into a copy of the page: nothing changes."""
-    monkeypatch.chdir(ROOT)
-    copy = tmp_path / "README.md"
-    copy.write_text(text_of("configs/README.md"), encoding="utf-8")
-    compare(["configs/results.jsonl", "--no-html", "--markdown", str(copy)])
-    assert copy.read_text(encoding="utf-8") == text_of("configs/README.md")
-    assert len(table_between("configs/README.md", *MARKS)) > 30
+def results() -> list[Row]:
+    return group(Comparison([ROOT / "configs" / "results.jsonl"]).read())
 
 
-def test_the_results_of_the_readme_are_rows_of_the_full_table():
-    start = re.search(r"<!-- results of (.*): made by mnist_dist.compare -->", text_of("README.md"))
-    columns, *rows = table_between("README.md", start[0], MARKS[1])
-    full_columns, *full_rows = table_between("configs/README.md", *MARKS)
-    full = {row[0]: dict(zip(full_columns, row, strict=True)) for row in full_rows}
-    assert 0 < len(rows) <= 8
-    assert {row[0] for row in rows} == set(start[1].split(", "))
-    for row in rows:
-        assert row == [full[row[0]][column] for column in columns]
+@pytest.mark.parametrize("page", ["README.md", "configs/README.md"])
+def test_the_results_are_the_generated_ones(page):
+    assert fill_tables(text_of(page), results(), ROOT / page) == text_of(page)
+
+
+def test_the_readme_has_few_results_and_the_other_page_has_all():
+    [start] = re.findall(r"<!-- results of .*: made by mnist_dist.compare -->", text_of("README.md"))
+    assert 0 < len(table_between("README.md", start, MARKS[1])) - 1 <= 8
+    assert len(table_between("configs/README.md", *MARKS)) - 1 == len(results())
 
 
 def test_the_recipes_say_what_was_measured():
-    rows = group(Comparison([ROOT / "configs" / "results.jsonl"]).read())
     shipped = {path.stem: path for path in bundled_recipes().values()}
-    longest = {row.recipe: row for row in rows if not row.recipe.startswith("mean of ")}  # ensembles have no recipe
+    longest = {
+        row.recipe: row for row in results() if not row.recipe.startswith("mean of ")
+    }  # ensembles have no recipe
     for name, row in longest.items():
         assert recipe_notes(shipped[name])["measured"] == row.measured()
 
