@@ -1,4 +1,4 @@
-"""A network as a PyTorch program and as an ONNX file."""
+"""A network as an ONNX file."""
 
 from __future__ import annotations
 
@@ -8,59 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from mnist_dist.errors import Problem, RecipeError, RunError
-from mnist_dist.export.verify import Answer, Deployed
-
-# --- programs -----------------------------------------------------------------------------------------------------
-
-
-def _refuse(name: str, error: Exception) -> RecipeError:
-    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    what = f"{name} cannot be exported: PyTorch cannot follow it for any batch size\n{reason.strip()[:300]}"
-    return RecipeError([Problem("the network", "", what)])
-
-
-def trace_program(deployed: Deployed, images: Tensor, name: str) -> Any:
-    """A `torch.export.ExportedProgram` whose first dimension may be any."""
-    batch = ({0: torch.export.Dim("batch")},)
-    try:
-        # A clone: the program keeps its example with all the memory behind it, which would be the test set.
-        program = torch.export.export(deployed, (images[:2].clone(),), dynamic_shapes=batch, strict=False)
-    except Exception as error:  # a user's own network may fail in any way
-        raise _refuse(name, error) from error
-    for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # paths of this machine, of no use on another
-    return program
+from mnist_dist.export.verify import Answer
+from mnist_dist.run.onnx_export import export_onnx, open_session
 
 
 def write_onnx(program: Any, path: Path, about: dict[str, Any]) -> None:
     import onnx
 
-    try:
-        names: dict[str, Any] = {"input_names": ["images"], "output_names": ["probabilities"]}
-        exported: Any = torch.onnx.export(program, dynamo=True, verbose=False, **names)
-    except Exception as error:
-        raise _refuse(about["model"], error) from error
-    model = exported.model_proto
-    for value in (*model.graph.input, *model.graph.output):
-        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+    model = export_onnx(program, about["model"], "probabilities")
     slim_onnx(model)
     onnx.helper.set_model_props(model, {"classes": json.dumps(about["classes"])})
     onnx.save(model, path)
 
 
 def onnx_session(path: Path) -> Answer:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
-    try:
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its own kinds, of no common base
-        raise RunError(f"onnxruntime cannot run the file; nothing was written: {error}") from error
+    session = open_session(path, torch.device("cpu"))
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
