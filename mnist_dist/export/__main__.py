@@ -25,7 +25,7 @@ from mnist_dist.cli import EXPORT_ENDINGS, answer_early, parse, run_command
 from mnist_dist.distributed.devices import choose_threads, device_name
 from mnist_dist.distributed.launcher import launched_world
 from mnist_dist.errors import Problem, RecipeError
-from mnist_dist.export.onnx import onnx_session, write_onnx
+from mnist_dist.export.onnx import onnx_session, trace_program, write_onnx
 from mnist_dist.export.page import VERSION, build_page, load_runtime
 from mnist_dist.export.quantize import quantize
 from mnist_dist.export.verify import (
@@ -38,7 +38,6 @@ from mnist_dist.export.verify import (
 )
 from mnist_dist.recipe.loading import load_recipe
 from mnist_dist.run.build import load_data
-from mnist_dist.run.onnx_export import trace_program
 from mnist_dist.run.reader import Run, open_run
 from mnist_dist.run.tables import table_console
 

@@ -11,6 +11,7 @@ import torch
 
 from mnist_dist.export.verify import Answer
 from mnist_dist.run.onnx_export import export_onnx, open_session
+from mnist_dist.run.onnx_export import trace_program as trace_program
 
 
 def write_onnx(program: Any, path: Path, about: dict[str, Any]) -> None:

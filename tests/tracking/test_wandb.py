@@ -358,7 +358,8 @@ def test_the_dashboard_says_in_one_line_what_it_lacks(capfd, monkeypatch):
     monkeypatch.setattr("wandb_workspaces.workspaces.Workspace.save", lambda self: wandb.Api())
     monkeypatch.setattr(wandb, "Api", lambda: (_ for _ in ()).throw(wandb.errors.UsageError("No API key\nmore")))
     assert module.main(["--entity", "me"]) == 2
-    assert capfd.readouterr().err.splitlines() == ["dashboard: W&B did not take it (No API key); wandb login?"]
+    [line] = capfd.readouterr().err.splitlines()
+    assert "No API key" in line
     monkeypatch.setitem(sys.modules, "wandb_workspaces", None)
     monkeypatch.setitem(sys.modules, "wandb_workspaces.reports.v2", None)
     assert module.main(["--entity", "me"]) == 2
