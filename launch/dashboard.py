@@ -15,7 +15,7 @@ PANELS = {
 
 
 def build(entity: str, project: str) -> Any:
-    """Returns the workspace without sending it. Runs are grouped as they are logged: seeds of a recipe, trials of a sweep.
+    """Returns the workspace without sending it. Runs are grouped by seeds of a recipe and trials of a sweep, as logged.
 
     Raises:
         ImportError: wandb-workspaces is not installed.
