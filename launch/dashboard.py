@@ -1,6 +1,6 @@
-"""Saves a W&B workspace with the panels that these runs fill: `python launch/dashboard.py --entity me`.
+"""Saves a W&B workspace with panels for the metrics of these runs: `python launch/dashboard.py --entity me`.
 
-Needs wandb-workspaces (`pip install -e ".[dashboard]"`) and credentials (`wandb login`); says where the page is.
+Needs wandb-workspaces (`pip install -e ".[dashboard]"`) and credentials (`wandb login`). W&B prints the page's address.
 """
 
 import argparse
@@ -15,12 +15,16 @@ PANELS = {
 
 
 def build(entity: str, project: str) -> Any:
-    """The workspace, runs grouped as they are logged: seeds of a recipe, trials of a sweep. Nothing is sent."""
+    """Returns the workspace without sending it. Runs are grouped by seeds of a recipe and trials of a sweep, as logged.
+
+    Raises:
+        ImportError: wandb-workspaces is not installed.
+    """
     import wandb_workspaces.reports.v2 as wr
     import wandb_workspaces.workspaces as ws
 
-    def lines(title: str, **what: Any) -> wr.LinePlot:
-        return wr.LinePlot(title=title, x="step", title_x="step", **what)
+    def lines(title: str, **metrics: Any) -> wr.LinePlot:
+        return wr.LinePlot(title=title, x="step", title_x="step", **metrics)
 
     sections = [
         ws.Section(name=name, panels=[lines(metric, y=[metric]) for metric in metrics], is_open=True)
@@ -48,6 +52,7 @@ def build(entity: str, project: str) -> Any:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Runs the script; returns the exit code: 0 saved, 2 a package, credentials or the network is missing."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--entity", required=True, help="your W&B user or team")
     parser.add_argument("--project", default="mnist_dist", help="default: mnist_dist, as in the recipes")
@@ -59,8 +64,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         workspace.save()
-    except Exception as error:  # no credentials, no such entity, no network: each a kind of its own
-        print(f"dashboard: W&B did not take it ({str(error).partition(chr(10))[0]}); wandb login?", file=sys.stderr)
+    except Exception as error:  # missing credentials, an unknown entity and a missing network have no common base class
+        reason = str(error).partition("\n")[0]
+        print(f"dashboard: W&B did not save the workspace ({reason}); is `wandb login` done?", file=sys.stderr)
         return 2
     return 0
 

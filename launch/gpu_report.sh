@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# All that is to be known of how fast and how right one GPU trains, in under nine minutes, into a folder.
-# Needs pip install -e ".[test,export]": its first part is the tests of the captured step.
-#   launch/gpu_report.sh                         RECIPES="simple_cnn ms_ran" launch/gpu_report.sh bf16 mixed_precision=bf16
-#   launch/gpu_report.sh --rehearse rehearsal    # every part once on the CPU, too small for any figure to mean anything
-#   PATIENCE=20 launch/gpu_report.sh cpu         # a CPU in earnest: twenty times as long for each part
+# Measures correctness and speed of training on one GPU in under nine minutes and writes the results into a folder.
+# Needs pip install -e ".[test,export]": the second part runs the tests of the captured step.
+#   launch/gpu_report.sh                         # into the folder gpu_report
+#   RECIPES="simple_cnn ms_ran" launch/gpu_report.sh bf16 mixed_precision=bf16
+#   launch/gpu_report.sh --rehearse rehearsal    # runs every part on the CPU, too small for meaningful figures
+#   PATIENCE=20 launch/gpu_report.sh cpu         # measures a CPU: every time limit is multiplied by 20
 set -uo pipefail
 
 rehearse=
@@ -22,13 +23,13 @@ if [[ $out == -* ]]; then
     exit 2
 fi
 if ! mkdir -p "$out" || [ "$(ls -A "$out")" ]; then
-    echo "$usage: $out is not empty, or cannot be made; name a new folder" >&2
+    echo "$usage: $out is not empty or cannot be created; name a new folder" >&2
     exit 2
 fi
 out=$(cd "$out" && pwd)
 cd "$(dirname "$0")/.." || exit 1
 
-# The large ones last: when time runs out, it is theirs.
+# Large networks come last, because the last parts are left out if the time runs out.
 recipes=${RECIPES:-model_v1_onecycle model_v2_onecycle model_v3_onecycle simple_cnn mnistnet ms_ran \
     resnet18 resnet34 resnet50 resnet101 resnet152}
 seeds=30 rounds=5 steps=20 batches=1,32,256,1024 overrides=("$@")
@@ -39,28 +40,29 @@ if [ "$rehearse" ]; then
     overrides=(data.dataset=synthetic data.limit_train=64 data.limit_test=16 batch_size=8 epochs=1 "$@")
 fi
 
-patience=${PATIENCE:-1} # times as long as a GPU gets
-limit=$((530 * patience)) # seconds for everything
+patience=${PATIENCE:-1} # multiplies every time limit
+limit=$((530 * patience)) # seconds for all parts together
 failed=0
 trap 'kill "$!" 2>/dev/null; exit 130' INT TERM
-# part NAME SECONDS COMMAND…: runs it under its own limit and what is left of the whole one; what fails stops nothing.
+# part NAME SECONDS COMMAND…: runs the command with its own time limit, or the rest of the total limit if that is
+# shorter. The report continues after a part that fails.
 part() {
-    local name=$1 seconds=$(($2 * patience)) began=$SECONDS verdict=ok
+    local name=$1 seconds=$(($2 * patience)) started=$SECONDS verdict=ok
     shift 2
     seconds=$((seconds < limit - SECONDS ? seconds : limit - SECONDS))
     if [ "$seconds" -lt 1 ]; then
-        verdict="FAILED: no time was left"
+        verdict="FAILED: no time left"
     else
         timeout --kill-after=5 "$seconds" "$@" >"$out/$name.log" 2>&1 &
-        wait "$!" # not in the foreground: a signal would not be heard until the part is done
+        wait "$!" # in the background, because bash handles a signal only after a foreground command has ended
         case $? in
         0) ;;
-        124 | 137) verdict="FAILED: not done after $seconds s, see $name.log" ;;
+        124 | 137) verdict="FAILED: not finished after $seconds s, see $name.log" ;;
         *) verdict="FAILED: see $name.log" ;;
         esac
     fi
     [ "$verdict" = ok ] || failed=$((failed + 1))
-    printf '%-32s %4d s  %s\n' "$name" $((SECONDS - began)) "$verdict" | tee -a "$out/summary.txt"
+    printf '%-36s %4d s  %s\n' "$name" $((SECONDS - started)) "$verdict" | tee -a "$out/summary.txt"
 }
 
 part machine 30 bash -c 'nvidia-smi || lscpu
@@ -70,12 +72,17 @@ for recipe in ms_ran model_v1_onecycle; do
     part "inference_$recipe" 45 python -m mnist_dist.benchmark --recipe "$recipe" --inference --batches "$batches" \
         --rounds "$rounds" --json "$out/inference_$recipe.json" --markdown "$out/report.md" "${overrides[@]}"
 done
-for record in mnist_99 mnist_99_4 mnist_99_5; do
-    part "record_$record" 75 python -m mnist_dist.benchmark --time-to-accuracy "configs/speed/$record.yaml" --seeds "$seeds" \
-        --json "$out/record_$record.json" "${overrides[@]}"
+# time_to_accuracy NAME RECIPE [key=value …]
+time_to_accuracy() {
+    local name=time_to_accuracy_$1 recipe=configs/speed/$2.yaml
+    shift 2
+    part "$name" 75 python -m mnist_dist.benchmark --time-to-accuracy "$recipe" --seeds "$seeds" \
+        --json "$out/$name.json" "${overrides[@]}" "$@"
+}
+for recipe in mnist_99 mnist_99_4 mnist_99_5; do
+    time_to_accuracy "$recipe" "$recipe"
 done
-part record_mnist_99_ten_a_replay 75 python -m mnist_dist.benchmark --time-to-accuracy configs/speed/mnist_99.yaml \
-    --seeds "$seeds" --json "$out/record_mnist_99_ten_a_replay.json" "${overrides[@]}" engine.capture=epoch
+time_to_accuracy mnist_99_ten_per_replay mnist_99 engine.capture=epoch # ten steps in one CUDA graph
 for recipe in $recipes; do
     part "speed_$recipe" 45 python -m mnist_dist.benchmark --recipe "$recipe" --rounds "$rounds" --steps "$steps" \
         --json "$out/speed_$recipe.json" --markdown "$out/report.md" "${overrides[@]}"
@@ -88,5 +95,5 @@ done
 part floors 20 python -m mnist_dist.benchmark --floors "${figures[@]}"
 [ -f "$out/floors.log" ] && cat "$out/floors.log"
 
-echo "$failed part(s) failed; everything is in $out ($SECONDS s)" | tee -a "$out/summary.txt"
+echo "$failed part(s) failed; the results are in $out ($SECONDS s)" | tee -a "$out/summary.txt"
 [ "$failed" = 0 ]

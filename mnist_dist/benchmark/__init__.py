@@ -1,1 +1,1 @@
-"""`python -m mnist_dist.benchmark`: training speed."""
+"""Measures training speed, inference speed and time to accuracy: `mnist-dist benchmark`."""

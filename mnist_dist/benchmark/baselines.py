@@ -1,7 +1,7 @@
-"""What the benchmark times: a loop, the task that all of them are given, and the two that load no data.
+"""The setup that all timed loops share, and the two baselines that load no data: the bare step and the tensor loop.
 
-All train the same model with the same batch size, augmentation and precision, on a device and in a world that they
-share. `frameworks` has those that one would write with a DataLoader.
+Every loop trains the same model with the same batch size, augmentation and precision, on the same device and in the
+same process group. The loops that use a DataLoader are in `frameworks`.
 """
 
 from __future__ import annotations
@@ -36,56 +36,68 @@ from mnist_dist.run.model_setup import build_module, to_device
 from mnist_dist.run.provenance import git_commit, versions
 
 PRECISIONS = {"no": "fp32", "bf16": "bf16"}
+"""Value of `mixed_precision` that the benchmark measures -> its name in tables."""
 Step = Callable[..., object]
+
+# --- the setup ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class TimedLoop:
+    """A training loop that the benchmark times."""
+
     name: str
     run: Callable[[int], float]
-    """Trains so many more steps; returns the seconds they took, the device's work included."""
+    """Trains the given number of further steps; returns their seconds, including the device's work."""
     close: Callable[[], object] = lambda: None
 
 
 @dataclass(frozen=True)
 class BenchmarkSetup:
-    """What every loop is given."""
+    """The recipe, data and process group that every timed loop uses."""
 
     recipe: Recipe
     precision: str
+    """A key of `PRECISIONS`."""
     dataset: Dataset
     state: PartialState
 
     @classmethod
     def prepare(cls, recipe: Recipe) -> BenchmarkSetup:
-        """Reads the data, in the world that the launcher made.
+        """Checks the recipe against the launched processes and reads the data. Collective: call on every rank.
 
         Raises:
-            RecipeError: on all processes, for whatever this world, device or recipe lacks for a comparison.
+            RecipeError: on all ranks, if this device or process group cannot run the recipe, or the frameworks cannot
+                train it.
         """
         state = launched_world()
         check_size(state)
         choose_threads(state)
         precision = check_world(recipe, state)
         if precision not in PRECISIONS:
-            raise RecipeError([Problem("the recipe", "mixed_precision", "the benchmark compares fp32 and bf16 only")])
+            problem = recipe.problem if recipe.mixed_precision else partial(Problem, "the launcher")
+            message = f"the benchmark compares fp32 and bf16 only, not {precision}; use mixed_precision=no or bf16"
+            raise RecipeError([problem("mixed_precision", message, "unsupported")])
         if recipe.distill.teachers:
-            what = 'the frameworks learn from labels alone; leave the teachers out: "distill={}"'
-            raise RecipeError([recipe.problem("distill.from", what)])
+            message = 'the frameworks learn from labels alone; remove the teachers: "distill={}"'
+            raise RecipeError([recipe.problem("distill.from", message, "unsupported")])
         dataset = load_data(recipe, state)
         if recipe.batch_size > len(dataset.train):
-            what = f"the frameworks drop short batches, and there are but {len(dataset.train):,} training images"
-            raise RecipeError([recipe.problem("batch_size", what)])
+            message = (
+                f"the frameworks drop an incomplete batch, so a batch must not exceed the {len(dataset.train):,} "
+                "training images"
+            )
+            raise RecipeError([recipe.problem("batch_size", message, "conflict")])
         run_on_all_ranks(state, lambda: build_module(recipe, dataset))
         return cls(recipe, precision, dataset, state)
 
     def in_default_layout(self) -> BenchmarkSetup:
-        """The same with PyTorch's own memory layout of images, which no tutorial changes."""
+        """Returns the same setup with PyTorch's default memory layout of images, which tutorials use."""
         engine = self.recipe.engine.model_copy(update={"channels_last": False})
         return replace(self, recipe=self.recipe.model_copy(update={"engine": engine}))
 
     def about(self) -> dict[str, Any]:
-        """What was measured, where and with what, in plain values."""
+        """Returns the recipe, machine, date and versions of a measurement as plain values."""
         return {
             "recipe": self.recipe.name,
             "model": self.recipe.model.name,
@@ -100,77 +112,102 @@ class BenchmarkSetup:
         }
 
     @property
-    def share(self) -> int:
-        """Images of a global batch that a process computes."""
+    def local_batch_size(self) -> int:
+        """Images of a global batch that one process computes."""
         return self.recipe.batch_size // self.state.num_processes
 
     @property
     def is_compiled(self) -> bool:
-        """Whether the recipe has the network compiled."""
+        """Whether the recipe compiles the network."""
         return bool(self.recipe.compile)
 
     @property
     def is_captured(self) -> bool:
-        """Whether the recipe has a step be one CUDA graph, here: a world of several brings calls of its own into it."""
-        asked = self.recipe.engine.capture != "off"
-        return asked and self.state.device.type == "cuda" and self.state.num_processes == 1
+        """Whether the bare step is one CUDA graph: if the recipe captures steps, on one GPU.
+
+        With several processes DistributedDataParallel adds calls of its own to a step.
+        """
+        wanted = self.recipe.engine.capture != "off"
+        return wanted and self.state.device.type == "cuda" and self.state.num_processes == 1
 
     def module(self) -> nn.Module:
-        """A network with its initial weights, on the device, in the recipe's memory layout."""
+        """Builds the network with its initial weights, on the device, in the recipe's memory layout."""
         module = build_module(self.recipe, self.dataset)
         return to_device(module, self.state.device, channels_last=self.recipe.engine.channels_last)
 
     def optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
-        """The recipe's, at a constant rate."""
+        """Builds the recipe's optimizer with a constant learning rate."""
         recipe = self.recipe.optimizer
         return build_optimizer(module.parameters(), recipe.name, lr=recipe.lr or 0.01, **recipe.keywords)
 
     def autocast(self) -> torch.autocast:
+        """Returns the context in which a forward pass runs in the setup's precision."""
         return torch.autocast(self.state.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Returns the mean cross entropy of logits (n, classes) and labels int64 (n,), with label smoothing."""
         return F.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
 
-    def wait(self) -> None:
-        """Until the device has done its work."""
+    def synchronize(self) -> None:
+        """Waits until the device has finished its work."""
         if self.state.device.type == "cuda":
             torch.cuda.synchronize(self.state.device)
 
-    def time(self, step: Step, source: Iterator[Any], steps: int) -> float:
-        """Seconds of so many steps, each given the next batch of `source`."""
+    def time_steps(self, step: Step, batches: Iterator[Any], count: int) -> float:
+        """Returns the seconds of `count` steps. Each step is called with the items of the next batch."""
         started = time.perf_counter()
-        for _ in range(steps):
-            step(*next(source))
-        self.wait()
+        for _ in range(count):
+            step(*next(batches))
+        self.synchronize()
         return time.perf_counter() - started
 
-    def peer(self, name: str, step: Step, source: Iterator[Any]) -> TimedLoop:
-        """A loop that promises no bytes, so is free in its kernels."""
-        return TimedLoop(name, fastest_kernels()(lambda steps: self.time(step, source, steps)))
+    def baseline(self, name: str, step: Step, batches: Iterator[Any]) -> TimedLoop:
+        """Returns a timed loop that may use the fastest kernels, because it need not be reproducible."""
+        return TimedLoop(name, fastest_kernels()(lambda count: self.time_steps(step, batches, count)))
+
+
+@contextmanager
+def fastest_kernels() -> Iterator[None]:
+    """Allows non-deterministic kernels and lets cuDNN choose by trial, as PyTorch's performance guide advises."""
+    deterministic, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic, warn_only=True)
+        torch.backends.cudnn.benchmark = benchmark
 
 
 def median_and_range(values: list[float], digits: int) -> dict[str, float]:
-    """Median, lowest and highest."""
+    """Returns the median, the minimum and the maximum, rounded."""
     found = {"median": statistics.median(values), "min": min(values), "max": max(values)}
     return {name: round(value, digits) for name, value in found.items()}
 
 
-def bare_step(task: BenchmarkSetup) -> TimedLoop:
-    """Forward, loss, backward and optimizer on one fixed batch that lies on the device: the limit of any trainer.
+# --- baselines ----------------------------------------------------------------------------------------------------
 
-    Compiled, or captured as one CUDA graph, where the recipe's own step is.
+
+def bare_step(setup: BenchmarkSetup) -> TimedLoop:
+    """Builds the upper limit of any trainer: forward, loss, backward and optimizer on one fixed batch on the device.
+
+    The step is compiled, or captured as one CUDA graph, if the recipe's own step is.
     """
-    data, device = task.dataset.train[slice(task.share)], task.state.device
-    step = partial(plain_step(task, is_limit=True), data.normalize(data.images).to(device), data.labels.to(device))
-    once = captured(step) if task.is_captured else step
-    return TimedLoop("bare step", lambda steps: task.time(once, itertools.repeat(()), steps))
+    data, device = setup.dataset.train[slice(setup.local_batch_size)], setup.state.device
+    batch = data.normalize(data.images).to(device), data.labels.to(device)
+    step = partial(plain_step(setup, is_limit=True), *batch)
+    once = captured(step) if setup.is_captured else step
+    return TimedLoop("bare step", lambda count: setup.time_steps(once, itertools.repeat(()), count))
 
 
-def tensor_loop(task: BenchmarkSetup) -> TimedLoop:
-    """A plain loop fed from tensors on the device, with our batched augmentation: what is left is the loop itself."""
-    state, data, size = task.state, task.dataset.train.to(task.state.device), task.recipe.batch_size
-    augmentation, device = task.recipe.data.augment.build(), task.state.device
-    shuffle = torch.Generator(device).manual_seed(task.recipe.seed)  # the same order in all processes
+def tensor_loop(setup: BenchmarkSetup) -> TimedLoop:
+    """Builds a plain loop that reads tensors on the device and uses the trainer's batched augmentation.
+
+    The trainer and this loop differ in the loop alone.
+    """
+    state, data, size = setup.state, setup.dataset.train.to(setup.state.device), setup.recipe.batch_size
+    augmentation, device = setup.recipe.data.augment.build(), setup.state.device
+    shuffle = torch.Generator(device).manual_seed(setup.recipe.seed)  # the same order on all ranks
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         while True:
@@ -183,39 +220,65 @@ def tensor_loop(task: BenchmarkSetup) -> TimedLoop:
                     batch = augmentation.apply(batch, augmentation.warps(draws, side))
                 yield data.normalize(batch), data.labels[rows]
 
-    return task.peer("plain loop, device tensors", plain_step(task), batches())
+    return setup.baseline("plain loop, device tensors", plain_step(setup), batches())
 
 
-def plain_step(task: BenchmarkSetup, *, is_limit: bool = False) -> Step:
-    """(images, labels) -> one update of a network of its own, data parallel in a world of several processes.
+def plain_step(setup: BenchmarkSetup, *, is_limit: bool = False) -> Step:
+    """Builds a network and returns (images, labels) -> one update of it; data parallel with several processes.
 
     Args:
-        is_limit: compile the network, or prepare for capture, where the recipe does.
+        is_limit: compile the network, or prepare the optimizer for capture, if the recipe does.
     """
-    module = task.module()
-    optimizer, parameters = task.optimizer(module), list(module.parameters())
+    module = setup.module()
+    optimizer, parameters = setup.optimizer(module), list(module.parameters())
     for group in optimizer.param_groups:
         if "capturable" in group and is_limit:
-            group["capturable"] = task.is_captured
-    if task.state.num_processes > 1:
-        devices = None if task.state.device.type == "cpu" else [task.state.device]
+            group["capturable"] = setup.is_captured
+    if setup.state.num_processes > 1:
+        devices = None if setup.state.device.type == "cpu" else [setup.state.device]
         module = nn.parallel.DistributedDataParallel(module, device_ids=devices)
-    network: Any = torch.compile(module) if is_limit and task.is_compiled else module
+    network: Any = torch.compile(module) if is_limit and setup.is_compiled else module
+
+    def compute_loss(images: Tensor, labels: Tensor) -> Tensor:
+        with setup.autocast():
+            return setup.loss(network(images), labels)
+
+    limit = setup.recipe.clip_grad_norm
+    clip = None if limit is None else partial(nn.utils.clip_grad_norm_, parameters, limit)
+    return training_step(optimizer, compute_loss, clip=clip)
+
+
+def training_step(
+    optimizer: Any,
+    compute_loss: Callable[[Tensor, Tensor], Tensor],
+    *,
+    backward: Callable[[Tensor], object] = Tensor.backward,
+    clip: Callable[[], object] | None = None,
+) -> Step:
+    """Returns (images, labels) -> one update, in the order of PyTorch's tutorial.
+
+    Args:
+        optimizer: of the network's parameters.
+        compute_loss: (images, labels) -> loss, a scalar.
+        backward: computes the gradients of the loss.
+        clip: clips the gradients; None for no clipping.
+    """
 
     def step(images: Tensor, labels: Tensor) -> None:
         optimizer.zero_grad()
-        with task.autocast():
-            loss = task.loss(network(images), labels)
-        loss.backward()
-        if task.recipe.clip_grad_norm is not None:
-            nn.utils.clip_grad_norm_(parameters, task.recipe.clip_grad_norm)
+        backward(compute_loss(images, labels))
+        if clip is not None:
+            clip()
         optimizer.step()
 
     return step
 
 
 def captured(call: Step) -> Callable[[], None]:
-    """A CUDA graph of `call`, which uses the same memory each time; made as PyTorch's notes on CUDA semantics ask."""
+    """Returns a CUDA graph of `call`, which must use the same memory at every call.
+
+    Warm-up and capture follow the notes on CUDA semantics in PyTorch's documentation.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -223,16 +286,3 @@ def captured(call: Step) -> Callable[[], None]:
             call()
     torch.cuda.current_stream().wait_stream(stream)
     return capture_cuda_graph(call, stream)
-
-
-@contextmanager
-def fastest_kernels() -> Iterator[None]:
-    """Kernels chosen by trial, as PyTorch's tuning guide advises: who promises no bytes shall not pay for them."""
-    deterministic, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    torch.use_deterministic_algorithms(False)
-    torch.backends.cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(deterministic, warn_only=True)
-        torch.backends.cudnn.benchmark = benchmark

@@ -1,7 +1,7 @@
-"""What one would write instead of this trainer, with a DataLoader: plain PyTorch, Accelerate, Lightning.
+"""The training loops of other frameworks with a DataLoader: plain PyTorch, Accelerate, Lightning.
 
-Each is written from its own documentation and tuned as that advises: workers, as many as are fastest here, that
-persist; pinned memory and transfers that nobody waits for; kernels chosen by trial.
+Each loop follows its framework's documentation and is tuned as that documentation advises: the fastest number of
+persistent workers on this machine, pinned memory, non-blocking transfers, and kernels chosen by trial.
 """
 
 from __future__ import annotations
@@ -27,151 +27,181 @@ from torch.utils.data import Dataset as TorchDataset
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from mnist_dist.benchmark.baselines import BenchmarkSetup, TimedLoop, fastest_kernels, plain_step
+from mnist_dist.benchmark.baselines import BenchmarkSetup, TimedLoop, fastest_kernels, plain_step, training_step
 from mnist_dist.data import Images
 from mnist_dist.recipe.schema import Recipe
 
 HAS_LIGHTNING = importlib.util.find_spec("lightning") is not None
 
+# --- PyTorch and Accelerate ---------------------------------------------------------------------------------------
 
-def plain_loader(task: BenchmarkSetup, workers: int, name: str = "PyTorch + DataLoader") -> TimedLoop:
-    """PyTorch's own training loop with a DataLoader, as its quickstart and its tuning guide have it."""
-    loader = _loader(task, workers, distributed=task.state.num_processes > 1)
+
+def plain_loader(setup: BenchmarkSetup, workers: int, name: str = "PyTorch + DataLoader") -> TimedLoop:
+    """Builds the training loop of PyTorch's quickstart and performance guide."""
+    loader = _loader(setup, workers, distributed=setup.state.num_processes > 1)
 
     def batches() -> Iterator[list[Tensor]]:
         for epoch in itertools.count():
             if isinstance(loader.sampler, DistributedSampler):
                 loader.sampler.set_epoch(epoch)
             for batch in loader:
-                yield [tensor.to(task.state.device, non_blocking=True) for tensor in batch]
+                yield [tensor.to(setup.state.device, non_blocking=True) for tensor in batch]
 
-    return task.peer(name, plain_step(task), batches())
+    return setup.baseline(name, plain_step(setup), batches())
 
 
-def accelerate_loader(task: BenchmarkSetup, workers: int) -> TimedLoop:
-    """Accelerate with a prepared model, optimizer and DataLoader, as its quick tour has it."""
+def accelerate_loader(setup: BenchmarkSetup, workers: int) -> TimedLoop:
+    """Builds the training loop of Accelerate's quick tour: a prepared model, optimizer and DataLoader."""
     transfers = DataLoaderConfiguration(non_blocking=True)
-    accelerator, module = Accelerator(mixed_precision=task.precision, dataloader_config=transfers), task.module()
-    model, optimizer, loader = accelerator.prepare(module, task.optimizer(module), _loader(task, workers))
+    accelerator, module = Accelerator(mixed_precision=setup.precision, dataloader_config=transfers), setup.module()
+    model, optimizer, loader = accelerator.prepare(module, setup.optimizer(module), _loader(setup, workers))
+    limit = setup.recipe.clip_grad_norm
+    step = training_step(
+        optimizer,
+        lambda images, labels: setup.loss(model(images), labels),
+        backward=accelerator.backward,
+        clip=None if limit is None else lambda: accelerator.clip_grad_norm_(model.parameters(), limit),
+    )
+    batches = (batch for _ in itertools.count() for batch in loader)
+    return setup.baseline("Accelerate + DataLoader", step, batches)
 
-    def step(images: Tensor, labels: Tensor) -> None:
-        optimizer.zero_grad()
-        accelerator.backward(task.loss(model(images), labels))
-        if task.recipe.clip_grad_norm is not None:
-            accelerator.clip_grad_norm_(model.parameters(), task.recipe.clip_grad_norm)
-        optimizer.step()
 
-    source = (batch for _ in itertools.count() for batch in loader)
-    return task.peer("Accelerate + DataLoader", step, source)
+# --- Lightning ----------------------------------------------------------------------------------------------------
 
 
-def lightning_loader(task: BenchmarkSetup, workers: int) -> TimedLoop:
-    """Lightning's Trainer with all that costs time switched off: its `barebones` mode, made for such measurements.
+def lightning_loader(setup: BenchmarkSetup, workers: int) -> TimedLoop:
+    """Builds Lightning's Trainer in its `barebones` mode, which switches off everything that costs time.
 
-    `fit` cannot be left and taken up again, so it has a thread of its own, which waits from one round to the next.
+    Lightning's `fit` cannot pause between rounds, so it runs in a thread that waits for the next round.
     """
-    import lightning
+    rounds: SimpleQueue[int] = SimpleQueue()
+    results: SimpleQueue[float | BaseException] = SimpleQueue()
+    trainer = _lightning_trainer(setup, _rounds_callback(setup, rounds, results))
 
-    # It advises against what is meant so.
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning")
-    asked: SimpleQueue[int] = SimpleQueue()
-    answers: SimpleQueue[float | BaseException] = SimpleQueue()
+    def fit() -> None:
+        try:
+            trainer.fit(_lightning_module(setup), _loader(setup, workers))
+        except BaseException as error:
+            results.put(error)
+
+    thread = threading.Thread(target=fit, name="lightning", daemon=True)
+    thread.start()
+
+    @fastest_kernels()
+    def run(count: int) -> float:
+        rounds.put(count)
+        if isinstance(result := results.get(), BaseException):
+            raise result
+        return result
+
+    def close() -> None:
+        rounds.put(0)
+        thread.join()
+
+    return TimedLoop("Lightning + DataLoader", run, close)
+
+
+def _lightning_module(setup: BenchmarkSetup) -> Any:
+    """Returns the network, loss and optimizer as a LightningModule."""
+    import lightning
 
     class Classifier(lightning.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.network = task.module()
+            self.network = setup.module()
 
         def training_step(self, batch: list[Tensor], index: int) -> Tensor:
             images, labels = batch
-            return task.loss(self.network(images), labels)
+            return setup.loss(self.network(images), labels)
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
-            return task.optimizer(self.network)
+            return setup.optimizer(self.network)
 
         def configure_gradient_clipping(self, *_: Any, gradient_clip_val: float | None = None, **__: Any) -> None:
-            # Lightning's own refuses fused optimizers under autocast, also where no gradient is scaled.
+            # Lightning's own method refuses fused optimizers under autocast, even if no gradient is scaled.
             if gradient_clip_val is not None:
                 nn.utils.clip_grad_norm_(self.network.parameters(), gradient_clip_val)
 
+    return Classifier()
+
+
+def _rounds_callback(
+    setup: BenchmarkSetup, rounds: SimpleQueue[int], results: SimpleQueue[float | BaseException]
+) -> Any:
+    """Returns a Lightning callback that reads the steps of each round from `rounds` and writes its seconds.
+
+    A round of 0 steps ends the training.
+    """
+    import lightning
+
     class Rounds(lightning.Callback):
         def on_train_start(self, trainer: Any, *_: Any) -> None:
-            self.left = asked.get()
+            self.left = rounds.get()
             trainer.should_stop = self.left == 0
             self.started = time.perf_counter()
 
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
             self.left -= 1
             if self.left == 0:
-                task.wait()
-                answers.put(time.perf_counter() - self.started)
+                setup.synchronize()
+                results.put(time.perf_counter() - self.started)
                 self.on_train_start(trainer)
 
-    device, world_size = task.state.device, task.state.num_processes
-    of_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    trainer = lightning.Trainer(
+    return Rounds()
+
+
+def _lightning_trainer(setup: BenchmarkSetup, callback: Any) -> Any:
+    """Returns a Trainer for the processes that the launcher started."""
+    import lightning
+
+    # Lightning advises against barebones mode, which is intended here. Its import sets the level of its logger.
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+    device, world_size = setup.state.device, setup.state.num_processes
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    return lightning.Trainer(
         accelerator="gpu" if device.type == "cuda" else device.type,
-        devices=[device.index or 0] if device.type == "cuda" and world_size == 1 else of_this_machine,
-        num_nodes=world_size // of_this_machine,
+        devices=[device.index or 0] if device.type == "cuda" and world_size == 1 else local_world_size,
+        num_nodes=world_size // local_world_size,
         strategy="ddp" if world_size > 1 else "auto",
-        precision="bf16-mixed" if task.precision == "bf16" else "32-true",
-        gradient_clip_val=task.recipe.clip_grad_norm,
+        precision="bf16-mixed" if setup.precision == "bf16" else "32-true",
+        gradient_clip_val=setup.recipe.clip_grad_norm,
         max_epochs=-1,
-        callbacks=[Rounds()],
+        callbacks=[callback],
         barebones=True,
     )
 
-    def fit() -> None:
-        try:
-            trainer.fit(Classifier(), _loader(task, workers))
-        except BaseException as error:
-            answers.put(error)
 
-    thread = threading.Thread(target=fit, name="lightning", daemon=True)
-    thread.start()
-
-    @fastest_kernels()
-    def run(steps: int) -> float:
-        asked.put(steps)
-        if isinstance(answer := answers.get(), BaseException):
-            raise answer
-        return answer
-
-    def close() -> None:
-        asked.put(0)
-        thread.join()
-
-    return TimedLoop("Lightning + DataLoader", run, close)
+# --- the DataLoader -----------------------------------------------------------------------------------------------
 
 
-def best_workers(task: BenchmarkSetup, steps: int) -> int:
-    """The number of DataLoader workers with which the plain loop is fastest here, so that no peer is badly tuned."""
-    cores = max(1, (os.cpu_count() or 1) // task.state.num_processes)
+def best_workers(setup: BenchmarkSetup, steps: int) -> int:
+    """Returns the number of DataLoader workers with which PyTorch's loop is fastest. Collective: call on every rank."""
+    cores = max(1, (os.cpu_count() or 1) // setup.state.num_processes)
     seconds = {}
     for workers in sorted({0, 1, *(min(count, cores) for count in (2, 4, 8, 16))}):
-        loop = plain_loader(task, workers)
-        loop.run(3)  # the workers start
+        loop = plain_loader(setup, workers)
+        loop.run(3)  # starts the workers
         seconds[workers] = loop.run(steps)
     return broadcast_object_list([min(seconds, key=seconds.__getitem__)])[0]
 
 
-def _loader(task: BenchmarkSetup, workers: int, *, distributed: bool = False) -> DataLoader:
-    data = _PerImage(task.recipe, task.dataset.train)
+def _loader(setup: BenchmarkSetup, workers: int, *, distributed: bool = False) -> DataLoader:
+    data = _PerImage(setup.recipe, setup.dataset.train)
     return DataLoader(
         data,
-        batch_size=task.share,
+        batch_size=setup.local_batch_size,
         shuffle=not distributed,
         sampler=DistributedSampler(data) if distributed else None,
         drop_last=True,
         num_workers=workers,
         persistent_workers=workers > 0,
-        pin_memory=task.state.device.type == "cuda",
+        pin_memory=setup.state.device.type == "cuda",
     )
 
 
 class _PerImage(TorchDataset):
-    """torchvision's usual pipeline, image by image: PIL, random affine, ToTensor, Normalize."""
+    """Applies torchvision's usual transforms to one image at a time: PIL, RandomAffine, ToTensor, Normalize."""
 
     def __init__(self, recipe: Recipe, data: Images):
         augment = recipe.data.augment
@@ -189,8 +219,9 @@ class _PerImage(TorchDataset):
             )
         steps.append(transforms.ToTensor())
         if augment.elastic:
-            sigma = min(augment.elastic_sigma, 6.5)  # torchvision mirrors four of them beyond the edge
-            # Its alpha is in half pixels, of uniform noise in ±1 before it is smoothed.
+            # torchvision pads by reflection with 4 sigma pixels, which must be fewer than the image has.
+            sigma = min(augment.elastic_sigma, 6.5)
+            # torchvision's alpha counts half pixels and scales uniform noise in ±1 before smoothing.
             alpha = augment.elastic * 4 * sigma * math.sqrt(3 * math.pi)
             steps.append(transforms.ElasticTransform(alpha, sigma))
         steps.append(transforms.Normalize((data.mean,), (data.std,)))

@@ -1,6 +1,7 @@
-"""How long a recipe's network takes to answer: one image and batches; eager, compiled, captured, in ONNX Runtime.
+"""Measures inference time of a recipe's network, for one image and for batches.
 
-The weights are the initial ones, the images lie normalised on the device, and each answer is waited for.
+The network runs eagerly, compiled, captured as a CUDA graph, and in ONNX Runtime. It has its initial weights. The
+images are normalised and on the device. Each call is synchronized before the next one.
 """
 
 from __future__ import annotations
@@ -15,94 +16,116 @@ import torch
 from torch import Tensor
 
 from mnist_dist.benchmark.baselines import PRECISIONS, BenchmarkSetup, captured, fastest_kernels, median_and_range
-from mnist_dist.errors import Problem, RecipeError
+from mnist_dist.errors import Problem, RecipeError, RunError
 from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.model_setup import build_module
+from mnist_dist.run.onnx_export import export_onnx, open_session, trace_program
 
-Answer = Callable[[], object]
-HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnxruntime", "onnxscript"))
-ENOUGH = 0.25
-"""Seconds after which a round makes no further call, however many were asked for."""
+Call = Callable[[], object]
+"""Computes the logits of one fixed batch."""
+HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime", "onnxscript"))
+LONGEST_ROUND = 0.25
+"""Seconds. A round makes fewer calls than requested if they would take longer."""
 
 
 @fastest_kernels()
 def measure_inference(recipe: Recipe, batch_sizes: list[int], rounds: int, calls: int) -> dict[str, Any]:
-    """Interleaved rounds of up to `calls` calls at each batch size; returns the table as plain values.
+    """Measures all backends at each batch size, in interleaved rounds.
+
+    Args:
+        rounds: per backend and batch size.
+        calls: most calls of a round.
+
+    Returns:
+        Plain values. `ms_per_call` is batch size -> backend -> median, min and max.
 
     Raises:
-        RecipeError: the world is of several processes, or what `BenchmarkSetup.prepare` finds.
+        RecipeError: there are several processes; or from `BenchmarkSetup.prepare`.
     """
-    task = BenchmarkSetup.prepare(recipe)
-    if task.state.num_processes > 1:
-        raise RecipeError([Problem("the launcher", "", "inference is timed in one process, not in several")])
-    session, found = None, {}
-    if HAS_ONNX:
-        try:
-            session = onnx_session(task)
-        except Exception as error:  # what cannot be exported fails in many ways; PyTorch's figures need no file
-            print(f"no ONNX Runtime: {type(error).__name__}, the network cannot be exported", file=sys.stderr)
-    for size in batch_sizes:
-        rows = torch.arange(size) % len(task.dataset.test)
-        images = task.dataset.test.normalize(task.dataset.test.images[rows]).to(task.state.device)
-        answers = ways_to_answer(task, images) | ({} if session is None else in_onnx_runtime(session, images))
-        repeats = {}
-        for name, answer in answers.items():
-            _time(task, answer, 3)  # kernels are chosen, memory is fetched
-            repeats[name] = max(1, min(calls, int(ENOUGH / _time(task, answer, 1))))
-        seconds: dict[str, list[float]] = {name: [] for name in answers}
-        for _ in range(rounds):
-            for name, answer in answers.items():
-                seconds[name].append(_time(task, answer, repeats[name]) / repeats[name])
-        found[str(size)] = {
-            name: median_and_range([1000 * each for each in times], 5) for name, times in seconds.items()
-        }
-    return task.about() | {"rounds": rounds, "calls_per_round": calls, "ms_per_call": found}
+    setup = BenchmarkSetup.prepare(recipe)
+    if setup.state.num_processes > 1:
+        message = f"inference is timed in one process, but {setup.state.num_processes} run; use python -m or mnist-dist"
+        raise RecipeError([Problem("the launcher", "--inference", message, "unsupported")])
+    session = _session_if_possible(setup)
+    times = {str(size): _measure_batch(setup, session, size, rounds, calls) for size in batch_sizes}
+    return setup.about() | {"rounds": rounds, "calls_per_round": calls, "ms_per_call": times}
 
 
-def ways_to_answer(task: BenchmarkSetup, images: Tensor) -> dict[str, Answer]:
-    """Each way in which PyTorch computes the logits of `images` here, under its name."""
-    module, precision = task.module().eval(), PRECISIONS[task.precision]
+def _session_if_possible(setup: BenchmarkSetup) -> Any:
+    """Returns a session of ONNX Runtime, or None without the package or if the network cannot be exported."""
+    if not HAS_ONNX:
+        return None
+    try:
+        return onnx_session(setup)
+    except RecipeError as error:
+        print(f"ONNX Runtime is not measured: {error.problems[0].message}", file=sys.stderr)
+    except RunError as error:
+        print(f"ONNX Runtime is not measured: {error}", file=sys.stderr)
+    return None
 
-    def calls(network: Any) -> Answer:
+
+def _measure_batch(
+    setup: BenchmarkSetup, session: Any, size: int, rounds: int, calls: int
+) -> dict[str, dict[str, float]]:
+    """Returns the milliseconds per call of each backend for a batch of `size` images."""
+    rows = torch.arange(size) % len(setup.dataset.test)
+    images = setup.dataset.test.normalize(setup.dataset.test.images[rows]).to(setup.state.device)
+    backends = torch_backends(setup, images) | ({} if session is None else onnx_backend(session, images))
+    repeats = {}
+    for name, call in backends.items():
+        _time(setup, call, 3)  # chooses kernels and allocates memory
+        repeats[name] = max(1, min(calls, int(LONGEST_ROUND / _time(setup, call, 1))))
+    milliseconds: dict[str, list[float]] = {name: [] for name in backends}
+    for _ in range(rounds):
+        for name, call in backends.items():
+            milliseconds[name].append(1000 * _time(setup, call, repeats[name]) / repeats[name])
+    return {name: median_and_range(each, 5) for name, each in milliseconds.items()}
+
+
+def torch_backends(setup: BenchmarkSetup, images: Tensor) -> dict[str, Call]:
+    """Returns each way in which PyTorch computes the logits of `images` on this device, by name."""
+    module, precision = setup.module().eval(), PRECISIONS[setup.precision]
+
+    def call_of(network: Any) -> Call:
         @torch.inference_mode()
-        def answer() -> Tensor:
-            with task.autocast():
+        def call() -> Tensor:
+            with setup.autocast():
                 return network(images)
 
-        return answer
+        return call
 
-    ways = {f"eager, {precision}": calls(module)}
-    if task.is_compiled:
-        ways[f"compiled, {precision}"] = calls(torch.compile(module))
-    if task.state.device.type == "cuda":
-        ways[f"captured, {precision}"] = captured(calls(module))
-    return ways
+    backends = {f"eager, {precision}": call_of(module)}
+    if setup.is_compiled:
+        backends[f"compiled, {precision}"] = call_of(torch.compile(module))
+    if setup.state.device.type == "cuda":
+        backends[f"captured, {precision}"] = captured(call_of(module))
+    return backends
 
 
-def in_onnx_runtime(session: Any, images: Tensor) -> dict[str, Answer]:
-    """ONNX Runtime's way; it takes images from the host's memory and brings logits there."""
+def onnx_backend(session: Any, images: Tensor) -> dict[str, Call]:
+    """Returns ONNX Runtime's way. It reads images from the host's memory and writes logits there."""
     provider = session.get_providers()[0].removesuffix("ExecutionProvider")
     feed = {session.get_inputs()[0].name: images.cpu().numpy()}
     return {f"ONNX Runtime ({provider}), fp32": lambda: session.run(None, feed)}
 
 
-def onnx_session(task: BenchmarkSetup) -> Any:
-    """The network in ONNX Runtime, for batches of any size, on the GPU where it can."""
-    import onnxruntime
+def onnx_session(setup: BenchmarkSetup) -> Any:
+    """Returns a session of ONNX Runtime for batches of any size, on the GPU if its package supports it.
 
-    module, images = build_module(task.recipe, task.dataset).eval(), torch.zeros(2, 1, 28, 28)
-    any_size = ({0: torch.export.Dim.DYNAMIC},)
-    program: Any = torch.onnx.export(module, (images,), dynamo=True, dynamic_shapes=any_size, verbose=False)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    usable = {"CUDAExecutionProvider"} if task.state.device.type == "cuda" else set()
-    chosen = [*usable.intersection(onnxruntime.get_available_providers()), "CPUExecutionProvider"]
-    return onnxruntime.InferenceSession(program.model_proto.SerializeToString(), options, providers=chosen)
+    Raises:
+        RecipeError: the network cannot be exported.
+        RunError: ONNX Runtime cannot run the exported network.
+    """
+    module = build_module(setup.recipe, setup.dataset).eval()
+    example = setup.dataset.test.normalize(setup.dataset.test.images[:2])
+    program = trace_program(module, example, setup.recipe.model.name)
+    model = export_onnx(program, setup.recipe.model.name)
+    return open_session(model.SerializeToString(), setup.state.device)
 
 
-def _time(task: BenchmarkSetup, answer: Answer, calls: int) -> float:
+def _time(setup: BenchmarkSetup, call: Call, count: int) -> float:
     started = time.perf_counter()
-    for _ in range(calls):
-        answer()
-        task.wait()
+    for _ in range(count):
+        call()
+        setup.synchronize()
     return time.perf_counter() - started

@@ -1,4 +1,4 @@
-"""The picture of a benchmark's sweep: how fast each loop is over the values of one key."""
+"""Plots the speed of each timed loop against the values of one recipe key."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from mnist_dist.plots import style
 
-# Ours first and boldest, the limit dashed, then one look for each peer: told apart by marker and line in grey too.
+# The trainer first and boldest, the bare step dashed, then the other loops. Markers and line styles differ, so that
+# lines can be distinguished in grey too.
 LOOKS: tuple[dict[str, Any], ...] = (
     {"color": style.VERMILLION, "linewidth": 2.5, "marker": "o", "markersize": 6, "zorder": 3},
     {"color": style.INK, "linestyle": "--", "marker": "_", "markersize": 9},
@@ -32,28 +33,33 @@ def plot_sweep(
     key: str,
     title: str,
 ) -> Path:
-    """Images/s (median, with a bar from the lowest round to the highest) against the value of `key`.
+    """Writes a picture of images/s (median, with a bar from the slowest round to the fastest) against `key`.
 
     Args:
-        values: as they were given; logarithmic where all are numbers above zero, else side by side.
-        speeds: for each value {loop: {"median": …, "min": …, "max": …}}; a loop may be missing at some.
+        values: of the key, as text. The axis is logarithmic if all are numbers above zero; else they are evenly spaced.
+        speeds: for each value {loop: {"median": …, "min": …, "max": …}}; a loop may be missing at some values.
         path: the PNG to write.
+        key: label of the axis.
+        title: of the picture.
+
+    Returns:
+        `path`.
     """
     figure = style.new_figure(8, 5.6, title)
     axes = figure.subplots()
-    places = _numbers(values)
-    along = places or [float(place) for place in range(len(values))]
+    numbers = _numbers(values)
+    positions = numbers or [float(position) for position in range(len(values))]
     names = list(dict.fromkeys(name for each in speeds for name in each))
     for name, look in zip(names, LOOKS * (1 + len(names) // len(LOOKS)), strict=False):
-        found = [(x, each[name]) for x, each in zip(along, speeds, strict=True) if name in each]
+        found = [(x, each[name]) for x, each in zip(positions, speeds, strict=True) if name in each]
         medians = [speed["median"] for _, speed in found]
-        reach = [
+        distances = [
             [speed["median"] - speed["min"] for _, speed in found],
             [speed["max"] - speed["median"] for _, speed in found],
         ]
-        axes.errorbar([x for x, _ in found], medians, reach, label=name, elinewidth=1, capsize=2, **look)
-    axes.set(xlabel=key, ylabel="images/s", yscale="log", **({"xscale": "log"} if places else {}))
-    axes.set_xticks(along, values)
+        axes.errorbar([x for x, _ in found], medians, distances, label=name, elinewidth=1, capsize=2, **look)
+    axes.set(xlabel=key, ylabel="images/s", yscale="log", **({"xscale": "log"} if numbers else {}))
+    axes.set_xticks(positions, values)
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
     axes.yaxis.set_minor_locator(NullLocator())
@@ -63,7 +69,7 @@ def plot_sweep(
 
 
 def _numbers(values: Sequence[str]) -> list[float]:
-    """The values, or none if any is not a number above zero."""
+    """Returns the values as numbers, or [] if any of them is not a number above zero."""
     try:
         numbers = [float(value) for value in values]
     except ValueError:

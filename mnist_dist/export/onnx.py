@@ -8,37 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from mnist_dist.errors import Problem, RecipeError, RunError
-from mnist_dist.export.verify import Deployed, Predictor
-
-
-def _refuse(name: str, error: Exception) -> RecipeError:
-    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    message = f"{name} cannot be exported: PyTorch cannot trace it for every batch size\n{reason.strip()[:300]}"
-    return RecipeError([Problem("the network", "model.name", message, "model")])
-
-
-def trace_program(deployed: Deployed, images: Tensor, name: str) -> Any:
-    """Returns a `torch.export.ExportedProgram` for any batch size.
-
-    Args:
-        images: uint8 (N, 1, 28, 28), examples.
-        name: the model, for the message.
-
-    Raises:
-        RecipeError: PyTorch cannot trace the network.
-    """
-    batch = ({0: torch.export.Dim("batch")},)
-    try:
-        # A clone: the program keeps the example and its whole storage, which would be the test set.
-        program = torch.export.export(deployed, (images[:2].clone(),), dynamic_shapes=batch, strict=False)
-    except Exception as error:  # a user's own network may raise anything
-        raise _refuse(name, error) from error
-    for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # it holds paths of this machine
-    return program
+from mnist_dist.export.verify import Predictor
+from mnist_dist.run.onnx_export import export_onnx, open_session, trace_program
 
 
 def write_onnx(program: Any, path: Path, about: dict[str, Any]) -> None:
@@ -49,14 +21,7 @@ def write_onnx(program: Any, path: Path, about: dict[str, Any]) -> None:
     """
     import onnx
 
-    try:
-        names: dict[str, Any] = {"input_names": ["images"], "output_names": ["probabilities"]}
-        exported: Any = torch.onnx.export(program, dynamo=True, verbose=False, **names)
-    except Exception as error:
-        raise _refuse(about["model"], error) from error
-    model = exported.model_proto
-    for value in (*model.graph.input, *model.graph.output):
-        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+    model = export_onnx(program, about["model"], "probabilities")
     slim_onnx(model)
     onnx.helper.set_model_props(model, {"classes": json.dumps(about["classes"])})
     onnx.save(model, path)
@@ -68,15 +33,7 @@ def onnx_session(path: Path) -> Predictor:
     Raises:
         RunError: onnxruntime cannot run the file.
     """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
-    try:
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's exceptions have no common base
-        raise RunError(f"onnxruntime cannot run the file; nothing was written: {error}") from error
+    session = open_session(path, torch.device("cpu"))
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 

@@ -1,1 +1,1 @@
-"""`python -m mnist_dist.sweep`: hyperparameter search."""
+"""Searches hyperparameters on this machine: `mnist-dist sweep`."""

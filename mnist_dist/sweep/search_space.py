@@ -1,4 +1,4 @@
-"""What is searched: a grid or random draws, from the command line or a W&B sweep file."""
+"""The trials of a search: a grid or random draws, from the command line or a W&B sweep file."""
 
 from __future__ import annotations
 
@@ -10,32 +10,44 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mnist_dist.errors import Problem, RecipeError, unknown_key
-from mnist_dist.recipe.file import find_recipe, parse, read_recipe
+from mnist_dist.errors import Kind, Problem, RecipeError, unknown_key
+from mnist_dist.recipe.file import Origins, find_recipe, parse, read_recipe
 
 Choice = dict[str, Any]
 """The values of one trial by dotted key."""
-
-
-# --- what is searched ---------------------------------------------------------------------------------------------
+Refuse = Callable[[str, Kind], RecipeError]
+"""(message, kind) -> the error of one key of a sweep file."""
 
 
 @dataclass(frozen=True)
 class Sweep:
+    """A search before any trial is trained."""
+
     name: str
     recipe: str
     words: list[str]
     """Overrides that all trials share."""
     choices: list[Choice]
     command: list[str]
-    """How the trainer is started: all but recipe, overrides and run folder."""
+    """Starts the trainer; recipe, overrides and run folder are appended."""
+
+
+# --- from the command line ----------------------------------------------------------------------------------------
 
 
 def read_words(recipe: str, words: list[str], count: int | None) -> Sweep:
-    """The grid of all words with several values, `key=a,b,c`."""
+    """Returns the grid of all overrides with several values, `key=a,b,c`.
+
+    Args:
+        count: most trials; None for all.
+
+    Raises:
+        RecipeError: no key has several values, or a value cannot be parsed.
+    """
     grid, shared = {}, []
     for word in words:
         key, _, text = word.partition("=")
@@ -45,140 +57,175 @@ def read_words(recipe: str, words: list[str], count: int | None) -> Sweep:
         else:
             shared.append(word)
     if not grid:
-        what = "nothing is searched; give a key several values, e.g. optimizer.lr=0.01,0.1, or name a W&B sweep file"
-        raise RecipeError([Problem("command line", "", what)])
+        message = "no key has several values; write e.g. optimizer.lr=0.01,0.1, or name a W&B sweep file"
+        raise RecipeError([Problem("command line", "key=value", message, "missing")])
     command = [sys.executable, "-m", "mnist_dist.train"]
     return Sweep(find_recipe(recipe).stem, recipe, shared, _grid(grid)[:count], command)
 
 
+# --- from a W&B sweep file ----------------------------------------------------------------------------------------
+
 KNOWN = ("program", "method", "metric", "parameters", "command", "run_cap", "name", "description", "project", "entity")
+METRICS = ({"name": "eval/accuracy"}, {"name": "eval/accuracy", "goal": "maximize"})
 
 
 def read_file(path: Path, words: list[str], count: int | None, seed: int) -> Sweep:
-    """A W&B sweep file of method grid or random.
+    """Reads a W&B sweep file of method grid or random.
+
+    Args:
+        words: overrides that all trials share.
+        count: most trials; None for the file's run_cap.
+        seed: of a random search.
 
     Raises:
-        RecipeError: with everything in it that only W&B's server can do, or nobody.
+        RecipeError: lists everything in the file that needs W&B's server or is wrong.
     """
     values, origins = read_recipe(path)
-    problems = [origins.problem(key, unknown_key(key, KNOWN)) for key in values if key not in KNOWN]
-    method, spaces = values.get("method"), values.get("parameters")
-    if method not in ("grid", "random"):
-        what = f"grid and random are searched here, not {method}; that needs W&B's server: wandb sweep {path}"
-        problems.append(origins.problem("method", what))
-    metric = values.get("metric", {"name": "eval/accuracy"})
-    if metric not in ({"name": "eval/accuracy"}, {"name": "eval/accuracy", "goal": "maximize"}):
-        problems.append(origins.problem("metric", "trials are judged by eval/accuracy, which is to be maximized"))
-    draws: dict[str, Any] = {}
-    if not isinstance(spaces, dict) or not spaces:
-        problems.append(origins.problem("parameters", "a mapping of recipe keys to what is tried is needed"))
-    else:
-        for key, space in spaces.items():
-            try:
-                draws[key] = _draw(space) if method == "random" else _values(space)
-            except ValueError as error:
-                problems.append(origins.problem(f"parameters.{key}", str(error)))
-    count = count or values.get("run_cap")
-    if method == "random" and count is None:
-        problems.append(origins.problem("run_cap", "a random search has no end; give it one, here or by --count"))
-    elif not isinstance(count, int | None) or (count is not None and count < 1):
-        problems.append(origins.problem("run_cap", f"expected a whole number of at least 1, got {count}"))
-    try:
-        command, recipe, shared = _read_command(values)
-    except ValueError as error:
-        problems.append(origins.problem("command", str(error)))
-    if problems:
+    problems = _check_keys(path, values, origins)
+    draws = _collect(problems, lambda: _read_parameters(values, origins)) or {}
+    count = _collect(problems, lambda: _read_count(values, origins, count))
+    read = _collect(problems, lambda: _read_command(values, partial(_refuse, origins, "command")))
+    if problems or read is None:
         raise RecipeError(problems)
-    name = values.get("name") or path.stem
+    command, recipe, shared = read
     searched = [word for word in words if word.partition("=")[0] in draws]
     if searched:
-        raise RecipeError([Problem("command line", word, f"{path} searches this key") for word in searched])
-    choices = _grid(draws)[:count] if method == "grid" else _random(draws, count or 0, seed)
-    return Sweep(str(name), recipe, [*shared, *words], choices, command)
+        message = f"{path} searches this key; remove the override"
+        raise RecipeError([Problem("command line", word.partition("=")[0], message, "conflict") for word in searched])
+    choices = _grid(draws)[:count] if values["method"] == "grid" else _random(draws, count or 0, seed)
+    return Sweep(str(values.get("name") or path.stem), recipe, [*shared, *words], choices, command)
 
 
-def _grid(values: dict[str, list[Any]]) -> list[Choice]:
-    """All combinations; the last key changes fastest."""
-    return [dict(zip(values, each, strict=True)) for each in itertools.product(*values.values())]
+def _collect(problems: list[Problem], action: Callable[[], Any]) -> Any:
+    """Returns what `action` returns; if it raises RecipeError, adds the problems to the list and returns None."""
+    try:
+        return action()
+    except RecipeError as error:
+        problems += error.problems
+        return None
 
 
-def _random(draws: dict[str, Callable[[random.Random], Any]], count: int, seed: int) -> list[Choice]:
-    """So many draws, the same for the same seed, each combination once."""
-    generator = random.Random(seed)
-    drawn = [{key: draw(generator) for key, draw in draws.items()} for _ in range(count)]
-    return [each for place, each in enumerate(drawn) if each not in drawn[:place]]
+def _refuse(origins: Origins, key: str, message: str, kind: Kind) -> RecipeError:
+    return RecipeError([origins.problem(key, message, kind)])
 
 
-def _values(space: Any) -> list[Any]:
-    """What a grid tries of one parameter.
-
-    Raises:
-        ValueError: it is no list of values.
-    """
-    if isinstance(space, dict) and space.keys() <= {"value", "distribution"} and "value" in space:
-        return [space["value"]]
-    values = space.get("values") if isinstance(space, dict) else None
-    if not isinstance(values, list) or not values or not space.keys() <= {"values", "distribution"}:
-        raise ValueError("expected `values: [a, b]` or `value: a`; with method random also `min` and `max`")
-    return values
+def _check_keys(path: Path, values: dict[str, Any], origins: Origins) -> list[Problem]:
+    """Returns the problems of the file's keys, its method and its metric."""
+    problems = [origins.problem(key, unknown_key(key, KNOWN), "unknown") for key in values if key not in KNOWN]
+    if (method := values.get("method")) not in ("grid", "random"):
+        message = f"expected grid or random, got {method}; other methods need W&B's server: wandb sweep {path}"
+        problems.append(origins.problem("method", message, "unsupported"))
+    if values.get("metric", METRICS[0]) not in METRICS:
+        message = "trials are compared by eval/accuracy with goal maximize; no other metric is supported"
+        problems.append(origins.problem("metric", message, "unsupported"))
+    return problems
 
 
-def _draw(space: Any) -> Callable[[random.Random], Any]:
-    """How a random search draws one parameter, as W&B describes it.
-
-    Raises:
-        ValueError: it is none of the distributions that are known here.
-    """
-    if not isinstance(space, dict) or {"value", "values"} & space.keys():
-        values = _values(space)
-        return lambda generator: generator.choice(values)
-    low, high = space.get("min"), space.get("max")
-    numbers = [each for each in (low, high) if isinstance(each, int | float) and not isinstance(each, bool)]
-    if len(numbers) < 2 or not space.keys() <= {"min", "max", "distribution"}:
-        raise ValueError("expected `min` and `max`, numbers, with or without a `distribution`; or `values: [a, b]`")
-    low, high = numbers
-    whole = all(isinstance(each, int) for each in numbers)
-    kind = space.get("distribution", "int_uniform" if whole else "uniform")
-    if not low < high:
-        raise ValueError(f"min is to be less than max, got {low} and {high}")
-    if kind == "int_uniform" and whole:
-        return lambda generator: generator.randint(int(low), int(high))
-    if kind == "uniform":
-        return lambda generator: _short(generator.uniform(low, high), low, high)
-    if kind == "log_uniform_values" and low > 0:
-        return lambda generator: _short(math.exp(generator.uniform(math.log(low), math.log(high))), low, high)
-    raise ValueError(
-        f"{kind} from {low} to {high} is not drawn here; "
-        "int_uniform takes whole numbers, uniform any, log_uniform_values what is above 0"
-    )
+def _read_parameters(values: dict[str, Any], origins: Origins) -> dict[str, Any]:
+    """Returns, per recipe key, the values of a grid, or for a random search a function that draws one."""
+    spaces = values.get("parameters")
+    if not isinstance(spaces, dict) or not spaces:
+        raise _refuse(origins, "parameters", "expected a mapping of recipe keys to the values to try", "missing")
+    read = _draw if values.get("method") == "random" else _values
+    draws: dict[str, Any] = {}
+    problems: list[Problem] = []
+    for key, space in spaces.items():
+        refuse = partial(_refuse, origins, f"parameters.{key}")
+        draws[key] = _collect(problems, partial(read, space, refuse))
+    if problems:
+        raise RecipeError(problems)
+    return draws
 
 
-def _short(value: float, low: float, high: float) -> float:
-    """Four digits are enough, and can be read in a folder's name."""
-    return min(max(float(f"{value:.4g}"), low), high)
+def _read_count(values: dict[str, Any], origins: Origins, count: int | None) -> int | None:
+    """Returns the number of trials: the option --count, else the file's run_cap; None for a complete grid."""
+    count = count or values.get("run_cap")
+    if values.get("method") == "random" and count is None:
+        message = "a random search needs a number of trials; give run_cap in the file or --count"
+        raise _refuse(origins, "run_cap", message, "missing")
+    if not isinstance(count, int | None) or isinstance(count, bool):
+        raise _refuse(origins, "run_cap", f"expected a whole number, got {count}", "type")
+    if count is not None and count < 1:
+        raise _refuse(origins, "run_cap", f"expected at least 1, got {count}", "range")
+    return count
 
 
-def _read_command(values: dict[str, Any]) -> tuple[list[str], str, list[str]]:
-    """A sweep file's command line, taken apart: how the trainer is started, the recipe, and overrides.
-
-    Raises:
-        ValueError: a trial could not be started so.
-    """
+def _read_command(values: dict[str, Any], refuse: Refuse) -> tuple[list[str], str, list[str]]:
+    """Splits a sweep file's command line into the words that start the trainer, the recipe, and overrides."""
     words = values.get("command")
     if values.get("program") != "mnist_dist.train" or not isinstance(words, list):
-        raise ValueError("program: mnist_dist.train and a command are needed, as in launch/sweep.yaml")
+        raise refuse("expected `program: mnist_dist.train` and a command, as in launch/sweep.yaml", "missing")
     replaced = {"${interpreter}": sys.executable, "python": sys.executable, "${program}": "mnist_dist.train"}
     line = [replaced.get(word, word) for word in map(str, words) if word != "${env}"]
     if line.count("${args_no_hyphens}") != 1:
-        raise ValueError("${args_no_hyphens} is needed once: it is where a trial's key=value words go")
+        raise refuse("expected ${args_no_hyphens} once; a trial's key=value words replace it", "missing")
     if other := [word for word in line if "${" in word and word != "${args_no_hyphens}"]:
-        raise ValueError(f"{other[0]} is not known here; ${{env}}, ${{interpreter}}, ${{program}} are")
+        known = "${env}, ${interpreter}, ${program} and ${args_no_hyphens}"
+        raise refuse(f"{other[0]} is not supported; supported are {known}", "unsupported")
     line.remove("${args_no_hyphens}")
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--recipe", required=True)
     try:
         given, line = parser.parse_known_args(line)
     except (argparse.ArgumentError, SystemExit) as error:
-        raise ValueError("--recipe=NAME is needed in it") from error
+        raise refuse("expected --recipe=NAME in the command", "missing") from error
     shared = [word for word in line if re.match(r"[A-Za-z_][\w.]*=", word)]
     return [word for word in line if word not in shared], given.recipe, shared
+
+
+# --- drawing ------------------------------------------------------------------------------------------------------
+
+
+def _grid(values: dict[str, list[Any]]) -> list[Choice]:
+    """Returns all combinations; the last key changes fastest."""
+    return [dict(zip(values, each, strict=True)) for each in itertools.product(*values.values())]
+
+
+def _random(draws: dict[str, Callable[[random.Random], Any]], count: int, seed: int) -> list[Choice]:
+    """Returns up to `count` different draws, a function of the seed. A longer search starts with the shorter one."""
+    generator = random.Random(seed)
+    drawn = [{key: draw(generator) for key, draw in draws.items()} for _ in range(count)]
+    return [each for index, each in enumerate(drawn) if each not in drawn[:index]]
+
+
+def _values(space: Any, refuse: Refuse) -> list[Any]:
+    """Returns the values that a grid tries for one parameter."""
+    if isinstance(space, dict) and space.keys() <= {"value", "distribution"} and "value" in space:
+        return [space["value"]]
+    values = space.get("values") if isinstance(space, dict) else None
+    if not isinstance(values, list) or not values or not space.keys() <= {"values", "distribution"}:
+        raise refuse("expected `values: [a, b]` or `value: a`; with method random also `min` and `max`", "type")
+    return values
+
+
+def _draw(space: Any, refuse: Refuse) -> Callable[[random.Random], Any]:
+    """Returns a function that draws one parameter of a random search, as W&B's documentation defines it."""
+    if not isinstance(space, dict) or {"value", "values"} & space.keys():
+        values = _values(space, refuse)
+        return lambda generator: generator.choice(values)
+    low, high = space.get("min"), space.get("max")
+    numbers = [each for each in (low, high) if isinstance(each, int | float) and not isinstance(each, bool)]
+    if len(numbers) < 2 or not space.keys() <= {"min", "max", "distribution"}:
+        message = "expected numbers `min` and `max` and optionally a `distribution`; or `values: [a, b]`"
+        raise refuse(message, "type")
+    low, high = numbers
+    are_whole = all(isinstance(each, int) for each in numbers)
+    distribution = space.get("distribution", "int_uniform" if are_whole else "uniform")
+    if not low < high:
+        raise refuse(f"min must be less than max, got {low} and {high}", "range")
+    if distribution == "int_uniform" and are_whole:
+        return lambda generator: generator.randint(int(low), int(high))
+    if distribution == "uniform":
+        return lambda generator: _short(generator.uniform(low, high), low, high)
+    if distribution == "log_uniform_values" and low > 0:
+        return lambda generator: _short(math.exp(generator.uniform(math.log(low), math.log(high))), low, high)
+    message = (
+        f"{distribution} from {low} to {high} is not supported; "
+        "use int_uniform (whole numbers), uniform, or log_uniform_values (above 0)"
+    )
+    raise refuse(message, "unsupported")
+
+
+def _short(value: float, low: float, high: float) -> float:
+    """Rounds to four digits, which keeps the name of the trial's folder readable."""
+    return min(max(float(f"{value:.4g}"), low), high)

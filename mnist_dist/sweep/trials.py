@@ -1,4 +1,4 @@
-"""Trials: one run folder and one process each."""
+"""The trials of a search: one run folder and one process each."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import textwrap
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,68 +28,88 @@ from mnist_dist.run.folder import RunFolder
 from mnist_dist.sweep.search_space import Choice, Sweep
 
 VALIDATION = 5000
-"""Training images held out to judge trials by, where the recipe holds none out; at most a sixth."""
+"""Training images held out to compare trials, if the recipe holds none out; at most a sixth of all."""
 
-
-# --- trials -------------------------------------------------------------------------------------------------------
+# --- planning -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Trial:
+    """One combination of values, ready to train."""
+
     name: str
     choice: Choice
     words: list[str]
-    """Its overrides."""
+    """The overrides of this trial alone."""
     recipe: Recipe
     folder: RunFolder
 
 
 def plan(sweep: Sweep, directory: Path) -> list[Trial]:
-    """The trials, each with its resolved recipe and its folder.
+    """Returns the trials, each with its resolved recipe and its folder.
 
     Raises:
-        RecipeError: any of them could not be trained, or its folder holds something else.
+        RecipeError: the recipe of a trial is wrong, or its folder holds a trial of another recipe.
     """
     if "data.validation" in sweep.choices[0]:
-        what = "trials are compared by these images: it cannot be searched"
-        raise RecipeError([Problem("the search", "data.validation", what)])
-    base, shared = load_recipe(sweep.recipe, *sweep.words), []
-    if base.data.validation == 0:
-        everything = base.model_copy(update={"data": base.data.model_copy(update={"limit_train": None})})
-        size = len(load_data(everything, launched_world()).train)
-        shared.append(f"data.validation={min(VALIDATION, size // 6)}")
-        print(f"{shared[0]}: so many training images are held out, and trials judged by them, not by the test set")
-    if base.tracking.wandb.group is None:
-        shared += [word("tracking.wandb.group", sweep.name), "tracking.wandb.job_type=sweep"]
-    trials, problems = [], []
-    for name, choice in zip(_names(sweep.choices), sweep.choices, strict=True):
-        words = [*(word(*pair) for pair in choice.items()), *shared, word("name", name)]
+        message = "cannot be searched, because trials are compared by their validation images"
+        raise RecipeError([Problem("the search", "data.validation", message, "conflict")])
+    shared = _shared_overrides(sweep)
+    trials: list[Trial] = []
+    problems: list[Problem] = []
+    for name, choice in zip(trial_names(sweep.choices), sweep.choices, strict=True):
+        words = [*(override(*pair) for pair in choice.items()), *shared, override("name", name)]
         try:
-            recipe = load_recipe(sweep.recipe, *sweep.words, *words)
+            recipe, folder = load_recipe(sweep.recipe, *sweep.words, *words), RunFolder(directory / name)
+            _check_folder(folder, recipe)
+            trials.append(Trial(name, choice, words, recipe, folder))
         except RecipeError as error:
             problems += error.problems
-            continue
-        folder = RunFolder(directory / name)
-        if folder.recipe.is_file():
-            begun = load_recipe(folder.recipe)
-            resolved = {"mixed_precision": recipe.mixed_precision or begun.mixed_precision}
-            if changes := describe_changes(begun, recipe.model_copy(update=resolved)):
-                listed = "\n".join([*changes, "name another --run-dir"])
-                problems.append(Problem(str(folder.path), "", f"holds a trial of another recipe:\n{listed}"))
-        trials.append(Trial(name, choice, words, recipe, folder))
     if problems:
         raise RecipeError(list(dict.fromkeys(problems)))
     return trials
 
 
-def word(key: str, value: Any) -> str:
-    """The override that gives `key` this value."""
+def _shared_overrides(sweep: Sweep) -> list[str]:
+    """Returns overrides that hold out validation images and group the trials in W&B, unless the recipe does so."""
+    base, shared = load_recipe(sweep.recipe, *sweep.words), []
+    if base.data.validation == 0:
+        unlimited = base.model_copy(update={"data": base.data.model_copy(update={"limit_train": None})})
+        size = len(load_data(unlimited, launched_world()).train)
+        shared.append(f"data.validation={min(VALIDATION, size // 6)}")
+        print(f"{shared[0]}: these training images are held out; trials are compared by them, not by the test set")
+    if base.tracking.wandb.group is None:
+        shared += [override("tracking.wandb.group", sweep.name), "tracking.wandb.job_type=sweep"]
+    return shared
+
+
+def _check_folder(folder: RunFolder, recipe: Recipe) -> None:
+    """Checks that a trial's folder is new or belongs to the same recipe.
+
+    Raises:
+        RecipeError: it holds a run of another recipe.
+    """
+    if not folder.recipe.is_file():
+        return
+    existing = load_recipe(folder.recipe)
+    precision = recipe.mixed_precision or existing.mixed_precision  # a run writes the precision that its launcher gave
+    if changes := describe_changes(existing, recipe.model_copy(update={"mixed_precision": precision})):
+        listed = "\n".join([*changes, "name another --run-dir"])
+        message = f"{folder.path} holds a trial of another recipe:\n{listed}"
+        raise RecipeError([Problem("command line", "--run-dir", message, "exists")])
+
+
+def override(key: str, value: Any) -> str:
+    """Returns the override `key=value` as text that parses back to the value."""
     text = yaml.dump(value, Dumper=Dumper, default_flow_style=True, width=sys.maxsize, allow_unicode=True)
     return f"{key}={text.removesuffix('...' + chr(10)).strip()}"
 
 
-def _names(choices: list[Choice]) -> list[str]:
-    """A folder's name for each: its values, by the last part of their keys where that is no other's."""
+def trial_names(choices: list[Choice]) -> list[str]:
+    """Returns a different folder name for each choice: `lr=0.1,seed=1`.
+
+    A key is shortened to its last part, unless another key of the choice ends with the same part.
+    """
     names: list[str] = []
     for choice in choices:
         lasts = Counter(key.rpartition(".")[2] for key in choice)
@@ -99,32 +120,43 @@ def _names(choices: list[Choice]) -> list[str]:
     return names
 
 
-def train_trial(sweep: Sweep, trial: Trial, log: Path) -> int:
-    """Trains it in a process of its own, whose words go to `log`; returns its exit code.
+# --- training -----------------------------------------------------------------------------------------------------
 
-    SIGTERM and SIGUSR1 are passed on to it, so that it saves and does not train on alone; the code is PREEMPTED then.
+
+def train_trial(sweep: Sweep, trial: Trial, log: Path) -> int:
+    """Trains a trial in a process of its own, whose output goes to `log`; returns its exit code.
+
+    SIGTERM and SIGUSR1 are passed on to the process, so that it saves and stops too; the code is PREEMPTED then.
 
     Raises:
         RecipeError: the command cannot be started.
     """
-    where = ["--recipe", sweep.recipe, "--run-dir", str(trial.folder.path)]
-    command = [*sweep.command, *where, *sweep.words, *trial.words]
+    command = [
+        *sweep.command,
+        "--recipe",
+        sweep.recipe,
+        "--run-dir",
+        str(trial.folder.path),
+        *sweep.words,
+        *trial.words,
+    ]
     with log.open("w", encoding="utf-8") as output:
         try:
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
         except OSError as error:
-            raise RecipeError([Problem(shlex.join(command), "", f"cannot be started: {error.strerror}")]) from error
-        asked: list[int] = []
+            message = f"cannot be started: {error.strerror}"
+            raise RecipeError([Problem(shlex.join(command), "command", message, "missing")]) from error
+        received: list[int] = []
 
         def pass_on(number: int, frame: object) -> None:
-            asked.append(number)
+            received.append(number)
             process.send_signal(number)
 
         before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
         try:
             code = process.wait()
-            return PREEMPTED if asked else code
-        except KeyboardInterrupt:  # Ctrl-C reached it too: it saves
+            return PREEMPTED if received else code
+        except KeyboardInterrupt:  # the terminal sends Ctrl-C to the trial too, which then saves
             process.wait()
             raise
         finally:
@@ -133,19 +165,19 @@ def train_trial(sweep: Sweep, trial: Trial, log: Path) -> int:
 
 
 def result(trial: Trial, log: Path) -> dict[str, Any]:
-    """What became of it, for the table."""
+    """Returns the trial's row for the table: name and values, with its figures or with `failed` and the reason."""
     row: dict[str, Any] = {"trial": trial.name, "values": trial.choice}
     if not trial.folder.is_done:
-        return row | {"failed": _failure_of(log)}
+        return row | {"failed": _failure_reason(log)}
     summary = json.loads(trial.folder.summary.read_text(encoding="utf-8"))
     assert summary["eval.split"] == "validation"
     keys = ("eval.best.accuracy", "eval.best.epoch", "eval.last.accuracy", "eval.last.loss", "train_seconds")
     return row | {key: summary[key] for key in keys} | {"test.accuracy": summary["test.accuracy"]}
 
 
-def _failure_of(log: Path) -> str:
-    """Why a trial failed, on one line: the trainer's own screen, else the end of a traceback."""
+def _failure_reason(log: Path) -> str:
+    """Returns why a trial failed, on one line: the trainer's own message, else the last line of the log."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    screen = [place for place, line in enumerate(lines) if line.startswith("mnist_dist: ")]
-    words = " ".join(lines[screen[-1] if screen else -1 :]) or "without a word"
-    return words.removeprefix("mnist_dist: ")[:200]
+    starts = [index for index, line in enumerate(lines) if line.startswith("mnist_dist: ")]
+    text = " ".join(lines[starts[-1] if starts else -1 :]) or "no output"
+    return textwrap.shorten(text.removeprefix("mnist_dist: "), 200, placeholder=" …")

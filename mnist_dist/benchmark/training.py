@@ -1,0 +1,203 @@
+"""Measures training speed: interleaved rounds of the trainer, the baselines and the frameworks.
+
+Interleaving spreads a drift of the machine's speed over all loops alike.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from accelerate.utils import broadcast_object_list
+
+from mnist_dist.benchmark.baselines import BenchmarkSetup, TimedLoop, bare_step, median_and_range, tensor_loop
+from mnist_dist.benchmark.frameworks import (
+    HAS_LIGHTNING,
+    accelerate_loader,
+    best_workers,
+    lightning_loader,
+    plain_loader,
+)
+from mnist_dist.benchmark.report import OURS
+from mnist_dist.errors import RunError
+from mnist_dist.recipe.schema import Recipe
+from mnist_dist.run.build import build_components
+from mnist_dist.run.checkpointing import Checkpointer
+from mnist_dist.run.components import Progress, TrainingComponents
+from mnist_dist.run.folder import RunFolder
+from mnist_dist.run.model_setup import build_module
+from mnist_dist.run.summary import close_trackers, open_trackers
+
+# Commands do not import commands. This import is the one exception: the benchmark times the training loop itself.
+from mnist_dist.train import fit
+
+SHORTEST_ROUND = 0.1
+"""Seconds. A loop whose steps would take less makes more steps, because the clock is not exact enough for less."""
+WARM_UP_STEPS = 5
+"""Untimed steps of each loop. They choose kernels, start workers, compile, and capture, which follows 3 eager steps."""
+
+
+def measure(recipe: Recipe, rounds: int, steps: int) -> dict[str, Any]:
+    """Measures all loops in interleaved rounds. Collective: call on every rank.
+
+    Args:
+        rounds: per loop.
+        steps: fewest steps of a round.
+
+    Returns:
+        Plain values, equal on all ranks except for the times. Speeds are images/s of all processes together. Memory is
+        the peak of the trainer alone on a GPU, and the peak of the process on a CPU.
+
+    Raises:
+        RecipeError: from `BenchmarkSetup.prepare`.
+        RunError: the training failed or was stopped.
+    """
+    setup = BenchmarkSetup.prepare(recipe)
+    if setup.state.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(setup.state.device)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        ours, components = trainer_loop(setup, Path(folder))
+        stack.callback(ours.close)
+        first_step_seconds = ours.run(1)  # compilation takes nearly all of this time
+        since_process_start = time.time() - psutil.Process().create_time()
+        _warm_up(setup, ours, steps)
+        memory = _peak_memory_mb(setup.state.device)
+        # Tutorials use the default layout, and so does the search for the number of workers.
+        workers = best_workers(setup.in_default_layout(), steps=min(steps, 20))
+        loops = [ours]
+        for loop in _other_loops(setup, workers, Path(folder)):
+            stack.callback(loop.close)
+            _warm_up(setup, loop, steps)
+            loops.append(loop)
+        step_seconds = {loop.name: loop.run(steps) / steps for loop in loops}
+        counts = _steps_per_round(step_seconds, steps)
+        seconds = _run_rounds(setup, loops, counts, rounds)
+    capture = components.update.captured
+    return {
+        **setup.about(),
+        "rounds": rounds,
+        "steps_per_round": counts,
+        "dataloader_workers": workers,
+        "seconds_from_process_start_to_first_step": round(since_process_start, 2),
+        "capture_seconds": capture.seconds if capture else None,
+        "compile_seconds": round(first_step_seconds - step_seconds[OURS], 3) if setup.is_compiled else None,
+        "peak_memory_mb": round(memory),
+        **_figures(recipe.batch_size, counts, seconds),
+    }
+
+
+def trainer_loop(setup: BenchmarkSetup, folder: Path, name: str = OURS) -> tuple[TimedLoop, TrainingComponents]:
+    """Builds the trainer as a user runs it: data, augmentation, clipping, metrics, console, W&B as the recipe says.
+
+    Args:
+        folder: an existing folder; the run folder is created in it.
+    """
+    recipe, dataset = setup.recipe, setup.dataset
+    components = build_components(recipe, setup.precision, dataset.train, build_module(recipe, dataset))
+    run = RunFolder.open(folder / f"{name}-{setup.state.process_index}", recipe)
+    open_trackers(recipe, components, dataset, run, {}, quiet=True)
+    progress = Progress()
+    checkpointer = Checkpointer(run, recipe, components, progress)
+    eval_images = dataset.test[slice(1)].to(setup.state.device)
+
+    def train(steps: int) -> float:
+        before, last = components.meter.train_seconds, progress.step + steps  # evaluation does not count as training
+        components.meter.resume()
+        try:
+            finished = fit(recipe, replace(components, total_steps=last), eval_images, checkpointer, progress)
+        except Exception as error:
+            if message := checkpointer.describe_failure(error):
+                # The last line says how to resume; this run folder is temporary.
+                raise RunError(message.rpartition("\n")[0]) from error
+            raise
+        if not finished:
+            raise RunError("stopped by a signal during the measurement; there is no result")
+        assert progress.step == last, "a round that ended early would look too fast"
+        return components.meter.train_seconds - before
+
+    return TimedLoop(name, train, lambda: close_trackers(components)), components
+
+
+def _other_loops(setup: BenchmarkSetup, workers: int, folder: Path) -> Iterator[TimedLoop]:
+    """Builds the baselines, the frameworks, and the variants that the recipe's settings call for, one after another."""
+    yield bare_step(setup)
+    tutorial = setup.in_default_layout()
+    yield tensor_loop(setup)
+    yield plain_loader(tutorial, workers)
+    yield accelerate_loader(tutorial, workers)
+    if HAS_LIGHTNING:
+        yield lightning_loader(tutorial, workers)
+    if setup.recipe.engine.channels_last:  # what a user of PyTorch gains by this setting
+        yield plain_loader(setup, workers, "PyTorch + DataLoader, channels last")
+    if setup.recipe.logical_shards:  # the price of results that do not depend on the number of processes
+        without = replace(setup, recipe=setup.recipe.model_copy(update={"logical_shards": None}))
+        yield trainer_loop(without, folder, f"{OURS} without logical shards")[0]
+    if setup.precision != "no":  # what a user of PyTorch has without autocast
+        yield plain_loader(replace(tutorial, precision="no"), workers, "PyTorch + DataLoader, fp32")
+
+
+def _warm_up(setup: BenchmarkSetup, loop: TimedLoop, steps: int) -> None:
+    """Runs a loop untimed; on a CPU for no more steps than a round has."""
+    loop.run(WARM_UP_STEPS if setup.state.device.type == "cuda" else min(WARM_UP_STEPS, steps))
+
+
+def _steps_per_round(step_seconds: dict[str, float], steps: int) -> dict[str, int]:
+    """Returns each loop's steps per round: `steps`, or more to fill `SHORTEST_ROUND`.
+
+    Collective: call on every rank.
+    """
+    counts = {name: max(steps, math.ceil(SHORTEST_ROUND / each)) for name, each in step_seconds.items()}
+    return broadcast_object_list([counts])[0]
+
+
+def _run_rounds(
+    setup: BenchmarkSetup, loops: list[TimedLoop], counts: dict[str, int], rounds: int
+) -> dict[str, list[float]]:
+    """Runs the loops in turn; returns the seconds of each loop's rounds. Collective: call on every rank."""
+    seconds: dict[str, list[float]] = {loop.name: [] for loop in loops}
+    for _ in range(rounds):
+        for loop in loops:
+            setup.state.wait_for_everyone()
+            seconds[loop.name].append(loop.run(counts[loop.name]))
+    return seconds
+
+
+def _figures(batch_size: int, counts: dict[str, int], seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """Returns speeds, step times and ratios of all loops.
+
+    Args:
+        counts: steps per round of each loop.
+        seconds: of each round of each loop.
+    """
+    speeds = {name: [counts[name] * batch_size / each for each in times] for name, times in seconds.items()}
+    step_times = {name: [1000 * each / counts[name] for each in times] for name, times in seconds.items()}
+    bare, ours = speeds["bare step"], speeds[OURS]
+    return {
+        "images_per_second": {name: median_and_range(each, 3) for name, each in speeds.items()},
+        "ms_per_step": {name: median_and_range(each, 4) for name, each in step_times.items()},
+        "share_of_bare_step": {name: _ratio(each, bare) for name, each in speeds.items() if name != "bare step"},
+        "ratio_of_mnist_dist_to": {name: _ratio(ours, each) for name, each in speeds.items() if name != OURS},
+    }
+
+
+def _ratio(numerators: list[float], denominators: list[float]) -> float:
+    """Returns the median of each round's ratio. A change of the machine's speed affects both numbers of a round."""
+    return round(statistics.median(a / b for a, b in zip(numerators, denominators, strict=True)), 3)
+
+
+def _peak_memory_mb(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss counts bytes on macOS, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
