@@ -142,7 +142,7 @@ def measure(recipe: Recipe, rounds: int, steps: int) -> dict[str, Any]:
         "steps_per_round": counts,
         "dataloader_workers": workers,
         "seconds_from_process_start_to_first_step": round(first_step, 2),
-        "capture_seconds": components.update.captured.seconds if components.update.captured else None,
+        "capture_seconds": components.captured.seconds if components.captured else None,
         "compile_seconds": round(first_run - paces[OURS], 3) if task.is_compiled else None,
         "peak_memory_mb": round(memory),
         "images_per_second": {name: median_and_range(each, 3) for name, each in speeds.items()},

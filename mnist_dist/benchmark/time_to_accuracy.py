@@ -71,7 +71,7 @@ def measure(recipe: Recipe, seeds: int) -> dict[str, Any]:
         ours.append(_ours(components, recipe.model_copy(update={"seed": seed}), dataset, test))
         task.wait()
         theirs.append(_reference(train, test, seed))
-    captured = components.update.captured
+    captured = components.captured
     return task.about() | {
         "parameters": count_parameters(components.module),
         "epochs": recipe.epochs,

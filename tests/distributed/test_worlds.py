@@ -149,16 +149,16 @@ def launch_until(step: int, world_size: int, run_dir: Path, *words: str) -> None
 UNTIL = """
 import os, signal, sys
 from mnist_dist.distributed import signals as interrupts
-from mnist_dist.engine.train_step import Update
+from mnist_dist.engine.train_step import TrainStep
 from mnist_dist.train import main
 
 interrupts.AGREE_SECONDS = 0  # processes ask one another at every step
-update = Update.__call__
+update = TrainStep.__call__
 def counted(self, plan, index, step):
     update(self, plan, index, step)
     if step + 1 == int(sys.argv[1]):
         os.kill(os.getpid(), signal.SIGTERM)
-Update.__call__ = counted
+TrainStep.__call__ = counted
 assert main([*sys.argv[2:], "tracking.wandb.mode=disabled"]) == 75
 """
 
