@@ -14,7 +14,7 @@ from mnist_dist.distributed.gradients import GradientClock
 
 
 class Meter:
-    """Sums loss, correct predictions and samples on the device. The host waits for the device only in `read`."""
+    """Sums loss, correct predictions and samples on the device. Only `read` and `state_dict` wait for the device."""
 
     def __init__(self, accelerator: Accelerator):
         self._accelerator = accelerator

@@ -49,6 +49,7 @@ class Schedule:
     observe: Callable[[float], None] = lambda loss: None
     """Called with the loss of every evaluation."""
     state_dict: Callable[[], dict[str, Any]] = dict
+    """Returns the state for a checkpoint; empty if the schedule depends on the step only."""
     load_state_dict: Callable[[dict[str, Any]], None] = lambda state: None
 
 
@@ -65,16 +66,16 @@ def constant(span: Span) -> Schedule:
 def step_lr(span: Span, *, step_size: int, gamma: float = 0.1) -> Schedule:
     """Returns StepLR: the rate is multiplied by `gamma` every `step_size` epochs."""
     lr = _require_lr(span)
-    _require(step_size >= 1, f"step_size is a number of epochs, at least 1, not {step_size}")
-    _require(gamma >= 0, f"gamma is a factor, at least 0, not {gamma}")
+    _require(step_size >= 1, f"step_size must be at least 1 epoch, got {step_size}")
+    _require(gamma >= 0, f"gamma must be at least 0, got {gamma}")
     return Schedule(lambda step: lr * gamma ** (step // span.steps_per_epoch // step_size))
 
 
 def cosine(span: Span, *, T_max: float | None = None, eta_min: float = 0.0, interval: Interval = "epoch") -> Schedule:
     """Returns CosineAnnealingLR: half a cosine from `lr` to `eta_min` over `T_max` epochs (None: the whole run)."""
     lr, period = _require_lr(span), span.epochs if T_max is None else T_max
-    _require(period > 0, f"T_max is a number of epochs above 0, not {T_max}")
-    _require(eta_min >= 0, f"eta_min is a learning rate, at least 0, not {eta_min}")
+    _require(period > 0, f"T_max must be above 0 epochs, got {T_max}")
+    _require(eta_min >= 0, f"eta_min must be at least 0, got {eta_min}")
     _require_one_of("interval", interval, Interval)
 
     def lr_at(step: int) -> float:
@@ -93,9 +94,9 @@ def linear(
 ) -> Schedule:
     """Returns LinearLR: `lr` × a factor that changes from `start_factor` to `end_factor` over `total_iters` epochs."""
     lr = _require_lr(span)
-    _require(0 < start_factor <= 1, f"start_factor is above 0 and at most 1, not {start_factor}")
-    _require(0 <= end_factor <= 1, f"end_factor is 0 to 1, not {end_factor}")
-    _require(total_iters > 0, f"total_iters is a number of epochs above 0, not {total_iters}")
+    _require(0 < start_factor <= 1, f"start_factor must be above 0 and at most 1, got {start_factor}")
+    _require(0 <= end_factor <= 1, f"end_factor must be from 0 to 1, got {end_factor}")
+    _require(total_iters > 0, f"total_iters must be above 0 epochs, got {total_iters}")
     _require_one_of("interval", interval, Interval)
 
     def lr_at(step: int) -> float:
@@ -103,6 +104,15 @@ def linear(
         return lr * (start_factor + (end_factor - start_factor) * done)
 
     return Schedule(lr_at)
+
+
+class Phase(NamedTuple):
+    """A part of a onecycle run, in which rate and momentum each go from a first to a last value."""
+
+    end: float
+    """The step at which the phase ends."""
+    rates: tuple[float, float]
+    momenta: tuple[float, float]
 
 
 def onecycle(
@@ -123,13 +133,13 @@ def onecycle(
     The first step's rate is `max_lr / div_factor`, or `optimizer.lr` if that is given. The last step's rate is
     the first one divided by `final_div_factor`.
     """
-    _require(max_lr > 0, f"max_lr is above 0, not {max_lr}")
-    _require(div_factor > 0, f"div_factor is above 0, not {div_factor}")
-    _require(final_div_factor > 0, f"final_div_factor is above 0, not {final_div_factor}")
-    _require(0 <= pct_start <= 1, f"pct_start is a share of the run, 0 to 1, not {pct_start}")
-    _require(not three_phase or pct_start <= 0.5, f"pct_start is at most 0.5 with three_phase, not {pct_start}")
-    _require(0 <= base_momentum < 1, f"base_momentum is at least 0 and below 1, not {base_momentum}")
-    _require(0 <= max_momentum < 1, f"max_momentum is at least 0 and below 1, not {max_momentum}")
+    _require(max_lr > 0, f"max_lr must be above 0, got {max_lr}")
+    _require(div_factor > 0, f"div_factor must be above 0, got {div_factor}")
+    _require(final_div_factor > 0, f"final_div_factor must be above 0, got {final_div_factor}")
+    _require(0 <= pct_start <= 1, f"pct_start must be a fraction of the run from 0 to 1, got {pct_start}")
+    _require(not three_phase or pct_start <= 0.5, f"pct_start must be at most 0.5 with three_phase, got {pct_start}")
+    _require(0 <= base_momentum < 1, f"base_momentum must be at least 0 and below 1, got {base_momentum}")
+    _require(0 <= max_momentum < 1, f"max_momentum must be at least 0 and below 1, got {max_momentum}")
     _require_one_of("anneal_strategy", anneal_strategy, Annealing)
     first = max_lr / div_factor if span.lr is None else span.lr
     last, end, rise = first / final_div_factor, span.total_steps - 1, pct_start * span.total_steps
@@ -144,30 +154,21 @@ def onecycle(
             Phase(rise - 1, (first, max_lr), (max_momentum, base_momentum)),
             Phase(end, (max_lr, last), (base_momentum, max_momentum)),
         ]
-    return _follow(phases, anneal_strategy, cycle_momentum)
+    return _through_phases(phases, anneal_strategy, cycle_momentum)
 
 
-class Phase(NamedTuple):
-    """A part of a onecycle run, in which rate and momentum each go from a first to a last value."""
-
-    end: float
-    """The step at which the phase ends."""
-    rates: tuple[float, float]
-    momenta: tuple[float, float]
-
-
-def _follow(phases: list[Phase], anneal_strategy: Annealing, cycle_momentum: bool) -> Schedule:
-    """Returns the schedule that goes through the phases, which cover the run."""
+def _through_phases(phases: list[Phase], anneal_strategy: Annealing, cycle_momentum: bool) -> Schedule:
+    """Returns the schedule that goes through the phases one after the other; together they cover the run."""
 
     def value_at(step: int, values: Callable[[Phase], tuple[float, float]]) -> float:
         start = 0.0
         for phase in phases:
             if step <= phase.end or phase is phases[-1]:
                 done = (step - start) / (phase.end - start) if phase.end > start else 1.0
-                low, high = values(phase)
+                first, last = values(phase)
                 if anneal_strategy == "cos":
-                    return high + (low - high) / 2 * (1 + math.cos(math.pi * done))
-                return low + (high - low) * done
+                    return last + (first - last) / 2 * (1 + math.cos(math.pi * done))
+                return first + (last - first) * done
             start = phase.end
         raise AssertionError("the last phase ends with the run")
 
@@ -189,8 +190,8 @@ def plateau(
     eps: float = 1e-8,
 ) -> Schedule:
     """Returns ReduceLROnPlateau on the evaluation loss. PyTorch's scheduler computes it, on a stand-in optimizer."""
-    _require(0 < factor < 1, f"factor is above 0 and below 1, not {factor}")
-    _require(patience >= 0, f"patience is a number of evaluations, at least 0, not {patience}")
+    _require(0 < factor < 1, f"factor must be above 0 and below 1, got {factor}")
+    _require(patience >= 0, f"patience must be at least 0 evaluations, got {patience}")
     stand_in = torch.optim.SGD([torch.zeros(1)], lr=_require_lr(span))
     scheduler = ReduceLROnPlateau(
         stand_in,
@@ -266,7 +267,7 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _require_one_of(name: str, value: str, choices: Any) -> None:
-    _require(value in get_args(choices), f"{name} is {' or '.join(get_args(choices))}, not {value!r}")
+    _require(value in get_args(choices), f"{name} must be {' or '.join(get_args(choices))}, got {value!r}")
 
 
 def _require_lr(span: Span) -> float:
