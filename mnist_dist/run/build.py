@@ -33,7 +33,7 @@ from mnist_dist.engine.optimizers import build_optimizer, fill_momentum
 from mnist_dist.engine.precision import PRECISION_NAMES
 from mnist_dist.engine.schedules import Schedule, build_schedule, set_rates
 from mnist_dist.engine.train_step import StepSettings, TrainedNetwork, TrainStep
-from mnist_dist.errors import Kind, Problem, RecipeError
+from mnist_dist.errors import Problem, RecipeError
 from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.components import TrainingComponents
 from mnist_dist.run.kernels import set_determinism, set_kernels
@@ -101,15 +101,24 @@ def load_data(recipe: Recipe, state: PartialState) -> Dataset:
     def load(download: bool) -> Dataset:
         try:
             return load_dataset(recipe.data.dataset, root=root, download=download, **sizes)
-        except FileNotFoundError as error:
-            hint = "put the files there, or name another folder with data.root=… or MNIST_DIST_DATA"
-            raise RecipeError([recipe.problem("data.root", f"{error}\n{hint}", "missing")]) from error
         except (ValueError, ImportError, OSError) as error:
-            kind: Kind = "missing" if isinstance(error, ImportError) else "damaged"
-            raise RecipeError([recipe.problem("data", f"{recipe.data.dataset}: {error}", kind)]) from error
+            raise RecipeError([_data_problem(recipe, error)]) from error
 
     first = run_on_all_ranks(state, lambda: load(download=True) if state.is_local_main_process else None)
     return run_on_all_ranks(state, lambda: first or load(download=False))
+
+
+def _data_problem(recipe: Recipe, error: Exception) -> Problem:
+    """Returns the problem that an error of `load_dataset` stands for."""
+    message = f"{recipe.data.dataset}: {error}"
+    if isinstance(error, FileNotFoundError):
+        hint = "put the files there, or name another folder with data.root=… or MNIST_DIST_DATA"
+        return recipe.problem("data.root", f"{error}\n{hint}", "missing")
+    if isinstance(error, ImportError):
+        return recipe.problem("data", message, "missing")
+    if str(error).startswith("validation="):  # the name of the argument that is too large for this data set
+        return recipe.problem("data.validation", message, "conflict")
+    return recipe.problem("data", message, "damaged")
 
 
 # --- the components -----------------------------------------------------------------------------------------------
