@@ -332,6 +332,35 @@ def test_a_note_explains_eager_steps_to_users_who_ask_for_a_graph(accelerator, c
     assert len([note for note in components.notes if note.startswith("engine.capture")]) == notes
 
 
+@pytest.mark.parametrize("choice", ["step", "epoch"])
+def test_a_captured_run_trains_and_saves_like_the_eager_run(guard_on_device, monkeypatch, tmp_path, choice):
+    """Uses the stand-in for a CUDA graph. A graph reads the learning rate as float32, so rounding differs."""
+    words = ["epochs=2", "batch_size=32", "data.limit_train=300", "data.limit_test=50", "log_every=4"]
+    words += [f"engine.capture={choice}", "checkpoint.every_steps=7"]
+    train(load_recipe("debug", *words), tmp_path / "eager")
+
+    wrapped: list[CapturedStep] = []
+
+    def wrap(step: TrainStep, steps: int) -> CapturedStep:
+        wrapped.append(CapturedStep(step, steps, capture))
+        return wrapped[-1]
+
+    monkeypatch.setattr("mnist_dist.run.build.capture_obstacle", lambda *arguments, **keywords: None)
+    monkeypatch.setattr("mnist_dist.run.build.CapturedStep", wrap)
+    train(load_recipe("debug", *words), tmp_path / "captured")
+    assert wrapped[0]._replay_one is not None and wrapped[0].seconds > 0
+    assert (wrapped[0]._replay_all is wrapped[0]._replay_one) == (choice == "step")
+    assert wrapped[0].notify is not print  # messages go to the console of the run
+    eager, found = (load_run(tmp_path / name) for name in ("eager", "captured"))
+    assert len(found.metrics) == len(eager.metrics)
+    for line, expected in zip(found.metrics, eager.metrics, strict=True):
+        assert line.keys() == expected.keys()
+        for key in line.keys() & {"step", "train/lr", "train/loss", "train/grad_norm", "eval/loss"}:
+            assert line[key] == pytest.approx(expected[key], rel=1e-3), (line["step"], key)
+    for name, value in eager.model.state_dict().items():
+        torch.testing.assert_close(found.model.state_dict()[name], value, rtol=1e-3, atol=1e-4)
+
+
 def test_a_compiled_network_trains_like_the_eager_one(tmp_path):
     words = ("data.limit_train=300", "data.limit_test=10", "log_every=1")  # batches of 128, 128 and 44 images
     losses = []
