@@ -174,8 +174,8 @@ def train(
             if console:
                 for note in [*problems, *notes, *components.notes]:
                     console.message(note)
-                if components.update.captured:
-                    components.update.captured.say = console.message
+                if components.captured:
+                    components.captured.notify = console.message
             components.accelerator.wait_for_everyone()  # W&B's start on rank 0 is no part of the others' first step
             components.meter.resume()
             seconds = {"setup_seconds": round(time.perf_counter() - started, 3)}

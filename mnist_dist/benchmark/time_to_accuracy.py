@@ -79,7 +79,7 @@ def measure(recipe: Recipe, seeds: int) -> dict[str, Any]:
         ours.append(_train_seed(components, recipe.model_copy(update={"seed": seed}), dataset, test))
         setup.synchronize()
         reference.append(_train_reference(train, test, seed))
-    captured = components.update.captured
+    captured = components.captured
     return setup.about() | {
         "parameters": count_parameters(components.module),
         "epochs": recipe.epochs,

@@ -83,7 +83,7 @@ def measure(recipe: Recipe, rounds: int, steps: int) -> dict[str, Any]:
         step_seconds = {loop.name: loop.run(steps) / steps for loop in loops}
         counts = _steps_per_round(step_seconds, steps)
         seconds = _run_rounds(setup, loops, counts, rounds)
-    capture = components.update.captured
+    capture = components.captured
     return {
         **setup.about(),
         "rounds": rounds,

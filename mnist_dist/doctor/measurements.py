@@ -27,7 +27,8 @@ from mnist_dist.engine.optimizers import build_optimizer
 from mnist_dist.engine.schedules import set_rates
 from mnist_dist.recipe.loading import load_recipe
 from mnist_dist.recipe.schema import Recipe
-from mnist_dist.run.build import build_components, set_kernels
+from mnist_dist.run.build import build_components
+from mnist_dist.run.kernels import set_kernels
 from mnist_dist.run.model_setup import build_module, to_device
 
 # --- the machine --------------------------------------------------------------------------------------------------

@@ -1,192 +1,231 @@
-"""A training step as one CUDA graph: recorded once, replayed with new rows, learning rate and random seed.
+"""Runs the training step as a CUDA graph: captured once, then replayed with new rows, learning rate and random seed.
 
-The small networks here are bound by the launching of kernels, not by their work; a graph launches them all at once.
+Small networks spend more of a GPU step on launching kernels than on computing. A graph launches all kernels at once.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from mnist_dist.data import EpochPlan
-
-if TYPE_CHECKING:
-    from mnist_dist.engine.train_step import Update
+from mnist_dist.data import Batches, EpochPlan
+from mnist_dist.engine.train_step import TrainStep
 
 STEPS_A_REPLAY = 10
-"""Of `engine.capture: epoch`; it divides the usual numbers of steps between two log lines."""
+"""Steps per replay with `engine.capture: epoch`. It divides the usual numbers of steps between two log lines."""
 WARM_UP_STEPS = 3
-"""Eager steps before the recording: kernels are chosen, and the optimizer's state gets its memory."""
+"""Eager steps before the capture. They choose kernels and allocate the optimizer's state."""
 
-Record = Callable[[Callable[[], None]], Callable[[], None]]
-"""Records what a function does on the device, and returns what does it again."""
+Capture = Callable[[Callable[[], None]], Callable[[], None]]
+"""Captures the device's work of a function; returns a function that replays it."""
 
 
 def capture_cuda_graph(body: Callable[[], object], stream: torch.cuda.Stream) -> Callable[[], None]:
-    """The kernels of `body` as a CUDA graph; returns its replay."""
+    """Captures the kernels of `body` as a CUDA graph; returns its replay."""
     graph = torch.cuda.CUDAGraph()
-    # Other threads (W&B, the watchdog) may call CUDA while this one records.
+    # Other threads (W&B, the watchdog) may call CUDA during the capture.
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         body()
     return graph.replay
 
 
 class CapturedStep:
-    """Makes an `Update`'s full batches by replaying recorded steps; the short last batch of an epoch stays eager.
+    """Wraps a `TrainStep` and replays a CUDA graph of it. Has the same calls as `TrainStep`.
 
-    The first steps of a run, also of one that goes on, are eager: they are steps like all others and warm up what is
-    recorded after them. A replay reads the rows, the epoch's warps and the learning rate from tensors that keep their
-    place, and is seeded as an eager step is, so it makes the same numbers within rounding. Whatever Python decides in a
-    forward pass is recorded as it was decided then.
+    A graph has fixed shapes, so the short last batch of an epoch runs eagerly. The first steps run eagerly too, also
+    after a resume: they are ordinary training steps, and they warm up what is captured after them.
+
+    A graph reads its inputs from fixed memory. Rows, warps and learning rates are copied there before each replay, and
+    the random generator is seeded as before an eager step, so a replayed step equals an eager one within rounding.
+    Python code in a forward pass runs only during the capture; every replay repeats the decisions that it made then.
 
     Args:
-        steps: of one replay. More than one wait until so many have come together, or until `finish`. Each step of a
-            network with dropout is seeded by its number, which one replay of several could not do: those get one.
-        record: a CUDA graph unless a test says otherwise.
-        say: hears, once, why a step could not be recorded, and from then on all steps are eager; or why not several.
+        steps: number of steps in one replay. If there are several, a step waits until enough steps have been collected,
+            or until `finish`. A network with dropout gets one step per replay, because every step has its own seed and
+            a replay can be seeded only once.
+        capture: captures a function; None for a CUDA graph. Tests pass a stand-in.
+        notify: receives a message if the step cannot be captured, after which all steps run eagerly, or if a replay
+            can hold only one step.
     """
 
     def __init__(
         self,
-        device: torch.device,
+        step: TrainStep,
         steps: int = 1,
-        record: Record | None = None,
-        say: Callable[[str], None] = print,
+        capture: Capture | None = None,
+        notify: Callable[[str], None] = print,
     ):
-        self.say = say
-        self.is_capturing = False
+        self.optimizer, self.data, self.average, self.clock = step.optimizer, step.data, step.average, step.clock
+        self.notify = notify
         self.seconds = 0.0
-        """What the recording took."""
+        """Duration of the capture."""
+        self._step = step
         self._steps = steps
-        self._stream = torch.cuda.Stream(device) if record is None else None
-        self._record = record or self._capture_graph
+        self._stream = torch.cuda.Stream(step.accelerator.device) if capture is None else None
+        self._capture = capture or self._capture_graph
         self._replay_one: Callable[[], None] | None = None
         self._replay_all: Callable[[], None] | None = None
-        self._plan: EpochPlan | None = None
-        """What a recorded step reads: the rows of `steps` batches as the order of an epoch, and its warps."""
+        self._inputs: EpochPlan | None = None
+        """The plan that a captured step reads: the rows of `steps` batches as its order, and the epoch's warps."""
         self._rates: Tensor | None = None
         """The learning rates of these batches, (steps, parameter groups)."""
         self._source: EpochPlan | None = None
-        """Whose warps stand in `_plan`."""
+        """The plan whose warps `_inputs` holds."""
         self._waiting: list[int] = []
-        """Numbers of the steps whose rows and rates stand in `_plan` and are still to be made."""
+        """Numbers of the steps whose rows and rates are in `_inputs` and `_rates`, and which have not run yet."""
         self._gradients: dict[Callable[[], None], list[Tensor | None]] = {}
-        """Where each recording leaves the parameters' gradients."""
-        self._last: Callable[[], None] | None = None
-        """The replay that made the last step; None if it was an eager one."""
-        self._warm, self._failed = 0, False
+        """The parameters' gradients that each replay writes."""
+        self._last_replay: Callable[[], None] | None = None
+        """The replay that made the last step; None if that step was eager."""
+        self._warm_up_steps, self._failed = 0, False
 
-    def __call__(self, update: Update, plan: EpochPlan, index: int, step: int) -> bool:
-        """Makes the update of global batch `index`, now or with others; False if it is the caller's to make eagerly."""
-        if self._failed or update.batches.size(index) < update.batches.batch_size:
-            self.finish(update)
-            self._last = None
-            return False
-        if self._warm < WARM_UP_STEPS:
-            self._warm += 1
-            return self._warm_up(update, plan, index, step)
-        if self._plan is None:
-            self._prepare(update, plan, step)
+    @property
+    def batches(self) -> Batches:
+        """The batches of the wrapped step."""
+        return self._step.batches
+
+    @batches.setter
+    def batches(self, batches: Batches) -> None:
+        self._step.batches = batches
+
+    def __call__(self, plan: EpochPlan, index: int, step: int) -> None:
+        """Trains on global batch `index` of the epoch, either now or in a replay together with later steps."""
+        self._step.count_step(plan, index, step)
+        if self._failed or self.batches.size(index) < self.batches.batch_size:
+            self.finish()
+            self._last_replay = None
+            self._step.compute(plan, index, step)
+        elif self._warm_up_steps < WARM_UP_STEPS:
+            self._warm_up_steps += 1
+            self._warm_up(plan, index, step)
+        else:
+            self._replay_step(plan, index, step)
+
+    def check(self) -> None:
+        """Runs the steps that wait, then checks for a gradient that is not finite, as `TrainStep.check`."""
+        self.finish()
+        self._step.check()
+
+    def grad_norm(self) -> float:
+        """Returns the norm of the last gradient before clipping, as `TrainStep.grad_norm`."""
+        self.finish()
+        return self._step.grad_norm()
+
+    @property
+    def skipped(self) -> int:
+        """Number of steps skipped so far, as `TrainStep.skipped`. Does not include steps that wait."""
+        return self._step.skipped
+
+    def offending_samples(self, step: int) -> list[tuple[int, list[int]]]:
+        """Returns the samples with a non-finite loss at `step`, as `TrainStep.offending_samples`."""
+        return self._step.offending_samples(step)
+
+    def finish(self) -> None:
+        """Runs the steps that wait. Call it before weights, gradients or counters are used; `check` does."""
+        if self._waiting:
+            assert self._replay_one is not None and self._inputs is not None and self._rates is not None
+            size, groups = self.batches.batch_size, self.optimizer.param_groups
+            newest = [group["lr"].clone() for group in groups]
+            for slot, step in enumerate(self._waiting):  # the graph of one step reads the first slot
+                self._inputs.order[:size].copy_(self._inputs.order[slot * size : (slot + 1) * size])
+                self._rates[0].copy_(self._rates[slot])
+                self._replay(self._replay_one, step)
+            for group, rate in zip(groups, newest, strict=True):
+                group["lr"].copy_(rate)  # the rate of the newest step, which may be an eager one
+            self._waiting.clear()
+        if self._last_replay is not None:
+            gradients = self._gradients[self._last_replay]
+            for parameter, gradient in zip(self._step.module.parameters(), gradients, strict=True):
+                parameter.grad = gradient
+
+    def _replay_step(self, plan: EpochPlan, index: int, step: int) -> None:
+        """Copies a step's inputs, captures the step if that is still to be done, and replays once enough steps wait."""
+        if self._inputs is None:
+            self._allocate_inputs(plan, step)
         if plan is not self._source:
-            self.finish(update)  # with the warps that they belong to
-        self._take(update, plan, index)
-        if self._replay_one is None and not self._try_to_capture(update, step):
-            return False
+            self.finish()  # the steps that wait need the warps of their own epoch
+        self._copy_inputs(plan, index)
+        if self._replay_one is None and not self._try_to_capture(step):
+            self._step.compute(plan, index, step)
+            return
         self._waiting.append(step)
         if len(self._waiting) == self._steps:
             assert self._replay_all is not None
-            self._make(update, self._replay_all, step)
+            self._replay(self._replay_all, step)
             self._waiting.clear()
-        return True
 
-    def finish(self, update: Update) -> None:
-        """Makes the steps that wait. Whoever looks at weights, gradients or counters has this done before."""
-        if self._waiting:
-            assert self._replay_one is not None and self._plan is not None and self._rates is not None
-            size, now = update.batches.batch_size, [group["lr"].clone() for group in update.optimizer.param_groups]
-            for place, step in enumerate(self._waiting):  # the recorded single step reads the first place
-                self._plan.order[:size].copy_(self._plan.order[place * size : (place + 1) * size])
-                self._rates[0].copy_(self._rates[place])
-                self._make(update, self._replay_one, step)
-            for group, rate in zip(update.optimizer.param_groups, now, strict=True):
-                group["lr"].copy_(rate)  # that of the newest step, which may be an eager one
-            self._waiting.clear()
-        if self._last is not None:
-            for parameter, gradient in zip(update.module.parameters(), self._gradients[self._last], strict=True):
-                parameter.grad = gradient
-
-    def _make(self, update: Update, replay: Callable[[], None], step: int) -> None:
-        update.seed(step, 0)
+    def _replay(self, replay: Callable[[], None], step: int) -> None:
+        self._step.seed(step, 0)
         replay()
-        self._last = replay
+        self._last_replay = replay
 
-    def _prepare(self, update: Update, plan: EpochPlan, step: int) -> None:
-        """Makes the tensors that a recorded step reads, for as many steps as a replay can have."""
-        # Never more than an epoch's full batches: a new epoch brings other warps.
-        self._steps = min(self._steps, update.batches.num_samples // update.batches.batch_size)
-        if self._steps > 1 and update.drew(step - 1):
-            self._steps = 1
-            self.say("engine.capture: the network draws random numbers, seeded at each step: one step a replay")
-        rates_on_device(update.optimizer)
-        order = plan.order[:1].repeat(self._steps * update.batches.batch_size)
-        self._plan = EpochPlan(plan.epoch, order, None if plan.warps is None else plan.warps.clone())
-        groups = update.optimizer.param_groups
-        self._rates = torch.stack([group["lr"] for group in groups]).repeat(self._steps, 1)
-        self._source = plan
-
-    def _warm_up(self, update: Update, plan: EpochPlan, index: int, step: int) -> bool:
-        """An eager step on the stream of the recording, where its kernels and gradients will be looked for."""
+    def _warm_up(self, plan: EpochPlan, index: int, step: int) -> None:
+        """Runs an eager step on the stream of the capture, because the capture reuses its gradients and workspaces."""
         if self._stream is None:
-            return False
+            self._step.compute(plan, index, step)
+            return
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            update.compute(plan, index, step)
+            self._step.compute(plan, index, step)
         torch.cuda.current_stream().wait_stream(self._stream)
-        return True
 
-    def _take(self, update: Update, plan: EpochPlan, index: int) -> None:
-        """Puts a batch's rows and rates, and a new epoch's warps, where the recorded steps look for them."""
-        assert self._plan is not None and self._rates is not None
-        place, size = len(self._waiting), update.batches.batch_size
-        self._plan.order[place * size : (place + 1) * size].copy_(update.rows(plan, index))
-        if self._steps > 1:
-            self._rates[place].copy_(torch.stack([group["lr"] for group in update.optimizer.param_groups]))
-        if plan.warps is not None and plan is not self._source:
-            assert self._plan.warps is not None
-            self._plan.warps.copy_(plan.warps)
+    def _allocate_inputs(self, plan: EpochPlan, step: int) -> None:
+        """Allocates the tensors that a captured step reads, for the steps of one replay."""
+        # At most the full batches of an epoch: the next epoch has other warps.
+        self._steps = min(self._steps, self.batches.num_samples // self.batches.batch_size)
+        if self._steps > 1 and self._step.used_random_numbers(step - 1):
+            self._steps = 1
+            self.notify("engine.capture: one step per replay, because the network draws random numbers at every step")
+        rates_on_device(self.optimizer)
+        order = plan.order[:1].repeat(self._steps * self.batches.batch_size)
+        self._inputs = EpochPlan(plan.epoch, order, None if plan.warps is None else plan.warps.clone())
+        self._rates = torch.stack([group["lr"] for group in self.optimizer.param_groups]).repeat(self._steps, 1)
         self._source = plan
 
-    def _try_to_capture(self, update: Update, step: int) -> bool:
-        def body(count: int) -> None:
-            assert self._plan is not None and self._rates is not None
-            for place in range(count):
-                if self._steps > 1:  # a single step reads the rate where the schedule writes it
-                    for group, rate in zip(update.optimizer.param_groups, self._rates[place], strict=True):
-                        group["lr"].copy_(rate)
-                update.compute(self._plan, place, step)
+    def _copy_inputs(self, plan: EpochPlan, index: int) -> None:
+        """Copies rows, learning rates and a new epoch's warps to the tensors that the captured steps read."""
+        assert self._inputs is not None and self._rates is not None
+        slot, size = len(self._waiting), self.batches.batch_size
+        self._inputs.order[slot * size : (slot + 1) * size].copy_(self._step.rows(plan, index))
+        if self._steps > 1:
+            self._rates[slot].copy_(torch.stack([group["lr"] for group in self.optimizer.param_groups]))
+        if plan.warps is not None and plan is not self._source:
+            assert self._inputs.warps is not None
+            self._inputs.warps.copy_(plan.warps)
+        self._source = plan
 
-        def record(count: int) -> Callable[[], None]:
-            replay = self._record(lambda: body(count))
-            self._gradients[replay] = [parameter.grad for parameter in update.module.parameters()]
+    def _try_to_capture(self, step: int) -> bool:
+        """Captures one step, and several if a replay holds several; returns whether that succeeded."""
+
+        def body(count: int) -> None:
+            assert self._inputs is not None and self._rates is not None
+            for slot in range(count):
+                if self._steps > 1:  # a single step reads the rate where the schedule writes it
+                    for group, rate in zip(self.optimizer.param_groups, self._rates[slot], strict=True):
+                        group["lr"].copy_(rate)
+                self._step.compute(self._inputs, slot, step)
+
+        def capture(count: int) -> Callable[[], None]:
+            replay = self._capture(lambda: body(count))
+            self._gradients[replay] = [parameter.grad for parameter in self._step.module.parameters()]
             return replay
 
         started = time.perf_counter()
-        self.is_capturing = True
+        self._step.seeds_itself = False  # the generator cannot be seeded during a capture; `_replay` seeds it
         try:
-            self._replay_one = record(1)
-            self._replay_all = record(self._steps) if self._steps > 1 else self._replay_one
-        except Exception as error:  # whatever a network does that a graph cannot hold
+            self._replay_one = capture(1)
+            self._replay_all = capture(self._steps) if self._steps > 1 else self._replay_one
+        except Exception as error:  # a network may do anything that a graph cannot hold
             self._failed, self._replay_one = True, None
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            self.say(f"engine.capture: this step cannot be recorded ({reason}); all steps are eager")
+            self.notify(f"engine.capture: all steps run eagerly, because this step cannot be captured: {reason}")
             return False
         finally:
-            self.is_capturing = False
+            self._step.seeds_itself = True
             self.seconds = time.perf_counter() - started
         return True
 
@@ -196,37 +235,31 @@ class CapturedStep:
 
 
 def rates_on_device(optimizer: Optimizer) -> None:
-    """Turns every group's learning rate into a tensor beside its parameters, which a recorded step reads anew."""
+    """Replaces every group's learning rate by a tensor on the parameters' device, which each replay reads."""
     for group in optimizer.param_groups:
         group["lr"] = torch.tensor(float(group["lr"]), device=group["params"][0].device)
         if "capturable" in group:
             group["capturable"] = True
-    optimizer._warned_capturable_if_run_uncaptured = True  # short batches stay eager
+    optimizer._warned_capturable_if_run_uncaptured = True  # short batches run eagerly, and PyTorch would warn of that
 
 
 def capture_obstacle(
     device: torch.device, world_size: int, optimizer: Optimizer, *, moves_momentum: bool, scaler: bool,
     shards: bool, compile_mode: str | bool,
 ) -> str | None:  # fmt: skip
-    """Why a run's steps cannot be captured, in words for the user; None if they can, as far as is known before."""
+    """Returns the reason, for the user, why a run's steps cannot be captured; None if no reason is known yet."""
     if device.type != "cuda":
-        return f"a {device.type} records no graphs"
+        return f"CUDA graphs need a CUDA device (this run uses {'the CPU' if device.type == 'cpu' else device.type})"
     if world_size > 1:
-        return "several processes reduce their gradients eagerly"
+        return "the reduction of gradients over several processes is not captured"
     if scaler:
-        return "fp16's scaler has to ask the device at every step; bf16 does not"
+        return "fp16's gradient scaler waits for the device at every step; use mixed_precision=bf16"
     if shards:
         return "logical_shards are computed one by one"
     if moves_momentum:
-        return "the schedule moves the momentum; schedule.cycle_momentum=false keeps it"
+        return "the schedule changes the momentum; set schedule.cycle_momentum=false to keep it constant"
     if not optimizer.defaults.get("fused"):
         return f"{type(optimizer).__name__} has no fused kernel that reads its learning rate from the device"
     if compile_mode not in (False, True, "default"):
-        return f"compile={compile_mode} makes graphs of its own"
+        return f"compile={compile_mode} captures graphs of its own"
     return None
-
-
-def compile_network(module: nn.Module, mode: str | bool) -> None:
-    """Has `torch.compile` compile the network's forward and backward pass at its first call; names stay as they are."""
-    if mode:
-        module.compile(mode=None if mode is True else mode)

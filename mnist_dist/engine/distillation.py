@@ -1,4 +1,7 @@
-"""Learning from trained networks: Hinton, Vinyals, Dean, "Distilling the knowledge in a neural network", 2015."""
+"""Distillation: a loss against trained networks.
+
+Hinton, Vinyals, Dean: "Distilling the Knowledge in a Neural Network", 2015.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,20 @@ from torch import Tensor, nn
 
 
 class Distillation:
-    """(1 - weight) × the loss against the labels + weight × temperature² × KL(teachers ‖ student), summed over samples.
+    """Computes (1 - weight) × label loss + weight × temperature² × KL(teachers ‖ student), summed over samples.
 
-    Both sides of the divergence are softened: their logits are divided by the temperature. Several teachers count by
-    the mean of their softened probabilities. Each sample has a divergence of its own, so the sum over a batch does not
-    depend on how it is cut; a teacher that normalises by the batch (SimpleCNN) is the exception.
+    Both sides of the divergence are softened: their logits are divided by the temperature. Several teachers contribute
+    the mean of their softened probabilities. The divergence is computed for each sample separately, so the sum over a
+    batch does not depend on micro-batches or processes. The exception is a teacher that normalises by the batch
+    (SimpleCNN).
 
     Args:
-        teachers: in eval mode, on the device, each with the (mean, std) that it was trained with.
-        mean, std: those that the student's images are normalised with.
-        autocast: the precision that the student is computed in.
+        teachers: networks in eval mode on the device, each with the (mean, std) that its training images were
+            normalised with.
+        weight: share of the teachers in the loss, between 0 and 1.
+        temperature: above 0.
+        mean, std: the values that the student's images are normalised with.
+        autocast: context manager of the precision that the student is computed in.
     """
 
     def __init__(
@@ -34,16 +41,18 @@ class Distillation:
         autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
     ):
         self._teachers = [
-            (module, std / own_std, (mean - own_mean) / own_std) for module, own_mean, own_std in teachers
+            (module, std / teacher_std, (mean - teacher_mean) / teacher_std)
+            for module, teacher_mean, teacher_std in teachers
         ]
         self._weight, self._temperature, self._autocast = weight, temperature, autocast
 
     def __call__(self, loss_sum: Tensor, images: Tensor, logits: Tensor) -> Tensor:
-        """The whole loss (scalar).
+        """Returns the total loss (scalar), summed over samples.
 
         Args:
-            loss_sum: against the labels, summed. images: normalised, as the student saw them, (n, 1, 28, 28).
-            logits: the student's, float32 (n, classes).
+            loss_sum: the loss against the labels, summed over samples (scalar).
+            images: the student's normalised images, float32 (n, 1, 28, 28).
+            logits: the student's logits, float32 (n, classes).
         """
         student = F.log_softmax(logits / self._temperature, dim=1)
         divergence = F.kl_div(student, self.probabilities(images), reduction="sum")
@@ -51,11 +60,15 @@ class Distillation:
 
     @torch.no_grad()
     def probabilities(self, images: Tensor) -> Tensor:
-        """The mean of the teachers' softened probabilities, float32 (n, classes)."""
+        """Returns the mean of the teachers' softened probabilities, float32 (n, classes).
+
+        Args:
+            images: normalised for the student, float32 (n, 1, 28, 28).
+        """
         softened = []
         for module, scale, shift in self._teachers:
-            own = images if (scale, shift) == (1, 0) else images * scale + shift
+            inputs = images if (scale, shift) == (1, 0) else images * scale + shift
             with self._autocast():
-                logits = module(own)
+                logits = module(inputs)
             softened.append(F.softmax(logits.float() / self._temperature, dim=1))
         return torch.stack(softened).mean(dim=0)

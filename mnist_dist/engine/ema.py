@@ -1,4 +1,4 @@
-"""Averaged weights."""
+"""Exponential moving average of the weights."""
 
 from __future__ import annotations
 
@@ -8,29 +8,34 @@ from torch.optim.swa_utils import AveragedModel
 
 
 class MovingAverage(AveragedModel):
-    """Averaged weights and buffers of a network that lies where it will train: decay × average + (1 - decay) × new.
+    """Averages weights and buffers after every step: decay × average + (1 - decay) × new.
 
-    The first update takes the new ones, and so does every update of whole numbers, which have no mean. PyTorch's own
-    update asks the device whether it is the first, and knows no step that was passed over.
+    The first update copies the new values. Integer tensors have no mean and are copied at every update. PyTorch's own
+    `update_parameters` is not used: it waits for the device to find out whether an update is the first, and it cannot
+    leave out a skipped step.
+
+    Args:
+        module: the network, on the device that it trains on.
+        decay: between 0 and 1.
     """
 
     def __init__(self, module: torch.nn.Module, decay: float):
-        with next(module.parameters()).device:  # else the count of its updates is on the CPU
+        with next(module.parameters()).device:  # otherwise the number of updates would be a tensor on the CPU
             super().__init__(module, use_buffers=True)
         self.decay = decay
 
     @torch.no_grad()
-    def move(self, module: torch.nn.Module, passed_over: Tensor) -> None:
-        """One update from `module`, unless `passed_over` (bool scalar on the device) says that it made no step."""
+    def move(self, module: torch.nn.Module, skipped: Tensor) -> None:
+        """Updates the average from `module`, unless its step was `skipped` (bool scalar on the device)."""
         rate = torch.full_like(self.n_averaged, 1 - self.decay, dtype=torch.float64)
-        rate = rate.masked_fill(self.n_averaged == 0, 1.0).masked_fill(passed_over, 0.0)
-        for mine, new in zip(_content(self.module), _content(module), strict=True):
-            if mine.is_floating_point():
-                mine.lerp_(new, rate.to(mine.dtype))
+        rate = rate.masked_fill(self.n_averaged == 0, 1.0).masked_fill(skipped, 0.0)
+        for average, new in zip(_tensors(self.module), _tensors(module), strict=True):
+            if average.is_floating_point():
+                average.lerp_(new, rate.to(average.dtype))
             else:
-                mine.copy_(torch.where(passed_over, mine, new))
-        self.n_averaged += ~passed_over
+                average.copy_(torch.where(skipped, average, new))
+        self.n_averaged += ~skipped
 
 
-def _content(module: torch.nn.Module) -> list[Tensor]:
+def _tensors(module: torch.nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]

@@ -1,4 +1,4 @@
-"""Exact evaluation: every image once, in the same fixed batches, whatever the number of processes."""
+"""Exact evaluation: every image once, in the same fixed batches at any number of processes."""
 
 from __future__ import annotations
 
@@ -16,24 +16,28 @@ from mnist_dist.data import Images
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`accuracy` in percent, `loss` the mean cross entropy, `probabilities` float32 (N, classes) on the CPU.
-
-    `confusion`: int64 (classes, classes), images by truth (rows) and prediction (columns).
-    """
+    """The result of an evaluation on N images."""
 
     accuracy: float
+    """Percent."""
     loss: float
+    """Mean cross entropy."""
     probabilities: Tensor
+    """float32 (N, classes), on the CPU."""
     confusion: Tensor
+    """Number of images by true class (rows) and predicted class (columns), int64 (classes, classes)."""
 
 
 class Interrupted(Exception):
-    """Evaluation was asked to stop before it had an answer."""
+    """Raised when an evaluation is stopped before its end."""
 
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """While entered, the network stands in eval mode; afterwards each of its parts, frozen ones too, as before."""
+    """Sets a network to eval mode inside the context. Afterwards each submodule has its previous mode again.
+
+    `module.train()` would not do: it would also set frozen batch norms to training mode.
+    """
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
@@ -52,16 +56,20 @@ def evaluate(
     batch_size: int,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
-    """Judges `module` on `data`; the processes take whole batches in turn.
+    """Evaluates `module` on `data`. The processes take turns in computing whole batches.
 
-    Batches stay whole because a network may normalise by the evaluated batch (SimpleCNN). Each process fills its own
-    rows of one table and the tables are added, so all processes hold the same figures, bit for bit at any world size.
+    A batch is never divided among processes, because a network may normalise by the evaluated batch (SimpleCNN). Each
+    process fills its own rows of a table of zeros, and the tables are added. All processes therefore return the same
+    figures, with the same bits at any world size.
+
+    Collective: call on every rank.
 
     Args:
-        interrupted: asked between batches, by all processes alike.
+        data: images on the device.
+        interrupted: called between batches; must return the same value on all ranks.
 
     Raises:
-        Interrupted: because it said so.
+        Interrupted: `interrupted` returned True.
     """
     table = torch.zeros(len(data), len(data.classes), device=accelerator.device)
     with evaluating(module):
@@ -78,7 +86,12 @@ def evaluate(
 
 
 def score(log_probabilities: Tensor, labels: Tensor) -> Evaluation:
-    """What log-probabilities, (N, classes) of any floating dtype, are worth beside the labels, int64 (N,)."""
+    """Compares log-probabilities with labels.
+
+    Args:
+        log_probabilities: (N, classes) of any floating dtype, on the CPU.
+        labels: int64 (N,), on the CPU.
+    """
     loss = F.nll_loss(log_probabilities.double(), labels).item()
     classes = log_probabilities.shape[1]
     pairs = labels * classes + log_probabilities.argmax(dim=1)

@@ -1,14 +1,15 @@
-"""One update: rows of the global batch -> images -> loss -> gradients -> clip -> optimizer -> averaged weights."""
+"""The training step: rows of the global batch -> images -> loss -> gradient -> clip -> optimizer -> average."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import find_executable_batch_size, gather_object
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -16,7 +17,6 @@ from mnist_dist.data import Batches, EpochPlan, Images, derive_seed
 from mnist_dist.distributed.fsdp import unshard, unsharded_parameters
 from mnist_dist.distributed.gradients import GradientClock
 from mnist_dist.distributed.logical_shards import LogicalShards
-from mnist_dist.engine.cuda_graph import CapturedStep
 from mnist_dist.engine.distillation import Distillation
 from mnist_dist.engine.ema import MovingAverage
 from mnist_dist.engine.evaluation import evaluating
@@ -24,96 +24,129 @@ from mnist_dist.engine.metrics import Meter
 
 
 class NotFinite(Exception):
-    """A step's gradient is not finite; weights, buffers and counters are as they were before it, on all processes."""
+    """Raised on every process when the gradient of a step contains inf or NaN.
+
+    Weights, buffers and counters are as they were before that step.
+    """
 
     def __init__(self, step: int):
         super().__init__(f"the gradient of step {step} is not finite")
         self.step = step
 
 
+@dataclass(frozen=True)
+class StepSettings:
+    """The recipe's settings of a training step."""
+
+    clip_grad_norm: float | None = None
+    """Largest norm of the gradient; None: no clipping."""
+    label_smoothing: float = 0.0
+    micro_batch_size: int | None = None
+    """Samples per forward and backward pass; None: the whole share of this process."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What happens after a gradient that is not finite: raise `NotFinite`, or continue with the next step."""
+
+
+@dataclass(frozen=True)
+class TrainedNetwork:
+    """The network that a step trains, and the objects that change its weights."""
+
+    module: nn.Module
+    """The bare network."""
+    model: nn.Module
+    """The network as Accelerate prepared it. Its backward pass averages the gradient over the processes."""
+    optimizer: Optimizer
+    average: MovingAverage | None = None
+    """Averaged weights, updated after every step."""
+    shards: LogicalShards | None = None
+    """Computes fixed shards of the global batch instead of this process's share."""
+    communicates_in_forward: bool = False
+    """Whether the forward pass is collective, as with synchronized batch norm. All processes then run equally many."""
+
+
 def guards_on_device(optimizer: Optimizer, accelerator: Accelerator) -> bool:
-    """Whether the optimizer's kernel can pass over a bad gradient itself, where asking the device means to wait."""
+    """Returns whether the optimizer's kernel can skip a bad gradient, so that the host need not wait for the device."""
     return accelerator.device.type != "cpu" and accelerator.scaler is None and bool(optimizer.defaults.get("fused"))
 
 
-def count_pieces(largest_share: int, micro_batch_size: int | None) -> int:
-    """Into how many micro-batches each share of a batch is cut, by the largest of the shares."""
+def count_micro_batches(largest_share: int, micro_batch_size: int | None) -> int:
+    """Returns the number of micro-batches per process for a batch whose largest share has `largest_share` samples."""
     return -(-largest_share // (micro_batch_size or largest_share))
 
 
-class Update:
-    """Computes this process's share of a global batch and makes the update that the whole batch asks for.
+class TrainStep:
+    """Computes this process's share of a global batch and makes the update of the whole batch.
 
-    The loss is the mean over the *global* batch: each process weighs its summed loss with world_size / batch size, so
-    that the average over processes, which data parallel takes of gradients, is exact for uneven shares too.
+    The loss is the mean over the *global* batch. Data parallel averages gradients over the processes, so each process
+    multiplies its summed loss by world_size / batch size. The result is exact for shares of unequal size too.
+
+    A step whose gradient contains inf or NaN changes no weight, buffer or counter. There are three ways to detect it:
+
+    - On a CPU, and for an optimizer without a fused kernel, the host reads a flag after each backward pass.
+    - The fused kernel of an optimizer on a GPU reads the flag on the device, and the host never waits. With
+      on_nonfinite="stop" the flag stays set, so no later step changes anything until `check` raises `NotFinite`.
+    - In fp16 the GradScaler skips such steps while it looks for a scale. With on_nonfinite="stop", `check` raises
+      `NotFinite` once the scale is below 1: the gradient is then not finite at any scale.
 
     Args:
-        model: as prepared by Accelerate. module: the same network, bare.
-        data: images and labels on the device.
-        micro_batch_size: samples computed at once; None for the whole share.
-        average: averaged weights to keep up to date, or None.
-        shards: the fixed pieces of the global batch to compute instead of this process's share, or None.
-        meets_in_forward: the network communicates in its forward pass, so all processes must pass equally often.
-        distillation: makes the loss against the labels one that learns from teachers too, or None.
-        on_nonfinite: raise `NotFinite` before an update whose gradient is not finite, or pass over it. fp16's scaler
-            passes over some to find its scale: there it is raised once the scale has fallen below 1.
-        captured: replays full batches from one graph, or None.
+        data: training images and labels, on the device.
+        clock: measures how long this process waits for the gradients of the others.
+        distillation: adds the loss against teachers to the loss against the labels.
     """
 
     def __init__(
         self,
         accelerator: Accelerator,
-        model: nn.Module,
-        module: nn.Module,
-        optimizer: Optimizer,
+        network: TrainedNetwork,
         batches: Batches,
         data: Images,
-        *,
         meter: Meter,
-        clip_grad_norm: float | None = None,
-        label_smoothing: float = 0.0,
-        micro_batch_size: int | None = None,
-        average: MovingAverage | None = None,
+        settings: StepSettings | None = None,
+        *,
         clock: GradientClock | None = None,
-        shards: LogicalShards | None = None,
-        meets_in_forward: bool = False,
         distillation: Distillation | None = None,
-        on_nonfinite: Literal["stop", "skip"] = "stop",
-        captured: CapturedStep | None = None,
     ):
-        self.accelerator, self.model, self.module, self.optimizer = accelerator, model, module, optimizer
-        self.batches, self.data = batches, data
-        self.meter, self.average, self.shards = meter, average, shards
-        self.clock = clock or GradientClock()
-        self.clip_grad_norm, self.label_smoothing = clip_grad_norm, label_smoothing
-        self.micro_batch_size, self.meets_in_forward = micro_batch_size, meets_in_forward
-        self.on_nonfinite, self.captured, self.distillation = on_nonfinite, captured, distillation
-        self.latches = guards_on_device(optimizer, accelerator)
-        # Written in place, never replaced: a captured step knows them by their address.
+        settings = settings or StepSettings()
+        self.accelerator, self.batches, self.data, self.meter = accelerator, batches, data, meter
+        self.module, self.model, self.optimizer = network.module, network.model, network.optimizer
+        self.average, self.shards = network.average, network.shards
+        self.communicates_in_forward = network.communicates_in_forward
+        self.clip_grad_norm, self.label_smoothing = settings.clip_grad_norm, settings.label_smoothing
+        self.micro_batch_size, self.on_nonfinite = settings.micro_batch_size, settings.on_nonfinite
+        self.clock, self.distillation = clock or GradientClock(), distillation
+        self.seeds_itself = True
+        """Whether `compute` seeds the random generator. False while the caller seeds it instead."""
+        self.guard_is_on_device = guards_on_device(self.optimizer, accelerator)
+        # Written in place and never replaced: a replayed step addresses these tensors by their memory.
         device = accelerator.device
         self._norm = torch.zeros((), device=device)
         self._bad = torch.zeros((), dtype=torch.bool, device=device)
         self._found_inf = torch.zeros((), device=device)
-        self._made, self._skipped = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
+        self._step_count, self._skipped = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
         self._last_step = -1
 
-        self._parameters, self._buffers = list(module.parameters()), list(module.buffers())
+        self._parameters, self._buffers = list(self.module.parameters()), list(self.module.buffers())
 
     def __call__(self, plan: EpochPlan, index: int, step: int) -> None:
         """Trains on global batch `index` of the epoch; `step` counts updates from the start of the run.
 
+        Collective: call on every rank.
+
         Raises:
-            NotFinite: on all processes alike, for all see the same reduced gradient. Where that is judged on the device
-                it is `check` that raises.
+            NotFinite: on all processes alike, because all see the same reduced gradient. Where the device guards the
+                step, `check` raises it instead.
         """
+        self.count_step(plan, index, step)
+        self.compute(plan, index, step)
+
+    def count_step(self, plan: EpochPlan, index: int, step: int) -> None:
+        """Counts a step on the host."""
         self._last_step = step
         self.meter.count_step(len(self.rows(plan, index)))
-        if self.captured is None or not self.captured(self, plan, index, step):
-            self.compute(plan, index, step)
 
     def compute(self, plan: EpochPlan, index: int, step: int) -> None:
-        """What a step does on the device; also what is captured."""
+        """Does the device's work of a step. It can be captured and replayed if the guard is on the device."""
         self.meter.begin_step()
         before = [buffer.clone() for buffer in self._buffers]
         self.optimizer.zero_grad()
@@ -125,60 +158,61 @@ class Update:
         self._norm.copy_(self._clip())
         if self.accelerator.scaler is None:
             self._guard_nonfinite(before)
-            if not self.latches and self._bad:
+            if not self.guard_is_on_device and self._bad:
                 self.check()
                 return
             self.optimizer.step()
-        else:  # fp16's scaler passes over a gradient that is not finite itself, and halves its scale
+        else:  # GradScaler skips a gradient that is not finite and halves its scale
             self.optimizer.step()
             self._bad.copy_(~torch.isfinite(self._norm))
             self._skipped += self._bad
-            self._take_back(before, self._bad)
+            self._restore(before, self._bad)
         if self.average is not None:
             self.average.move(self.module, self._bad)
 
     def _compute_share(self, plan: EpochPlan, index: int, step: int) -> None:
-        """Gradients of this process's rows; the last backward pass averages them over the processes."""
+        """Computes the gradient of this process's rows. The last backward pass averages it over the processes."""
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
         rows, weight = self.rows(plan, index), world_size / self.batches.size(index)
-        if len(rows) == 0 and not self.meets_in_forward:
-            # A short last batch can leave a process nothing, but all must meet in the reduction.
+        if len(rows) == 0 and not self.communicates_in_forward:
+            # A short last batch can leave a process without rows, but every process must take part in the reduction.
             rows, weight = plan.order[:1], 0.0
         self.seed(step, rank)
-        pieces = self._pieces(rows, -(-self.batches.size(index) // world_size))
-        for number, piece in enumerate(pieces, start=1):
-            last = number == len(pieces)
+        micro_batches = self._micro_batches(rows, -(-self.batches.size(index) // world_size))
+        for number, micro_batch in enumerate(micro_batches, start=1):
+            last = number == len(micro_batches)
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                self._accumulate(self.model, plan, piece, weight, reduces=last)
+                self._accumulate(self.model, plan, micro_batch, weight, reduces=last)
 
     def _compute_shards(self, shards: LogicalShards, plan: EpochPlan, index: int, step: int) -> None:
-        """Gradients of this process's logical shards, each with its own random numbers; then the sum of all."""
+        """Computes the gradient of this process's logical shards, then the sum over all shards of all processes."""
         size = self.batches.size(index)
         used = min(shards.count, size)
         for shard in shards.each(used):
             self.seed(step, shard)
             rows = self.batches.rows(plan, index, rank=shard, world_size=shards.count)
-            for piece in self._pieces(rows, len(rows)):
-                self._accumulate(self.module, plan, piece, 1 / size)
+            for micro_batch in self._micro_batches(rows, len(rows)):
+                self._accumulate(self.module, plan, micro_batch, 1 / size)
         shards.combine(used)
 
-    def seed(self, step: int, piece: int) -> None:
-        """Dropout's random numbers follow from the step and the piece of its batch, so there is no state to save.
+    def seed(self, step: int, share: int) -> None:
+        """Seeds dropout from the step and the number of the share or shard, so a checkpoint needs no random state.
 
-        For this device alone: the other kinds that `torch.manual_seed` seeds too cost a CPU 1 % of a step.
+        Only the generator of this device is seeded: `torch.manual_seed`, which seeds those of other device types too,
+        costs a CPU 1 % of a step.
         """
-        if self.captured is not None and self.captured.is_capturing:
-            return  # each replay is seeded before it begins
-        seed = derive_seed(self.batches.seed, step, piece)
+        if not self.seeds_itself:
+            return
+        seed = derive_seed(self.batches.seed, step, share)
         if self.accelerator.device.type in ("cpu", "cuda"):
             self._generator().manual_seed(seed)
         else:
             torch.manual_seed(seed)
 
-    def drew(self, step: int) -> bool:
-        """Whether `step`, the newest, drew random numbers: its seed alone would have left the generator otherwise."""
+    def used_random_numbers(self, step: int) -> bool:
+        """Returns whether `step`, the latest one, drew random numbers, as a network with dropout does."""
         after = self._generator().get_state()
-        self.seed(step, 0)
+        self.seed(step, 0)  # a step that draws nothing leaves the generator in this state
         return not torch.equal(after, self._generator().get_state())
 
     def _generator(self) -> torch.Generator:
@@ -186,19 +220,24 @@ class Update:
         return torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
 
     def rows(self, plan: EpochPlan, index: int) -> Tensor:
-        """The sample indices that this process computes."""
+        """Returns the sample indices, int64 (n,), that this process computes of global batch `index`."""
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
         return self.batches.rows(plan, index, rank=rank, world_size=world_size)
 
-    def _pieces(self, rows: Tensor, largest_share: int) -> tuple[Tensor, ...]:
-        """Micro-batches; equally many on all processes where they meet in the forward pass."""
-        count = count_pieces(largest_share, self.micro_batch_size)
-        return rows.tensor_split(count if self.meets_in_forward else min(count, len(rows)))
+    def _micro_batches(self, rows: Tensor, largest_share: int) -> tuple[Tensor, ...]:
+        """Splits rows into micro-batches: equally many on all processes where the forward pass is collective."""
+        count = count_micro_batches(largest_share, self.micro_batch_size)
+        return rows.tensor_split(count if self.communicates_in_forward else min(count, len(rows)))
 
     def _accumulate(
         self, model: nn.Module, plan: EpochPlan, rows: Tensor, weight: float, reduces: bool = False
     ) -> None:
-        """Adds the gradient of `rows` (int64, sample indices)."""
+        """Adds the gradient of `rows` (int64, sample indices).
+
+        Args:
+            weight: factor of the summed loss.
+            reduces: whether this backward pass reduces the gradient over the processes.
+        """
         labels = self.data.labels[rows]
         images = self.inputs(plan, rows)
         logits = model(images).float()
@@ -211,7 +250,7 @@ class Update:
             self.meter.add(loss_sum.detach(), logits.detach(), labels)
 
     def inputs(self, plan: EpochPlan, rows: Tensor) -> Tensor:
-        """Augmented and normalised images of `rows`: float32 (n, 1, 28, 28)."""
+        """Returns the augmented and normalised images of `rows`, float32 (n, 1, 28, 28)."""
         images = self.data.images[rows]
         if plan.warps is not None:
             assert self.batches.augmentation is not None
@@ -219,7 +258,7 @@ class Update:
         return self.data.normalize(images)
 
     def _clip(self) -> Tensor:
-        """Scales the gradient down where the recipe says so; its norm before that (scalar on the device)."""
+        """Clips the gradient if the recipe asks for it; returns its norm before clipping (scalar on the device)."""
         if self.clip_grad_norm is not None:
             return unshard(self.accelerator.clip_grad_norm_(self._parameters, self.clip_grad_norm))
         if self.accelerator.scaler is not None:
@@ -227,68 +266,69 @@ class Update:
         return unshard(nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None]))
 
     def grad_norm(self) -> float:
-        """Norm of the last update's gradient over all parameters, before clipping. Waits for the device."""
+        """Returns the norm of the last gradient over all parameters, before clipping. Waits for the device.
+
+        Raises:
+            NotFinite: as `check`.
+        """
         self.check()
         return float(self._norm)
 
     @property
     def skipped(self) -> int:
-        """Steps passed over so far, as of the last `check`. Waits for the device."""
+        """Number of steps skipped so far because their gradient was not finite. Waits for the device."""
         return int(self._skipped)
 
-    # --- what can go wrong --------------------------------------------------------------------------------------
+    # --- gradients that are not finite ----------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Raises NotFinite for the first step whose gradient was not, where the run shall stop. Waits for the device.
+        """Raises NotFinite if a step since the last check had a bad gradient and the run stops at one.
 
-        To be asked before anything is made of the weights: since that step nothing has changed but the step's number,
-        and steps that wait to be replayed together are made now.
+        Waits for the device. Call it before weights, gradients or counters are used: no step after the bad one has
+        changed them.
         """
-        if self.captured is not None:
-            self.captured.finish(self)
         if self.accelerator.scaler is not None:
-            # Whatever its scale, this gradient is not finite; the last of the steps passed over stands for all.
             if self.on_nonfinite == "stop" and self.accelerator.scaler.get_scale() < 1:
                 self.accelerator.scaler.update(1.0)
-                raise NotFinite(self._last_step)
+                raise NotFinite(self._last_step)  # every skipped step had a bad gradient; the last one stands for all
         elif self.on_nonfinite == "stop" and self._bad:
-            step = self._last_step - int(self._made - self._first_bad)
+            step = self._last_step - int(self._step_count - self._first_bad)
             self._bad.zero_()
             self._first_bad.fill_(-1)
             raise NotFinite(step)
 
     def _guard_nonfinite(self, before: list[Tensor]) -> None:
-        """Has the update do nothing, and undoes what the forward pass did, if the gradient is not finite.
+        """Skips the update and restores buffers and metrics if the gradient is not finite.
 
-        On a GPU without waiting for it: the optimizer's kernel reads the flag, as it does for a gradient scaler, and
-        steps after a bad one change nothing either until `check` is asked.
+        Args:
+            before: the network's buffers before the forward pass.
         """
         bad = ~torch.isfinite(self._norm)
         self._bad.copy_(bad if self.on_nonfinite == "skip" else self._bad | bad)
-        self._made += 1  # the device counts for itself: result_keys it the step would be one more transfer
-        if self.latches or self._bad:
-            self._first_bad.copy_(torch.where(self._bad & (self._first_bad < 0), self._made, self._first_bad))
-        if self.latches:
+        self._step_count += 1  # counted on the device: passing the step's number would cost a transfer
+        if self.guard_is_on_device or self._bad:
+            self._first_bad.copy_(torch.where(self._bad & (self._first_bad < 0), self._step_count, self._first_bad))
+        if self.guard_is_on_device:
             self.optimizer.found_inf = self._found_inf.copy_(self._bad)  # type: ignore[attr-defined]  # torch reads it but declares it nowhere
         elif self._bad:
             self.optimizer.zero_grad()
         else:
             return
         self._skipped += self._bad
-        self._take_back(before, self._bad)
+        self._restore(before, self._bad)
 
-    def _take_back(self, before: list[Tensor], bad: Tensor) -> None:
-        """Undoes what a forward pass left in buffers and counters if `bad` (bool scalar on the device)."""
+    def _restore(self, before: list[Tensor], bad: Tensor) -> None:
+        """Restores buffers and metrics to their state before the step if `bad` (bool scalar on the device)."""
         for buffer, value in zip(self._buffers, before, strict=True):
             buffer.copy_(torch.where(bad, value, buffer))
         self.meter.forget_step(bad)
 
     @torch.no_grad()
     def offending_samples(self, step: int) -> list[tuple[int, list[int]]]:
-        """For each rank whose rows of that step give a loss that is not finite: (rank, sample indices).
+        """Returns (rank, sample indices) for each rank that has samples with a non-finite loss at `step`.
 
-        Asks all processes. Samples are judged one by one (batch norm as in evaluation), so that one bad image does not
-        accuse its batch.
+        Collective: call on every rank. Samples are evaluated one by one, with batch norm in eval mode, so that one bad
+        image does not spoil the loss of its whole batch.
         """
         epoch, index = divmod(step, self.batches.steps_per_epoch)
         plan = self.batches.plan(epoch, self.accelerator.device)
@@ -301,26 +341,3 @@ class Update:
         return [
             (rank, samples) for rank, samples in gather_object([(self.accelerator.process_index, found)]) if samples
         ]
-
-    def find_micro_batch_size(self, plan: EpochPlan) -> int:
-        """The largest micro-batch that fits into memory, by halving the largest share; the same on all processes."""
-        size = -(-self.batches.batch_size // self.accelerator.num_processes)
-
-        def halve() -> int:
-            nonlocal size
-            size //= 2
-            return size
-
-        @find_executable_batch_size(starting_batch_size=size, reduce_batch_size_fn=halve)
-        def attempt(size: int) -> None:
-            labels = self.data.labels[plan.order[:size]]
-            images = self.inputs(plan, plan.order[:size])
-            logits = self.module(images).float()
-            loss = F.cross_entropy(logits, labels)
-            self.accelerator.backward(self.distillation(loss, images, logits) if self.distillation else loss)
-
-        before = [buffer.clone() for buffer in self._buffers]
-        attempt()
-        self._take_back(before, torch.ones_like(self._bad))
-        self.optimizer.zero_grad()
-        return min(gather_object([size]))

@@ -1,7 +1,7 @@
-"""From a recipe to the components of a run, on every process of the world that the launcher made.
+"""Builds the components of a run from its recipe, on every process of the launcher's world.
 
-The order is: check the world, read the data, build the network, prepare everything. What the user can put right is
-found on the way, by all processes together, before anything is trained or written.
+The order is: `check_world`, `load_data`, `model_setup.build_module`, `build_components`. All mistakes that a user can
+correct are found on the way, by all processes together, before anything is trained or written.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Sequence
 from functools import partial
 
-import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin, patch_environment
@@ -25,96 +24,121 @@ from mnist_dist.distributed.gradients import GradientClock, reduce_gradients
 from mnist_dist.distributed.launcher import asks_for_fsdp, check_engine, fsdp_settings
 from mnist_dist.distributed.logical_shards import LogicalShards
 from mnist_dist.distributed.sync_batchnorm import synchronize_batch_norm
-from mnist_dist.engine.cuda_graph import STEPS_A_REPLAY, CapturedStep, capture_obstacle, compile_network
+from mnist_dist.engine.cuda_graph import STEPS_A_REPLAY, CapturedStep, capture_obstacle
 from mnist_dist.engine.distillation import Distillation
 from mnist_dist.engine.ema import MovingAverage
 from mnist_dist.engine.metrics import Meter
+from mnist_dist.engine.micro_batch_size import find_micro_batch_size
 from mnist_dist.engine.optimizers import build_optimizer, fill_momentum
+from mnist_dist.engine.precision import PRECISION_NAMES
 from mnist_dist.engine.schedules import Schedule, build_schedule, set_rates
-from mnist_dist.engine.train_step import Update
+from mnist_dist.engine.train_step import StepSettings, TrainedNetwork, TrainStep
 from mnist_dist.errors import Problem, RecipeError
 from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.components import TrainingComponents
+from mnist_dist.run.kernels import set_determinism, set_kernels
 from mnist_dist.run.model_setup import to_device
 from mnist_dist.run.reader import Run
 
+# --- the world and the data ---------------------------------------------------------------------------------------
+
 
 def check_world(recipe: Recipe, state: PartialState) -> str:
-    """Refuses what this device and world cannot do; returns the precision to train in."""
+    """Returns the precision to train in, "no", "bf16" or "fp16".
+
+    Raises:
+        RecipeError: this device, launcher or number of processes cannot train the recipe.
+    """
     check_engine()
     precision = recipe.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     _check_fsdp(recipe, precision, state)
     problem = recipe.problem if recipe.mixed_precision else partial(Problem, "the launcher")
-    if precision not in ("no", "bf16", "fp16"):
-        raise RecipeError([problem("mixed_precision", f"{precision} is not supported; use no, bf16 or fp16")])
+    if precision not in PRECISION_NAMES:
+        message = f"{precision} is not supported; use {', '.join(PRECISION_NAMES)}"
+        raise RecipeError([problem("mixed_precision", message, "unsupported")])
     if precision == "fp16" and state.device.type == "cpu":
-        what = "fp16 needs a GPU: a CPU would train in fp32 without a word; use bf16 or no"
-        raise RecipeError([problem("mixed_precision", what)])
+        message = "fp16 needs a GPU; on a CPU use bf16 or no"  # a CPU would train in fp32 without a warning
+        raise RecipeError([problem("mixed_precision", message, "unsupported")])
     if recipe.batch_size < state.num_processes:
-        what = f"the global batch of {recipe.batch_size} cannot be shared by {state.num_processes} processes"
-        raise RecipeError([recipe.problem("batch_size", what)])
+        message = f"a global batch of {recipe.batch_size} has too few samples for {state.num_processes} processes"
+        raise RecipeError([recipe.problem("batch_size", message, "unsupported")])
     if recipe.logical_shards and recipe.logical_shards % state.num_processes:
-        what = f"{recipe.logical_shards} shards cannot be shared evenly by {state.num_processes} processes"
-        raise RecipeError([recipe.problem("logical_shards", f"{what}; the number of processes must divide them")])
+        message = f"the number of processes, {state.num_processes}, must divide the {recipe.logical_shards} shards"
+        raise RecipeError([recipe.problem("logical_shards", message, "unsupported")])
     return precision
 
 
+NEEDS_UNSHARDED_PARAMETERS = ("ema_decay", "logical_shards", "sync_batchnorm", "micro_batch_size")
+"""Keys of features that need unsharded parameters on every process. Their defaults switch the feature off."""
+
+
+def _check_fsdp(recipe: Recipe, precision: str, state: PartialState) -> None:
+    if not _uses_fsdp(state.num_processes):
+        return
+    message = "does not work with FSDP; remove it, or launch without FSDP (launch/accelerate/multi_gpu.yaml)"
+    default = {key: field.default for key, field in type(recipe).model_fields.items()}
+    chosen = [key for key in NEEDS_UNSHARDED_PARAMETERS if getattr(recipe, key) != default[key]]
+    problems = [recipe.problem(key, message, "unsupported") for key in chosen]
+    if precision == "fp16":
+        problems.append(recipe.problem("mixed_precision", f"fp16 {message}; or use bf16", "unsupported"))
+    if problems:
+        raise RecipeError(problems)
+
+
+def _uses_fsdp(world_size: int) -> bool:
+    """Returns whether the launcher asks for FSDP and there are several processes to shard over."""
+    return asks_for_fsdp() and world_size > 1
+
+
 def load_data(recipe: Recipe, state: PartialState) -> Dataset:
-    """Reads the data on every process; the first of each node downloads, the others wait for it."""
+    """Reads the data on every process. Collective: call on every rank.
+
+    The first process of each node downloads what is missing; the others wait for it.
+    """
     root = recipe.data.root or os.environ.get("MNIST_DIST_DATA", "data")
     sizes = {key: getattr(recipe.data, key) for key in ("split", "validation", "limit_train", "limit_test")}
 
     def load(download: bool) -> Dataset:
         try:
             return load_dataset(recipe.data.dataset, root=root, download=download, **sizes)
-        except FileNotFoundError as error:
-            hint = "put the files there, or name another folder with data.root=… or MNIST_DIST_DATA"
-            raise RecipeError([recipe.problem("data.root", f"{error}\n{hint}")]) from error
         except (ValueError, ImportError, OSError) as error:
-            raise RecipeError([recipe.problem("data", f"{recipe.data.dataset}: {error}")]) from error
+            raise RecipeError([_data_problem(recipe, error)]) from error
 
     first = run_on_all_ranks(state, lambda: load(download=True) if state.is_local_main_process else None)
     return run_on_all_ranks(state, lambda: first or load(download=False))
 
 
-WHOLE_ONLY = ("ema_decay", "logical_shards", "sync_batchnorm", "micro_batch_size")
-"""Keys of what needs whole parameters on every process; their defaults leave it out."""
+def _data_problem(recipe: Recipe, error: Exception) -> Problem:
+    """Returns the problem that an error of `load_dataset` stands for."""
+    message = f"{recipe.data.dataset}: {error}"
+    if isinstance(error, FileNotFoundError):
+        hint = "put the files there, or name another folder with data.root=… or MNIST_DIST_DATA"
+        return recipe.problem("data.root", f"{error}\n{hint}", "missing")
+    if isinstance(error, ImportError):
+        return recipe.problem("data", message, "missing")
+    if str(error).startswith("validation="):  # the name of the argument that is too large for this data set
+        return recipe.problem("data.validation", message, "conflict")
+    return recipe.problem("data", message, "damaged")
 
 
-def _check_fsdp(recipe: Recipe, precision: str, state: PartialState) -> None:
-    if asks_for_fsdp() and state.num_processes > 1:
-        what = "cannot be had with FSDP; leave it out or launch without (launch/accelerate/multi_gpu.yaml)"
-        chosen = [key for key in WHOLE_ONLY if getattr(recipe, key) != type(recipe).model_fields[key].default]
-        problems = [recipe.problem(key, what) for key in chosen]
-        if precision == "fp16":
-            problems.append(recipe.problem("mixed_precision", f"fp16 {what}; or take bf16"))
-        if problems:
-            raise RecipeError(problems)
+# --- the components -----------------------------------------------------------------------------------------------
 
 
 def build_components(
     recipe: Recipe, precision: str, train_data: Images, module: nn.Module, teachers: Sequence[Run] = ()
 ) -> TrainingComponents:
-    """Builds everything the loop uses, on the device, prepared by Accelerate."""
+    """Builds everything that the training loop uses, on the device. Collective: call on every rank.
+
+    Args:
+        precision: as `check_world` returns it.
+        module: the network with its initial weights, as `build_module` returns it.
+        teachers: runs whose networks the distillation learns from.
+    """
     set_determinism(recipe.deterministic)
     set_kernels(recipe)
-    AcceleratorState._reset_state()  # a notebook may train twice, with another precision the second time
-    ddp = DistributedDataParallelKwargs(
-        gradient_as_bucket_view=True,
-        broadcast_buffers=False,
-        find_unused_parameters=recipe.ddp.find_unused_parameters,
-    )
-    # Said here, so that no launcher's variable says otherwise: accumulation and compilation are the recipe's.
-    # So is sharding ours: Accelerate knows it on GPUs only, and the checkpoints shall be the same with it and without.
-    with patch_environment(ACCELERATE_USE_FSDP="false"):
-        accelerator = Accelerator(
-            mixed_precision=precision,
-            kwargs_handlers=[ddp],
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-            dynamo_backend="no",
-        )
-    augmentation = recipe.data.augment.build()
-    batches = Batches(len(train_data), recipe.batch_size, recipe.seed, augmentation=augmentation)
+    accelerator = _build_accelerator(recipe, precision)
+    device = accelerator.device
+    batches = Batches(len(train_data), recipe.batch_size, recipe.seed, augmentation=recipe.data.augment.build())
     total_steps = min(recipe.epochs * batches.steps_per_epoch, recipe.max_steps or sys.maxsize)
     schedule = build_schedule(
         recipe.schedule.name,
@@ -123,61 +147,102 @@ def build_components(
         total_steps=total_steps,
         **recipe.schedule.keywords,
     )
-    sharded = asks_for_fsdp() and accelerator.num_processes > 1
-    # FSDP2 cuts contiguous parameters only.
-    to_device(module, accelerator.device, channels_last=recipe.engine.channels_last and not sharded)
-    synchronized = recipe.sync_batchnorm and accelerator.num_processes > 1
-    if synchronized:
-        module = synchronize_batch_norm(module, accelerator.device)
-    if sharded:
-        shard_parameters(module, accelerator.device, **fsdp_settings())
+    meter, clock = Meter(accelerator), GradientClock()
+    network = _build_network(recipe, accelerator, module, schedule, clock)
+    step = TrainStep(
+        accelerator,
+        network,
+        batches,
+        train_data.to(device),
+        meter,
+        _step_settings(recipe),
+        clock=clock,
+        distillation=_build_distillation(recipe, accelerator, train_data, teachers),
+    )
+    if recipe.micro_batch_size == "auto":
+        step.micro_batch_size = find_micro_batch_size(step, batches.plan(0, device))
+    update, obstacles = _capture(recipe, step, schedule)
+    eval_model = network.average.module if network.average else network.module
+    notes = _notes(recipe, step) + obstacles
+    return TrainingComponents(
+        accelerator, batches, schedule, update, network.module, eval_model, meter, total_steps, notes
+    )
+
+
+def _build_accelerator(recipe: Recipe, precision: str) -> Accelerator:
+    AcceleratorState._reset_state()  # a notebook may train twice, with two precisions
+    ddp = DistributedDataParallelKwargs(
+        gradient_as_bucket_view=True,
+        broadcast_buffers=False,
+        find_unused_parameters=recipe.ddp.find_unused_parameters,
+    )
+    # Accumulation and compilation are passed explicitly, because the launcher's environment variables must not override
+    # the recipe. FSDP is switched off here, because `shard_parameters` does the sharding: Accelerate supports FSDP on
+    # GPUs only, and the checkpoints must be the same with and without it.
+    with patch_environment(ACCELERATE_USE_FSDP="false"):
+        return Accelerator(
+            mixed_precision=precision,
+            kwargs_handlers=[ddp],
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            dynamo_backend="no",
+        )
+
+
+def _build_network(
+    recipe: Recipe, accelerator: Accelerator, module: nn.Module, schedule: Schedule, clock: GradientClock
+) -> TrainedNetwork:
+    """Moves the network to the device and adds its optimizer, averaged weights and reduction of gradients."""
+    module = _distribute_module(recipe, accelerator, module)
     average = None if recipe.ema_decay is None else MovingAverage(module, recipe.ema_decay)
     optimizer = build_optimizer(
         module.parameters(), recipe.optimizer.name, lr=schedule.lr_at(0), **recipe.optimizer.keywords
     )
-    set_rates(optimizer, schedule, 0)  # a schedule may bring the momentum
+    set_rates(optimizer, schedule, 0)  # the schedule may also set the momentum
     fill_momentum(optimizer)
-    compile_network(module, recipe.compile)
-    with warnings.catch_warnings():
-        # torch 2.15 renames the option; accelerate 1.15 knows it by its old name only.
-        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-        # Sharded parameters bring their own reduction, and so do logical shards, in an order of their own.
-        model = accelerator.prepare_model(module, evaluation_mode=sharded or recipe.logical_shards is not None)
-        if accelerator.scaler is not None:
-            optimizer = accelerator.prepare(optimizer)  # without a scaler it adds nothing but its own time
-    meter, clock = Meter(accelerator), GradientClock()
+    if recipe.compile:  # at the first call; parameter names do not change
+        module.compile(mode=None if recipe.compile is True else recipe.compile)
+    model = _prepare_model(recipe, accelerator, module)
+    if accelerator.scaler is not None:
+        optimizer = accelerator.prepare(optimizer)  # without a scaler the wrapper only costs time
     reduce_gradients(model, accelerator.device, recipe.ddp.comm_hook, clock)
     shards = LogicalShards(recipe.logical_shards, accelerator, module, clock) if recipe.logical_shards else None
-    captured, obstacles = _build_capture(recipe, accelerator, optimizer, schedule)
-    update = Update(
-        accelerator,
-        model,
-        module,
-        optimizer,
-        batches,
-        train_data.to(accelerator.device),
-        meter=meter,
+    synchronizes = _synchronizes_batch_norm(recipe, accelerator)
+    return TrainedNetwork(module, model, optimizer, average, shards, communicates_in_forward=synchronizes)
+
+
+def _distribute_module(recipe: Recipe, accelerator: Accelerator, module: nn.Module) -> nn.Module:
+    """Moves the network to the device; synchronizes its batch norm and shards its parameters if that is asked for."""
+    sharded = _uses_fsdp(accelerator.num_processes)
+    # FSDP2 shards contiguous parameters only.
+    to_device(module, accelerator.device, channels_last=recipe.engine.channels_last and not sharded)
+    if _synchronizes_batch_norm(recipe, accelerator):
+        module = synchronize_batch_norm(module, accelerator.device)
+    if sharded:
+        shard_parameters(module, accelerator.device, **fsdp_settings())
+    return module
+
+
+def _synchronizes_batch_norm(recipe: Recipe, accelerator: Accelerator) -> bool:
+    return recipe.sync_batchnorm and accelerator.num_processes > 1
+
+
+def _prepare_model(recipe: Recipe, accelerator: Accelerator, module: nn.Module) -> nn.Module:
+    """Returns the network with Accelerate's autocast, and with data parallel if that reduces the gradients."""
+    # Sharded parameters and logical shards reduce their gradients themselves.
+    reduces_itself = _uses_fsdp(accelerator.num_processes) or recipe.logical_shards is not None
+    with warnings.catch_warnings():
+        # torch 2.15 renames this option, and accelerate 1.15 still uses the old name.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+        return accelerator.prepare_model(module, evaluation_mode=reduces_itself)
+
+
+def _step_settings(recipe: Recipe) -> StepSettings:
+    return StepSettings(
         clip_grad_norm=recipe.clip_grad_norm,
         label_smoothing=recipe.label_smoothing,
-        average=average,
-        clock=clock,
-        shards=shards,
-        meets_in_forward=synchronized,
-        distillation=_build_distillation(recipe, accelerator, train_data, teachers),
+        micro_batch_size=None if recipe.micro_batch_size == "auto" else recipe.micro_batch_size,
         on_nonfinite=recipe.on_nonfinite,
-        captured=captured,
     )
-    notes = ["FSDP2: parameters, gradients and optimizer state lie in shards over the processes"] if sharded else []
-    if recipe.ddp.comm_hook != "none" and not isinstance(model, nn.parallel.DistributedDataParallel):
-        notes.append("ddp.comm_hook is without effect: this run's gradients do not travel by data parallel")
-    notes += obstacles
-    if recipe.micro_batch_size == "auto":
-        update.micro_batch_size = update.find_micro_batch_size(batches.plan(0, accelerator.device))
-        notes.append(f"micro_batch_size auto: {update.micro_batch_size} images at once fit into memory")
-    else:
-        update.micro_batch_size = recipe.micro_batch_size
-    eval_model = average.module if average else module
-    return TrainingComponents(accelerator, batches, schedule, update, module, eval_model, meter, total_steps, notes)
 
 
 def _build_distillation(
@@ -197,38 +262,33 @@ def _build_distillation(
     )
 
 
-def _build_capture(
-    recipe: Recipe, accelerator: Accelerator, optimizer: torch.optim.Optimizer, schedule: Schedule
-) -> tuple[CapturedStep | None, list[str]]:
-    """What replays steps, where the recipe wants it and it can be done; else why not, for who expects it."""
+def _capture(recipe: Recipe, step: TrainStep, schedule: Schedule) -> tuple[TrainStep | CapturedStep, list[str]]:
+    """Returns the step, captured if the recipe asks for it and it is possible; else a note for users who expect it."""
     if recipe.engine.capture == "off":
-        return None, []
+        return step, []
+    device = step.accelerator.device
     obstacle = capture_obstacle(
-        accelerator.device,
-        accelerator.num_processes,
-        optimizer,
+        device,
+        step.accelerator.num_processes,
+        step.optimizer,
         moves_momentum=schedule.momentum_at is not None,
-        scaler=accelerator.scaler is not None,
+        scaler=step.accelerator.scaler is not None,
         shards=recipe.logical_shards is not None,
         compile_mode=recipe.compile,
     )
     if obstacle is None:
-        return CapturedStep(accelerator.device, STEPS_A_REPLAY if recipe.engine.capture == "epoch" else 1), []
-    expected = recipe.engine.capture != "auto" or accelerator.device.type == "cuda"
-    return None, [f"engine.capture: all steps are eager: {obstacle}"] if expected else []
+        return CapturedStep(step, STEPS_A_REPLAY if recipe.engine.capture == "epoch" else 1), []
+    expected = recipe.engine.capture != "auto" or device.type == "cuda"
+    return step, [f"engine.capture: all steps run eagerly: {obstacle}"] if expected else []
 
 
-def set_determinism(deterministic: bool) -> None:
-    """Bit-for-bit repeatable kernels where PyTorch has them; it warns of those it has not."""
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(deterministic, warn_only=True)
-    # The filling of fresh memory is a debugging aid that costs time.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # torch declares it nowhere
-
-
-def set_kernels(recipe: Recipe) -> None:
-    """What a GPU may choose: kernels by trial, and products of fewer bits."""
-    torch.backends.cudnn.benchmark = recipe.engine.cudnn_benchmark and not recipe.deterministic
-    torch.backends.cudnn.allow_tf32 = recipe.engine.tf32 != "off"
-    torch.backends.cuda.matmul.allow_tf32 = recipe.engine.tf32 == "on"
+def _notes(recipe: Recipe, step: TrainStep) -> list[str]:
+    """Returns what the user should know about how the recipe was built."""
+    notes = []
+    if _uses_fsdp(step.accelerator.num_processes):
+        notes.append("FSDP2: parameters, gradients and optimizer state are sharded over the processes")
+    if recipe.ddp.comm_hook != "none" and not isinstance(step.model, nn.parallel.DistributedDataParallel):
+        notes.append("ddp.comm_hook has no effect: data parallel does not reduce the gradients of this run")
+    if recipe.micro_batch_size == "auto":
+        notes.append(f"micro_batch_size auto: {step.micro_batch_size} images at once fit into memory")
+    return notes

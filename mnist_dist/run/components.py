@@ -1,4 +1,4 @@
-"""What a run consists of: its training components and its progress."""
+"""The training components of a run, and its progress."""
 
 from __future__ import annotations
 
@@ -15,55 +15,70 @@ from torch import nn
 from mnist_dist.data import Batches, Images
 from mnist_dist.distributed.fsdp import shard_model_state, shard_optimizer_state, unshard, unsharded_parameters
 from mnist_dist.engine.checkpoint import save_weights
+from mnist_dist.engine.cuda_graph import CapturedStep
 from mnist_dist.engine.evaluation import Evaluation, evaluate
 from mnist_dist.engine.metrics import Meter
 from mnist_dist.engine.schedules import Schedule
-from mnist_dist.engine.train_step import Update
+from mnist_dist.engine.train_step import TrainStep
 from mnist_dist.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)
 class TrainingComponents:
-    """What a run is made of once the recipe has been built."""
+    """Everything that the training loop uses, built from a recipe by `mnist_dist.run.build`."""
 
     accelerator: Accelerator
     batches: Batches
     schedule: Schedule
-    update: Update
+    update: TrainStep | CapturedStep
+    """Makes one update: `update(plan, index, step)`."""
     module: nn.Module
     """The bare network."""
     eval_model: nn.Module
-    """The network that is evaluated and saved: the averaged weights where the recipe keeps them."""
+    """The network that is evaluated and saved. It has the averaged weights if the recipe asks for them."""
     meter: Meter
     total_steps: int
     notes: list[str]
-    """What the user should know of how it was built."""
+    """Notes for the user on how the recipe was built."""
+
+    @property
+    def captured(self) -> CapturedStep | None:
+        """The update, if it replays a CUDA graph; None if all steps run eagerly."""
+        return self.update if isinstance(self.update, CapturedStep) else None
 
     def epoch(self, progress: Progress) -> float:
-        """Epochs done, with the fraction."""
+        """Returns the number of epochs done, with the fraction."""
         return round(progress.step / self.batches.steps_per_epoch, 6)
 
     def evaluation_is_due(self, progress: Progress, eval_every: int) -> bool:
-        """At the end of every `eval_every` epochs and after the last step, once."""
+        """Returns whether to evaluate now: after every `eval_every` epochs and after the last step, once each."""
         epochs, rest = divmod(progress.step, self.batches.steps_per_epoch)
         due = progress.step >= self.total_steps or (rest == 0 and epochs % eval_every == 0)
         return due and progress.step != progress.evaluated_at
 
     def evaluate(self, data: Images, batch_size: int, interrupted: Callable[[], bool] = lambda: False) -> Evaluation:
-        # Each process gathered batch norm's statistics from its own rows; rank 0's are the run's.
+        """Evaluates `eval_model` on `data`. Collective: call on every rank.
+
+        Raises:
+            Interrupted: `interrupted` returned True.
+        """
+        # Each process computed batch norm statistics from its own rows. The run uses those of rank 0.
         if self.accelerator.num_processes > 1:
             broadcast(list(self.eval_model.buffers()))
         with unsharded_parameters(self.eval_model):
             return evaluate(self.accelerator, self.eval_model, data, batch_size=batch_size, interrupted=interrupted)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The trained weights, and the gradients of the last step, by name; asks all processes."""
+        """Returns the trained weights and the gradients of the last step, by name. Collective: call on every rank."""
         named = dict(self.module.named_parameters())
         gradients = {f"gradients/{name}": each.grad for name, each in named.items() if each.grad is not None}
         return unshard({f"weights/{name}": each.detach() for name, each in named.items()} | gradients)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next update depends on; asks all processes. No random state: there is none."""
+        """Returns everything that the next update depends on. Collective: call on every rank.
+
+        There is no random state: all random numbers follow from the seed and the step.
+        """
         scaler = self.accelerator.scaler
         return {
             "model": unshard(self.module.state_dict()),
@@ -75,13 +90,13 @@ class TrainingComponents:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up where `state_dict` was taken, at this world size or another."""
+        """Restores what `state_dict` returned, at the same or another number of processes."""
         optimizer = self.update.optimizer
         self.module.load_state_dict(shard_model_state(state["model"], self.module))
         optimizer.load_state_dict(shard_optimizer_state(state["optimizer"], optimizer))
         if self.update.average and state["average"]:
             self.update.average.load_state_dict(state["average"])
-        elif self.update.average:  # the recipe has it since: it begins here
+        elif self.update.average:  # the checkpoint's recipe had no averaged weights: averaging starts here
             self.update.average.module.load_state_dict(state["model"])
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -89,7 +104,10 @@ class TrainingComponents:
         self.meter.load_state_dict(state["meter"])
 
     def save_weights(self, path: Path, recipe: Recipe) -> None:
-        """Saves the judged weights, with what rebuilds and feeds the network, on rank 0; asks all processes."""
+        """Saves the weights of `eval_model` on rank 0, with what is needed to rebuild the network and normalise images.
+
+        Collective: call on every rank.
+        """
         weights = unshard(self.eval_model.state_dict())
         if self.accelerator.is_main_process:
             data = self.update.data
@@ -99,19 +117,19 @@ class TrainingComponents:
 
 @dataclass
 class Progress:
-    """Where a run stands; everything else follows from the step."""
+    """How far a run has come. Order, augmentation and learning rate follow from the step."""
 
     step: int = 0
     evaluated_at: int = 0
-    """The step after which the last evaluation was made."""
+    """The step after which the network was last evaluated."""
     best_accuracy: float = -1.0
     best_epoch: float = 0.0
     evaluations_without_gain: int = 0
     last: dict[str, float] = field(default_factory=dict)
-    """Figures of the last evaluation and of the training since the one before."""
+    """Figures of the last evaluation, and of the training between the last two evaluations."""
 
     def note(self, evaluation: Evaluation, training: dict[str, float], epoch: float) -> bool:
-        """Takes down an evaluation after `step`; whether its accuracy is the best so far."""
+        """Stores an evaluation made after `step`; returns whether its accuracy is the best so far."""
         self.last = {**training, "eval/loss": evaluation.loss, "eval/accuracy": evaluation.accuracy}
         self.evaluated_at = self.step
         self.evaluations_without_gain += 1

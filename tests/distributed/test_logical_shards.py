@@ -14,16 +14,16 @@ WORDS += ["batch_size=64", "epochs=2", "log_every=2", "ema_decay=0.9", "clip_gra
 STOP_AFTER_STEP = """
 import os, signal, sys
 from mnist_dist.distributed import signals
-from mnist_dist.engine.train_step import Update
+from mnist_dist.engine.train_step import TrainStep
 from mnist_dist.train import main
 
 signals.AGREE_SECONDS = 0  # the ranks exchange stop requests in every step
-update = Update.__call__
+update = TrainStep.__call__
 def stop(self, plan, index, step):
     update(self, plan, index, step)
     if step + 1 == int(sys.argv[1]):
         os.kill(os.getpid(), signal.SIGTERM)
-Update.__call__ = stop
+TrainStep.__call__ = stop
 assert main(sys.argv[2:]) == signals.PREEMPTED
 """
 

@@ -1,10 +1,12 @@
-"""Learning from trained networks: the loss of the paper, for the whole batch, whoever computes it."""
+"""Distillation computes the loss of the paper, with micro-batches and with several processes."""
 
 from __future__ import annotations
 
 import shutil
+import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,14 +14,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from mnist_dist import build_model, load_recipe, load_run, train
-from mnist_dist.data import images as datasets
+from mnist_dist.data import DATASETS
 from mnist_dist.engine.distillation import Distillation
-from mnist_dist.errors import RecipeError
+from mnist_dist.errors import Problem, RecipeError
 from mnist_dist.recipe.changes import describe_changes
-from tests.distributed.test_worlds import launch, relative_deviations
-from tests.engine.test_train_step import DATA, PretendedProcess, gradient, lenet, make_update, weights
+from mnist_dist.recipe.schema import Recipe
+from tests.engine.test_train_step import DATA, FakeProcess, gradient, lenet, make_step, weights
+from tests.processes import run_ranks
 
-PLAIN = {"mean": DATA.mean, "std": DATA.std}
+STUDENT = {"mean": DATA.mean, "std": DATA.std}
 
 
 def teacher_of(name: str, seed: int) -> nn.Module:
@@ -29,13 +32,13 @@ def teacher_of(name: str, seed: int) -> nn.Module:
 
 def distillation_from(*modules: nn.Module, weight: float = 0.5, temperature: float = 1.0) -> Distillation:
     teachers = [(module, DATA.mean, DATA.std) for module in modules]
-    return Distillation(teachers, weight=weight, temperature=temperature, **PLAIN)
+    return Distillation(teachers, weight=weight, temperature=temperature, **STUDENT)
 
 
-# The loss
+# --- the loss -----------------------------------------------------------------------------------------------------
 
 
-def test_the_loss_is_the_paper_s():
+def test_the_loss_equals_that_of_the_paper():
     images, labels = DATA.normalize(DATA.images[:6]), DATA.labels[:6]
     first, second, student = teacher_of("lenet5", 1), teacher_of("ms_ran", 2), lenet()
     logits = student(images)
@@ -43,127 +46,152 @@ def test_the_loss_is_the_paper_s():
         F.cross_entropy(logits, labels, reduction="sum"), images, logits
     )
     with torch.no_grad():
-        wanted = ((first(images) / 4).softmax(1) + (second(images) / 4).softmax(1)).double() / 2
-    answered = (logits / 4).double().softmax(1)
-    divergence = (wanted * (wanted / answered).log()).sum()
+        target = ((first(images) / 4).softmax(1) + (second(images) / 4).softmax(1)).double() / 2
+    softened = (logits / 4).double().softmax(1)
+    divergence = (target * (target / softened).log()).sum()
     expected = 0.7 * F.cross_entropy(logits.double(), labels, reduction="sum") + 0.3 * 16 * divergence
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_a_student_that_agrees_has_nothing_to_learn(accelerator):
+def test_a_student_equal_to_its_teacher_has_no_gradient(accelerator):
     module = lenet()
-    update = make_update(accelerator, module, distillation=distillation_from(lenet().eval(), weight=1.0, temperature=3))
-    update(update.batches.plan(0), 0, 0)
+    step = make_step(accelerator, module, distillation=distillation_from(lenet().eval(), weight=1.0, temperature=3))
+    step(step.batches.plan(0), 0, 0)
     assert gradient(module).abs().max() < 1e-6
-    assert update.meter.read()["train/loss"] == pytest.approx(0, abs=1e-6)
+    assert step.meter.read()["train/loss"] == pytest.approx(0, abs=1e-6)
 
 
-def test_a_teacher_sees_images_as_it_was_trained_on_them():
+def test_a_teacher_gets_images_normalised_as_in_its_training():
     teacher, images = teacher_of("lenet5", 1), DATA.images[:5]
-    distillation = Distillation([(teacher, 0.2, 0.4)], weight=0.5, temperature=1.0, **PLAIN)
+    distillation = Distillation([(teacher, 0.2, 0.4)], weight=0.5, temperature=1.0, **STUDENT)
     with torch.no_grad():
         expected = teacher(replace(DATA, mean=0.2, std=0.4).normalize(images)).softmax(1)
     torch.testing.assert_close(distillation.probabilities(DATA.normalize(images)), expected)
 
 
-def test_a_teacher_is_computed_in_the_students_precision():
+def test_a_teacher_computes_in_the_precision_of_the_student():
     teacher, images = teacher_of("lenet5", 1), DATA.normalize(DATA.images[:5])
     half = partial(torch.autocast, "cpu", torch.bfloat16)
-    found = Distillation([(teacher, *PLAIN.values())], weight=0.5, temperature=1.0, autocast=half, **PLAIN)
+    found = Distillation([(teacher, *STUDENT.values())], weight=0.5, temperature=1.0, autocast=half, **STUDENT)
     with half(), torch.no_grad():
         expected = teacher(images).float().softmax(1)
     assert torch.equal(found.probabilities(images), expected)
     assert not torch.equal(expected, distillation_from(teacher).probabilities(images))
 
 
-def test_the_teacher_neither_learns_nor_drops_out(accelerator):
+def test_the_teacher_does_not_change_and_has_no_dropout(accelerator):
     teacher = teacher_of("ms_ran", 1)  # with batch norm and dropout
-    before = weights(teacher)
-    update = make_update(accelerator, lenet(), distillation=distillation_from(teacher))
-    for step in range(3):
-        update(update.batches.plan(0), step, step)
+    before, images = weights(teacher), DATA.normalize(DATA.images[:5])
+    distillation = distillation_from(teacher)
+    assert torch.equal(distillation.probabilities(images), distillation.probabilities(images))
+    step = make_step(accelerator, lenet(), distillation=distillation)
+    for number in range(3):
+        step(step.batches.plan(0), number, number)
     assert all(torch.equal(value, before[name]) for name, value in weights(teacher).items())
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
-# The whole batch
+# --- several processes --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("world_size", "batch_size", "index"), [(2, 32, 0), (3, 39, 2), (7, 77, 1)])
-def test_the_mean_of_the_processes_gradients_is_the_whole_batchs(world_size, batch_size, index):
+def test_the_mean_gradient_over_processes_is_that_of_the_whole_batch(world_size, batch_size, index):
     def share(rank: int, world_size: int, micro_batch_size: int | None) -> torch.Tensor:
         module, distillation = lenet(), distillation_from(teacher_of("ms_ran", 1), weight=0.9, temperature=2)
         keywords = {"batch_size": batch_size, "micro_batch_size": micro_batch_size, "distillation": distillation}
-        update = make_update(PretendedProcess(rank, world_size), module, **keywords)
-        update(update.batches.plan(0), index, 0)
+        step = make_step(FakeProcess(rank, world_size), module, **keywords)
+        step(step.batches.plan(0), index, 0)
         return gradient(module)
 
     mean = sum(share(rank, world_size, 4) for rank in range(world_size)) / world_size
     torch.testing.assert_close(mean, share(0, 1, None), rtol=0, atol=1e-6)
 
 
-# From the recipe
+# --- from the recipe ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory):
+    """A folder with two trained runs, `a` and `b`."""
     folder = tmp_path_factory.mktemp("distill")
     for name, data in (("a", "data.limit_train=2000"), ("b", "data.limit_train=1500")):
-        train(load_recipe("debug", data, "epochs=2", "optimizer.weight_decay=0.001"), folder / name)
+        train(
+            load_recipe("debug", data, "epochs=2", "optimizer.weight_decay=0.001", "tracking.plots=false"),
+            folder / name,
+        )
     return folder
 
 
 WORDS = ["data.limit_test=100", "data.limit_train=512", "batch_size=64", "optimizer={name: sgd, lr: 0.05}"]
-WORDS += ["schedule={name: constant}", "data.augment.elastic=1", "max_steps=8", "log_every=1"]
+WORDS += ["schedule={name: constant}", "data.augment.elastic=1", "max_steps=8", "log_every=1", "tracking.plots=false"]
+
+
+def losses_of(run_dir: Path) -> list[float]:
+    return [line["train/loss"] for line in load_run(run_dir).metrics if "train/loss" in line]
 
 
 @pytest.fixture(scope="module")
 def distilled(teachers):
-    """The words of a run that learns from two teachers, and its metrics."""
+    """The overrides of a run that learns from two teachers, and its losses."""
     words = [*WORDS, f"distill={{from: [{teachers}/a, {teachers}/b], weight: 0.8, temperature: 2}}"]
     train(load_recipe("debug", *words), teachers / "student")
-    return words, load_run(teachers / "student").metrics
+    return words, losses_of(teachers / "student")
 
 
 def test_two_processes_learn_what_one_learns(distilled, tmp_path):
     words, alone = distilled
-    deviations = relative_deviations(alone, launch(2, tmp_path / "2", "--recipe", "debug", *words))
-    assert len(deviations) == 8 and max(deviations) <= 1e-6, deviations
+    command = [sys.executable, "-m", "mnist_dist.train", "--recipe", "debug", "--run-dir", tmp_path / "2", *words]
+    run_ranks(2, command)
+    assert len(alone) == 8
+    assert losses_of(tmp_path / "2") == pytest.approx(alone, rel=1e-6)
     train(load_recipe("debug", *WORDS), tmp_path / "plain")
-    assert min(relative_deviations(alone, load_run(tmp_path / "plain").metrics)) > 1e-3
+    plain = losses_of(tmp_path / "plain")
+    assert all(abs(one - other) > 1e-3 * other for one, other in zip(plain, alone, strict=True))
 
 
 @pytest.mark.parametrize("word", ["logical_shards=4", "micro_batch_size=auto"])
-def test_every_way_to_compute_a_step_asks_the_teachers(distilled, tmp_path, word):
+def test_shards_and_micro_batches_use_the_teachers(distilled, tmp_path, word):
     words, alone = distilled
     train(load_recipe("debug", *words, word), tmp_path / "run")
-    assert max(relative_deviations(alone, load_run(tmp_path / "run").metrics)) <= 1e-6
+    assert losses_of(tmp_path / "run") == pytest.approx(alone, rel=1e-6)
 
 
 def test_a_change_of_teachers_changes_the_result(teachers):
     one, two = (load_recipe("debug", f"distill.from={teachers}/{name}") for name in "ab")
-    assert describe_changes(one, two) == [f"distill.from: ['{teachers}/a'] -> ['{teachers}/b']"]
+    [change] = describe_changes(one, two)
+    assert change.startswith("distill.from") and f"{teachers}/a" in change and f"{teachers}/b" in change
 
 
-def test_a_teacher_that_cannot_teach_is_refused(teachers, tmp_path, monkeypatch):
-    words = ["tracking.wandb.mode=disabled", f"distill.from=[{teachers}/a, {tmp_path}/half]"]
-    half = shutil.copytree(teachers / "b", tmp_path / "half")
-    (half / "last.safetensors").write_bytes(b"")
-    with pytest.raises(RecipeError, match=r"distill\.from\n *.*half.last\.safetensors is not a whole weights file"):
-        train(load_recipe("debug", *words), tmp_path / "run")
-    with pytest.raises(RecipeError, match=r"no/such is not a run folder(.|\n)*train it first"):
-        train(load_recipe("debug", "distill.from=no/such"), tmp_path / "run")
-    (half / "last.safetensors").unlink()
-    with pytest.raises(RecipeError, match=r"No such file or directory.*half.last\.safetensors"):
-        train(load_recipe("debug", *words), tmp_path / "run")
+def problem_of(recipe: Recipe, run_dir: Path) -> Problem:
+    with pytest.raises(RecipeError) as error:
+        train(recipe, run_dir)
+    assert not run_dir.exists()
+    [problem] = error.value.problems
+    return problem
 
-    synthetic = datasets.DATASETS["synthetic"]
 
-    def seven(root, split, download):
-        parts = synthetic(root, split, download)
-        return [replace(part, labels=part.labels % 7, classes=tuple("abcdefg")) for part in parts]
+@pytest.mark.parametrize(("damage", "kind"), [("truncate", "damaged"), ("delete", "missing"), ("no run", "missing")])
+def test_a_teacher_that_cannot_be_loaded_is_refused(teachers, tmp_path, damage, kind):
+    broken = tmp_path / "broken"
+    if damage != "no run":
+        shutil.copytree(teachers / "b", broken)
+    if damage == "truncate":
+        (broken / "last.safetensors").write_bytes(b"")
+    if damage == "delete":
+        (broken / "last.safetensors").unlink()
+    problem = problem_of(load_recipe("debug", f"distill.from=[{teachers}/a, {broken}]"), tmp_path / "run")
+    assert (problem.key, problem.kind) == ("distill.from", kind)
+    assert str(broken) in problem.message
 
-    monkeypatch.setitem(datasets.DATASETS, "synthetic", seven)
-    with pytest.raises(RecipeError, match=r"a knows 10 classes \(0, 1, .*\), synthetic has 7 \(a, b, c"):
-        train(load_recipe("debug", f"distill.from={teachers}/a"), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+
+def test_a_teacher_of_other_classes_is_refused(teachers, tmp_path, monkeypatch):
+    ten_classes = DATASETS["synthetic"]
+
+    def seven_classes(root, split, download):
+        parts = ten_classes(root, split, download)
+        return tuple(replace(part, labels=part.labels % 7, classes=tuple("abcdefg")) for part in parts)
+
+    monkeypatch.setitem(DATASETS, "synthetic", seven_classes)
+    problem = problem_of(load_recipe("debug", f"distill.from={teachers}/a"), tmp_path / "run")
+    assert (problem.key, problem.kind) == ("distill.from", "conflict")
+    assert "10 classes" in problem.message and "7 (a, b, c" in problem.message

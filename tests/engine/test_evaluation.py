@@ -1,4 +1,4 @@
-"""Evaluation counts every image once and gives the same figures, bit for bit, at any world size."""
+"""Evaluation counts every image once and gives the same bits at any world size."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mnist_dist.data import Images
-from mnist_dist.engine.evaluation import Evaluation, evaluate
+from mnist_dist.engine.evaluation import Evaluation, Interrupted, evaluate
 from mnist_dist.models import build_model
 
 COUNT = 75
@@ -32,10 +32,10 @@ def build(name: str) -> nn.Module:
 
 
 @dataclass
-class PretendedProcess:
-    """What evaluation asks of Accelerate, for one process of a world that is not there.
+class FakeProcess:
+    """Stands in for the Accelerator of one of several processes.
 
-    Each process leaves its table in `tables`; the sum that it gets back is of all those left so far.
+    `reduce` appends a process's table to `tables` and returns the sum of all tables so far.
     """
 
     process_index: int
@@ -52,7 +52,7 @@ class PretendedProcess:
         return torch.stack(self.tables).sum(dim=0)
 
 
-def same(one: Evaluation, other: Evaluation) -> bool:
+def are_equal(one: Evaluation, other: Evaluation) -> bool:
     equal = (one.accuracy, one.loss) == (other.accuracy, other.loss)
     return equal and torch.equal(one.probabilities, other.probabilities)
 
@@ -65,7 +65,7 @@ def plain_logits(module: nn.Module, batch_size: int) -> Tensor:
 
 @pytest.mark.parametrize("name", ["lenet5", "simple_cnn", "mnistnet"])
 @pytest.mark.parametrize("batch_size", [1, 32, 75, 500])
-def test_figures_are_those_of_a_plain_loop(accelerator, name, batch_size):
+def test_figures_equal_those_of_a_plain_loop(accelerator, name, batch_size):
     module = build(name)
     found = evaluate(accelerator, module.train(), DATA, batch_size=batch_size)
     logits = plain_logits(module, batch_size)
@@ -75,9 +75,9 @@ def test_figures_are_those_of_a_plain_loop(accelerator, name, batch_size):
     torch.testing.assert_close(found.probabilities, logits.softmax(dim=1), rtol=0, atol=1e-5)
 
 
-def test_every_hit_counts_once_also_in_the_short_last_batch(accelerator):
-    class Knows(nn.Module):
-        """Names the class that is written into an image's first pixel."""
+def test_every_correct_prediction_counts_once_also_in_the_short_last_batch(accelerator):
+    class ReadsTheClass(nn.Module):
+        """Predicts the class that is written into an image's first pixel."""
 
         def forward(self, images: Tensor) -> Tensor:
             levels = (images[:, 0, 0, 0] * 0.29 + 0.5) * 255
@@ -85,11 +85,11 @@ def test_every_hit_counts_once_also_in_the_short_last_batch(accelerator):
 
     images = torch.zeros(COUNT, 1, 28, 28, dtype=torch.uint8)
     images[:, 0, 0, 0] = DATA.labels
-    wrong = [0, 31, 32, 64, COUNT - 1]  # among them ends of batches of 32, and the last image of all
+    wrong = [0, 31, 32, 64, COUNT - 1]  # with the first and last images of batches of 32
     for row in wrong:
         images[row] = (DATA.labels[row] + 1) % 10
         data = Images(images, DATA.labels, DATA.classes, DATA.mean, DATA.std)
-        found = evaluate(accelerator, Knows(), data, batch_size=32)
+        found = evaluate(accelerator, ReadsTheClass(), data, batch_size=32)
         expected = COUNT - 1 - wrong.index(row)
         assert found.accuracy == 100 * expected / COUNT
     assert found.loss == pytest.approx(20 * len(wrong) / COUNT, rel=1e-4)
@@ -97,25 +97,25 @@ def test_every_hit_counts_once_also_in_the_short_last_batch(accelerator):
 
 @pytest.mark.parametrize("name", ["lenet5", "simple_cnn"])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
-def test_figures_are_equal_bit_for_bit_at_any_world_size(accelerator, name, world_size):
-    # 75 images in batches of 20 are four batches: five processes leave one of them without any.
+def test_figures_have_the_same_bits_at_any_world_size(accelerator, name, world_size):
+    # 75 images in batches of 20 are four batches, so one of five processes has none.
     module = build(name)
     expected = evaluate(accelerator, module, DATA, batch_size=20)
     tables: list[Tensor] = []
     for rank in range(world_size):
-        found = evaluate(PretendedProcess(rank, world_size, tables), module, DATA, batch_size=20)
-    assert same(found, expected)
+        found = evaluate(FakeProcess(rank, world_size, tables), module, DATA, batch_size=20)
+    assert are_equal(found, expected)
     written = torch.stack([table.any(dim=1) for table in tables]).sum(dim=0)
     assert written.tolist() == [1] * COUNT
 
 
-def test_a_network_that_normalises_by_the_batch_is_given_the_same_batches(accelerator):
+def test_batch_size_matters_to_a_network_that_normalises_by_the_batch(accelerator):
     module = build("simple_cnn")
     found, other = (evaluate(accelerator, module, DATA, batch_size=size) for size in (32, 33))
     assert not torch.allclose(found.probabilities, other.probabilities, atol=1e-4)
 
 
-def test_training_modes_and_weights_are_left_as_they_were(accelerator):
+def test_training_modes_and_weights_do_not_change(accelerator):
     module = build("mnistnet").train()
     module.convblock1.eval()  # frozen
     modes = {name: part.training for name, part in module.named_modules()}
@@ -125,3 +125,11 @@ def test_training_modes_and_weights_are_left_as_they_were(accelerator):
     assert {name: part.training for name, part in module.named_modules()} == modes
     for name, value in module.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+def test_an_interrupted_evaluation_stops_between_batches_and_restores_training_mode(accelerator):
+    module, answers = build("lenet5").train(), iter([False, False, True])
+    with pytest.raises(Interrupted):
+        evaluate(accelerator, module, DATA, batch_size=20, interrupted=lambda: next(answers))
+    assert next(answers, None) is None
+    assert module.training

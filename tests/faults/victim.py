@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from mnist_dist.cli import run_command
 from mnist_dist.distributed.signals import Interrupts
 from mnist_dist.engine import checkpoint
-from mnist_dist.engine.train_step import Update
+from mnist_dist.engine.train_step import TrainStep
 from mnist_dist.run.checkpointing import Checkpointer
 from mnist_dist.run.components import Progress, TrainingComponents
 from mnist_dist.tracking import JSONLTracker
@@ -142,19 +142,19 @@ def main() -> int:
     for name in ("rename", "replace"):
         victim.gate(Path, name, lambda path, target: target)
     victim.gate(JSONLTracker, "log", lambda tracker, *rest: tracker.path)
-    victim.during("step", Update, "__call__")
+    victim.during("step", TrainStep, "__call__")
     victim.during("evaluation", TrainingComponents, "judge")
     for name in ("checkpoint", "best", "last"):
         victim.during("saving", Checkpointer, name)
 
     # "start" ends where the handlers of signals stand, "ending" begins where they are gone.
-    fit, update, enter, leave = train.fit, Update.__call__, Interrupts.__enter__, Interrupts.__exit__
+    fit, update, enter, leave = train.fit, TrainStep.__call__, Interrupts.__enter__, Interrupts.__exit__
 
     def fitted(*args: Any) -> bool:
         victim.count(next(each.step for each in args if isinstance(each, Progress)))
         return fit(*args)
 
-    def updated(self: Update, plan: Any, index: int, step: int) -> None:
+    def updated(self: TrainStep, plan: Any, index: int, step: int) -> None:
         update(self, plan, index, step)
         victim.count(step + 1)
 
@@ -169,7 +169,7 @@ def main() -> int:
         victim.enter("ending")
         leave(interrupts, *error)
 
-    train.fit, Update.__call__, Interrupts.__enter__, Interrupts.__exit__ = fitted, updated, entered, left
+    train.fit, TrainStep.__call__, Interrupts.__enter__, Interrupts.__exit__ = fitted, updated, entered, left
     return run_command(train.main)
 
 

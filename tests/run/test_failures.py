@@ -202,16 +202,16 @@ def test_a_second_signal_ends_at_once_but_an_echo_of_the_first_does_not(accelera
 HANGS = """
 import os, signal, sys, time
 from mnist_dist.cli import run_command
-from mnist_dist.engine.train_step import Update
+from mnist_dist.engine.train_step import TrainStep
 from mnist_dist.train import main
 
-inputs = Update.inputs
+inputs = TrainStep.inputs
 def patience(self, plan, rows):
     self.calls = getattr(self, "calls", 0) + 1
     if self.calls == 6 and self.accelerator.process_index == 1:
         os.kill(os.getpid(), signal.SIGSTOP) if sys.argv[1] == "frozen" else time.sleep(600)
     return inputs(self, plan, rows)
-Update.inputs = patience
+TrainStep.inputs = patience
 sys.exit(run_command(lambda: main(sys.argv[2:])))
 """
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from mnist_dist import load_recipe, train
 from mnist_dist.data import images as datasets
 from mnist_dist.engine.checkpoint import load_weights
-from mnist_dist.engine.train_step import Update
+from mnist_dist.engine.train_step import TrainStep
 from mnist_dist.errors import RecipeError
 from tests.distributed.test_worlds import launch
 
@@ -79,14 +79,14 @@ def test_a_run_goes_on_without_what_it_began_from(source, tmp_path, monkeypatch)
     train(recipe, tmp_path / "whole")
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        update = Update.__call__
+        update = TrainStep.__call__
 
         def interrupted(self, plan, index, step):
             if step == 5:
                 raise KeyboardInterrupt
             update(self, plan, index, step)
 
-        patch.setattr(Update, "__call__", interrupted)
+        patch.setattr(TrainStep, "__call__", interrupted)
         train(recipe, tmp_path / "run")
     shutil.rmtree(origin)
     again = shutil.copytree(tmp_path / "run", tmp_path / "again")
