@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from mnist_dist.data import DATASETS, Augmentation
 from mnist_dist.engine import optimizers, schedules
-from mnist_dist.errors import Problem
+from mnist_dist.errors import Kind, Problem
 from mnist_dist.models import find_builder
 from mnist_dist.recipe.file import Dumper, Origins
 
@@ -243,6 +243,6 @@ class Recipe(Section):
         """The resolved recipe; loads back to an equal one."""
         return yaml.dump(self.model_dump(), Dumper=Dumper, sort_keys=False)
 
-    def problem(self, key: str, message: str) -> Problem:
+    def problem(self, key: str, message: str, kind: Kind = "usage") -> Problem:
         """A problem with the value of a dotted key, placed at the file and line that gave it."""
-        return self._origins.problem(key, message)
+        return self._origins.problem(key, message, kind)
