@@ -342,7 +342,7 @@ def test_sbatch_is_preempted_requeued_and_ends_as_an_undisturbed_trainjob_does(t
     assert len(metrics(run_dir)) < len(metrics(tmp_path / "undisturbed"))
 
     output = launch(*job, **slurm)  # the requeued job
-    assert "goes on after step" in output
+    assert "resumed from the checkpoint at step" in output
     assert (run_dir / "STATUS").read_text() == "done\n"
     assert (tmp_path / "calls").read_text().count("requeue") == 1
     assert metrics(run_dir) == metrics(tmp_path / "undisturbed")
