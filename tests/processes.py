@@ -9,6 +9,7 @@ A test of a launcher, or of what happens before torch is imported, uses `subproc
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import select
@@ -17,6 +18,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -29,10 +31,17 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def serve(address: str) -> None:
     """Forks a child for every request. Returns only in a child, which then runs the request's program."""
-    import accelerate  # noqa: F401
+    # All that is slow to import. The first optimizer of a process would import torch._dynamo.
     import torch
+    import torch._dynamo
+
+    import mnist_dist.run.build
+    import mnist_dist.run.summary  # noqa: F401
 
     torch.set_num_threads(1)
+    # A child's garbage collector would touch, and so copy, all memory that it shares with this process.
+    gc.collect()
+    gc.freeze()
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen(64)
@@ -108,6 +117,21 @@ def run_program(argv: list[str]) -> None:
     else:
         sys.path.insert(0, str(Path(argv[0]).resolve().parent))
         runpy.run_path(argv[0], run_name="__main__")
+
+
+def end(code: object) -> None:
+    """Ends this process with the code of a SystemExit: runs the exit handlers, but frees no memory.
+
+    The interpreter's own way out takes longer than most programs of these tests: it destroys every object of torch.
+    """
+    if not isinstance(code, int | None):
+        print(code, file=sys.stderr)
+        code = 1
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for the threads, as the interpreter does
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)
 
 
 # --- the client ---------------------------------------------------------------------------------------------------
@@ -337,4 +361,9 @@ def run_ranks(
 
 if __name__ == "__main__":
     serve(sys.argv[1])
-    run_program(sys.argv)
+    result: object = None
+    try:
+        run_program(sys.argv)
+    except SystemExit as exit:
+        result = exit.code
+    end(result)

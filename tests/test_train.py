@@ -1,8 +1,9 @@
-"""The main job: a recipe in, a run folder out, under every launcher."""
+"""Training a recipe: the run folder, the metrics, and settings that change the length of a run."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ from accelerate.state import AcceleratorState
 from mnist_dist import load_recipe, load_run, train
 from mnist_dist.distributed.launcher import launched_world
 from mnist_dist.engine.evaluation import evaluate
-from mnist_dist.evaluate import evaluate as judge_run_folder
+from mnist_dist.evaluate import evaluate as evaluate_run
 from mnist_dist.run.build import build_components, load_data
 from mnist_dist.run.folder import RunFolder
 from mnist_dist.run.model_setup import build_module
@@ -30,6 +31,7 @@ TINY = [
 ]
 
 
+@pytest.mark.launch
 def test_quickstart_through_accelerate_launch_reaches_97_percent(tmp_path):
     pytest.importorskip("sklearn", reason='the digits come with scikit-learn: pip install -e ".[demo]"')
     command = [
@@ -40,8 +42,12 @@ def test_quickstart_through_accelerate_launch_reaches_97_percent(tmp_path):
         "mnist_dist.train",
         "--recipe",
         "quickstart.yaml",
+        "tracking.plots=false",
     ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    # No credentials of W&B: neither the variables nor a file in the home folder.
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "NETRC"))}
+    variables |= {"HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "\x1b" not in done.stdout, "escape codes without a terminal"
     [run_dir] = (tmp_path / "runs" / "quickstart").iterdir()
@@ -52,7 +58,7 @@ def test_quickstart_through_accelerate_launch_reaches_97_percent(tmp_path):
 
 
 def test_a_mac_trains_on_its_cpu(accelerator, monkeypatch):
-    """Its GPU knows no float64; that there is one is pretended here."""
+    """The GPU of a Mac has no float64. This test pretends that there is one."""
     monkeypatch.delenv("ACCELERATE_USE_CPU")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr("accelerate.state.is_mps_available", lambda: True)
@@ -62,7 +68,7 @@ def test_a_mac_trains_on_its_cpu(accelerator, monkeypatch):
     assert launched_world().device.type == Accelerator().device.type == "cpu"
 
 
-def test_a_run_s_momentum_begins_with_zeros(accelerator):
+def test_momentum_starts_at_zero(accelerator):
     recipe = load_recipe("model_v1_step", *TINY)
     dataset = load_data(recipe, launched_world())
     components = build_components(recipe, "no", dataset.train, build_module(recipe, dataset))
@@ -70,7 +76,7 @@ def test_a_run_s_momentum_begins_with_zeros(accelerator):
         assert not components.update.optimizer.state[parameter]["momentum_buffer"].any()
 
 
-def test_a_momentum_that_the_schedule_brings_begins_with_zeros_too(accelerator):
+def test_momentum_that_the_schedule_adds_starts_at_zero(accelerator):
     cycle = "schedule={name: onecycle, max_lr: 0.1, cycle_momentum: true}"
     recipe = load_recipe("lenet5", *TINY, "optimizer={name: sgd}", "optimizer.weight_decay=null", cycle)
     dataset = load_data(recipe, launched_world())
@@ -79,7 +85,7 @@ def test_a_momentum_that_the_schedule_brings_begins_with_zeros_too(accelerator):
         assert not components.update.optimizer.state[parameter]["momentum_buffer"].any()
 
 
-def test_logical_shards_leave_a_table_of_whole_numbers_alone(tmp_path):
+def test_logical_shards_do_not_change_integer_buffers(tmp_path):
     words = ["data.limit_train=8", "data.limit_test=8", "batch_size=4", "logical_shards=2", "max_steps=2"]
     recipe = load_recipe("debug", *words, "model.name=torchvision/swin_t", "tracking.wandb.mode=disabled")
     train(recipe, tmp_path / "run")
@@ -87,12 +93,13 @@ def test_logical_shards_leave_a_table_of_whole_numbers_alone(tmp_path):
     assert tables and all(int(table.max()) == 168 for table in tables)
 
 
-def test_a_run_folder_explains_itself(tmp_path):
+@pytest.mark.pictures
+def test_a_run_folder_holds_all_files_of_a_run(tmp_path):
     recipe = load_recipe("lenet5", *TINY, "epochs=2", "optimizer.lr=0.02")
     summary = train(recipe, tmp_path / "run")
     folder = RunFolder(tmp_path / "run")
     assert folder.status.read_text() == "done\n"
-    # Resolved: the precision is the one that the launcher gave.
+    # The resolved recipe: the precision is the launcher's.
     assert load_recipe(folder.recipe) == recipe.model_copy(update={"mixed_precision": "no"})
     assert json.loads(folder.summary.read_text()) == summary
     assert set(summary) >= {
@@ -112,7 +119,7 @@ def test_a_run_folder_explains_itself(tmp_path):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_metrics_lines_hold_what_they_promise(tmp_path):
+def test_metrics_have_a_line_per_interval_and_per_evaluation(tmp_path):
     train(load_recipe("lenet5", *TINY, "epochs=2"), tmp_path / "run")
     lines = load_run(tmp_path / "run").metrics
     training = [line for line in lines if "train/loss" in line]
@@ -124,7 +131,7 @@ def test_metrics_lines_hold_what_they_promise(tmp_path):
         assert 0 <= line["train/accuracy"] <= 100
 
 
-def test_a_finished_run_gives_back_the_network_it_evaluated(tmp_path):
+def test_load_run_returns_the_network_that_was_evaluated(tmp_path):
     from mnist_dist.data import load_dataset
 
     summary = train(load_recipe("simple_cnn", *TINY, "eval_batch_size=50"), tmp_path / "run")
@@ -141,7 +148,7 @@ def test_training_twice_in_one_process_with_two_precisions(tmp_path):
     assert (first["mixed_precision"], second["mixed_precision"]) == ("no", "bf16")
 
 
-def test_equal_seeds_give_equal_bytes_and_other_seeds_do_not(tmp_path):
+def test_equal_seeds_give_equal_bytes_and_different_seeds_different_bytes(tmp_path):
     def weights(name: str, seed: int) -> bytes:
         train(load_recipe("model_v1_onecycle", *TINY, "epochs=1", f"seed={seed}"), tmp_path / name)
         return RunFolder(tmp_path / name).last.read_bytes()
@@ -149,22 +156,22 @@ def test_equal_seeds_give_equal_bytes_and_other_seeds_do_not(tmp_path):
     assert weights("a", 1) == weights("b", 1) != weights("c", 2)
 
 
-def test_a_validation_part_is_judged_and_the_test_set_is_used_once(tmp_path, monkeypatch):
-    judged: list[int] = []
+def test_the_validation_part_is_evaluated_and_the_test_images_are_used_once(tmp_path, monkeypatch):
+    evaluated: list[int] = []
 
     def evaluate_and_count(accelerator, module, data, **keywords):
-        judged.append(len(data))
+        evaluated.append(len(data))
         return evaluate(accelerator, module, data, **keywords)
 
-    monkeypatch.setattr("mnist_dist.run.build.evaluate", evaluate_and_count)
+    monkeypatch.setattr("mnist_dist.run.components.evaluate", evaluate_and_count)
     recipe = load_recipe("lenet5", *TINY, "data.limit_train=null", "data.validation=300", "epochs=3")
     summary = train(recipe, tmp_path / "run")
     assert summary["eval.split"] == "validation"
-    assert judged == [300, 300, 300, 100]
+    assert evaluated == [300, 300, 300, 100]
 
 
-def test_early_stopping_counts_evaluations_without_gain(tmp_path):
-    frozen = "optimizer.lr=1e-12"  # nothing is learnt, so nothing gets better
+def test_early_stopping_counts_evaluations_without_improvement(tmp_path):
+    frozen = "optimizer.lr=1e-12"  # the network learns nothing, so no evaluation improves
     summary = train(load_recipe("lenet5", *TINY, frozen, "epochs=9", "early_stopping.patience=2"), tmp_path / "run")
     assert (summary["epochs"], summary["eval.best.epoch"]) == (3, 1.0)
 
@@ -181,12 +188,12 @@ def test_averaged_weights_are_the_ones_evaluated_and_saved(tmp_path):
     plain = train(load_recipe("lenet5", *TINY, "epochs=3", "optimizer.lr=0.1"), tmp_path / "plain")
     assert averaged["train.last.loss"] == plain["train.last.loss"]
     assert averaged["eval.last.loss"] != plain["eval.last.loss"]
-    found = judge_run_folder(load_run(tmp_path / "averaged", weights="last"))
+    found = evaluate_run(load_run(tmp_path / "averaged", weights="last"))
     assert found["loss"] == averaged["eval.last.loss"]
 
 
-def test_less_patience_holds_from_the_next_evaluation(tmp_path):
-    """A run that went on may have lost patience long ago."""
+def test_less_patience_takes_effect_when_the_run_resumes(tmp_path):
+    """The resumed run has already had more evaluations without improvement than the new patience allows."""
     words = ("optimizer.lr=1e-12", "epochs=9", "checkpoint.every_steps=4")
     train(load_recipe("lenet5", *TINY, *words, "early_stopping.patience=5", "max_steps=17"), tmp_path / "run")
     recipe = load_recipe("lenet5", *TINY, *words, "early_stopping.patience=2")
@@ -194,14 +201,14 @@ def test_less_patience_holds_from_the_next_evaluation(tmp_path):
     assert summary["epochs"] == 4
 
 
-def test_a_crash_is_written_down(tmp_path, monkeypatch):
+def test_a_crash_ends_the_trackers_and_sets_the_status(tmp_path, monkeypatch):
     ended: list[str] = []
     for tracker in (ConsoleTracker, JSONLTracker):
         monkeypatch.setattr(tracker, "finish", lambda tracker: ended.append(tracker.name))
     monkeypatch.setattr("mnist_dist.train.fit", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(load_recipe("lenet5", *TINY), tmp_path / "run")
-    assert sorted(ended) == ["console", "jsonl"], "a terminal would stay without its cursor"
+    assert sorted(ended) == ["console", "jsonl"], "otherwise a terminal keeps its cursor hidden"
     assert RunFolder(tmp_path / "run").status.read_text() == "failed\n"
 
 

@@ -1,12 +1,62 @@
-"""Writing files so that a reader never sees half of one."""
+"""Writing files: a reader never sees half of one, and a power failure loses none that has its name."""
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from pathlib import Path
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes beside and renames: a reader sees the old text or the new, never half."""
+def write_atomically(path: Path, content: bytes | memoryview | str) -> None:
+    """Writes a file under a temporary name in the same folder, flushes it to the disk, then renames it.
+
+    A reader sees the old content or the new content, never half of it.
+
+    Args:
+        path: the file; its folder must exist.
+        content: bytes, or text, which is encoded as UTF-8.
+
+    Raises:
+        OSError: the file cannot be written. Its `filename` is `path`; the old file is untouched.
+    """
     staged = path.with_name(path.name + ".tmp")
-    staged.write_text(text, encoding="utf-8")
-    staged.replace(path)
+    try:
+        write_flushed(staged, content)
+        rename_flushed(staged, path)
+    except OSError as error:
+        with suppress(OSError):
+            staged.unlink()  # a full disk then has space for the files that report the failure
+        error.filename = str(path)  # the user knows nothing of the temporary name
+        raise
+
+
+write_text = write_atomically
+
+
+def write_flushed(path: Path, content: bytes | memoryview | str) -> None:
+    """Writes a file in place and waits until it is on the disk.
+
+    Raises:
+        OSError: the file cannot be written; its `filename` is `path`.
+    """
+    try:
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        fsync_path(path)
+    except OSError as error:
+        error.filename = str(path)  # the system call `write` does not name the file
+        raise
+
+
+def rename_flushed(source: Path, target: Path) -> None:
+    """Renames a file or a folder within one folder and waits until the new name is on the disk."""
+    source.replace(target)
+    fsync_path(target.parent)
+
+
+def fsync_path(path: Path) -> None:
+    """Waits until a file, or the entries of a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -19,13 +19,14 @@ from mnist_dist.data import Dataset
 from mnist_dist.distributed.devices import choose_threads
 from mnist_dist.distributed.launcher import launched_world
 from mnist_dist.errors import Kind, Problem, RecipeError
-from mnist_dist.export.onnx import onnx_session, trace_program, write_onnx
+from mnist_dist.export.onnx import onnx_session, write_onnx
 from mnist_dist.export.page import VERSION, build_page, load_runtime
 from mnist_dist.export.quantize import quantize
 from mnist_dist.export.verify import Deployed, Form, Predictor, check_agreement, measure_form, refuse_batch_dependence
 from mnist_dist.recipe.loading import load_recipe
 from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.build import load_data
+from mnist_dist.run.onnx_export import trace_program
 from mnist_dist.run.reader import Run
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mnist_dist.export.verify import Predictor
-from mnist_dist.run.onnx_export import export_onnx, open_session, trace_program
+from mnist_dist.run.onnx_export import export_onnx, open_session
 
 
 def write_onnx(program: Any, path: Path, about: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""A run folder: the names of what lies in it, its creation, its status, and reading it back."""
+"""A run folder: the paths of its files, its creation and its status."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from mnist_dist.engine.files import write_text
-from mnist_dist.errors import Problem, RecipeError
+from mnist_dist.engine.files import write_atomically
+from mnist_dist.errors import Kind, Problem, RecipeError
 from mnist_dist.recipe.changes import refuse_changes
 from mnist_dist.recipe.loading import load_recipe
 from mnist_dist.recipe.schema import Recipe
@@ -17,7 +17,7 @@ from mnist_dist.recipe.schema import Recipe
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths of a run folder. STATUS holds one word: running, done, failed or preempted."""
+    """The paths of a run folder. STATUS holds one word: running, done, failed or preempted."""
 
     path: Path
 
@@ -36,40 +36,56 @@ class RunFolder:
     def open(
         cls, run_dir: str | Path | None, recipe: Recipe, resume: str = "auto", allow_recipe_change: bool = False
     ) -> RunFolder:
-        """Makes a fresh folder, or opens the one of a run that is to go on; `runs/<recipe>/<date-time>` unless told.
+        """Creates a run folder, or opens the folder of a run that is to resume; writes recipe.yaml and STATUS.
+
+        Args:
+            run_dir: the folder; None for a new one, `runs/<recipe>/<date-time>`.
+            recipe: the resolved recipe of the run.
+            resume: "never" to refuse a folder that holds a run.
+            allow_recipe_change: accept a recipe that changes the result of the run in the folder.
 
         Raises:
-            RecipeError: the folder cannot be made, or holds something that is not this run's to continue.
+            RecipeError: the folder cannot be created, or it holds something that this run cannot continue.
         """
-        where = "the working directory" if run_dir is None else "command line: --run-dir"
-
-        def refuse(message: str) -> RecipeError:
-            return RecipeError([Problem(where, "", message)])
-
         try:
-            folder = cls(_fresh(Path("runs") / recipe.name) if run_dir is None else Path(run_dir))
+            folder = cls(_create_dated(Path("runs") / recipe.name) if run_dir is None else Path(run_dir))
             folder.path.mkdir(parents=True, exist_ok=True)
-            holds = {entry.name for entry in folder.path.iterdir()} - {folder.recipe.name + ".tmp"}
-            if holds and not folder.recipe.is_file():
-                raise refuse(f"{folder.path} is not empty and not a run's; name a new folder")
-            if holds and resume == "never":
-                raise refuse(f"{folder.path} holds a run, and a run is never overwritten; name a new folder")
-            if folder.is_done:
-                raise refuse(f"the run in {folder.path} is done already; name a new folder for another")
-            if holds and (changes := refuse_changes(load_recipe(folder.recipe), recipe, allow_recipe_change)):
-                raise refuse(f"the run in {folder.path} began with another recipe:\n{changes}")
-            # First of all files: by it the same command knows its own folder again, whenever this one is killed.
-            write_text(folder.recipe, recipe.to_yaml())
+            folder._refuse_content(recipe, resume, allow_recipe_change)
+            # The first file: by it the same command recognises its own folder, whenever the process is killed.
+            write_atomically(folder.recipe, recipe.to_yaml())
             folder.plots.mkdir(exist_ok=True)
             folder.set_status("running")
         except OSError as error:
-            what = f"{error.filename or run_dir} cannot be written: {error.strerror}; give another --run-dir"
-            raise refuse(what) from error
+            where, key = ("the working directory", "runs") if run_dir is None else ("command line", "--run-dir")
+            problem = f"{error.filename or run_dir} cannot be written: {error.strerror}"
+            hint = "name another folder with --run-dir"
+            raise RecipeError([Problem(where, key, f"{problem}; {hint}", "unwritable")]) from error
         return folder
+
+    def _refuse_content(self, recipe: Recipe, resume: str, allow_recipe_change: bool) -> None:
+        """Raises RecipeError if the folder holds something that a run of this recipe must not overwrite."""
+
+        def refusal(message: str, kind: Kind) -> RecipeError:
+            return RecipeError([Problem("command line", "--run-dir", message, kind)])
+
+        if not {entry.name for entry in self.path.iterdir()} - {self.recipe.name + ".tmp"}:
+            return
+        if not self.recipe.is_file():
+            raise refusal(f"{self.path} is not empty and is not a run folder; name a new folder", "exists")
+        if resume == "never":
+            raise refusal(f"{self.path} holds a run, and a run is never overwritten; name a new folder", "exists")
+        if self.is_done:
+            raise refusal(f"the run in {self.path} is done; name a new folder for another run", "exists")
+        if changes := refuse_changes(load_recipe(self.recipe), recipe, allow_recipe_change):
+            raise refusal(f"the run in {self.path} was started with another recipe:\n{changes}", "conflict")
 
     @contextmanager
     def failed_on_error(self, writes: bool) -> Iterator[None]:
-        """While entered, an error that leaves makes the status failed; `writes`: this is the process that writes it."""
+        """Returns a context in which an exception sets the status to `failed`.
+
+        Args:
+            writes: this is the process that writes the status.
+        """
         try:
             yield
         except BaseException:
@@ -83,11 +99,11 @@ class RunFolder:
         return self.status.is_file() and self.status.read_text() == "done\n"
 
     def set_status(self, status: str) -> None:
-        write_text(self.status, status + "\n")
+        write_atomically(self.status, status + "\n")
 
 
-def _fresh(parent: Path) -> Path:
-    """A folder named by the second, with a number behind where two runs start in the same one; made by this call."""
+def _create_dated(parent: Path) -> Path:
+    """Creates a folder named by date and time; a number follows if another run started in the same second."""
     name = datetime.now().strftime("%Y%m%d-%H%M%S")
     for suffix in ["", *(f"-{number}" for number in range(2, 1000))]:
         path = parent / f"{name}{suffix}"

@@ -1,4 +1,4 @@
-"""The layers of a model as a plain-text table, found by running a copy of it once."""
+"""A table of a model's layers as plain text. The layers are found by running a copy of the model once."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-BATCH = 2  # two images, not one: an output of (98, C) is then seen to be 49 rows per image
+BATCH = 2
+"""Images of the trial run. Two, not one: an output of shape (98, C) then shows that it has 49 rows per image."""
 
 COUNTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+"""Layers whose multiply-adds count."""
 
 
 @dataclass(frozen=True)
@@ -26,50 +28,51 @@ class _Row:
 
 
 def summarize_model(model: nn.Module, *, input_shape: Sequence[int] = (1, 28, 28)) -> str:
-    """A table of the layers in the order they are called: output shape, parameters, multiply-adds per image.
+    """Returns a table of the layers in the order of their calls: output shape, parameters, multiply-adds per image.
 
-    Runs a float32 copy of the model in eval mode on the CPU; the model, its mode and the random numbers stay as they
-    are. A model that cannot be run so is listed by its parameters, with a line that says why.
+    Runs a float32 copy of the model in eval mode on the CPU; the model, its mode and the random numbers do not change.
+    If the copy cannot be run, the table lists the layers in the order of definition and a line gives the reason.
 
     Args:
         model: any module that takes one float32 batch (N, *input_shape).
-        input_shape: of one image: channels, height, width.
+        input_shape: channels, height and width of one image.
     """
     try:
-        # The totals are of the copy too: running it gives lazy layers their shapes.
+        # The totals are computed from the copy too: running it gives lazy layers their shapes.
         model = copy.deepcopy(model).to("cpu", torch.float32).eval()
         rows, note = _trace(model, input_shape), ""
-    except Exception as error:  # whatever the user's forward raises: a report must not end a run
+    except Exception as error:  # a user's `forward` may raise anything, and a report must not end a run
         rows = _list_leaves(model)
         reason = (str(error).strip().splitlines() or [""])[0]
         note = f"Layers in the order of definition: the model could not be run ({type(error).__name__}: {reason})"
-    if elsewhere := _count(model.parameters()) - sum(row.parameters for row in rows):
-        rows.append(_Row("(elsewhere)", "not in the layers above", "-", elsewhere, None))
+    if others := _count(model.parameters()) - sum(row.parameters for row in rows):
+        rows.append(_Row("(elsewhere)", "not in the layers above", "-", others, None))
     heading = f"{type(model).__name__} on {_shape_text((BATCH, *input_shape))}"
     lines = [heading, "", *_table(rows), "", *_totals(model, rows), note]
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
 def _trace(model: nn.Module, input_shape: Sequence[int]) -> list[_Row]:
-    """Runs the copy on zeros; one row for each call of a module without children."""
+    """Runs the copy on zeros and returns one row for each call of a module without children."""
     names = {module: name or "(model)" for name, module in model.named_modules()}
     rows: list[_Row] = []
     seen: set[int] = set()
 
-    def record(module: nn.Module, inputs: Any, output: Any) -> None:
+    def add_row(module: nn.Module, inputs: Any, output: Any) -> None:
         parameters, cost = _count(module.parameters(), seen), _multiply_adds(module, output)
         rows.append(_Row(names[module], type(module).__name__, _shapes(output), parameters, cost))
 
     for module in names:
-        module._forward_hooks.clear()  # the copy shares the user's hooks, which must not see this run
+        module._forward_hooks.clear()  # copied from the user's model; they must not see this run
         if not list(module.children()):
-            module.register_forward_hook(record)
+            module.register_forward_hook(add_row)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         model(torch.zeros(BATCH, *input_shape, dtype=torch.float32, device="cpu"))
     return rows
 
 
 def _list_leaves(model: nn.Module) -> list[_Row]:
+    """Returns one row for each module without children, in the order of definition."""
     seen: set[int] = set()
     leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
     counts = [_count(leaf.parameters(), seen) for _, leaf in leaves]
@@ -80,7 +83,10 @@ def _list_leaves(model: nn.Module) -> list[_Row]:
 
 
 def _count(parameters: Iterable[nn.Parameter], seen: set[int] | None = None) -> int:
-    """Values in the parameters that are not in `seen`, which they join: a shared one counts where it is met first."""
+    """Returns the number of values in the parameters that are not in `seen`, and adds these parameters to `seen`.
+
+    A shared parameter is thus counted only once, where it is first met.
+    """
     seen = set() if seen is None else seen
     fresh = [parameter for parameter in parameters if id(parameter) not in seen and not is_lazy(parameter)]
     seen.update(map(id, fresh))
@@ -88,7 +94,7 @@ def _count(parameters: Iterable[nn.Parameter], seen: set[int] | None = None) -> 
 
 
 def _multiply_adds(module: nn.Module, output: Any) -> int:
-    # Each output value is the product of one row of the weight, whose shape knows of groups, with a part of the input.
+    # Each output value is the product of one row of the weight (shorter with groups) with a part of the input.
     return output.numel() // BATCH * module.weight[0].numel() if isinstance(module, COUNTED) else 0
 
 
@@ -131,5 +137,5 @@ def _totals(model: nn.Module, rows: list[_Row]) -> list[str]:
         f"Multiply-adds         {f'{cost:,} ({scaled}) per image' if measured else 'not measured'}",
         f"Weights               {4 * total / 1e6:.2f} MB as float32",
         "",
-        "Multiply-adds are of convolutions and linear layers; norms, activations and all else count as 0.",
+        "Multiply-adds count convolutions and linear layers only, no norms, activations or other layers.",
     ]

@@ -1,60 +1,80 @@
-"""What a run takes from runs before it: weights to begin with, and teachers to learn from."""
+"""What a run takes from earlier runs: initial weights and teacher networks."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mnist_dist.data import Images
 from mnist_dist.engine.checkpoint import load_weights
-from mnist_dist.errors import RecipeError
+from mnist_dist.errors import Kind, RecipeError
 from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.folder import RunFolder
 from mnist_dist.run.reader import Run, load_run
 
+# --- initial weights ----------------------------------------------------------------------------------------------
+
 
 def load_initial_weights(recipe: Recipe, module: nn.Module) -> list[str]:
-    """Gives the network what fits it, by name and shape, of the weights in `model.init_from`; notes on what does not.
+    """Copies the tensors of `model.init_from` into the network where name and shape are equal.
+
+    Returns:
+        One note that says which tensors were copied and which were not; empty without `model.init_from`.
 
     Raises:
-        RecipeError: the weights cannot be read, or fit nothing, or lack something that is frozen.
+        RecipeError: the weights cannot be read, or fit no parameter, or lack a frozen parameter.
     """
     if recipe.model.init_from is None:
         return []
-
-    def refuse(message: str) -> RecipeError:
-        return RecipeError([recipe.problem("model.init_from", message)])
-
     path = Path(recipe.model.init_from)
     path = RunFolder(path).last if path.is_dir() else path
-    try:
-        given, about = load_weights(path, foreign=True)
-    except FileNotFoundError as error:
-        raise refuse(f"there is no {path}; name a finished run's folder or a .safetensors file") from error
-    except (OSError, ValueError) as error:
-        raise refuse(str(error)) from error
-    origin, own = about.get("model", "a network that it does not name"), module.state_dict()
+    given, about = _read_weights(recipe, path)
+    origin, own = about.get("model", "an unnamed network"), module.state_dict()
     fitting = {name for name, value in own.items() if name in given and given[name].shape == value.shape}
     parameters = dict(module.named_parameters())
     if not fitting & parameters.keys():
-        raise refuse(f"{path} is of {origin}: not one of its tensors fits {recipe.model.name} by name and shape")
+        message = f"{path} holds weights of {origin}: no tensor fits {recipe.model.name} in name and shape"
+        raise _refusal(recipe, message, "conflict")
     left, unused = ([name for name in names if name not in fitting] for names in (own, given))
-    random = [name for name in left if name in parameters and not parameters[name].requires_grad]
-    if random:
-        raise refuse(f"{path} ({origin}) does not bring {_listed(random)}, which model.freeze would leave as it is")
+    frozen = [name for name in left if name in parameters and not parameters[name].requires_grad]
+    if frozen:
+        message = f"{path} ({origin}) lacks {_listed(frozen)}; model.freeze would keep their random values"
+        raise _refusal(recipe, message, "conflict")
     module.load_state_dict({name: given[name] for name in fitting}, strict=False)
-    notes = [f"{len(fitting)} of {len(own)} tensors begin as in {path} ({origin})"]
-    notes += [f"begins anew: {_listed(left)}"] if left else []
+    notes = [f"{len(fitting)} of {len(own)} tensors were copied from {path} ({origin})"]
+    notes += [f"randomly initialized: {_listed(left)}"] if left else []
     notes += [f"not used: {_listed(unused)}"] if unused else []
     return ["; ".join(notes)]
 
 
+def _read_weights(recipe: Recipe, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        return load_weights(path, foreign=True)
+    except FileNotFoundError as error:
+        message = f"{path} does not exist; name the folder of a finished run or a .safetensors file"
+        raise _refusal(recipe, message, "missing") from error
+    except (OSError, ValueError) as error:
+        raise _refusal(recipe, str(error), "damaged") from error
+
+
+def _refusal(recipe: Recipe, message: str, kind: Kind) -> RecipeError:
+    return RecipeError([recipe.problem("model.init_from", message, kind)])
+
+
+# --- teachers -----------------------------------------------------------------------------------------------------
+
+
 def load_teachers(recipe: Recipe, data: Images) -> list[Run]:
-    """The trained networks that the recipe's is to learn from.
+    """Loads the trained networks of `distill.from`, with their last weights.
+
+    Args:
+        recipe: the recipe of the student.
+        data: the training images; each teacher must know the same classes.
 
     Raises:
-        RecipeError: a run or its weights are not there, or it knows other classes.
+        RecipeError: a run or its weights are missing or damaged, or its classes differ.
     """
     teachers = []
     for folder in recipe.distill.teachers or []:
@@ -62,13 +82,14 @@ def load_teachers(recipe: Recipe, data: Images) -> list[Run]:
             teacher = load_run(folder, "last")
             _, known = teacher.model, tuple(teacher.about["classes"])
         except (OSError, ValueError) as error:
-            what = f"{error}\ntrain it first"
-            what += f"; launch/reproduce.sh {recipe.name} does" if "runs/reproduce/" in f"{folder}" else ""
-            raise RecipeError([recipe.problem("distill.from", what)]) from error
+            message = f"{error}\ntrain it first"
+            message += f": launch/reproduce.sh {recipe.name}" if "runs/reproduce/" in f"{folder}" else ""
+            kind: Kind = "missing" if isinstance(error, FileNotFoundError) else "damaged"
+            raise RecipeError([recipe.problem("distill.from", message, kind)]) from error
         if known != data.classes:
-            what = f"{folder} knows {len(known)} classes ({_listed(list(known), 10)}), {recipe.data.dataset} has "
-            what += f"{len(data.classes)} ({_listed(list(data.classes), 10)})"
-            raise RecipeError([recipe.problem("distill.from", what)])
+            message = f"{folder} knows {len(known)} classes ({_listed(list(known), 10)}), {recipe.data.dataset} has "
+            message += f"{len(data.classes)} ({_listed(list(data.classes), 10)})"
+            raise RecipeError([recipe.problem("distill.from", message, "conflict")])
         teachers.append(teacher)
     return teachers
 

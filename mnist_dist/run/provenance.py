@@ -1,4 +1,4 @@
-"""Versions and commit of the code that runs."""
+"""The versions and the git commit of the code that runs."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from pathlib import Path
 
 from mnist_dist import __version__
 
-# --- what ran ---------------------------------------------------------------------------------------------------
-
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of every package that can change a result."""
+    """Returns the version of Python and of every package that can change a result, by name."""
     packages = ("torch", "torchvision", "accelerate", "wandb", "numpy")
     return {
         "mnist_dist": __version__,
@@ -23,7 +21,7 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of the code that runs, "-dirty" where it was changed since; None outside a repository."""
+    """Returns the commit of the code, with "-dirty" if it was changed since; None outside a git repository."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--match="]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or None

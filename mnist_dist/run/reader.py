@@ -1,4 +1,4 @@
-"""Run folders as they are: finished or still training, failed, preempted or damaged; read again, only what is new."""
+"""Reading run folders: `RunReader` follows a run in any state, `load_run` loads a trained network."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from mnist_dist.engine.checkpoint import load_weights
-from mnist_dist.errors import Problem, RecipeError
+from mnist_dist.errors import Kind, Problem, RecipeError
 from mnist_dist.models import build_model
 from mnist_dist.recipe.changes import HARMLESS_KEYS, flatten
 from mnist_dist.recipe.file import read_recipe
@@ -27,27 +27,32 @@ from mnist_dist.run.tables import printable
 from mnist_dist.tracking import JSONLReader
 
 SILENCE = 600.0
-"""Seconds without a new line after which a run that says it is running is said to be silent."""
+"""The status of a running run mentions its silence after so many seconds without a new line."""
+
+# --- a run in any state -------------------------------------------------------------------------------------------
 
 
 def find_runs(path: Path) -> Iterator[Path]:
-    """The run folder itself, or every one below a folder, in the order of their names."""
-    for place, folders, files in os.walk(path):
+    """Yields the run folder itself, or every run folder below `path`, in the order of their names."""
+    for folder, folders, files in os.walk(path):
         if "recipe.yaml" in files:
-            yield Path(place)
+            yield Path(folder)
             folders.clear()
         folders[:] = sorted(name for name in folders if not name.startswith("."))
 
 
 class RunReader:
-    """A run folder; `refresh` takes in what is new, and raises nothing whatever is missing or broken in it.
+    """A run folder whose run may be training, finished, failed, preempted or damaged.
+
+    `refresh` reads what is new. It raises no error, whatever is missing or damaged.
 
     Attributes:
-        name: its path, such that any encoding can print it.
-        recipe: dotted keys and values of the resolved recipe; empty where it cannot be read.
-        summary: what summary.json holds; of an unfinished run as much of the same as its metrics tell.
+        name: the path as text that any console can print.
+        recipe: dotted keys and values of the resolved recipe; empty if recipe.yaml cannot be read.
+        summary: the values of summary.json; for an unfinished run those of them that its metrics give.
         lines: the objects of metrics.jsonl so far.
-        changes: counts the refreshes that found something new.
+        is_finished: summary.json is complete.
+        changes: the number of refreshes that found something new.
     """
 
     def __init__(self, path: Path):
@@ -64,6 +69,7 @@ class RunReader:
         self.refresh()
 
     def refresh(self) -> None:
+        """Reads the files again if one of them has changed."""
         folder = self.folder
         stamps = [_stamp(path) for path in (folder.recipe, folder.summary, folder.status, folder.metrics)]
         if stamps == self._stamps:
@@ -82,6 +88,7 @@ class RunReader:
         self.summary = summary if self.is_finished else self._so_far()
 
     def _so_far(self) -> dict[str, Any]:
+        """Returns the values of an unfinished run's summary that its recipe and metrics give."""
         accuracies = numbers(self.lines, "eval/accuracy")
         speeds = numbers(self.lines, "train/images_per_second")
         return {
@@ -96,7 +103,7 @@ class RunReader:
 
     @property
     def status(self) -> str:
-        """The word of STATUS, and of an unfinished run how far it came."""
+        """The word of STATUS; for an unfinished run also the epochs done, and how long it has been silent."""
         if not self.recipe:
             return "damaged: recipe.yaml cannot be read"
         if self.is_finished:
@@ -111,31 +118,31 @@ class RunReader:
 
     @property
     def key(self) -> Hashable:
-        """Equal for runs whose recipes differ only in the seed and in what changes no result."""
+        """A value that is equal for runs whose recipes differ only in the seed and in keys that change no result."""
         return tuple(sorted((key, repr(value)) for key, value in self.result_keys.items())) or self.name
 
     @property
     def result_keys(self) -> dict[str, Any]:
-        """The part of the recipe that changes a result, without the seed."""
+        """The keys of the recipe that change a result, without the seed."""
         items = self.recipe.items()
         return {key: value for key, value in items if key != "seed" and not key.startswith(HARMLESS_KEYS)}
 
 
 def is_summary(values: Any) -> bool:
-    """Whether a JSON value is what summary.json holds: a comparison needs its recipe, seed, epochs and accuracies."""
+    """Returns whether a JSON value is a complete summary: a comparison needs recipe, seed, epochs and accuracies."""
     kinds: dict[str, Any] = {"recipe": str, "seed": int, "epochs": (int, float)}
     kinds |= {f"eval.{which}.accuracy": (int, float) for which in ("last", "best")}
     return isinstance(values, dict) and all(isinstance(values.get(key), kind) for key, kind in kinds.items())
 
 
 def numbers(lines: list[dict[str, Any]], key: str) -> list[float]:
-    """The finite numbers that the lines hold under a key, in their order."""
+    """Returns the finite numbers that the lines hold under a key, in their order."""
     found = [value for line in lines if isinstance(value := line.get(key), int | float)]
     return [value for value in found if math.isfinite(value)]
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
-    """When a file last changed, in nanoseconds, and its bytes; None where there is none."""
+    """Returns a file's time of change, in nanoseconds, and its size in bytes; None if it does not exist."""
     with suppress(OSError):
         found = path.stat()
         return found.st_mtime_ns, found.st_size
@@ -143,15 +150,19 @@ def _stamp(path: Path) -> tuple[int, int] | None:
 
 
 def _duration(seconds: float) -> str:
+    """Returns a duration in days, hours or minutes."""
     for size, unit in ((86400, "days"), (3600, "h")):
         if seconds > 2 * size:
             return f"{seconds / size:.0f} {unit}"
     return f"{seconds / 60:.0f} min"
 
 
+# --- a trained network --------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Run:
-    """A finished (or unfinished) run read back from its folder."""
+    """A run read from its folder. Each file is read when it is first used."""
 
     folder: RunFolder
     weights: str
@@ -159,6 +170,7 @@ class Run:
 
     @cached_property
     def recipe(self) -> Recipe:
+        """The resolved recipe."""
         return load_recipe(self.folder.recipe)
 
     @cached_property
@@ -168,27 +180,28 @@ class Run:
 
     @cached_property
     def summary(self) -> dict[str, Any]:
+        """The values of summary.json."""
         return json.loads(self.folder.summary.read_text(encoding="utf-8"))
 
     @cached_property
     def about(self) -> dict[str, Any]:
-        """What the weights file says of itself: model, its keywords, classes, mean and std of the data."""
+        """The description in the weights file: model, its keywords, classes, mean and std of the data."""
         return load_weights(self.folder.path / f"{self.weights}.safetensors")[1]
 
     @cached_property
     def model(self) -> nn.Module:
-        """The trained network in eval mode on the CPU; takes normalised float32 (N, 1, 28, 28).
+        """The trained network in eval mode on the CPU; takes normalised float32 (N, channels, height, width).
 
         Raises:
-            OSError, ValueError: no whole weights there, or its class is no longer the one that was trained.
+            OSError, ValueError: the weights file is missing or damaged, or the model's class has changed since.
         """
         tensors, about = load_weights(self.folder.path / f"{self.weights}.safetensors")
         try:
             module = build_model(about["model"], num_classes=len(about["classes"]), **about["keywords"])
             module.load_state_dict(tensors)
         except Exception as error:  # a user's own class may fail in any way
-            why = " ".join(str(error).split())
-            raise ValueError(f"{about['model']} cannot be built with its weights: {why}") from error
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{about['model']} cannot be built with its weights: {reason}") from error
         return module.eval()
 
 
@@ -196,10 +209,11 @@ def load_run(folder: str | Path, weights: str = "best") -> Run:
     """Opens a run folder.
 
     Args:
-        weights: "best" (the document's way) or "last".
+        folder: the run folder.
+        weights: "best" (of the evaluation with the highest accuracy) or "last".
 
     Raises:
-        FileNotFoundError: no run folder there.
+        FileNotFoundError: `folder` is not a run folder.
     """
     run = Run(RunFolder(Path(folder)), weights)
     if not run.folder.recipe.is_file():
@@ -208,14 +222,19 @@ def load_run(folder: str | Path, weights: str = "best") -> Run:
 
 
 def open_run(folder: str | Path, weights: str) -> Run:
-    """`load_run` for a command: with the network read.
+    """Opens a run folder that the user named and loads the network.
+
+    Args:
+        folder: the run folder.
+        weights: "best" or "last".
 
     Raises:
-        RecipeError: no run folder there, or no whole weights in it.
+        RecipeError: `folder` is not a run folder, or its weights are missing or damaged.
     """
     try:
         run = load_run(folder, weights)
         _ = run.model
     except (OSError, ValueError) as error:
-        raise RecipeError([Problem(str(folder), "", str(error))]) from error
+        kind: Kind = "missing" if isinstance(error, FileNotFoundError) else "damaged"
+        raise RecipeError([Problem("command line", str(folder), str(error), kind)]) from error
     return run

@@ -1,8 +1,9 @@
-"""What a run says while it trains and what it leaves when it is done: trackers, summary, pictures."""
+"""The trackers of a run, and what a run writes when it ends: summary.json, pictures, W&B artifacts, status."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,14 +12,17 @@ from mnist_dist.data import Batches, Dataset, Images
 from mnist_dist.distributed.collectives import count_nodes
 from mnist_dist.distributed.devices import device_name
 from mnist_dist.distributed.launcher import launch_settings
+from mnist_dist.distributed.signals import PREEMPTED
 from mnist_dist.engine.evaluation import Evaluation
-from mnist_dist.engine.files import write_text
+from mnist_dist.engine.files import write_atomically
 from mnist_dist.models import count_parameters
 from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.components import Progress, TrainingComponents
 from mnist_dist.run.folder import RunFolder
 from mnist_dist.run.reader import load_run
 from mnist_dist.tracking import ConsoleTracker, JSONLTracker, WandbTracker, find_tracker, resolve_mode
+
+# --- trackers -----------------------------------------------------------------------------------------------------
 
 
 def open_trackers(
@@ -30,16 +34,28 @@ def open_trackers(
     *,
     quiet: bool = False,
 ) -> ConsoleTracker | None:
-    """Console, metrics.jsonl and W&B, on rank 0 alone; with a checkpoint they go on where it was taken."""
+    """Starts the console, metrics.jsonl and W&B on rank 0 and prints the run's header.
+
+    Args:
+        recipe: the resolved recipe.
+        components: the run's components; their accelerator gets the trackers.
+        dataset: the data of the run.
+        folder: the run folder.
+        checkpoint: the state that the run resumes from: metrics and W&B run continue there; empty for a new run.
+        quiet: print nothing.
+
+    Returns:
+        The console; None on the other ranks.
+    """
     if not components.accelerator.is_main_process:
         return None
     split = "validation" if dataset.has_validation else "test"
     console = ConsoleTracker(components.total_steps, recipe.epochs, split, folder.console, quiet=quiet)
     wandb = recipe.tracking.wandb
-    mode, why = resolve_mode(wandb.mode)
-    console.header(_header(recipe, components, dataset) | {"wandb": why, "run folder": str(folder.path)})
+    mode, reason = resolve_mode(wandb.mode)
+    console.header(_header(recipe, components, dataset) | {"wandb": reason, "run folder": str(folder.path)})
     if checkpoint:
-        console.message(f"goes on after step {checkpoint['progress']['step']:,}")
+        console.message(f"resumed from the checkpoint at step {checkpoint['progress']['step']:,}")
     trackers: list[Any] = [console, JSONLTracker(folder.metrics, checkpoint.get("metrics_bytes", 0))]
     if mode != "disabled":
         init: dict[str, Any] = wandb.model_dump(include={"entity", "job_type", "tags"})
@@ -55,36 +71,124 @@ def open_trackers(
     return console
 
 
+def show_notes(console: ConsoleTracker | None, components: TrainingComponents, notes: Sequence[str]) -> None:
+    """Prints notes on how the run was set up, and has the CUDA-graph runner print to the same console.
+
+    Args:
+        console: the console of rank 0; None on the other ranks, which print nothing.
+        components: the run's components, which have notes of their own.
+        notes: other notes, printed first.
+    """
+    if console is None:
+        return
+    for note in [*notes, *components.notes]:
+        console.message(note)
+    if components.captured:
+        components.captured.notify = console.message
+
+
 def close_trackers(components: TrainingComponents) -> None:
-    """The console last: it says what the others could not finish."""
+    """Finishes all trackers. The console is the last: it shows what the others could not finish."""
     for tracker in reversed(components.accelerator.trackers):
         tracker.finish()
 
 
+def _close(components: TrainingComponents) -> None:
+    """Finishes the trackers and waits for every rank.
+
+    Not `end_training`, which also ends the process group: `train` may be called again in this process.
+    """
+    close_trackers(components)
+    components.accelerator.wait_for_everyone()
+
+
 def _header(recipe: Recipe, components: TrainingComponents, dataset: Dataset) -> dict[str, str]:
+    """Returns the facts of the run that the console prints first, by name."""
     accelerator, held_out = components.accelerator, f"{len(dataset.test):,} test"
     if dataset.has_validation:
         held_out = f"{len(dataset.held_out):,} validation, {held_out}"
     processes = "1 process" if accelerator.num_processes == 1 else f"{accelerator.num_processes} processes"
     launch, steps = launch_settings(), components.batches.steps_per_epoch
-    said = ", ".join(f"{key} {value}" for key, value in launch.items() if key != "launcher")
+    settings = ", ".join(f"{key} {value}" for key, value in launch.items() if key != "launcher")
     header = {
         "recipe": recipe.name,
         "model": f"{recipe.model.name}, {count_parameters(components.module):,} parameters",
         "data": f"{recipe.data.dataset}, {len(dataset.train):,} training, {held_out} images",
         "length": f"{recipe.epochs} epochs of {steps} steps, global batch {recipe.batch_size}",
         "world": f"{processes} on {device_name(accelerator.device)}, precision {accelerator.mixed_precision}",
-        "launcher": f"{launch['launcher']}{f' ({said})' if said else ''}",
+        "launcher": f"{launch['launcher']}{f' ({settings})' if settings else ''}",
     }
     if recipe.logical_shards:
         divisors = [str(1 << power) for power in range(recipe.logical_shards.bit_length())]
-        header["shards"] = f"{recipe.logical_shards} logical ones: the same bytes at {', '.join(divisors)} processes"
+        header["shards"] = f"{recipe.logical_shards} logical shards: the same bytes at {', '.join(divisors)} processes"
     return header
+
+
+# --- the end of a run ---------------------------------------------------------------------------------------------
+
+
+def stop_run(
+    folder: RunFolder, components: TrainingComponents, progress: Progress, console: ConsoleTracker | None
+) -> dict[str, Any]:
+    """Marks a run that has saved and stopped as preempted and closes the trackers. Collective: call on every rank.
+
+    Returns:
+        The status and the step, in the place of a summary.
+    """
+    if console:
+        step = f"{progress.step:,}"
+        console.message(f"stop requested; checkpoint saved at step {step}. Rerun the same command to resume.")
+        folder.set_status("preempted")
+    if wandb := find_tracker(components.accelerator, WandbTracker):
+        wandb.preempt(PREEMPTED)
+    _close(components)
+    return {"status": "preempted", "step": progress.step}
+
+
+def finish_run(
+    folder: RunFolder,
+    recipe: Recipe,
+    components: TrainingComponents,
+    progress: Progress,
+    dataset: Dataset,
+    console: ConsoleTracker | None,
+    facts: dict[str, Any],
+) -> dict[str, Any]:
+    """Evaluates the test images, writes the results and closes the trackers. Collective: call on every rank.
+
+    Args:
+        folder: the run folder; rank 0 writes into it.
+        recipe: the resolved recipe.
+        components: the run's components after the last step.
+        progress: the run's progress after the last step.
+        dataset: the data of the run.
+        console: the console of rank 0; None on the other ranks.
+        facts: more values for the summary: durations, versions, commit.
+
+    Returns:
+        The values of summary.json.
+    """
+    # Without a validation part this repeats the last evaluation, for its probabilities. With one, the test images are
+    # used here for the first time.
+    test = components.evaluate(dataset.test.to(components.accelerator.device), recipe.eval_batch_size)
+    summary = summarize(recipe, components, progress, test if dataset.has_validation else None) | facts
+    if console:
+        _write_results(folder, recipe, components, dataset, test, summary, console)
+    _close(components)
+    return summary
 
 
 def summarize(
     recipe: Recipe, components: TrainingComponents, progress: Progress, test: Evaluation | None
 ) -> dict[str, Any]:
+    """Returns the values of summary.json. Collective: call on every rank.
+
+    Args:
+        recipe: the resolved recipe.
+        components: the run's components after the last step.
+        progress: the run's progress after the last step.
+        test: the evaluation of the test images if the run evaluated a validation part, else None.
+    """
     full_epochs, rest = divmod(progress.step, components.batches.steps_per_epoch)
     images = full_epochs * components.batches.num_samples + rest * recipe.batch_size
     wandb, own_seconds = find_tracker(components.accelerator, WandbTracker), components.meter.own_seconds
@@ -101,7 +205,7 @@ def summarize(
         "steps": progress.step,
         "images_per_second": round(images / components.meter.train_seconds, 1),
         **components.meter.per_process(components.update.clock),
-        # A process that only ended a run has made no step.
+        # A process that resumed after the last step has made no step.
         "wandb_share": round(wandb.log_seconds / own_seconds, 6) if wandb and own_seconds else 0.0,
         "skipped_steps": components.update.skipped,
         "launch": launch_settings(),
@@ -116,7 +220,7 @@ def summarize(
     return summary | ({"test.accuracy": test.accuracy, "test.loss": test.loss} if test else {})
 
 
-def write_outputs(
+def _write_results(
     folder: RunFolder,
     recipe: Recipe,
     components: TrainingComponents,
@@ -125,8 +229,8 @@ def write_outputs(
     summary: dict[str, Any],
     console: ConsoleTracker,
 ) -> None:
-    """Writes summary, pictures and what W&B keeps of a finished run, on rank 0."""
-    write_text(folder.summary, json.dumps(summary, indent=2) + "\n")
+    """Writes summary.json, pictures, W&B artifacts and the status of a finished run. Call on rank 0."""
+    write_atomically(folder.summary, json.dumps(summary, indent=2) + "\n")
     if wandb := find_tracker(components.accelerator, WandbTracker):
         wandb.summarize(summary)
         data, step = dataset.test, summary["steps"]
@@ -144,8 +248,8 @@ def write_outputs(
 
 
 def _draw(folder: RunFolder, title: str, batches: Batches, dataset: Dataset, test: Evaluation, eval_name: str) -> None:
-    """All pictures of a run, into its plots/."""
-    from mnist_dist.plots import confusion, curves, images  # matplotlib: not before the first step
+    """Draws all pictures of a run into its plots/ folder."""
+    from mnist_dist.plots import confusion, curves, images  # matplotlib delays the start of the run
 
     metrics, data = load_run(folder.path).metrics, dataset.test
     curves.plot_training_history(metrics, folder.plots / "training_history.png", title=title, eval_name=eval_name)
@@ -160,7 +264,11 @@ def _draw(folder: RunFolder, title: str, batches: Batches, dataset: Dataset, tes
 
 
 def _augmented_samples(batches: Batches, data: Images, count: int = 10) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first images of epoch 0, as they are and as the first step sees them."""
+    """Returns the first images of epoch 0, original and augmented as the first step uses them.
+
+    Returns:
+        Two tensors (count, channels, height, width): uint8, and float32 if there is augmentation.
+    """
     plan = batches.plan(0)
     rows = plan.order[:count]
     originals = data.images[rows]

@@ -1,5 +1,6 @@
-"""A weights file gives back what was saved, is whole or absent, and damage is named."""
+"""Weights files: what is saved is loaded again, a file is complete or absent, and damage is reported."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mnist_dist.engine import checkpoint
+from mnist_dist.engine import files
 from mnist_dist.engine.checkpoint import load_weights, save_weights
 from mnist_dist.models import build_model
 
@@ -40,14 +41,14 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert torch.equal(found[name], value), name
 
 
-# Round trips
+# --- round trips --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("saved_as", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("loaded_as", [torch.contiguous_format, torch.channels_last])
-def test_weights_come_back_in_any_memory_layout(tmp_path, saved_as, loaded_as):
+def test_weights_are_loaded_as_saved_in_any_memory_layout(tmp_path, saved_as, loaded_as):
     module = small_network(seed=0).to(memory_format=saved_as)
-    module(torch.rand(4, 1, 28, 28))  # moves batch norm's buffers
+    module(torch.rand(4, 1, 28, 28))  # changes batch norm's buffers
     path = tmp_path / "weights.safetensors"
     save_weights(path, module.state_dict(), {})
     tensors, _ = load_weights(path)
@@ -74,7 +75,7 @@ def test_tied_weights_are_saved_under_every_name(tmp_path):
     assert torch.equal(other[0].weight, module[0].weight)
 
 
-def test_every_kind_of_buffer_comes_back(tmp_path):
+def test_every_kind_of_buffer_is_loaded_as_saved(tmp_path):
     module, path = nn.Module(), tmp_path / "weights.safetensors"
     buffers = {
         "of_half": torch.rand(3).half(),
@@ -91,26 +92,26 @@ def test_every_kind_of_buffer_comes_back(tmp_path):
     assert_equal(load_weights(path)[0], buffers)
 
 
-def test_buffers_that_share_memory_come_back(tmp_path):
+def test_buffers_that_share_memory_are_loaded_as_saved(tmp_path):
     module, path = nn.Module(), tmp_path / "weights.safetensors"
-    whole = torch.arange(12.0).view(3, 4)
-    module.register_buffer("whole", whole)
-    module.register_buffer("part", whole[1:])
+    table = torch.arange(12.0).view(3, 4)
+    module.register_buffer("table", table)
+    module.register_buffer("part", table[1:])
     save_weights(path, module.state_dict(), {})
-    assert_equal(load_weights(path)[0], {"whole": whole, "part": whole[1:]})
+    assert_equal(load_weights(path)[0], {"table": table, "part": table[1:]})
 
 
-def test_about_comes_back(weights_file):
+def test_about_is_loaded_as_saved(weights_file):
     assert load_weights(weights_file)[1] == ABOUT
 
 
-# Damage
+# --- damage -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("keep", [0, 1, 7, 8, 9, 100, -100, -1])
 def test_a_truncated_file_is_refused(weights_file, keep):
     weights_file.write_bytes(weights_file.read_bytes()[:keep])
-    with pytest.raises(ValueError, match=r"best\.safetensors is not a whole weights file"):
+    with pytest.raises(ValueError, match=r"best\.safetensors"):
         load_weights(weights_file)
 
 
@@ -119,7 +120,7 @@ def test_a_corrupted_header_is_refused(weights_file, position):
     content = bytearray(weights_file.read_bytes())
     content[position] ^= 0xFF
     weights_file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"best\.safetensors is not a whole weights file"):
+    with pytest.raises(ValueError, match=r"best\.safetensors"):
         load_weights(weights_file)
 
 
@@ -149,19 +150,19 @@ def write_broken_about(path: Path) -> None:
 def test_a_file_of_another_kind_is_refused(tmp_path, write):
     path = tmp_path / "best.safetensors"
     write(path)
-    with pytest.raises(ValueError, match=r"best\.safetensors is not a whole weights file"):
+    with pytest.raises(ValueError, match=r"best\.safetensors"):
         load_weights(path)
 
 
-def test_an_absent_file_is_not_called_damaged(tmp_path):
+def test_a_missing_file_is_not_reported_as_damaged(tmp_path):
     with pytest.raises(FileNotFoundError):
         load_weights(tmp_path / "best.safetensors")
 
 
-# Whole or absent
+# --- complete or absent -------------------------------------------------------------------------------------------
 
 
-def test_saving_replaces_the_old_file_and_leaves_nothing_beside_it(weights_file):
+def test_saving_replaces_the_old_file_and_leaves_no_other_file(weights_file):
     module = small_network(seed=1)
     save_weights(weights_file, module.state_dict(), {"model": "another"})
     tensors, about = load_weights(weights_file)
@@ -170,35 +171,38 @@ def test_saving_replaces_the_old_file_and_leaves_nothing_beside_it(weights_file)
     assert list(weights_file.parent.iterdir()) == [weights_file]
 
 
-def test_a_save_that_breaks_off_leaves_the_old_file(weights_file, monkeypatch):
+def test_a_save_that_fails_leaves_the_old_file(weights_file, monkeypatch):
     before = weights_file.read_bytes()
 
-    def break_off(path, content):
-        assert path != weights_file, "the file itself is being written"
+    def fail(path, content):
+        assert path != weights_file, "the file must not be written in place"
         path.write_bytes(content[:50])
-        raise OSError("No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_write", break_off)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(files, "write_flushed", fail)
+    with pytest.raises(OSError) as caught:
         save_weights(weights_file, small_network(seed=1).state_dict(), ABOUT)
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(weights_file))
     assert weights_file.read_bytes() == before
+    assert list(weights_file.parent.iterdir()) == [weights_file], "half a file takes space that the disk does not have"
 
-    monkeypatch.undo()  # what was left beside it is in nobody's way
+    monkeypatch.undo()
+    weights_file.with_name(weights_file.name + ".tmp").write_bytes(b"half")  # of a process that was killed
     save_weights(weights_file, small_network(seed=1).state_dict(), ABOUT)
     assert_equal(load_weights(weights_file)[0], small_network(seed=1).state_dict())
     assert list(weights_file.parent.iterdir()) == [weights_file]
 
 
-def test_the_file_is_written_beside_its_place(tmp_path, monkeypatch):
-    """A rename is atomic within one folder only."""
+def test_the_temporary_file_is_in_the_same_folder(tmp_path, monkeypatch):
+    """A rename is atomic within one file system only."""
     path, staged = tmp_path / "best.safetensors", []
 
-    def note(where, content):
+    def write(where, content):
         staged.append(where)
         assert not path.exists()
         where.write_bytes(content)
 
-    monkeypatch.setattr(checkpoint, "_write", note)
+    monkeypatch.setattr(files, "write_flushed", write)
     save_weights(path, small_network().state_dict(), ABOUT)
     assert [where.parent for where in staged] == [tmp_path]
     assert path.exists()

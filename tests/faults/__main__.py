@@ -1,4 +1,4 @@
-"""`python -m tests.faults --kills 200`: survived / tried, by what was done and where."""
+"""Disturbs many runs and prints how many survived: `python -m tests.faults --kills 200`."""
 
 from __future__ import annotations
 
@@ -35,69 +35,94 @@ from tests.faults.trials import (
 MARKS = ("<!-- faults: made by tests.faults -->", "<!-- end of faults -->")
 COLUMNS = ("what", "where", "survived / tried", "of them")
 
+# --- the command line ---------------------------------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command line."""
+    parser = argparse.ArgumentParser("python -m tests.faults", description=__doc__)
+    parser.add_argument("--kills", type=int, default=0, metavar="N", help="SIGKILLs, five per run")
+    parser.add_argument("--signals", type=int, default=0, metavar="N", help="SIGTERM, SIGINT, SIGUSR1, five per run")
+    parser.add_argument("--damages", type=int, default=0, metavar="N", help="damaged checkpoints, one per run")
+    restarts = "killed workers, one per run; requires --world-size 2"
+    parser.add_argument("--restarts", type=int, default=0, metavar="N", help=restarts)
+    parser.add_argument("--world-size", type=int, choices=[1, 2], default=1)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first run; each run adds 1")
+    markdown = "write the table between the marks of this file (tests/README.md)"
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help=markdown)
+    return parser
+
+
+def parse() -> argparse.Namespace:
+    """Parses and checks the command line."""
+    parser = build_parser()
+    parsed = parser.parse_args()
+    if not (parsed.kills or parsed.signals or parsed.damages or parsed.restarts):
+        parser.error("nothing to do; give at least one of --kills N, --signals N, --damages N, --restarts N")
+    if parsed.restarts and parsed.world_size == 1:
+        parser.error("--restarts requires --world-size 2: with one process torchrun has no group to restart")
+    if parsed.markdown and not all(mark in parsed.markdown.read_text() for mark in MARKS):
+        parser.error(f"{parsed.markdown} lacks the lines {MARKS[0]} and {MARKS[1]}, between which the table is written")
+    return parsed
+
 
 def main() -> int:
-    parser = argparse.ArgumentParser("python -m tests.faults", description=__doc__)
-    parser.add_argument("--kills", type=int, default=0, metavar="N", help="SIGKILLs, five to a run")
-    parser.add_argument("--signals", type=int, default=0, metavar="N", help="SIGTERM, SIGINT, SIGUSR1, five to a run")
-    parser.add_argument("--damages", type=int, default=0, metavar="N", help="damaged checkpoints, one to a run")
-    parser.add_argument("--restarts", type=int, default=0, metavar="N", help="killed workers; needs --world-size 2")
-    parser.add_argument("--world-size", type=int, choices=[1, 2], default=1)
-    parser.add_argument("--seed", type=int, default=0, help="of the first run; the next takes the next")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table between this file's marks")
-    arguments = parser.parse_args()
-    if not (arguments.kills or arguments.signals or arguments.damages or arguments.restarts):
-        parser.error("say how many: --kills N, --signals N, --damages N")
-    if arguments.restarts and arguments.world_size == 1:
-        parser.error("--restarts needs --world-size 2: one process has no group")
-    if arguments.markdown and not all(mark in arguments.markdown.read_text() for mark in MARKS):
-        parser.error(f"{arguments.markdown} has no lines {MARKS[0]} and {MARKS[1]} to write between")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the run under way is ended on the way out
-    trials, failures, begun = [], [], time.monotonic()
+    arguments = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `Watched.__exit__` kills the current run
+    begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-        home = Path(folder)
-        finish(home / "undisturbed", arguments.world_size, *EVERY_STATE)
-        reference = bytes_of(home / "undisturbed")
-        print(
-            f"undisturbed run: {len(reference):,} values to compare with, {time.monotonic() - begun:.0f} s", flush=True
-        )
-        for option, per_run, make in (
-            ("kills", BLOWS_PER_RUN, lambda seed, count: partial(blow_trial, blows=kills_of(seed, count))),
-            ("signals", BLOWS_PER_RUN, lambda seed, count: partial(blow_trial, blows=signals_of(seed, count))),
-            ("damages", 1, lambda seed, count: partial(damage_trial, kinds=[damage_of(seed)])),
-            ("restarts", 1, lambda seed, count: restart_trial),
-        ):
-            wanted, done, seed = getattr(arguments, option), 0, arguments.seed
-            (home / option).mkdir()
-            while done < wanted:
-                count, started = min(per_run, wanted - done), time.monotonic()
-                trial: Trial = make(seed, count)(home / option, reference, seed, arguments.world_size)
-                trials.append(trial)
-                done += max(len(trial.blows), trial.problem is not None)
-                seconds = time.monotonic() - started
-                print(f"{option} {done}/{wanted}  seed {seed}  {seconds:.0f} s  {trial}", flush=True)
-                if trial.problem:
-                    failures.append(f"--{option} {count} --seed {seed} --world-size {arguments.world_size}")
-                seed += 1
+        trials, failures = run_trials(arguments, Path(folder))
     command = " ".join(["python -m tests.faults", *strip_markdown(sys.argv[1:])])
     rows, about = table_of(trials), describe(command, arguments.world_size, time.monotonic() - begun)
     show(rows, about)
     if arguments.markdown:
         replace_between_marks(arguments.markdown, to_markdown(rows, about), MARKS)
     for failure in failures:
-        print(f"did not survive; once more: python -m tests.faults {failure}")
+        print(f"did not survive; repeat it with: python -m tests.faults {failure}")
     return 1 if failures else 0
 
 
+def run_trials(arguments: argparse.Namespace, home: Path) -> tuple[list[Trial], list[str]]:
+    """Makes an undisturbed run, then disturbs as many runs as the arguments ask for.
+
+    Returns:
+        All trials; and for each failed trial the arguments that repeat it.
+    """
+    trials, failures, begun = [], [], time.monotonic()
+    finish(home / "undisturbed", arguments.world_size, *EVERY_STATE)
+    reference = bytes_of(home / "undisturbed")
+    print(f"undisturbed run: {len(reference):,} values to compare with, {time.monotonic() - begun:.0f} s", flush=True)
+    for option, per_run, make in (
+        ("kills", BLOWS_PER_RUN, lambda seed, count: partial(blow_trial, blows=kills_of(seed, count))),
+        ("signals", BLOWS_PER_RUN, lambda seed, count: partial(blow_trial, blows=signals_of(seed, count))),
+        ("damages", 1, lambda seed, count: partial(damage_trial, kinds=[damage_of(seed)])),
+        ("restarts", 1, lambda seed, count: restart_trial),
+    ):
+        wanted, done, seed = getattr(arguments, option), 0, arguments.seed
+        (home / option).mkdir()
+        while done < wanted:
+            count, started = min(per_run, wanted - done), time.monotonic()
+            trial: Trial = make(seed, count)(home / option, reference, seed, arguments.world_size)
+            trials.append(trial)
+            done += max(len(trial.blows), trial.problem is not None)
+            seconds = time.monotonic() - started
+            print(f"{option} {done}/{wanted}  seed {seed}  {seconds:.0f} s  {trial}", flush=True)
+            if trial.problem:
+                failures.append(f"--{option} {count} --seed {seed} --world-size {arguments.world_size}")
+            seed += 1
+    return trials, failures
+
+
 def damage_of(seed: int) -> str:
+    """Returns the kind of damage; consecutive seeds take turns through all kinds."""
     return list(KINDS)[seed % len(KINDS)]
 
 
 def strip_markdown(words: list[str]) -> list[str]:
-    """The command without where the table goes."""
+    """Returns the words of the command line without `--markdown FILE`."""
     if "--markdown" in words:
-        place = words.index("--markdown")
-        return words[:place] + words[place + 2 :]
+        index = words.index("--markdown")
+        return words[:index] + words[index + 2 :]
     return words
 
 
@@ -105,7 +130,7 @@ def strip_markdown(words: list[str]) -> list[str]:
 
 
 def table_of(trials: list[Trial]) -> list[tuple[str, str, str, str]]:
-    """A line for each thing done at each place, and a last one. A run that failed loses all its blows."""
+    """Returns a row for each kind of blow in each phase, and a row of totals. No blow of a failed run survived."""
     tried: Counter[tuple[str, str]] = Counter()
     survived: Counter[tuple[str, str]] = Counter()
     how: dict[tuple[str, str], Counter[str]] = {}
@@ -124,12 +149,13 @@ def table_of(trials: list[Trial]) -> list[tuple[str, str, str, str]]:
 
 
 def row_order(where: str) -> int:
+    """Returns the position of a phase or a damaged thing in the table."""
     order = [*PHASES, *dict.fromkeys(kind.partition(": ")[0] for kind in KINDS)]
     return order.index(where)
 
 
 def describe(command: str, world_size: int, seconds: float) -> str:
-    """Where the figures are from, in one line."""
+    """Returns the origin of the figures in one line: command, versions, commit, machine, duration."""
     installed = versions()
     commit, _, changed = (git_commit() or "unknown").partition("-")
     packages = ", ".join(f"{name} {installed[name]}" for name in ("python", "torch", "accelerate"))

@@ -1,4 +1,4 @@
-"""Everything that can have happened to the newest checkpoint while nobody looked."""
+"""Kinds of damage to the newest checkpoint and to other files of a run folder."""
 
 from __future__ import annotations
 
@@ -13,20 +13,18 @@ from pathlib import Path
 
 import torch
 
-from mnist_dist.engine.checkpoint import MANIFEST, list_checkpoints
+from mnist_dist.engine.checkpoint import MANIFEST, STATE, list_checkpoints
 from mnist_dist.run.folder import RunFolder
-
-STATE = "state.pt"
 
 
 @dataclass
 class Scene:
-    """A run folder with at least three checkpoints, and what should come of it."""
+    """A run folder with at least three checkpoints, and what must follow from the damage."""
 
     run_dir: Path
     chance: random.Random
     named: list[str] = field(default_factory=list)
-    """What the console must name; of checkpoints, what must be set aside."""
+    """Names that the console must mention. A checkpoint among them must be renamed."""
 
     def __post_init__(self) -> None:
         self.newest, self.before, self.oldest = reversed(list_checkpoints(RunFolder(self.run_dir).checkpoints)[-3:])
@@ -35,21 +33,22 @@ class Scene:
 
     @property
     def used(self) -> Path | None:
-        """The checkpoint from which the run must go on; None for the beginning."""
+        """The checkpoint that the run must resume from; None if it must start again."""
         return next((each for each in (self.newest, self.before, self.oldest) if each.name not in self.named), None)
 
     @property
     def harm(self) -> Path:
-        """What a pickle with code in it makes if it is allowed to."""
+        """A folder that the code in the harmful pickle creates."""
         return self.run_dir / "harm"
 
     def change(self, path: Path, change: Callable[[bytearray], object]) -> None:
+        """Changes the content of a file with a function."""
         content = bytearray(path.read_bytes())
         change(content)
         path.write_bytes(content)
 
     def write_manifest(self, files: dict[str, list[object]] | None = None) -> None:
-        """One that fits the state as it is now, or one that says what it is told to."""
+        """Writes a manifest with these entries; without them, one that fits the state as it is now."""
         content = self.state.read_bytes()
         fitting: dict[str, list[object]] = {STATE: [len(content), hashlib.sha256(content).hexdigest()]}
         step = int(self.newest.name.removeprefix("step-"))
@@ -57,10 +56,12 @@ class Scene:
 
 
 KINDS: dict[str, Callable[[Scene], None]] = {}
-"""By `<what is damaged>: <how>`. What is damaged in the run folder needs a run to be seen."""
+"""`<what is damaged>: <how>` -> the function that does it. Only a run can detect damage of kind "run folder"."""
 
 
 def kind(what: str, how: str) -> Callable[[Callable[[Scene], None]], Callable[[Scene], None]]:
+    """Registers a function in `KINDS`."""
+
     def register(function: Callable[[Scene], None]) -> Callable[[Scene], None]:
         KINDS[f"{what}: {how}"] = function
         return function
@@ -239,7 +240,7 @@ def _(scene: Scene) -> None:
 def _(scene: Scene) -> None:
     shutil.rmtree(scene.oldest)
     scene.oldest.write_bytes(b"")
-    scene.named = []  # nobody needs it, and it must not be in the way of the next
+    scene.named = []  # no run needs it, and it must not prevent the next checkpoint
 
 
 @kind("several", "strange names beside it")
@@ -277,7 +278,8 @@ def _(scene: Scene) -> None:
 @kind("run folder", "best.safetensors with one bit flipped")
 def _(scene: Scene) -> None:
     best = RunFolder(scene.run_dir).best
-    offset = scene.chance.randrange(best.stat().st_size - 100, best.stat().st_size)  # among the tensors: it can be read
+    size = best.stat().st_size
+    offset = scene.chance.randrange(size - 100, size)  # in the last tensor, so that the file can be read
     scene.change(best, lambda content: content.__setitem__(offset, content[offset] ^ 1))
     scene.named = []
 

@@ -1,6 +1,6 @@
-"""The fault driver's short version: runs that are killed, signalled or damaged end in the undisturbed run's bytes.
+"""Short trials of the fault driver: killed, stopped and damaged runs end with the bytes of the undisturbed run.
 
-`python -m tests.faults` does the same at length.
+`python -m tests.faults` runs many more trials.
 """
 
 from __future__ import annotations
@@ -62,21 +62,21 @@ def undisturbed(tmp_path_factory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("blows", BLOWS, ids=["first", "second"])
-def test_killed_and_stopped_again_and_again_it_ends_in_the_same_bytes(blows, tmp_path, undisturbed):
+def test_a_run_that_is_killed_and_stopped_several_times_ends_with_the_same_bytes(blows, tmp_path, undisturbed):
     trial = blow_trial(tmp_path, undisturbed, seed=0, world_size=1, blows=blows)
     assert trial.problem is None, str(trial)
     assert len(trial.blows) == len(blows)
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_in_the_same_bytes(tmp_path, undisturbed):
+def test_a_run_skips_a_damaged_checkpoint_and_ends_with_the_same_bytes(tmp_path, undisturbed):
     kinds = ["state: one bit flipped", "run folder: best.safetensors truncated"]
     trial = damage_trial(tmp_path, undisturbed, seed=0, world_size=1, kinds=kinds)
     assert trial.problem is None, str(trial)
 
 
-def test_a_killed_worker_is_started_again_by_torchrun_and_two_processes_end_in_the_same_bytes(tmp_path):
-    finish(tmp_path / "whole", 2, *EVERY_STATE)
-    trial = restart_trial(tmp_path, bytes_of(tmp_path / "whole"), seed=0, world_size=2)
+def test_torchrun_restarts_a_killed_worker_and_two_processes_end_with_the_same_bytes(tmp_path):
+    finish(tmp_path / "undisturbed", 2, *EVERY_STATE)
+    trial = restart_trial(tmp_path, bytes_of(tmp_path / "undisturbed"), seed=0, world_size=2)
     assert trial.problem is None, str(trial)
 
 
@@ -85,7 +85,7 @@ def test_a_killed_worker_is_started_again_by_torchrun_and_two_processes_end_in_t
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith("run folder")])
 @pytest.mark.parametrize("seed", range(3))
-def test_the_newest_valid_checkpoint_is_used_and_a_damaged_one_named_and_set_aside(kind, seed, tmp_path):
+def test_the_newest_valid_checkpoint_is_used_and_a_damaged_one_is_named_and_renamed(kind, seed, tmp_path):
     checkpoints = tmp_path / "checkpoints"
     for step in (7, 14, 21):
         save_checkpoint(checkpoints, step, {"step": step, "weights": torch.full((1000,), float(step))}, keep=3)
@@ -95,20 +95,20 @@ def test_the_newest_valid_checkpoint_is_used_and_a_damaged_one_named_and_set_asi
     assert (state and f"step-{state['step']}") == (scene.used and scene.used.name)
     assert len(problems) == len(scene.named)
     for name, problem in zip(scene.named, problems, strict=True):
-        assert name in problem and "set aside" in problem
-        assert list(checkpoints.glob(f"damaged-{name}-*")), "nothing is thrown away that somebody may want to look at"
+        [renamed] = checkpoints.glob(f"damaged-{name}-*")  # kept, so that the user can examine it
+        assert str(checkpoints / name) in problem and renamed.name in problem
     assert not scene.harm.exists()
-    # What is left stands in nobody's way.
+    # What is left does not prevent the next checkpoints.
     for step in (21, 28, 35):
         save_checkpoint(checkpoints, step, {"step": step}, keep=2)
     assert [path.name for path in list_checkpoints(checkpoints)] == ["step-28", "step-35"]
     assert not list(checkpoints.glob(".step-*.staged"))
 
 
-# --- the driver itself: would it see what it looks for? -----------------------------------------------------------
+# --- the driver itself: can it fail? ------------------------------------------------------------------------------
 
 
-def test_the_driver_goes_round_all_places_and_leaves_each_run_a_way_to_its_end():
+def test_the_driver_uses_all_places_and_lets_each_run_reach_its_end():
     seeds = range(len(PLACES))
     assert {place for seed in seeds for place, _ in kills_of(seed)} == set(PLACES)
     assert {place.point for place in PLACES} == {None, *POINTS}
@@ -124,27 +124,27 @@ def test_the_driver_goes_round_all_places_and_leaves_each_run_a_way_to_its_end()
         assert all(step == STEPS if at_the_end else step <= STEPS - 7 for step, at_the_end in steps)
 
 
-def test_the_driver_sees_every_byte_that_differs(tmp_path, undisturbed):
+def test_the_driver_detects_every_byte_that_differs(tmp_path, undisturbed):
     assert differences(undisturbed, undisturbed) == []
     chosen = random.Random(0).sample(sorted(undisturbed), 200)
-    for place in [*chosen, "last.safetensors", "best.safetensors", "metrics.jsonl, line 0", "summary.json"]:
-        value = undisturbed[place]
+    for name in [*chosen, "last.safetensors", "best.safetensors", "metrics.jsonl, line 0", "summary.json"]:
+        value = undisturbed[name]
         if isinstance(value, bytes):
             changed = value[:-1] + bytes([value[-1] ^ 1])
         elif isinstance(value, tuple) and isinstance(value[-1], bytes):  # a tensor
             changed = (*value[:-1], value[-1][:-1] + bytes([value[-1][-1] ^ 1]))
         else:
             changed = "another"
-        assert differences(undisturbed | {place: changed}, undisturbed) == [place]
-    gone = {place: value for place, value in undisturbed.items() if place != "metrics.jsonl, line 3"}
+        assert differences(undisturbed | {name: changed}, undisturbed) == [name]
+    gone = {name: value for name, value in undisturbed.items() if name != "metrics.jsonl, line 3"}
     assert differences(gone, undisturbed) == ["metrics.jsonl, line 3"]
-    kept = {place: value for place, value in undisturbed.items() if not re.match(r"step-\d\b", place)}
+    kept = {name: value for name, value in undisturbed.items() if not re.match(r"step-\d\b", name)}
     assert differences(kept, undisturbed) == []
 
 
-def test_a_run_that_ends_in_other_bytes_loses_all_its_blows():
+def test_no_blow_of_a_run_that_ends_with_other_bytes_counts_as_survived():
     step, saving = Blow("SIGKILL", "step", "any moment", ""), Blow("SIGKILL", "saving", "before the rename", "")
-    rows = table_of([Trial([step]), Trial([step, saving], problem="it ended in other bytes")])
+    rows = table_of([Trial([step]), Trial([step, saving], problem="last.safetensors differs")])
     assert rows == [
         ("SIGKILL", "step", "1 / 2", "2 any moment"),
         ("SIGKILL", "saving", "0 / 1", "1 before the rename"),

@@ -1,4 +1,4 @@
-"""The run that is disturbed: its command, how it is started, and the bytes that it ends in."""
+"""The run that is disturbed: its command line, how it is started, and the bytes that it ends with."""
 
 from __future__ import annotations
 
@@ -15,24 +15,33 @@ import torch
 
 from mnist_dist.engine.checkpoint import list_checkpoints, load_checkpoint
 from mnist_dist.run.folder import RunFolder
+from tests import processes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 # Batch norm, dropout, momentum, averaged weights, augmentation, plateau: everything that has a state.
 WORDS = [
-    *("data.dataset=synthetic", "data.limit_train=1000", "data.limit_test=200", "batch_size=64", "epochs=4"),
+    *("data.dataset=synthetic", "data.limit_train=250", "data.limit_test=100", "batch_size=16", "epochs=4"),
     *("log_every=5", "checkpoint.every_steps=7", "ema_decay=0.9", "tracking.wandb.mode=disabled"),
-    *("schedule.name=plateau", "schedule.patience=0", "optimizer.lr=0.05"),
+    *("tracking.plots=false", "schedule.name=plateau", "schedule.patience=0", "optimizer.lr=0.05"),
     *(f"schedule.{key}=null" for key in ("max_lr", "pct_start", "anneal_strategy", "div_factor")),
     *("schedule.final_div_factor=null", "schedule.cycle_momentum=null"),
 ]
 STEPS = 4 * 16
 EVERY_STATE = ("checkpoint.every_steps=1", "checkpoint.keep=1000")
-"""For the undisturbed run: a disturbed one also saves where it was asked to stop, and that is compared too."""
+"""For the undisturbed run: a disturbed run also saves at the step where a signal stops it, and that is compared too."""
+VARIABLES = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
 
 def command(run_dir: Path, world_size: int = 1, *words: str, module: str = "mnist_dist.train") -> list[str]:
-    """A run's command line; `words` come last and win, but for torchrun's own, which begin with two dashes."""
+    """Returns a run's command line.
+
+    Args:
+        run_dir: the run folder.
+        world_size: above 1 the command starts torchrun.
+        words: overrides, which replace those of `WORDS`; words with two dashes are options of torchrun.
+        module: the module to run.
+    """
     launcher = [sys.executable]
     if world_size > 1:
         options = [word for word in words if word.startswith("--")]
@@ -41,15 +50,22 @@ def command(run_dir: Path, world_size: int = 1, *words: str, module: str = "mnis
     return [*launcher, "-m", module, "--recipe", "model_v1_onecycle", "--run-dir", str(run_dir), *WORDS, *overrides]
 
 
-def start(line: list[str], **variables: str) -> subprocess.Popen[str]:
-    """Starts a command in a session of its own, with what it says kept in one stream."""
-    # A shell starts what it puts into the background deaf to Ctrl-C, and a child inherits that.
+def start(line: list[str], **variables: str) -> processes.Process:
+    """Starts a training process without a launcher, in a session of its own; stdout and stderr are one stream."""
+    environment = os.environ | VARIABLES | variables
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return processes.popen(line, cwd=REPOSITORY, env=environment, **pipes)
+
+
+def start_launcher(line: list[str], **variables: str) -> subprocess.Popen[str]:
+    """Starts a launcher and its processes in a session of their own; stdout and stderr are one stream."""
+    # A shell lets a background process ignore Ctrl-C, and its children inherit that.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     return subprocess.Popen(
         line,
         cwd=REPOSITORY,
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | variables,
+        env=os.environ | VARIABLES | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -58,24 +74,27 @@ def start(line: list[str], **variables: str) -> subprocess.Popen[str]:
 
 
 def finish(run_dir: Path, world_size: int = 1, *words: str) -> str:
-    """Runs the command to its end; returns what it said.
+    """Runs the training to its end, without a launcher, and returns what its processes printed.
 
     Raises:
-        AssertionError: it ended otherwise than with 0, or took five minutes.
+        AssertionError: a process did not end with exit code 0.
+        subprocess.TimeoutExpired: the run took five minutes.
     """
-    process = start(command(run_dir, world_size, *words))
-    try:
-        output, _ = process.communicate(timeout=300)
-    except subprocess.TimeoutExpired:
-        raise AssertionError("the run was not at its end after five minutes") from None
-    finally:
-        process.kill()  # does nothing where it has ended
-    assert process.returncode == 0, f"exit code {process.returncode}:\n{output}"
-    return output
+    line, environment = command(run_dir, 1, *words), os.environ | VARIABLES
+    if world_size > 1:
+        ranks = processes.run_ranks(world_size, line, cwd=REPOSITORY, env=environment)
+        return "".join(rank.stdout + rank.stderr for rank in ranks)
+    done = processes.run(line, cwd=REPOSITORY, env=environment)
+    assert done.returncode == 0, f"exit code {done.returncode}:\n{done.stdout}{done.stderr}"
+    return done.stdout + done.stderr
 
 
-def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
-    """Until metrics.jsonl tells of that step."""
+def wait_for_step(run_dir: Path, step: int, process: processes.Process | subprocess.Popen[str]) -> None:
+    """Waits until metrics.jsonl has a line of that step or a later one.
+
+    Raises:
+        AssertionError: the process ended before, or two minutes have passed.
+    """
     deadline, metrics = time.monotonic() + 120, run_dir / "metrics.jsonl"
     while time.monotonic() < deadline and process.poll() is None:
         if metrics.is_file():
@@ -90,7 +109,10 @@ def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> N
 
 
 def bytes_of(run_dir: Path) -> dict[str, Any]:
-    """All that must be equal, times aside: weights, metrics, the summary's figures, every value of each checkpoint."""
+    """Returns all that must be equal: weights, metrics, figures of the summary, every value of each checkpoint.
+
+    Times are left out.
+    """
     folder = RunFolder(run_dir)
     found: dict[str, Any] = {path.name: path.read_bytes() for path in (folder.last, folder.best)}
     for number, line in enumerate(folder.metrics.read_text().splitlines()):
@@ -105,29 +127,33 @@ def bytes_of(run_dir: Path) -> dict[str, Any]:
 
 
 def checkpoint_bytes(path: Path) -> dict[str, Any]:
-    """The values of a checkpoint, each under its place in it; times, and the metrics' length, which tells them."""
+    """Returns the values of a checkpoint, each by its path in the state.
+
+    Times are left out, and so is the length of metrics.jsonl, which depends on the times.
+    """
     state = load_checkpoint(path)
     for key in ("metrics_bytes", "train_seconds"):
         state.pop(key)
-    state["parts"]["meter"].pop("train_seconds")
+    state["components"]["meter"].pop("train_seconds")
     return dict(_leaves(state, path.name))
 
 
-def _leaves(value: Any, place: str) -> Any:
+def _leaves(value: Any, path: str) -> Any:
+    """Yields the path and content of a nested value's tensors, numbers and texts, and the length of its containers."""
     if isinstance(value, torch.Tensor):
-        yield place, (value.dtype, tuple(value.shape), value.contiguous().numpy().tobytes())
+        yield path, (value.dtype, tuple(value.shape), value.contiguous().numpy().tobytes())
     elif isinstance(value, dict | list | tuple):
-        yield place, (type(value).__name__, len(value))
+        yield path, (type(value).__name__, len(value))
         for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _leaves(part, f"{place}/{key}")
+            yield from _leaves(part, f"{path}/{key}")
     else:
-        yield place, value
+        yield path, value
 
 
 def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
-    """The places at which a run's bytes differ. Of the expected checkpoints a run keeps only the last few."""
-    kept = {place.partition("/")[0] for place in found}
-    wanted = {place for place in expected if not place.startswith("step-") or place.partition("/")[0] in kept}
-    if not any(place.startswith("step-") for place in found):
+    """Returns the names of the values that differ. A run keeps only the last few of the expected checkpoints."""
+    kept = {name.partition("/")[0] for name in found}
+    wanted = {name for name in expected if not name.startswith("step-") or name.partition("/")[0] in kept}
+    if not any(name.startswith("step-") for name in found):
         return ["no checkpoint"]
-    return sorted(place for place in wanted | found.keys() if found.get(place) != expected.get(place))
+    return sorted(name for name in wanted | found.keys() if found.get(name) != expected.get(name))

@@ -1,4 +1,4 @@
-"""Trials: a run is disturbed, goes on by the same command, and must end in the undisturbed run's bytes."""
+"""Trials: a run is disturbed, resumes with the same command, and must end with the bytes of the undisturbed run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,7 @@ from tests.faults.training import (
     differences,
     finish,
     start,
+    start_launcher,
 )
 from tests.faults.victim import POINTS
 
@@ -35,13 +36,13 @@ T = TypeVar("T")
 
 PHASES = ("start", "step", "evaluation", "saving", "ending")
 BLOWS_PER_RUN = 5
-SECONDS_TO_STOP = 10.0
-DURATIONS = {"start": 5.0, "step": 0.05, "evaluation": 0.1, "saving": 0.03, "ending": 2.0}
-"""Seconds that a phase last took: how long after its begin a blow may fall."""
+SECONDS_TO_STOP = 60.0
+DURATIONS = {"start": 1.0, "step": 0.05, "evaluation": 0.1, "saving": 0.03, "ending": 0.2}
+"""Seconds that each phase last took. A blow at any moment of a phase comes this long after its start, or earlier."""
 
 
 class Place(NamedTuple):
-    """Where a run is struck: at a chosen point, or at any moment of a phase."""
+    """Where a blow hits the run: at a chosen point, or at any moment of a phase."""
 
     phase: str
     point: str | None = None
@@ -70,13 +71,13 @@ class Blow:
     where: str
     """The phase of the run, or the part of the checkpoint."""
     how: str
-    """The point, the outcome or the kind: what the table counts beside where."""
+    """The point, the outcome or the kind of damage; the table counts these."""
     detail: str
 
 
 @dataclass
 class Trial:
-    """One run: what it had to bear, and what is wrong with how it ended; nothing if it survived."""
+    """One run: its blows, and the problem with its end; None if it survived."""
 
     blows: list[Blow] = field(default_factory=list)
     problem: str | None = None
@@ -86,10 +87,10 @@ class Trial:
 
 
 class Notes(NamedTuple):
-    """Where rank 0 was at one moment, by what its victim wrote down."""
+    """The phase and step of rank 0 at one moment, from its notes."""
 
     phases: list[str]
-    """The phases under way, outermost first."""
+    """The current phases, outermost first."""
     step: int
     held: bool
 
@@ -99,15 +100,15 @@ class Notes(NamedTuple):
 
     @property
     def in_the_loop(self) -> bool:
-        """Whether handlers stand for signals."""
+        """Whether the signal handlers are installed."""
         return self.phases[0] == "step"
 
 
-# --- a run that is being watched ----------------------------------------------------------------------------------
+# --- a run that is watched ----------------------------------------------------------------------------------------
 
 
 class Watched:
-    """A started run, told by what its processes note down."""
+    """A run that was started and whose processes write notes."""
 
     def __init__(self, run_dir: Path, world_size: int, hold: tuple[int, str] | None = None, *words: str):
         self.run_dir, self.world_size = run_dir, world_size
@@ -116,25 +117,26 @@ class Watched:
         if hold:
             variables["FAULTS_HOLD"] = f"{hold[0]} {hold[1]}"
         self._begun = time.monotonic_ns()
-        self.process = start(command(run_dir, world_size, *words, module="tests.faults.victim"), **variables)
+        starter: Callable[..., Any] = start if world_size == 1 else start_launcher
+        self.process = starter(command(run_dir, world_size, *words, module="tests.faults.victim"), **variables)
 
     def ranks(self, rank: str = "*") -> list[Path]:
-        """The notes of the processes that train, oldest first; the last part of each name is a process's number."""
+        """Returns the notes of the training processes, oldest first. Each file name ends with rank and process id."""
         return sorted(self._notes.parent.glob(f"{self._notes.name}.{rank}.*"), key=lambda path: path.stat().st_ctime_ns)
 
     def lines(self) -> list[tuple[int, str, str, int]]:
-        """What the newest process of rank 0 has noted."""
+        """Returns the notes of the newest process of rank 0."""
         text = self.ranks("0")[-1].read_text() if self.ranks("0") else ""
         parts = (line.split() for line in text.splitlines())
         return [(int(when), sign, phase, int(step)) for when, sign, phase, step in parts]
 
     def wait_for(self, phase: str, step: int) -> None:
-        """Until that phase begins, after at least so many updates.
+        """Waits until that phase starts after at least `step` updates.
 
         Raises:
-            AssertionError: the run ended before, or nothing happened in two minutes.
+            AssertionError: the run ended before, or two minutes have passed.
         """
-        deadline, what = time.monotonic() + 120, f"{phase} at step {step} or later was not reached"
+        deadline, problem = time.monotonic() + 120, f"{phase} at step {step} or later was not reached"
         read = -1
         while True:
             written = sum(path.stat().st_size for path in self.ranks("0"))
@@ -142,13 +144,13 @@ class Watched:
             if any(name == phase and at >= step for name, at in begun):
                 return
             if self.process.poll() is not None:
-                raise AssertionError(f"{what}; exit code {self.process.returncode}:\n{self.end()}")
-            assert time.monotonic() < deadline, f"{what} in two minutes"
+                raise AssertionError(f"{problem}; exit code {self.process.returncode}:\n{self.end()}")
+            assert time.monotonic() < deadline, f"{problem} in two minutes"
             read = written
             time.sleep(0.001)
 
     def where(self, nanoseconds: int | None = None) -> Notes:
-        """Where rank 0 was at that moment of the monotonic clock, or where it is."""
+        """Returns the phase and step of rank 0 at a moment of the monotonic clock; None for now."""
         phases, last, held = ["start"], 0, False
         for when, sign, phase, step in self.lines()[1:]:
             if nanoseconds is not None and when > nanoseconds:
@@ -176,47 +178,53 @@ class Watched:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Nothing that was started outlives its trial."""
+        """Kills every process that is left."""
         if self.processes():
             self.kill()
 
     def processes(self) -> list[psutil.Process]:
-        """All that this run started, found by their environment: workers have sessions of their own."""
-        return [each for each in psutil.process_iter() if _environment(each).get("FAULTS_NOTES") == str(self._notes)]
+        """Returns the processes of this run.
+
+        The workers of torchrun have sessions of their own; they are found by their environment.
+        """
+        return [each for each in psutil.process_iter() if self._is_own(each)]
+
+    def _is_own(self, process: psutil.Process) -> bool:
+        try:
+            if process.status() == psutil.STATUS_ZOMBIE:
+                return False
+            if os.getsid(process.pid) == self.process.pid:
+                return True
+            return process.environ().get("FAULTS_NOTES") == str(self._notes)
+        except (psutil.Error, OSError):
+            return False
 
     def kill(self) -> None:
-        """SIGKILL to every process, the workers before the launcher, which would tell the others."""
-        if self.process.poll() is None:
+        """Kills every process. The workers come first: the launcher would otherwise signal the other workers."""
+        with suppress(psutil.NoSuchProcess):
             launcher = psutil.Process(self.process.pid)
             for each in [*reversed(launcher.children(recursive=True)), launcher]:
                 _kill(each)
         while left := [each for each in self.processes() if each.pid != self.process.pid]:
-            for each in left:  # started while the others were being killed
+            for each in left:  # started while the others were killed
                 _kill(each)
             time.sleep(0.01)
         self.end()
 
-    def end(self, seconds: float = 60) -> str:
-        """Waits until no process is left; returns what they said.
+    def end(self, seconds: float = 120) -> str:
+        """Waits until every process has ended and returns what they printed.
 
         Raises:
-            subprocess.TimeoutExpired: one is left after so long.
+            subprocess.TimeoutExpired: a process is left after so many seconds.
         """
         deadline = time.monotonic() + seconds
-        output, _ = self.process.communicate(timeout=seconds)  # workers hold its other end too
+        output, _ = self.process.communicate(timeout=seconds)  # the workers write into the same pipe
         while self.processes():
             if time.monotonic() > deadline:
                 raise subprocess.TimeoutExpired(self.process.args, seconds, output)
             time.sleep(0.01)
         self._note_durations()
         return output
-
-
-def _environment(process: psutil.Process) -> dict[str, str]:
-    try:
-        return process.environ() if process.status() != psutil.STATUS_ZOMBIE else {}
-    except (psutil.Error, OSError):
-        return {}
 
 
 def _kill(process: psutil.Process) -> None:
@@ -228,12 +236,12 @@ def _kill(process: psutil.Process) -> None:
 
 
 def kills_of(seed: int, count: int = BLOWS_PER_RUN) -> list[tuple[Place, signal.Signals]]:
-    """So many kills; consecutive seeds go round all of `PLACES`."""
+    """Returns `count` kills. Consecutive seeds take turns through all of `PLACES`."""
     return _ordered([(_turn(PLACES, seed, number), signal.SIGKILL) for number in range(count)])
 
 
 def signals_of(seed: int, count: int = BLOWS_PER_RUN) -> list[tuple[Place, signal.Signals]]:
-    """So many signals; consecutive seeds go round every signal in every phase."""
+    """Returns `count` signals. Consecutive seeds take turns through every signal in every phase."""
     pairs = [(place, number) for number in SIGNALS for place in ANYWHERE]
     return _ordered([_turn(pairs, seed, number) for number in range(count)])
 
@@ -243,12 +251,12 @@ def _turn(values: Sequence[T], seed: int, number: int) -> T:
 
 
 def _ordered(blows: list[tuple[Place, signal.Signals]]) -> list[tuple[Place, signal.Signals]]:
-    """As a run passes the places."""
+    """Returns the blows in the order in which a run reaches their places."""
     return sorted(blows, key=lambda blow: blow[0].only_at_the_end)
 
 
 def steps_of(places: Sequence[Place], chance: random.Random) -> list[int]:
-    """A step for each place, growing, with room for a checkpoint of its own between two."""
+    """Returns an increasing step for each place. Between two of them the run saves a checkpoint."""
     room = STEPS / len(places)
     return [_step_of(place, room * number + chance.uniform(0, max(room - 7, 0))) for number, place in enumerate(places)]
 
@@ -260,7 +268,7 @@ def _step_of(place: Place, step: float) -> int:
 
 
 def strike(run: Watched, place: Place, step: int, chance: random.Random) -> None:
-    """Waits until the run is where the blow is to fall."""
+    """Waits until the run is where the blow hits it."""
     if place.point:
         run.wait_for("held", step)
         return
@@ -272,7 +280,7 @@ def strike(run: Watched, place: Place, step: int, chance: random.Random) -> None
 def blow_trial(
     home: Path, reference: dict[str, Any], seed: int, world_size: int, blows: Sequence[tuple[Place, signal.Signals]]
 ) -> Trial:
-    """Kills one run or asks it to stop, again and again; goes on each time by the same command, and lets it end."""
+    """Kills or stops one run several times, resumes it each time with the same command, and lets it end."""
     chance, run_dir, trial = random.Random(f"blows {seed}"), home / f"blows-{seed}", Trial()
     steps, newest = steps_of([place for place, _ in blows], chance), 0
     with survived(trial, run_dir, reference, world_size):
@@ -280,7 +288,7 @@ def blow_trial(
             with Watched(run_dir, world_size, (step, place.point) if place.point else None) as run:
                 strike(run, place, step, chance)
                 if run.process.poll() == 0:
-                    break  # it was at its end before the blow fell, which is none
+                    break  # the run ended before the blow: it does not count
                 if number == signal.SIGKILL:
                     run.kill()
                     where = run.where()
@@ -293,26 +301,27 @@ def blow_trial(
 
 
 def ask_to_stop(run: Watched, number: signal.Signals, chance: random.Random, trial: Trial) -> None:
-    """Sends a signal and waits.
+    """Sends a signal and waits until the run has ended.
 
     Raises:
-        AssertionError: the run did not save and stop in time, although its handlers stood.
+        AssertionError: the run did not save and stop in time, although its signal handlers were installed.
     """
     target, whom = run.process.pid, ""
     if run.world_size > 1:
         whom = " to the launcher"
-        # torchrun passes on the other two; this one a batch system sends to the workers.
+        # torchrun forwards the other two signals; a batch system sends SIGUSR1 to the workers.
         if run.ranks() and (number == signal.SIGUSR1 or chance.random() < 0.5):
             path = chance.choice(run.ranks())
             target, whom = pid_of(path), f" to {rank_of(path)}"
     sent = time.monotonic_ns()
-    os.kill(target, number)
+    with suppress(ProcessLookupError):  # it has just ended
+        os.kill(target, number)
     output = run.end()
     seconds, where, code = (time.monotonic_ns() - sent) / 1e9, run.where(sent), run.process.returncode
     word = status_of(run.run_dir)
     detail = f"{number.name}{whom} in {where.phase} (step {where.step}): exit {code}, {word}, {seconds:.1f} s"
     trial.blows.append(Blow("TERM, INT, USR1", where.phase, f"{number.name}{whom}: exit {code}, {word}", detail))
-    # torchrun's exit code is its own.
+    # torchrun has an exit code of its own.
     saved = word == "preempted" and (code == PREEMPTED or run.world_size > 1)
     at_its_end = word == "done" and code == 0
     assert saved or at_its_end or not where.in_the_loop, f"{detail}:\n{output}"
@@ -333,7 +342,7 @@ def rank_of(notes: Path) -> str:
 
 
 def damage_trial(home: Path, reference: dict[str, Any], seed: int, world_size: int, kinds: Sequence[str]) -> Trial:
-    """Damages what a killed run left, goes on by the same command, and lets it end."""
+    """Damages files of a killed run, resumes it with the same command, and lets it end."""
     chance, run_dir, trial = random.Random(f"damage {seed}"), home / f"damage-{seed}", Trial()
     with survived(trial, run_dir, reference, world_size, finished=True):
         shutil.copytree(_stopped_run(home, seed, world_size), run_dir)
@@ -346,13 +355,14 @@ def damage_trial(home: Path, reference: dict[str, Any], seed: int, world_size: i
             trial.blows.append(Blow("damage", what, how, name))
         scene.named = named
         output = finish(run_dir, world_size, *KEEP_THREE)
-        assert not scene.harm.exists(), "code in a checkpoint was run"
+        assert not scene.harm.exists(), "code in a checkpoint was executed"
         for name in scene.named:
             assert name in output, f"{name} is not named:\n{output}"
             aside = list(scene.newest.parent.glob(f"damaged-{name}-*"))
-            assert aside or not name.startswith("step-"), f"{name} was not set aside:\n{output}"
-        goes_on = f"goes on after step {scene.used.name.removeprefix('step-')}" if scene.used else "goes on"
-        assert (goes_on in output) == bool(scene.used), f"it did not go on from {scene.used}:\n{output}"
+            assert aside or not name.startswith("step-"), f"{name} was not renamed:\n{output}"
+        number = scene.used.name.removeprefix("step-") if scene.used else ""
+        resumed = f"resumed from the checkpoint at step {number}"
+        assert (resumed in output) == bool(scene.used), f"the run did not resume from {scene.used}:\n{output}"
     return trial
 
 
@@ -360,7 +370,7 @@ KEEP_THREE = ("checkpoint.keep=3",)
 
 
 def _stopped_run(home: Path, seed: int, world_size: int) -> Path:
-    """A run with three checkpoints, killed; a few of them serve all damages."""
+    """Returns a killed run with three checkpoints. Four such runs serve all damages."""
     chance, run_dir = random.Random(f"stopped {seed % 4}"), home / f"stopped-{seed % 4}"
     if not run_dir.exists():
         run = Watched(run_dir, world_size, None, *KEEP_THREE)
@@ -371,9 +381,9 @@ def _stopped_run(home: Path, seed: int, world_size: int) -> Path:
 
 
 def restart_trial(home: Path, reference: dict[str, Any], seed: int, world_size: int) -> Trial:
-    """SIGKILLs one worker: torchrun starts the group again, and nobody does anything."""
-    # Otherwise torchrun keeps the store of the first attempt, and in it the second finds the addresses of the dead:
-    # https://github.com/pytorch/pytorch/issues/135712
+    """Kills one worker; torchrun must restart the group without any other action."""
+    # Otherwise torchrun keeps the store of the first attempt, and the second attempt finds the addresses of dead
+    # processes in it: https://github.com/pytorch/pytorch/issues/135712
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     chance, run_dir, trial = random.Random(f"restart {seed}"), home / f"restart-{seed}", Trial()
     with survived(trial, run_dir, reference, world_size, finished=True):
@@ -386,8 +396,8 @@ def restart_trial(home: Path, reference: dict[str, Any], seed: int, world_size: 
             trial.blows.append(Blow("SIGKILL of one worker", where.phase, rank, f"{rank} (step {where.step})"))
             output = run.end(seconds=300)
             assert run.process.returncode == 0, f"torchrun ended with {run.process.returncode}:\n{output}"
-            assert len(run.ranks("0")) == 2, f"the group was not started again:\n{output}"
-            assert "goes on after step" in output, f"it began anew:\n{output}"
+            assert len(run.ranks("0")) == 2, f"the group was not restarted:\n{output}"
+            assert "resumed from the checkpoint at step" in output, f"the run did not resume:\n{output}"
     return trial
 
 
@@ -395,7 +405,15 @@ def restart_trial(home: Path, reference: dict[str, Any], seed: int, world_size: 
 def survived(
     trial: Trial, run_dir: Path, reference: dict[str, Any], world_size: int, finished: bool = False
 ) -> Iterator[None]:
-    """Around the blows: afterwards lets the run end, unless it is at its end, and compares; keeps what is wrong."""
+    """Surrounds the blows: afterwards lets the run end and compares it; stores a problem in the trial.
+
+    Args:
+        trial: gets the problem.
+        run_dir: the run folder.
+        reference: the values of the undisturbed run.
+        world_size: the number of processes.
+        finished: the blows include the end of the run.
+    """
     try:
         yield
         if not finished and status_of(run_dir) != "done":
@@ -406,10 +424,13 @@ def survived(
 
 
 def check_published(run_dir: Path, reference: dict[str, Any], newest: int) -> int:
-    """The newest checkpoint is whole, equal to the undisturbed run's and no older than `newest`; returns its step.
+    """Checks that the newest checkpoint is valid, not older than `newest`, and equal to the undisturbed run's.
+
+    Returns:
+        The checkpoint's step; 0 without a checkpoint.
 
     Raises:
-        AssertionError: it is not.
+        AssertionError: the check failed.
     """
     saved = list_checkpoints(RunFolder(run_dir).checkpoints)
     step = int(saved[-1].name.removeprefix("step-")) if saved else 0
@@ -422,12 +443,12 @@ def check_published(run_dir: Path, reference: dict[str, Any], newest: int) -> in
 
 
 def check_end(run_dir: Path, reference: dict[str, Any]) -> None:
-    """A run has ended in the same bytes, and left nothing half written.
+    """Checks that a run ended with the same bytes and left no file half written.
 
     Raises:
-        AssertionError: it has not.
+        AssertionError: the check failed.
     """
     wrong = differences(bytes_of(run_dir), reference)
-    assert not wrong, f"it ended in other bytes, in {len(wrong)} places: {wrong[:3]}"
+    assert not wrong, f"{len(wrong)} values differ from the undisturbed run: {wrong[:3]}"
     left = [path.name for path in [*run_dir.glob("*.tmp"), *run_dir.glob("checkpoints/.*.staged")]]
     assert not left, f"left over: {left}"

@@ -1,11 +1,11 @@
-"""`python -m mnist_dist.train`, unchanged, that says where it is and can be made to stand still at a chosen point.
+"""Runs `python -m mnist_dist.train`, writes down the phase of the run, and can stop at a chosen point.
 
-The trainer holds nothing made for tests: its functions are wrapped here, from outside. Two environment variables:
+The trainer contains no code for tests. This module wraps its functions. Two environment variables control it:
 
-FAULTS_NOTES  a path; process p of rank r appends to `<path>.<r>.<p>` at each begin and end of a phase: nanoseconds,
-              "+" or "-", the phase and the step
-FAULTS_HOLD   "<step> <point>": at the first such point after that many updates rank 0 notes "held" and waits to be
-              killed
+FAULTS_NOTES  a path; process p of rank r appends a line to `<path>.<r>.<p>` at each start and end of a phase:
+              nanoseconds, "+" or "-", the phase, the step
+FAULTS_HOLD   "<step> <point>": at the first such point after that many updates, rank 0 notes "held" and waits until
+              it is killed
 """
 
 from __future__ import annotations
@@ -23,49 +23,49 @@ from typing import Any, NamedTuple
 
 from mnist_dist.cli import run_command
 from mnist_dist.distributed.signals import Interrupts
-from mnist_dist.engine import checkpoint
+from mnist_dist.engine import checkpoint, files
 from mnist_dist.engine.train_step import TrainStep
 from mnist_dist.run.checkpointing import Checkpointer
 from mnist_dist.run.components import Progress, TrainingComponents
 from mnist_dist.tracking import JSONLTracker
 
-train = importlib.import_module("mnist_dist.train")  # by this name the package gives the function
+train = importlib.import_module("mnist_dist.train")  # `from mnist_dist import train` gives the function
 
 
 class Point(NamedTuple):
-    """A moment in the work with a file: before a function is called for it, or with half of its work done."""
+    """A moment in the work with a file: before a function is called for the file, or with half of the work done."""
 
     phase: str
     function: str
-    """Of those in `FUNCTIONS`."""
+    """The name of a function that `main` wraps with `Victim.gate`."""
     file: str
-    """Matches the name of the file or folder that the function is given."""
+    """A pattern of the name of the file or folder that the function works on."""
     half: bool = False
 
 
 POINTS = {
-    "recipe.yaml half written": Point("start", "write_text", r"recipe\.yaml\.tmp", half=True),
-    "before recipe.yaml has its name": Point("start", "replace", r"recipe\.yaml"),
-    "before STATUS has its name": Point("start", "replace", "STATUS"),
+    "recipe.yaml half written": Point("start", "write_flushed", r"recipe\.yaml\.tmp", half=True),
+    "before recipe.yaml has its name": Point("start", "rename_flushed", r"recipe\.yaml"),
+    "before STATUS has its name": Point("start", "rename_flushed", "STATUS"),
     "half a line of metrics.jsonl": Point("step", "log", r"metrics\.jsonl", half=True),
-    "before the state is written": Point("saving", "_write", r"state\.pt"),
-    "state half written": Point("saving", "_write", r"state\.pt", half=True),
-    "before the manifest": Point("saving", "write_text", r"manifest\.json"),
-    "manifest half written": Point("saving", "write_text", r"manifest\.json", half=True),
-    "before the rename": Point("saving", "rename", r"step-\d+"),
+    "before the state is written": Point("saving", "write_flushed", r"state\.pt"),
+    "state half written": Point("saving", "write_flushed", r"state\.pt", half=True),
+    "before the manifest": Point("saving", "write_flushed", r"manifest\.json"),
+    "manifest half written": Point("saving", "write_flushed", r"manifest\.json", half=True),
+    "before the rename": Point("saving", "rename_flushed", r"step-\d+"),
     "after the rename, before old ones go": Point("saving", "rmtree", r"step-\d+"),
     "an old one half gone": Point("saving", "rmtree", r"step-\d+", half=True),
-    "best.safetensors half written": Point("saving", "_write", r"best\.safetensors\.tmp", half=True),
-    "before best.safetensors has its name": Point("saving", "replace", r"best\.safetensors"),
-    "last.safetensors half written": Point("saving", "_write", r"last\.safetensors\.tmp", half=True),
-    "before last.safetensors has its name": Point("saving", "replace", r"last\.safetensors"),
-    "before the summary has its name": Point("ending", "replace", r"summary\.json"),
-    "before STATUS is done": Point("ending", "replace", "STATUS"),
+    "best.safetensors half written": Point("saving", "write_flushed", r"best\.safetensors\.tmp", half=True),
+    "before best.safetensors has its name": Point("saving", "rename_flushed", r"best\.safetensors"),
+    "last.safetensors half written": Point("saving", "write_flushed", r"last\.safetensors\.tmp", half=True),
+    "before last.safetensors has its name": Point("saving", "rename_flushed", r"last\.safetensors"),
+    "before the summary has its name": Point("ending", "rename_flushed", r"summary\.json"),
+    "before STATUS is done": Point("ending", "rename_flushed", "STATUS"),
 }
 
 
 class Victim:
-    """Where this process is, and where it is to stand still."""
+    """The phase of this process, and the point at which it stops."""
 
     def __init__(self) -> None:
         rank = os.environ.get("RANK", "0")
@@ -77,7 +77,7 @@ class Victim:
         self._note("+", "start")
 
     def _note(self, sign: str, phase: str) -> None:
-        # One write is one line, and it is the kernel's when it returns: SIGKILL takes nothing of it back.
+        # One write is one line. The kernel has the line when the call returns, so SIGKILL cannot undo it.
         os.write(self._notes, f"{time.monotonic_ns()} {sign} {phase} {self._step}\n".encode())
 
     def enter(self, phase: str) -> None:
@@ -88,11 +88,11 @@ class Victim:
         self._note("-", self._phases.pop())
 
     def count(self, step: int) -> None:
-        """So many updates have been made."""
+        """Notes the number of updates made."""
         self._step = step
 
     def during(self, phase: str, owner: type, name: str) -> None:
-        """Notes the begin and end of each call of a method."""
+        """Notes the start and end of each call of a method as a phase."""
         real = getattr(owner, name)
 
         @functools.wraps(real)
@@ -106,7 +106,13 @@ class Victim:
         setattr(owner, name, noted)
 
     def gate(self, owner: Any, name: str, path_of: Callable[..., Any]) -> None:
-        """Stands still at a call of this function if it is the point to do so."""
+        """Wraps a function: a call of it for the file of the chosen point stops.
+
+        Args:
+            owner: the module or class that holds the function.
+            name: the function's name.
+            path_of: returns the path of the file from the function's arguments.
+        """
         real = getattr(owner, name)
 
         @functools.wraps(real)
@@ -126,7 +132,7 @@ class Victim:
 
     @staticmethod
     def _do_half(call: Callable[[], Any], path: Path, appends: bool) -> None:
-        if path.is_dir():  # about to be removed
+        if path.is_dir():  # to be removed
             next(path.iterdir()).unlink()
             return
         before = path.stat().st_size if appends else 0
@@ -135,19 +141,18 @@ class Victim:
 
 
 def main() -> int:
-    victim = Victim()  # until here all is "start"
-    victim.gate(checkpoint, "_write", lambda path, *rest: path)
+    victim = Victim()  # the phase is "start"
+    for module in (files, checkpoint):  # each module has its own name for the function
+        victim.gate(module, "write_flushed", lambda path, *rest: path)
+        victim.gate(module, "rename_flushed", lambda source, target: target)
     victim.gate(shutil, "rmtree", lambda path, *rest: path)
-    victim.gate(Path, "write_text", lambda path, *rest: path)
-    for name in ("rename", "replace"):
-        victim.gate(Path, name, lambda path, target: target)
     victim.gate(JSONLTracker, "log", lambda tracker, *rest: tracker.path)
     victim.during("step", TrainStep, "__call__")
-    victim.during("evaluation", TrainingComponents, "judge")
-    for name in ("checkpoint", "best", "last"):
+    victim.during("evaluation", TrainingComponents, "evaluate")
+    for name in ("save", "save_best", "save_last"):
         victim.during("saving", Checkpointer, name)
 
-    # "start" ends where the handlers of signals stand, "ending" begins where they are gone.
+    # The phase "start" ends when the signal handlers are installed; "ending" starts when they are removed.
     fit, update, enter, leave = train.fit, TrainStep.__call__, Interrupts.__enter__, Interrupts.__exit__
 
     def fitted(*args: Any) -> bool:

@@ -1,8 +1,10 @@
-"""Weights of one run as the beginning of another: what fits is taken, what is frozen stays as it is, bit for bit."""
+"""Initial weights from another run: fitting tensors are copied, frozen tensors stay equal, bit for bit."""
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -11,12 +13,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mnist_dist import load_recipe, train
-from mnist_dist.data import images as datasets
+from mnist_dist import load_recipe, load_run, train
+from mnist_dist.data import DATASETS
 from mnist_dist.engine.checkpoint import load_weights
 from mnist_dist.engine.train_step import TrainStep
 from mnist_dist.errors import RecipeError
-from tests.distributed.test_worlds import launch
+from tests.faults.training import REPOSITORY, VARIABLES
+from tests.processes import run_ranks
 
 FROZEN = ["stem.*", "residual1.*"]
 NET = ["model.name=ms_ran", "model.width=4", "model.bottleneck=2", "data.limit_test=50", "tracking.wandb.mode=disabled"]
@@ -35,11 +38,11 @@ def source(tmp_path_factory):
 @pytest.fixture
 def seven_classes(monkeypatch):
     def load(root, split, download):
-        parts = synthetic(root, split, download)
-        return [replace(part, labels=part.labels % 7, classes=tuple("abcdefg")) for part in parts]
+        splits = synthetic(root, split, download)
+        return [replace(images, labels=images.labels % 7, classes=tuple("abcdefg")) for images in splits]
 
-    synthetic = datasets.DATASETS["synthetic"]
-    monkeypatch.setitem(datasets.DATASETS, "synthetic", load)
+    synthetic = DATASETS["synthetic"]
+    monkeypatch.setitem(DATASETS, "synthetic", load)
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -47,7 +50,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_frozen(folder: Path, source: Path) -> None:
-    """All that lies in a frozen stage is the source's, running statistics too; all other parameters have moved."""
+    """Checks that the frozen stages equal the source's, running statistics included, and that the rest has changed."""
     before, after = tensors(source), tensors(folder)
     for name, value in after.items():
         if any(fnmatch(name, pattern) for pattern in FROZEN):
@@ -57,26 +60,28 @@ def assert_frozen(folder: Path, source: Path) -> None:
 
 
 @pytest.mark.parametrize("word", ["ema_decay=0.9", "logical_shards=4", "clip_grad_norm=0.1"])
-def test_what_is_frozen_stays_and_a_head_of_another_size_begins_anew(source, tmp_path, seven_classes, word):
+def test_frozen_stages_stay_and_a_head_of_another_size_is_random(source, tmp_path, seven_classes, word):
     train(load_recipe("debug", *TRANSFER, f"model.init_from={source}", word), tmp_path / "run")
     assert_frozen(tmp_path / "run", source)
     assert tensors(tmp_path / "run")["classifier.2.weight"].shape == (7, 32)
     console = (tmp_path / "run" / "console.log").read_text()
-    assert (
-        f"{source}/last.safetensors (ms_ran); begins anew: classifier.2.weight, classifier.2.bias; not used" in console
-    )
+    [note] = [line for line in console.splitlines() if f"{source}/last.safetensors (ms_ran)" in line]
+    listed = [set(part.partition(": ")[2].split(", ")) for part in note.split("; ")[1:]]
+    assert listed == [{"classifier.2.weight", "classifier.2.bias"}] * 2, "the random ones and the unused ones"
 
 
-def test_what_is_frozen_stays_in_two_processes(source, tmp_path):
-    words = ["--recipe", "debug", *TRANSFER, f"model.init_from={source / 'best.safetensors'}", "sync_batchnorm=true"]
-    launch(2, tmp_path / "run", *words)
+def test_frozen_stages_stay_in_two_processes(source, tmp_path):
+    words = [*TRANSFER, f"model.init_from={source / 'best.safetensors'}", "sync_batchnorm=true", "tracking.plots=false"]
+    command = [sys.executable, "-m", "mnist_dist.train", "--recipe", "debug", "--run-dir", tmp_path / "run", *words]
+    run_ranks(2, command, cwd=REPOSITORY, env=os.environ | VARIABLES)
+    assert load_run(tmp_path / "run").summary["world_size"] == 2
     assert_frozen(tmp_path / "run", source)
 
 
-def test_a_run_goes_on_without_what_it_began_from(source, tmp_path, monkeypatch):
+def test_a_run_resumes_although_its_initial_weights_are_gone(source, tmp_path, monkeypatch, refused):
     origin = shutil.copytree(source, tmp_path / "origin")
     recipe = load_recipe("debug", *TRANSFER, f"model.init_from={origin}", "checkpoint.every_steps=2")
-    train(recipe, tmp_path / "whole")
+    train(recipe, tmp_path / "undisturbed")
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         update = TrainStep.__call__
@@ -91,36 +96,38 @@ def test_a_run_goes_on_without_what_it_began_from(source, tmp_path, monkeypatch)
     shutil.rmtree(origin)
     again = shutil.copytree(tmp_path / "run", tmp_path / "again")
     train(recipe, tmp_path / "run")
-    assert (tmp_path / "run/last.safetensors").read_bytes() == (tmp_path / "whole/last.safetensors").read_bytes()
+    assert (tmp_path / "run/last.safetensors").read_bytes() == (tmp_path / "undisturbed/last.safetensors").read_bytes()
 
-    # Begun anew it would need them; other weights than those asked for are no way out.
+    # If all checkpoints are damaged the run must start again, and then it needs the initial weights.
     for checkpoint in again.glob("checkpoints/step-*/state.pt"):
         checkpoint.write_bytes(b"")
-    with pytest.raises(RecipeError, match=r"there is no .*origin"):
-        train(recipe, again)
+    assert refused(lambda: train(recipe, again)) == [("model.init_from", "missing")]
 
 
-def test_a_file_from_elsewhere_serves_too(source, tmp_path):
-    save_file({f"{name}": value for name, value in tensors(source).items()}, tmp_path / "weights.safetensors")
+def test_a_safetensors_file_without_description_is_accepted(source, tmp_path):
+    save_file(tensors(source), tmp_path / "weights.safetensors")
     train(load_recipe("debug", *TRANSFER, f"model.init_from={tmp_path}/weights.safetensors"), tmp_path / "run")
     assert_frozen(tmp_path / "run", source)
 
 
 @pytest.mark.parametrize(
-    ("init_from", "word", "expected"),
+    ("init_from", "word", "kind", "named"),
     [
-        ("nowhere", "", "command line: model.init_from\n *there is no nowhere; name a finished run's folder"),
-        ("EMPTY", "", r"there is no .*last\.safetensors; name a finished run"),
-        ("SOURCE/recipe.yaml", "", "recipe.yaml is not a whole weights file"),
-        ("SOURCE", "model={name: lenet5}", "is of ms_ran: not one of its tensors fits lenet5 by name and shape"),
-        ("SOURCE", "model.width=8", r"\(ms_ran\) does not bring stem.0.weight, .* and \d+ more, which model.freeze"),
+        ("nowhere", "", "missing", ["nowhere"]),
+        ("EMPTY", "", "missing", ["empty/last.safetensors"]),
+        ("SOURCE/recipe.yaml", "", "damaged", ["recipe.yaml"]),
+        ("SOURCE", "model={name: lenet5}", "conflict", ["ms_ran", "lenet5"]),
+        ("SOURCE", "model.width=8", "conflict", ["ms_ran", "stem.0.weight", "model.freeze"]),
     ],
 )
-def test_weights_that_do_not_serve_are_refused(source, tmp_path, monkeypatch, init_from, word, expected):
+def test_unusable_weights_are_refused(source, tmp_path, monkeypatch, init_from, word, kind, named):
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
     init_from = init_from.replace("SOURCE", str(source)).replace("EMPTY", "empty")
     words = [*TRANSFER, *([word] if word else []), f"model.init_from={init_from}"]
-    with pytest.raises(RecipeError, match=expected):
+    with pytest.raises(RecipeError) as caught:
         train(load_recipe("debug", *words), tmp_path / "run")
+    [problem] = caught.value.problems
+    assert (problem.where, problem.key, problem.kind) == ("command line", "model.init_from", kind)
+    assert all(name in problem.message for name in named), problem.message
     assert not (tmp_path / "run").exists()
