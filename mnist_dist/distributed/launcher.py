@@ -33,7 +33,8 @@ def check_size(state: PartialState, expected: int | None = None) -> None:
     """Compares the number of processes with the expected number.
 
     Args:
-        expected: the number of processes; None for the number that the launcher was asked for, if it is known.
+        expected: the number of processes; None for the number in the launcher's options or variables, if it is
+            known.
 
     Raises:
         RecipeError: the numbers differ. The message names a command that starts the expected number.
@@ -60,7 +61,7 @@ def _start_hint(processes: int, device: torch.device) -> str:
 
 
 def _requested_size() -> tuple[int | None, str]:
-    """Returns the number of processes that the launcher was asked for, and the option or variable that holds it.
+    """Returns the number of processes in the launcher's options or variables, and the name of the option or variable.
 
     The number is None if it is not known.
     """
@@ -71,7 +72,7 @@ def _requested_size() -> tuple[int | None, str]:
         if name in ("--num_processes", "--num-processes") and number.isdigit() and int(number) > 0:
             return int(number), name
     for variable in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-        # Under torchrun, started by mpirun or srun, these variables count the torchrun processes.
+        # If mpirun or srun started torchrun, these variables count the torchrun processes, not the ranks.
         if variable in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
             return int(os.environ[variable]), variable
     if (

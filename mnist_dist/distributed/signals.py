@@ -74,7 +74,7 @@ class Interrupts:
         self._interval = max(1, int(AGREE_SECONDS / max(seconds_per_step, 1e-6)))
 
     def stop_requested(self) -> bool:
-        """Returns whether any rank was asked to stop; the same answer on every rank.
+        """Returns whether any rank has received a stop request; the same value on every rank.
 
         Collective: call on every rank equally often. Only one call per interval communicates, the others return False.
         """

@@ -1,4 +1,4 @@
-"""What the launcher did is compared with what it was asked for."""
+"""The processes and settings of a launcher are checked against its options and variables."""
 
 from __future__ import annotations
 
