@@ -32,8 +32,8 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str):  # argparse declares NoReturn
-        named = re.match(r"argument ([^:]+): |(?:unrecognized arguments|the following .* required): ([^\s,]+)", message)
-        key = (named[1] or named[2]) if named else ""
+        before_key = "argument |unrecognized arguments: |the following arguments are required: |(?=--)"
+        key = (re.match(rf"(?:{before_key})([^\s,:]+)", message) or ["", ""])[1]
         raise RecipeError([Problem("command line", key, f"{message}; see {self.prog} --help", "usage")])
 
 

@@ -146,7 +146,7 @@ def test_missing_recipe(refused, name, words):
 
 
 def test_no_recipe_at_all(refused):
-    assert_problem(refused(), "command line", "", "usage", "--recipe", "--list-recipes")
+    assert_problem(refused(), "command line", "--recipe", "usage", "--list-recipes")
 
 
 def test_unknown_option(refused):
