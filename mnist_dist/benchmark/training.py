@@ -43,9 +43,9 @@ from mnist_dist.run.summary import close_trackers, open_trackers
 from mnist_dist.train import fit
 
 SHORTEST_ROUND = 0.1
-"""Seconds. A loop whose steps would take less makes more steps, because the clock is not exact enough for less."""
+"""Seconds. A loop makes more steps than requested if they would take less time, which could not be measured exactly."""
 WARM_UP_STEPS = 5
-"""Untimed steps of each loop. They choose kernels, start workers, compile, and capture, which follows 3 eager steps."""
+"""Untimed steps of each loop: they choose kernels, start workers, compile, and capture (after 3 eager steps)."""
 
 
 def measure(recipe: Recipe, rounds: int, steps: int) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def measure(recipe: Recipe, rounds: int, steps: int) -> dict[str, Any]:
         since_process_start = time.time() - psutil.Process().create_time()
         _warm_up(setup, ours, steps)
         memory = _peak_memory_mb(setup.state.device)
-        # Tutorials use the default layout, and so does the search for the number of workers.
+        # In the default layout, as the loops of tutorials run.
         workers = best_workers(setup.in_default_layout(), steps=min(steps, 20))
         loops = [ours]
         for loop in _other_loops(setup, workers, Path(folder)):

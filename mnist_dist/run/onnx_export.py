@@ -24,7 +24,7 @@ def trace_program(network: nn.Module, images: Tensor, name: str) -> Any:
     """
     batch = ({0: torch.export.Dim("batch")},)
     try:
-        # The program keeps the example's whole storage: without the clone, that could be the test set.
+        # The program keeps the storage of the example. Without the clone, that could be the complete test set.
         program = torch.export.export(network, (images[:2].clone(),), dynamic_shapes=batch, strict=False)
     except Exception as error:  # a user's own network may fail in any way
         raise _refuse(name, error) from error

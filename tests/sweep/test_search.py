@@ -1,4 +1,4 @@
-"""Whole searches: the table, what a second start trains, signals, and command lines that are refused."""
+"""Complete searches: the table, what a second start trains, signals, and command lines that are refused."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_a_grid_becomes_a_ranked_table_and_finished_trials_are_kept(trained, tmp
 
 
 def test_the_bundled_sweep_file_starts_a_trial_with_its_command(tmp_path, monkeypatch):
-    # The trial is forked from a server instead of started anew.
+    # The trial is forked from a server, which is faster than a new interpreter.
     forked = SimpleNamespace(Popen=processes.popen, DEVNULL=subprocess.DEVNULL, STDOUT=subprocess.STDOUT)
     monkeypatch.setattr(trials, "subprocess", forked)
     overrides = [word for word in WORDS if not word.startswith("batch_size")] + ["data.validation=100"]
