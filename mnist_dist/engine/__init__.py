@@ -1,1 +1,1 @@
-"""One update (eager, captured, sharded), the learning rate, evaluation, counters, checkpoints, signals, a watchdog."""
+"""The training step (eager or captured), optimizers, schedules, evaluation, counters and checkpoints."""

@@ -61,7 +61,10 @@ class TrainedNetwork:
     shards: LogicalShards | None = None
     """Computes fixed shards of the global batch instead of this process's share."""
     communicates_in_forward: bool = False
-    """Whether the forward pass is collective, as with synchronized batch norm. All processes then run equally many."""
+    """Whether the forward pass is collective, as with synchronized batch norm.
+
+    All processes then run the same number of forward passes.
+    """
 
 
 def guards_on_device(optimizer: Optimizer, accelerator: Accelerator) -> bool:
