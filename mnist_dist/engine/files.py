@@ -31,6 +31,7 @@ def write_atomically(path: Path, content: bytes | memoryview | str) -> None:
 
 
 write_text = write_atomically
+"""The name under which `compare` and `sweep` import `write_atomically`."""
 
 
 def write_flushed(path: Path, content: bytes | memoryview | str) -> None:

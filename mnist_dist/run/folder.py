@@ -96,9 +96,11 @@ class RunFolder:
 
     @property
     def is_done(self) -> bool:
+        """Whether the run in the folder has finished."""
         return self.status.is_file() and self.status.read_text() == "done\n"
 
     def set_status(self, status: str) -> None:
+        """Writes STATUS: one of the words running, done, failed and preempted."""
         write_atomically(self.status, status + "\n")
 
 

@@ -27,7 +27,7 @@ from mnist_dist.run.tables import printable
 from mnist_dist.tracking import JSONLReader
 
 SILENCE = 600.0
-"""The status of a running run mentions its silence after so many seconds without a new line."""
+"""Seconds without a new line after which the status of a run that is training mentions its silence."""
 
 # --- a run in any state -------------------------------------------------------------------------------------------
 

@@ -67,6 +67,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> int:
+    """Runs the trials and prints the table; returns exit code 0 if every run survived, else 1."""
     arguments = parse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `Watched.__exit__` kills the current run
     begun = time.monotonic()
