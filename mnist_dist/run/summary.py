@@ -144,8 +144,8 @@ def write_outputs(
 
 
 def _draw(folder: RunFolder, title: str, batches: Batches, dataset: Dataset, test: Evaluation, eval_name: str) -> None:
-    """All pictures of a run, into its plots/."""
-    from mnist_dist.plots import confusion, curves, images  # matplotlib: not before the first step
+    """Draws all pictures of a run into its plots/ folder."""
+    from mnist_dist.plots import confusion, curves, images  # matplotlib, which would delay the start of the run
 
     metrics, data = load_run(folder.path).metrics, dataset.test
     curves.plot_training_history(metrics, folder.plots / "training_history.png", title=title, eval_name=eval_name)
