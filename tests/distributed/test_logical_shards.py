@@ -12,18 +12,17 @@ WORDS = ["--recipe", "model_v1_onecycle", "data.dataset=synthetic", "data.limit_
 WORDS += ["batch_size=64", "epochs=2", "log_every=2", "ema_decay=0.9", "clip_grad_norm=0.5", "micro_batch_size=5"]
 
 STOP_AFTER_STEP = """
-import os, signal, sys
+import itertools, os, signal, sys
 from mnist_dist.distributed import signals
-from mnist_dist.engine.train_step import TrainStep
 from mnist_dist.train import main
 
 signals.AGREE_SECONDS = 0  # the ranks exchange stop requests in every step
-update = TrainStep.__call__
-def stop(self, plan, index, step):
-    update(self, plan, index, step)
-    if step + 1 == int(sys.argv[1]):
+stop_requested, calls = signals.Interrupts.stop_requested, itertools.count(1)
+def stop(self):
+    if next(calls) == int(sys.argv[1]):
         os.kill(os.getpid(), signal.SIGTERM)
-TrainStep.__call__ = stop
+    return stop_requested(self)
+signals.Interrupts.stop_requested = stop
 assert main(sys.argv[2:]) == signals.PREEMPTED
 """
 
@@ -39,6 +38,7 @@ def test_a_run_has_the_same_bytes_at_every_world_size(tmp_path):
     words = ["--run-dir", folder, *WITHOUT_TRACKING, *WORDS, "logical_shards=4"]
     run_ranks(2, [sys.executable, "-c", STOP_AFTER_STEP, "3", *words])
     assert (folder / "STATUS").read_text() == "preempted\n"
+    assert (folder / "checkpoints" / "step-3").is_dir()
     train_in_world(1, folder, *WORDS, "logical_shards=4")
     assert weights_and_metrics(folder) == found[0]
 
