@@ -75,7 +75,7 @@ for command in {commands}:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_a_command_run_as_a_module_imports_nothing_heavy(command):
-    """`answer_early` stands above the imports of the command's module."""
+    """The command's module must call `answer_early` above its imports."""
     source = HELP.format(commands=[command], module='f"mnist_dist.{command}"')
     assert heavy_modules_after(source)[0] == set()
 

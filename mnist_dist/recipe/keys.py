@@ -47,7 +47,7 @@ def keys_of(section: type[Section] = Recipe, prefix: str = "") -> list[Key]:
 
 
 def all_keys(section: type[Section] = Recipe, prefix: str = "") -> dict[str, Key]:
-    """Returns dotted name -> key for the whole schema."""
+    """Returns dotted name -> key, for all sections."""
     found: dict[str, Key] = {}
     for key in keys_of(section, prefix):
         found[key.name] = key
@@ -64,7 +64,7 @@ def _key(name: str, field: FieldInfo) -> Key:
     for each in field.metadata:
         annotation = Annotated[annotation, each]
     values = _simplify(TypeAdapter(annotation).json_schema())
-    required = field.is_required() and name != "name"  # the file's name stands in for the recipe's
+    required = field.is_required() and name != "name"  # the default is the file's name
     return Key(name, meaning, None if field.is_required() else field.default, required, values=values)
 
 
@@ -105,7 +105,7 @@ class Keyword:
 
 
 def builder_of(section: str, name: str) -> Callable[..., Any]:
-    """Returns the class or function that a name of `NAMES` stands for in an open section."""
+    """Returns the class or function that a name of `NAMES` selects in an open section."""
     return OPEN_SECTIONS[section][1](name)
 
 

@@ -32,7 +32,7 @@ from mnist_dist.recipe.keys import (
 from mnist_dist.recipe.schema import OpenSection, Recipe, Section
 
 MARKS = ("<!-- keys: made by mnist_dist.recipe.reference -->", "<!-- end of keys -->")
-"""The lines of configs/README.md between which the tables stand."""
+"""The lines of configs/README.md that enclose the tables."""
 
 SCHEMA_FILE = "recipe.schema.json"
 

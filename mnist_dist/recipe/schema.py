@@ -272,7 +272,7 @@ class Recipe(Section):
     """Images per update, summed over all processes."""
     micro_batch_size: Positive | Literal["auto"] | None = None
     """Images that a process computes at once; the gradients of an update are accumulated. `auto`: as many as fit into
-    memory, found by halving. Null: the process's whole share of the batch. Changes the result only for networks with
+    memory, found by halving. Null: the process's share of the batch. Changes the result only for networks with
     batch norm or dropout, apart from rounding."""
     sync_batchnorm: bool = False
     """Compute batch norm statistics over the global batch instead of each process's share."""

@@ -1,4 +1,4 @@
-"""What commands print is what the files of this folder say. `python -m tests.screens` rewrites them."""
+"""Commands print exactly the files of this folder. `python -m tests.screens` rewrites the files."""
 
 from __future__ import annotations
 
