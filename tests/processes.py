@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[1]
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+"""Signals that a child handles as a new Python process does."""
 
 # --- the server ---------------------------------------------------------------------------------------------------
 
@@ -62,6 +64,7 @@ def serve(address: str) -> None:
         while not message.endswith(b"\n"):
             message += connection.recv(1 << 20)
         request = json.loads(message)
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the child has its own handlers and streams
         child = os.fork()
         if not child:
             connection.close()
@@ -86,7 +89,7 @@ def become(request: dict[str, Any], streams: list[int]) -> None:
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+    for number in SIGNALS:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, mode) for n, mode in ((0, "r"), (1, "w"), (2, "w")))
     sys.stderr.reconfigure(line_buffering=True)
@@ -97,6 +100,7 @@ def become(request: dict[str, Any], streams: list[int]) -> None:
 
     random.seed()
     torch.set_num_threads(int(request["env"].get("OMP_NUM_THREADS", os.cpu_count() or 1)))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def run_program(argv: list[str]) -> None:
