@@ -6,6 +6,11 @@ Slow and faulty ranks are named.
 
 from __future__ import annotations
 
+from mnist_dist.cli import answer_early, parse, run_command
+
+if __name__ == "__main__":
+    answer_early("doctor")  # before the imports below load torch
+
 import argparse
 import json
 import sys
@@ -19,7 +24,6 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from mnist_dist.cli import answer_early, parse, run_command
 from mnist_dist.distributed.devices import choose_threads, device_name
 from mnist_dist.distributed.launcher import launched_world
 from mnist_dist.doctor.checks import (
@@ -46,10 +50,6 @@ from mnist_dist.doctor.ranks import ActionFailed, Ranks
 from mnist_dist.errors import Problem, RecipeError
 from mnist_dist.run.provenance import git_commit, versions
 from mnist_dist.run.tables import table_console
-
-if __name__ == "__main__":
-    answer_early("doctor")  # before the imports below load torch
-
 
 STYLES = {SLOW: "yellow", WARN: "yellow", FAIL: "bold red"}
 
