@@ -35,7 +35,7 @@ class Problem:
     """Dotted recipe key, command-line option or path concerned; empty if there is none."""
     message: str
     """What is wrong, what was expected, what to do; may have several lines."""
-    kind: Kind = "usage"
+    kind: Kind
     """For programs and tests, which do not read the message."""
 
     def __str__(self) -> str:

@@ -24,7 +24,7 @@ class Origins:
     places: dict[str, str] = field(default_factory=dict, compare=False)
     """Dotted key -> "file:line" or "command line"."""
 
-    def problem(self, key: str, message: str, kind: Kind = "usage") -> Problem:
+    def problem(self, key: str, message: str, kind: Kind) -> Problem:
         """Returns a problem located at the key, or at the nearest enclosing section that was written."""
         path = key
         while path and path not in self.places:

@@ -332,6 +332,6 @@ class Recipe(Section):
         """Returns the resolved recipe as YAML, which loads as an equal recipe."""
         return yaml.dump(self.model_dump(), Dumper=Dumper, sort_keys=False)
 
-    def problem(self, key: str, message: str, kind: Kind = "usage") -> Problem:
+    def problem(self, key: str, message: str, kind: Kind) -> Problem:
         """Returns a problem with the value of a dotted key, located at the file and line that gave the value."""
         return self._origins.problem(key, message, kind)
