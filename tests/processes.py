@@ -36,9 +36,12 @@ def serve(address: str) -> None:
     # All that is slow to import. The first optimizer of a process would import torch._dynamo.
     import torch
     import torch._dynamo
+    import torchvision  # noqa: F401
 
-    import mnist_dist.run.build
-    import mnist_dist.run.summary  # noqa: F401
+    import mnist_dist.train
+
+    # A child that runs `-m mnist_dist.train` executes this one module again; what the module imports is there.
+    del sys.modules["mnist_dist.train"], mnist_dist.train
 
     torch.set_num_threads(1)
     # A child's garbage collector would touch, and so copy, all memory that it shares with this process.

@@ -28,7 +28,7 @@ from mnist_dist.compare.table import (
     print_table,
     write_tables,
 )
-from mnist_dist.engine.files import write_text
+from mnist_dist.engine.files import write_atomically
 from mnist_dist.errors import Kind, Problem, RecipeError
 from mnist_dist.run.reader import RunReader, find_runs, is_summary
 
@@ -173,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
     elif arguments.html or (not arguments.no_html and any(each.run for each in measured)):
         path = arguments.html or Path("compare.html")
         with _writing("--html", path):
-            write_text(path, render(comparison.page_values(Page(embedded))))
+            write_atomically(path, render(comparison.page_values(Page(embedded))))
         print(f"{path}: the table with curves and pictures; open it in a browser")
     return 0
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mnist_dist.compare.page import as_written, differing_keys
-from mnist_dist.engine.files import write_text
+from mnist_dist.engine.files import write_atomically
 from mnist_dist.errors import Problem, RecipeError, did_you_mean
 from mnist_dist.recipe.file import bundled_recipes, note_measured, recipe_notes
 from mnist_dist.recipe.loading import load_recipe
@@ -286,7 +286,7 @@ def write_tables(path: Path, rows: list[Row]) -> None:
         OSError, UnicodeError: the file cannot be read or written.
     """
     content = path.read_text(encoding="utf-8") if path.exists() else "\n".join(MARKS) + "\n"
-    write_text(path, fill_tables(content, rows, path))
+    write_atomically(path, fill_tables(content, rows, path))
 
 
 def note_in_recipes(rows: list[Row]) -> None:

@@ -30,10 +30,6 @@ def write_atomically(path: Path, content: bytes | memoryview | str) -> None:
         raise
 
 
-write_text = write_atomically
-"""The name under which `compare` and `sweep` import `write_atomically`."""
-
-
 def write_flushed(path: Path, content: bytes | memoryview | str) -> None:
     """Writes a file in place and waits until it is on the disk.
 

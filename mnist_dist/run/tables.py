@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from mnist_dist.engine.files import write_text
+from mnist_dist.engine.files import write_atomically
 from mnist_dist.errors import Problem, RecipeError
 
 
@@ -37,7 +37,7 @@ def replace_between_marks(path: Path, text: str, marks: tuple[str, str]) -> None
         RecipeError: the file has no such pair of marks; nothing was written.
     """
     content = path.read_text(encoding="utf-8") if path.exists() else "\n".join(marks) + "\n"
-    write_text(path, fill_between_marks(content, lambda _: text, path, marks))
+    write_atomically(path, fill_between_marks(content, lambda _: text, path, marks))
 
 
 def fill_between_marks(

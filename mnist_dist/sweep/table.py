@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from mnist_dist.engine.files import write_text
+from mnist_dist.engine.files import write_atomically
 from mnist_dist.run.tables import markdown_table, table_console
 from mnist_dist.sweep.search_space import Sweep
 from mnist_dist.sweep.trials import override
@@ -63,9 +63,9 @@ def write_results(directory: Path, sweep: Sweep, rows: list[dict[str, Any]]) -> 
     """Writes sweep.json and sweep.md into the search's folder."""
     rows = ranked(rows)
     content = {"sweep": sweep.name, "recipe": sweep.recipe, "trials": rows}
-    write_text(directory / "sweep.json", json.dumps(content, indent=2))
+    write_atomically(directory / "sweep.json", json.dumps(content, indent=2))
     text = f"# {sweep.name}\n\n{markdown_table(cells(rows))}\n\n{describe_best(sweep, rows)}\n"
-    write_text(directory / "sweep.md", text)
+    write_atomically(directory / "sweep.md", text)
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
