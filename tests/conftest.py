@@ -18,7 +18,7 @@ os.environ["WANDB_MODE"] = "disabled"
 # Tests use the CPU on every machine; a test for GPUs requests the fixture `gpu`.
 os.environ["ACCELERATE_USE_CPU"] = "true"
 
-MARKED_FOLDERS = {"launch": "launch", "faults": "faults"}
+MARKED_FOLDERS = {"launch": "launch", "faults": "faults", "cluster": "cluster"}
 """Folder below tests/ -> marker of its tests."""
 MARKED_FIXTURES = {"mnist_root": "mnist", "gpu": "gpu", "browser": "browser"}
 """Fixture -> marker of the tests that request it."""
