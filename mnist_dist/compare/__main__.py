@@ -7,6 +7,11 @@ rewrites every marked table of a Markdown file.
 
 from __future__ import annotations
 
+from mnist_dist.cli import answer_early, parse, run_command
+
+if __name__ == "__main__":
+    answer_early("compare")  # before the imports below load torch
+
 import json
 import sys
 from collections.abc import Iterator
@@ -14,7 +19,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mnist_dist.cli import answer_early, parse, run_command
 from mnist_dist.compare.live import LiveServer
 from mnist_dist.compare.page import Page, PageRun, embedded, render
 from mnist_dist.compare.table import (
@@ -31,10 +35,6 @@ from mnist_dist.compare.table import (
 from mnist_dist.engine.files import write_atomically
 from mnist_dist.errors import Kind, Problem, RecipeError
 from mnist_dist.run.reader import RunReader, find_runs, is_summary
-
-if __name__ == "__main__":
-    answer_early("compare")  # before the imports below load torch
-
 
 # --- the runs -----------------------------------------------------------------------------------------------------
 

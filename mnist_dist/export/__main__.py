@@ -6,23 +6,23 @@ with the network in PyTorch on the whole test set before it gets its name; a fil
 
 from __future__ import annotations
 
+from mnist_dist.cli import EXPORT_ENDINGS, answer_early, parse, run_command
+
+if __name__ == "__main__":
+    answer_early("export")  # before the imports below load torch
+
 import sys
 
 import torch
 from rich.table import Table
 from torch import Tensor
 
-from mnist_dist.cli import EXPORT_ENDINGS, answer_early, parse, run_command
 from mnist_dist.distributed.devices import device_name
 from mnist_dist.errors import Problem, RecipeError
 from mnist_dist.export.exporter import export
 from mnist_dist.export.verify import Form
 from mnist_dist.run.reader import open_run
 from mnist_dist.run.tables import table_console
-
-if __name__ == "__main__":
-    answer_early("export")  # before the imports below load torch
-
 
 BATCH = 256
 """Number of images of the second timing."""

@@ -126,8 +126,8 @@ def test_a_check_that_hangs_is_a_row_and_the_process_ends(tmp_path, monkeypatch,
 @pytest.mark.parametrize(
     ("words", "problems"),
     [
-        (["--run-folder", "x"], [("", "usage")]),
-        (["epochs=1"], [("", "usage")]),
+        (["--run-folder", "x"], [("--run-folder", "usage")]),
+        (["epochs=1"], [("epochs=1", "usage")]),
         (["--world-size", "0"], [("--world-size", "range")]),
         (["--json", "nowhere/health.json"], [("--json", "missing")]),
         (["--json", "nowhere/a", "--world-size", "0"], [("--json", "missing"), ("--world-size", "range")]),

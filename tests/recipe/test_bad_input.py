@@ -146,7 +146,7 @@ def test_missing_recipe(refused, name, words):
 
 
 def test_no_recipe_at_all(refused):
-    assert_problem(refused(), "command line", "--recipe", "usage", "--list-recipes")
+    assert_problem(refused(), "command line", "--recipe", "missing", "--list-recipes")
 
 
 def test_unknown_option(refused):
@@ -410,7 +410,7 @@ class Needy(Shapeless):
         ("name: 3", 1, "model.name", "type"),
         ("freeze: [a]", 1, "model.name", "missing"),
         ("name: torchvision/resnet1", 1, "model.name", "unknown", "'resnet18'"),
-        ("name: torchvision/fcn_resnet50", 1, "model.name", "unknown", "'fcn_resnet50'"),
+        ("name: torchvision/fcn_resnet50", 1, "model.name", "unknown", "'torchvision/fcn_resnet50'"),
         ("name: torchvision/alexnet", 1, "model.name", "model"),
         ("name: torchvision/vit_b_16", 1, "model.name", "model", "28!"),
         ("name: 'nowhere.nets:Net'", 1, "model.name", "missing", "'nowhere.nets'"),
@@ -504,7 +504,7 @@ def test_recipe_without_a_model(refused_recipe, case):
         ("  split: letters", 5, "data.split", "conflict", "synthetic"),
         ("distill: {weight: 0.7}", 5, "distill.from", "missing"),
         ("distill: {from: nowhere}", 5, "distill.from", "missing", "nowhere"),
-        ("  validation: 4096", 3, "data", "conflict", "4,096"),
+        ("  validation: 4096", 5, "data.validation", "conflict", "4,096"),
         ("mixed_precision: fp16", 5, "mixed_precision", "unsupported"),
     ],
     ids=lambda case: case[0],
@@ -533,7 +533,7 @@ def test_launcher_precision_that_a_cpu_lacks(refused_recipe, monkeypatch, precis
 def test_batch_smaller_than_the_world(refused_recipe, monkeypatch):
     world = SimpleNamespace(device=torch.device("cpu"), num_processes=4, is_main_process=True)
     monkeypatch.setattr("mnist_dist.train.launched_world", lambda: world)
-    assert_problem(refused_recipe(GOOD + "batch_size: 3\n"), 5, "batch_size", "conflict", "3", "4 processes")
+    assert_problem(refused_recipe(GOOD + "batch_size: 3\n"), 5, "batch_size", "unsupported", "3", "4 processes")
 
 
 @pytest.mark.parametrize(
@@ -759,7 +759,9 @@ def test_data_without_an_image(refused_recipe, first, second):
 
 def test_validation_part_as_large_as_the_training_set(refused_recipe):
     write_mnist()
-    assert_problem(refused_recipe(MNIST, "data.validation=20"), 2, "data", "conflict", "20 training images")
+    assert_problem(
+        refused_recipe(MNIST, "data.validation=20"), "command line", "data.validation", "conflict", "20 training images"
+    )
 
 
 # --- the run folder -----------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def test_totals_are_those_of_the_model():
     assert total_of(text, "Trainable parameters") == f"{parameters - 104 - 8:,}"
     assert total_of(text, "Multiply-adds") == "29,008 (0.03 M) per image"
     assert total_of(text, "Weights") == f"{4 * parameters / 1e6:.2f} MB as float32"
-    assert "count as 0" in text
+    assert "convolutions and linear layers only" in text
 
 
 def test_tied_weights_count_once():
