@@ -12,7 +12,7 @@ shift 3
 export PET_RDZV_ENDPOINT=$head
 # By default torchrun does not forward SIGUSR1 but dies of it.
 export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
-exec accelerate launch --quiet --config_file "$(dirname "$0")/accelerate/multi_node.yaml" \
+exec python "$(dirname "$0")/accelerate/launch.py" --quiet --config_file "$(dirname "$0")/accelerate/multi_node.yaml" \
     --num_machines "$machines" --num_processes "$((machines * each))" \
     --main_process_ip "${head%:*}" --main_process_port "${head##*:}" --rdzv_backend c10d \
     -m mnist_dist.train --world-size "$((machines * each))" "$@"
