@@ -135,10 +135,7 @@ def _train(parser: Parser) -> None:
     parser.add_argument("--recipe", metavar="NAME", help="a path, or the name of a bundled recipe")
     folder = "a new folder, or the folder of a run to resume (default: runs/<recipe>/<date-time>)"
     parser.add_argument("--run-dir", metavar="DIR", help=folder)
-    resume = (
-        "auto (default): resume the run in --run-dir; never: refuse a folder that holds a run; "
-        "PATH: start a new run from this run or checkpoint"
-    )
+    resume = "auto (default): resume the run in --run-dir; never: refuse a used folder; PATH: new run from a checkpoint"
     parser.add_argument("--resume", metavar="auto|never|PATH", default="auto", help=resume)
     parser.add_argument("--world-size", type=int, metavar="N", help="stop if the number of processes is not N")
     parser.add_argument("--allow-recipe-change", action="store_true", help="resume although the recipe has changed")
@@ -195,9 +192,10 @@ def _sweep(parser: Parser) -> None:
 def _benchmark(parser: Parser) -> None:
     measurement = parser.add_mutually_exclusive_group(required=True)
     measurement.add_argument("--recipe", metavar="NAME", help="a path, or the name of a bundled recipe")
-    time_to_accuracy = "time complete trainings of a recipe, compared with a reference network"
-    measurement.add_argument("--time-to-accuracy", metavar="NAME", help=time_to_accuracy)
-    floors = "check that the figures in files written by --json reach the floors for a GPU"
+    measurement.add_argument(
+        "--time-to-accuracy", metavar="NAME", help="time complete trainings, and a reference network"
+    )
+    floors = "check files written by --json against the floors for a GPU"
     measurement.add_argument("--floors", type=Path, nargs="+", metavar="FILE", help=floors)
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="interleaved rounds (default: 7)")
     parser.add_argument("--steps", type=int, default=50, metavar="N", help="steps or calls per round (default: 50)")
