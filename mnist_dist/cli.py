@@ -192,9 +192,7 @@ def _sweep(parser: Parser) -> None:
 def _benchmark(parser: Parser) -> None:
     measurement = parser.add_mutually_exclusive_group(required=True)
     measurement.add_argument("--recipe", metavar="NAME", help="a path, or the name of a bundled recipe")
-    measurement.add_argument(
-        "--time-to-accuracy", metavar="NAME", help="time complete trainings, and a reference network"
-    )
+    measurement.add_argument("--time-to-accuracy", metavar="NAME", help="time trainings, also of a reference network")
     floors = "check files written by --json against the floors for a GPU"
     measurement.add_argument("--floors", type=Path, nargs="+", metavar="FILE", help=floors)
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="interleaved rounds (default: 7)")
