@@ -1,4 +1,4 @@
-"""The command lines of all commands, and how a command starts and fails. Imports nothing heavy: `--help` is fast."""
+"""Defines the command lines of all commands, and how a command starts and fails. Imports no torch: `--help` is fast."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def parse(command: str, argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def answer_early(command: str) -> None:
-    """Answers `--help` and a wrong argument before torch is imported, which takes two seconds.
+    """Handles `--help` and a wrong argument before the import of torch, which takes two seconds.
 
     The module of a command calls this function above its imports if the module is run as the program.
     """
@@ -73,7 +73,9 @@ def answer_early(command: str) -> None:
 
 
 def run_command(main: Callable[[], int]) -> int:
-    """Runs a command's `main`. Prints an error that the user can act on as one screen on stderr, on rank 0 only.
+    """Runs a command's `main`. Prints an error that the user can act on as one screen on stderr.
+
+    Rank 0 prints at once. The other ranks wait `RANK_0_SECONDS`, so that the launcher ends them before they print.
 
     Returns:
         What `main` returns; 2 for a `RecipeError`, 1 for a `RunError`, 130 after Ctrl-C.
@@ -106,7 +108,7 @@ def is_main_process() -> bool:
 # --- arguments shared by several commands -------------------------------------------------------------------------
 
 
-def _add_overrides(parser: Parser, help: str = "any recipe key by its dotted name") -> None:
+def _add_overrides(parser: Parser, help: str = "overrides of recipe keys, e.g. optimizer.lr=0.05") -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=help)
 
 
@@ -115,15 +117,15 @@ def _add_run(parser: Parser) -> None:
 
 
 def _add_weights(parser: Parser) -> None:
-    parser.add_argument("--weights", choices=["last", "best"], default="last", help="saved weights (default: last)")
+    parser.add_argument("--weights", choices=["last", "best"], default="last", help="last (default) or best weights")
 
 
 def _add_data(parser: Parser) -> None:
     parser.add_argument("--data", metavar="NAME", help="another data set with the same number of classes, e.g. qmnist")
 
 
-def _add_json(parser: Parser, what: str) -> None:
-    parser.add_argument("--json", type=Path, metavar="FILE", help=f"also write {what} to FILE")
+def _add_json(parser: Parser, content: str) -> None:
+    parser.add_argument("--json", type=Path, metavar="FILE", help=f"also write {content} to FILE")
 
 
 # --- the commands -------------------------------------------------------------------------------------------------
@@ -133,7 +135,7 @@ def _train(parser: Parser) -> None:
     parser.add_argument("--recipe", metavar="NAME", help="a path, or the name of a bundled recipe")
     folder = "a new folder, or the folder of a run to resume (default: runs/<recipe>/<date-time>)"
     parser.add_argument("--run-dir", metavar="DIR", help=folder)
-    resume = "auto (default): resume the run in --run-dir; never: refuse to; PATH: new run from this run or checkpoint"
+    resume = "auto (default): resume the run in --run-dir; never: refuse a used folder; PATH: new run from a checkpoint"
     parser.add_argument("--resume", metavar="auto|never|PATH", default="auto", help=resume)
     parser.add_argument("--world-size", type=int, metavar="N", help="stop if the number of processes is not N")
     parser.add_argument("--allow-recipe-change", action="store_true", help="resume although the recipe has changed")
@@ -147,7 +149,7 @@ def _train(parser: Parser) -> None:
 def _evaluate(parser: Parser) -> None:
     _add_run(parser)
     _add_weights(parser)
-    parser.add_argument("--split", choices=["test", "validation"], default="test", help="images (default: test)")
+    parser.add_argument("--split", choices=["test", "validation"], default="test", help="images to use (default: test)")
     _add_data(parser)
     _add_json(parser, "the report")
     _add_overrides(parser, "recipe keys, e.g. data.root=/data")
@@ -173,7 +175,7 @@ def _ensemble(parser: Parser) -> None:
     _add_weights(parser)
     _add_data(parser)
     _add_json(parser, "the report")
-    keep = "append the ensemble's summary to this file of JSON lines; requires the members' own test set"
+    keep = "append the ensemble's summary to this file of JSON lines; not with --data, --weights or key=value"
     parser.add_argument("--keep", type=Path, metavar="FILE", help=keep)
 
 
@@ -188,14 +190,14 @@ def _sweep(parser: Parser) -> None:
 
 
 def _benchmark(parser: Parser) -> None:
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--recipe", metavar="NAME", help="a path, or the name of a bundled recipe")
-    time_to_accuracy = "time complete trainings of a recipe, compared with a reference network"
-    what.add_argument("--time-to-accuracy", metavar="NAME", help=time_to_accuracy)
-    what.add_argument("--floors", type=Path, nargs="+", metavar="FILE", help="check files of --json against floors")
+    measurement = parser.add_mutually_exclusive_group(required=True)
+    measurement.add_argument("--recipe", metavar="NAME", help="a path, or the name of a bundled recipe")
+    measurement.add_argument("--time-to-accuracy", metavar="NAME", help="time trainings, also of a reference network")
+    floors = "check files written by --json against the floors for a GPU"
+    measurement.add_argument("--floors", type=Path, nargs="+", metavar="FILE", help=floors)
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="interleaved rounds (default: 7)")
     parser.add_argument("--steps", type=int, default=50, metavar="N", help="steps or calls per round (default: 50)")
-    parser.add_argument("--seeds", type=int, default=30, metavar="N", help="runs of --time-to-accuracy (default: 30)")
+    parser.add_argument("--seeds", type=int, default=30, metavar="N", help="seeds of --time-to-accuracy (default: 30)")
     note = "write the result of --time-to-accuracy into the recipe's head comment"
     parser.add_argument("--note", action="store_true", help=note)
     parser.add_argument("--sweep", metavar="KEY=a,b,c", help="measure with each of these values of a recipe key")
@@ -216,7 +218,7 @@ def _compare(parser: Parser) -> None:
     parser.add_argument("--live", action="store_true", help="serve the page on this machine and follow running runs")
     parser.add_argument("--port", type=int, metavar="N", default=8765, help="port of --live (default: 8765; 0: any)")
     parser.add_argument("--keep", type=Path, metavar="FILE", help="append the summaries to this file of JSON lines")
-    markdown = "write the table between the marks of this Markdown file"
+    markdown = "write the table between the two marker comments of this Markdown file"
     parser.add_argument("--markdown", type=Path, metavar="FILE", help=markdown)
     parser.add_argument("--recipes", action="store_true", help="write the figures into the recipes' head comments")
 
@@ -299,7 +301,7 @@ exit code: 0 done, 1 failed, 2 bad input, 75 stopped by a signal after a checkpo
         """\
   mnist-dist sweep lenet5 optimizer.lr=0.001,0.003,0.01 batch_size=64,128 epochs=2
   mnist-dist sweep launch/sweep.yaml --count 6
-  mnist-dist sweep launch/sweep.yaml --run-dir runs/sweeps/mine      # again: resumes the search
+  mnist-dist sweep launch/sweep.yaml --run-dir runs/sweeps/mine      # run it again to resume the search
 """,
     ),
     "benchmark": (
@@ -336,7 +338,7 @@ exit code: 0 fit to train (slow ranks and warnings are named), 1 not fit, 2 bad 
 """,
     ),
     "export": (
-        "Export the network of a run folder to one file that needs no other.",
+        "Export the network of a run folder to one self-contained file.",
         _export,
         """\
   mnist-dist export runs/simple_cnn/20260101-120000 --format onnx

@@ -1,4 +1,4 @@
-"""Errors that a user can act on, and hints for unknown words. Imports nothing heavy."""
+"""Defines the errors that a user can act on, and hints for unknown words. Does not import torch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Problem:
     message: str
     """What is wrong, what was expected, what to do; may have several lines."""
     kind: Kind
-    """For programs and tests, which do not read the message."""
+    """Kind of problem, for programs and tests, which do not parse the message."""
 
     def __str__(self) -> str:
         head = f"{self.where}: {self.key}" if self.key else self.where
@@ -44,7 +44,7 @@ class Problem:
 
 
 class RecipeError(ValueError):
-    """Raised before anything is trained or written, with all problems. Its text is the user's screen; exit code 2."""
+    """Raised before anything is trained or written, with all problems. The user sees its text; exit code 2."""
 
     def __init__(self, problems: list[Problem]):
         self.problems = problems

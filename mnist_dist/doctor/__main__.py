@@ -1,7 +1,7 @@
 """Command `doctor`: checks whether a machine or cluster is fit to train and prints one table, in under a minute.
 
-`accelerate launch -m mnist_dist.doctor`, or any other launcher, or none. A check measures on all ranks (`Ranks.run`).
-Slow and faulty ranks are named.
+Start it as `accelerate launch -m mnist_dist.doctor`, with another launcher, or without one. Each check measures on all
+ranks (`Ranks.run`). The table names slow and faulty ranks.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def is_fit(rows: list[Row]) -> bool:
 
 
 def conclude(rows: list[Row]) -> str:
-    """Returns one line: fit to train or not, and the checks and ranks to look at."""
+    """Returns one line: fit to train or not, with the checks and ranks that failed or have a warning."""
 
     def named(*verdicts: str) -> str:
         found: dict[str, list[str]] = {}
@@ -151,17 +151,17 @@ def write_reference(ranks: Ranks) -> None:
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
-    """Refuses values that do not fit.
+    """Checks the values of the options.
 
     Raises:
-        RecipeError: with every problem of the command line.
+        RecipeError: with all problems found.
     """
     problems = []
     if arguments.json and not arguments.json.absolute().parent.is_dir():
         message = f"the folder {arguments.json.absolute().parent} does not exist"
         problems.append(Problem("command line", "--json", message, "missing"))
     if arguments.world_size is not None and arguments.world_size < 1:
-        message = f"{arguments.world_size} is not a number of processes; give 1 or more"
+        message = f"expected at least 1 process, got {arguments.world_size}"
         problems.append(Problem("command line", "--world-size", message, "range"))
     if problems:
         raise RecipeError(problems)
@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
             report(rows, ranks.size, time.monotonic() - started, arguments.json)
 
     try:
-        ranks.run(report_on_rank_0)  # all ranks wait: when one process ends, a launcher ends the others
+        ranks.run(report_on_rank_0)  # the other ranks wait: a launcher ends all processes once one has ended
     except ActionFailed as failure:
         if 0 in failure.errors:
             message = f"the report cannot be written: {failure.errors[0]}"

@@ -1,4 +1,4 @@
-"""Writing files: a reader never sees half of one, and a power failure loses none that has its name."""
+"""Writes files atomically: a reader never sees half a file, and a finished file survives a power failure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 def write_atomically(path: Path, content: bytes | memoryview | str) -> None:
     """Writes a file under a temporary name in the same folder, flushes it to the disk, then renames it.
 
-    A reader sees the old content or the new content, never half of it.
+    A reader sees the complete old content or the complete new content.
 
     Args:
         path: the file; its folder must exist.
@@ -25,8 +25,8 @@ def write_atomically(path: Path, content: bytes | memoryview | str) -> None:
         rename_flushed(staged, path)
     except OSError as error:
         with suppress(OSError):
-            staged.unlink()  # a full disk then has space for the files that report the failure
-        error.filename = str(path)  # the user knows nothing of the temporary name
+            staged.unlink()  # on a full disk, this frees space for the files that report the failure
+        error.filename = str(path)  # the user does not know the temporary name
         raise
 
 

@@ -51,7 +51,7 @@ def build_model(name: str, /, *, num_classes: int = 10, **keywords: Any) -> nn.M
         keywords: further arguments of the network.
 
     Raises:
-        ValueError: the name, a keyword or a value is wrong; the message lists what is known.
+        ValueError: the name, a keyword or a value is wrong; the message lists the known names or keywords.
     """
     builder = find_builder(name)
     signature = inspect.signature(builder)
@@ -144,7 +144,7 @@ def timm_builder(name: str) -> Builder:
         raise ValueError(f"model 'timm/{name}' needs timm: pip install timm") from error
     if not timm.is_model(name):
         hint = did_you_mean(name, timm.list_models())
-        raise ValueError(f"unknown model 'timm/{name}'{hint}\ntimm.list_models() lists the known ones")
+        raise ValueError(f"unknown model 'timm/{name}'{hint}\ntimm.list_models() in Python lists the known names")
 
     def build(*, num_classes: int = 10, **keywords: Any) -> nn.Module:
         settings = {"in_chans": 1, "num_classes": num_classes, **keywords}

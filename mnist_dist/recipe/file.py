@@ -1,4 +1,4 @@
-"""Recipe files: YAML with the line of every key, overrides, the bundled recipes and their head comments."""
+"""Reads recipe files (YAML, with the line of every key), applies overrides, finds bundled recipes and their notes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mnist_dist.errors import Kind, Problem, RecipeError, did_you_mean
 
 @dataclass
 class Origins:
-    """Where each key of a recipe was written. Recipes that differ only in their origins are equal."""
+    """Stores where each key of a recipe was written. Recipes that differ only in their origins are equal."""
 
     source: str = field(default="the recipe", compare=False)
     """The recipe's file, for keys that are not in it."""
@@ -67,7 +67,7 @@ def parse(text: str, where: Callable[[int | None], str], key: str = "") -> tuple
         The value, and the location of each dotted key in it.
 
     Raises:
-        RecipeError: the text is not YAML, or contains what a recipe cannot contain.
+        RecipeError: the text is not YAML, or contains a value that a recipe cannot contain.
     """
     places: dict[str, str] = {}
     try:
@@ -77,7 +77,7 @@ def parse(text: str, where: Callable[[int | None], str], key: str = "") -> tuple
             return None, places
         _locate_keys(node, where, places)
         return loader.construct_document(node), places
-    except Exception as error:  # PyYAML fails in many ways where an explicit tag does not fit
+    except Exception as error:  # PyYAML raises errors of many types for a wrong explicit tag
         mark = getattr(error, "problem_mark", None)
         parts = [getattr(error, "context", None), getattr(error, "problem", None)]
         problem = " ".join(filter(None, parts)) or str(error).partition("\n")[0]
@@ -114,7 +114,7 @@ def _locate_keys(
         name, value = child if kind == "map" else (child, child)
         inner = f"{path}.{name.value if kind == 'map' else index}".lstrip(".")
         if kind == "map" and not name.tag.endswith(":str"):
-            refuse(name, "a key is text; quote it if you mean this text")
+            refuse(name, "a key must be text; put it in quotes")
         if inner in places:
             refuse(name, f"{inner} is given twice, here and at {places[inner]}; remove one")
         places[inner] = where(name.start_mark.line + 1)
@@ -122,7 +122,7 @@ def _locate_keys(
 
 
 def read_recipe(path: Path) -> tuple[dict[str, Any], Origins]:
-    """Reads the keys and values of a recipe file, unchecked, and where each was written.
+    """Reads the keys and values of a recipe file without a check, and the origin of each key.
 
     Raises:
         RecipeError: the file cannot be read or is not a YAML mapping.
@@ -141,7 +141,7 @@ def read_recipe(path: Path) -> tuple[dict[str, Any], Origins]:
 
 
 def apply_overrides(values: dict[str, Any], origins: Origins, words: Iterable[str]) -> Iterator[Problem]:
-    """Writes `key=value` words into `values` and `origins`; yields a problem for each word that it cannot read."""
+    """Writes `key=value` words into `values` and `origins`; yields a problem for each word that cannot be parsed."""
     here = "command line"
     for word in words:
         key, equals, text = word.partition("=")
@@ -157,7 +157,7 @@ def apply_overrides(values: dict[str, Any], origins: Origins, words: Iterable[st
         target, path = values, ""
         for section in sections:
             path = f"{path}.{section}".lstrip(".")
-            if not isinstance(target.get(section), dict):  # if the key takes a value, the schema refuses the section
+            if not isinstance(target.get(section), dict):  # where the schema has a value, it refuses the section
                 target[section], origins.places[path] = {}, here
             target = target[section]
         target[last] = value
@@ -186,7 +186,7 @@ def find_recipe(name: str | Path) -> Path:
     """Returns the file at a path, else the bundled recipe of that name, with or without `.yaml`.
 
     Raises:
-        RecipeError: there is neither.
+        RecipeError: there is no such file and no such bundled recipe.
     """
     path, bundled = Path(name), bundled_recipes()
     stem = path.as_posix().removesuffix(".yaml")

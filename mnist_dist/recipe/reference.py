@@ -1,4 +1,4 @@
-"""The reference of all recipe keys, made from the schema: `--explain KEY`, a JSON Schema and Markdown tables.
+"""Generates the reference of all recipe keys from the schema: `--explain KEY`, a JSON Schema, Markdown tables.
 
 `python -m mnist_dist.recipe.reference` rewrites configs/recipe.schema.json and the tables in configs/README.md.
 """
@@ -86,8 +86,8 @@ def _explain_section(key: Key) -> str:
 
 
 def _open_note(section: str) -> str:
-    what = "network" if section == "model" else section
-    return f"Further keys of `{section}` are the keywords of the {what} that `{section}.name` selects"
+    selected = "network" if section == "model" else section
+    return f"Further keys of `{section}` are the keywords of the {selected} that `{section}.name` selects"
 
 
 def _list_keywords(section: str, name: str) -> str:
@@ -121,7 +121,7 @@ def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 def json_schema() -> dict[str, Any]:
-    """Returns the JSON Schema (draft 2020-12) of a recipe file, for editors: keys complete, typos are underlined."""
+    """Returns the JSON Schema (draft 2020-12) of a recipe file, with which editors complete keys and mark typos."""
     comment = f"Made by python -m mnist_dist.recipe.reference with torch {torch_version()}; do not edit."
     head = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -132,7 +132,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def torch_version() -> str:
-    """Returns major and minor version of torch, which decide which optimizers and keywords there are."""
+    """Returns major and minor version of torch, on which the set of optimizers and keywords depends."""
     return ".".join(torch.__version__.split(".")[:2])
 
 
@@ -211,7 +211,7 @@ def schema_text() -> str:
 def _compact_json(value: Any, depth: int = 0) -> str:
     """Returns JSON with every object and list on one line if it fits into `WIDTH` columns."""
     line = json.dumps(value, ensure_ascii=False)
-    if depth + len(line) < WIDTH - 20 or not isinstance(value, dict | list):  # 20: the key before it
+    if depth + len(line) < WIDTH - 20 or not isinstance(value, dict | list):  # 20: space for the key before the value
         return line
     names = [f"{json.dumps(name)}: " for name in value] if isinstance(value, dict) else [""] * len(value)
     inner = value.values() if isinstance(value, dict) else value

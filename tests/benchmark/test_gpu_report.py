@@ -1,4 +1,4 @@
-"""launch/gpu_report.sh, with a `python` that only writes down its arguments."""
+"""Runs launch/gpu_report.sh with a replacement for `python` that only writes its arguments to a file."""
 
 from __future__ import annotations
 

@@ -172,7 +172,7 @@ class Cluster:
         return int(self.run("sbatch", "--parsable", *words, **variables).split(";")[0])
 
     def state(self, job: int) -> dict[str, str]:
-        """Returns what `scontrol show job` says: JobState, Restarts, ExitCode, Reason, …"""
+        """Returns the fields of `scontrol show job`: JobState, Restarts, ExitCode, Reason, …"""
         words = self.run("scontrol", "-o", "show", "job", str(job)).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 

@@ -76,7 +76,7 @@ def assert_same(run_dir: Path, undisturbed: Path, log: Path) -> None:
 
 
 def step_of(run_dir: Path) -> int:
-    """The last step that metrics.jsonl tells of; 0 without one."""
+    """The last step in metrics.jsonl; 0 without one."""
     metrics = run_dir / "metrics.jsonl"
     lines = metrics.read_text().splitlines(keepends=True) if metrics.is_file() else []
     return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)

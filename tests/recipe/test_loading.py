@@ -108,7 +108,7 @@ def test_override_creates_a_section_that_the_file_lacks(section):
     assert load(MODEL + section, "data.augment.rotation=5").data.augment.rotation == 5.0
 
 
-def test_override_can_be_a_whole_section():
+def test_override_can_be_a_complete_section():
     recipe = load(MODEL + "optimizer: {momentum: 0.5}\n", "optimizer={name: adam, lr: 1e-2, betas: [0.8, 0.9]}")
     assert recipe.optimizer.model_dump() == {"name": "adam", "lr": 0.01, "betas": [0.8, 0.9]}
 

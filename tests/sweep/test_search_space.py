@@ -119,7 +119,7 @@ def test_a_sweep_file_that_cannot_be_searched_is_refused(method, parameters, mor
     assert refused(lambda: choices(path)) == [(key, kind)]
 
 
-def test_every_problem_of_a_sweep_file_is_listed_with_its_place(tmp_path):
+def test_every_problem_of_a_sweep_file_is_listed_with_its_line(tmp_path):
     path = sweep_file(tmp_path, "bayes", {"seed": 3, "a": 4}, run_cap=-1)
     with pytest.raises(RecipeError) as found:
         choices(path)
