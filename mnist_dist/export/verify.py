@@ -16,6 +16,9 @@ from mnist_dist.errors import Problem, RecipeError, RunError
 Predictor = Callable[[Tensor], Tensor]
 """From uint8 (N, 1, 28, 28) to probabilities, float32 (N, classes)."""
 
+NEAR_TIE = 1e-5
+"""The file may predict another class than the network if their probabilities in the network differ by less."""
+
 
 class Deployed(nn.Module):
     """A trained network between the normalisation of its input and a softmax."""
@@ -85,13 +88,28 @@ def measure_form(name: str, size: int, predict: Predictor, data: Images, batch_s
     return Form(name, size, accuracy, predictions, probabilities, predict)
 
 
+def disagreements(network: Form, made: Form) -> tuple[Tensor, int]:
+    """Compares the predicted classes of a file with those of the network.
+
+    A disagreement is a near-tie if the network's probability of the file's class is less than `NEAR_TIE` below its
+    highest probability: rounding then decides between the two classes.
+
+    Returns:
+        The indices of the images whose predictions differ without a near-tie, int64 (K,), and the number of near-ties.
+    """
+    differs = network.predictions != made.predictions
+    of_file = network.probabilities.gather(1, made.predictions[:, None])[:, 0]
+    near = network.probabilities.amax(dim=1) - of_file < NEAR_TIE
+    return (differs & ~near).nonzero().flatten(), int((differs & near).sum())
+
+
 def check_agreement(network: Form, made: Form, classes: list[str]) -> None:
-    """Compares the predicted class of every image.
+    """Compares the predicted class of every image; accepts near-ties, see `disagreements`.
 
     Raises:
         RunError: the predictions of at least one image differ; lists up to eight of them.
     """
-    differing = (network.predictions != made.predictions).nonzero().flatten().tolist()
+    differing = disagreements(network, made)[0].tolist()
     if not differing:
         return
 

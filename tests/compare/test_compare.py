@@ -11,7 +11,7 @@ import yaml
 
 from mnist_dist import load_recipe
 from mnist_dist.compare import __main__ as compare
-from mnist_dist.compare import table
+from mnist_dist.compare import table as run_table
 from mnist_dist.compare.table import MARKS, SHORT_COLUMNS, to_markdown
 from mnist_dist.run.reader import RunReader
 from mnist_dist.tracking import JSONLReader
@@ -172,7 +172,7 @@ def test_a_page_whose_marks_do_not_fit_is_left_as_it_is(tmp_path, kept, refused,
 )
 def test_the_measured_line_prefers_all_epochs_then_more_seeds_then_newer_runs(tmp_path, monkeypatch, rows, measured):
     notes = {}
-    monkeypatch.setattr(table, "note_measured", lambda path, text: notes.update({path.stem: text}))
+    monkeypatch.setattr(run_table, "note_measured", lambda path, text: notes.update({path.stem: text}))
     (tmp_path / "kept.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert compare.main([str(tmp_path / "kept.jsonl"), "--recipes"]) == 0
     assert notes["model_v3_onecycle"].startswith(f"{measured} % last epoch")
@@ -180,7 +180,7 @@ def test_the_measured_line_prefers_all_epochs_then_more_seeds_then_newer_runs(tm
 
 def test_the_measured_line_prefers_runs_without_overrides(tmp_path, monkeypatch):
     notes = {}
-    monkeypatch.setattr(table, "note_measured", lambda path, text: notes.update({path.stem: text}))
+    monkeypatch.setattr(run_table, "note_measured", lambda path, text: notes.update({path.stem: text}))
     for name, words, last in (("a", [], 99.4), ("b", ["optimizer.lr=0.5"], 99.9)):
         path = write_run(tmp_path / name, recipe={"name": "debug"}, last=last)
         (path / "recipe.yaml").write_text(load_recipe("debug", *words).to_yaml())

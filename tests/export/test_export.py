@@ -23,7 +23,7 @@ from mnist_dist.data.pictures import read_picture
 from mnist_dist.engine.checkpoint import save_weights
 from mnist_dist.errors import RecipeError, RunError
 from mnist_dist.export import __main__ as export
-from mnist_dist.export import exporter, quantize
+from mnist_dist.export import exporter, quantize, verify
 from mnist_dist.export import page as draw_page
 
 pytest_plugins = ["tests.browser"]
@@ -168,6 +168,35 @@ def test_a_file_that_disagrees_is_never_left(run_dir, known_onnx, tmp_path, monk
     assert "3 of 1,024" in str(refused.value) and "  image 7: " in str(refused.value)  # batches of 500
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == "an older file"
+
+
+def form_of(probabilities):
+    """The form of a network or file that gives these probabilities, one row for each image."""
+    probabilities = torch.tensor(probabilities)
+    return verify.Form("onnx", 1000, 90.0, probabilities.argmax(dim=1), probabilities, lambda images: probabilities)
+
+
+SURE = [[0.9, 0.06, 0.04]] * 9_999
+
+
+def test_a_near_tie_does_not_forbid_an_export_and_is_counted(capsys):
+    network, file = form_of([*SURE, [0.400001, 0.4, 0.199999]]), form_of([*SURE, [0.4, 0.400001, 0.199999]])
+    verify.check_agreement(network, file, ["a", "b", "c"])
+    export.show([network, file], torch.zeros(2, 1, 28, 28, dtype=torch.uint8))
+    assert "9,999 of 10,000 + 1 near-tie" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("network", "file"),
+    [
+        ([0.40002, 0.4, 0.19998], [0.4, 0.40002, 0.19998]),  # a difference of 2e-5
+        ([0.400001, 0.4, 0.199999], [0.2, 0.2, 0.6]),  # a near-tie, but the file predicts a third class
+        ([0.9, 0.06, 0.04], [0.400001, 0.4000011, 0.199999]),  # a near-tie in the file alone
+    ],
+)
+def test_any_other_disagreement_forbids_an_export(network, file):
+    with pytest.raises(RunError, match="1 of 10,000"):
+        verify.check_agreement(form_of([*SURE, network]), form_of([*SURE, file]), ["a", "b", "c"])
 
 
 NETS = """
