@@ -18,6 +18,7 @@ import torch
 from mnist_dist.data import Dataset
 from mnist_dist.distributed.devices import choose_threads
 from mnist_dist.distributed.launcher import launched_world
+from mnist_dist.engine.files import fsync_path, rename_flushed
 from mnist_dist.errors import Kind, Problem, RecipeError
 from mnist_dist.export.onnx import onnx_session, write_onnx
 from mnist_dist.export.page import VERSION, build_page, load_runtime
@@ -163,7 +164,8 @@ def _staged(output: Path) -> Iterator[Path]:
     with TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
         made = Path(folder) / output.name
         yield made
-        made.replace(output)
+        fsync_path(made)
+        rename_flushed(made, output)
 
 
 @contextmanager
