@@ -214,6 +214,26 @@ def test_what_help_needs_imports_the_standard_library_only(name):
     assert not outside
 
 
+IN_PLACE = {
+    "engine.files",
+    "export.exporter",  # in a temporary folder; the file that is ready is renamed
+    "sweep.trials",  # the output of a trial while it runs
+    "doctor.measurements",  # measures how long a rename takes to reach another node
+}
+"""Modules that may write a file other than by `engine.files.write_atomically`."""
+
+
+@pytest.mark.parametrize("name", sorted(modules().keys() - IN_PLACE))
+def test_files_are_written_by_one_function(name):
+    """Of a file that is written in place a reader could see half. To append to a file is allowed."""
+    calls = [node for node in ast.walk(tree_of(name)) if isinstance(node, ast.Call)]
+    for call in calls:
+        function = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+        modes = [each.value for each in call.args if isinstance(each, ast.Constant)] if function == "open" else []
+        assert function not in ("write_text", "write_bytes"), f"line {call.lineno}"
+        assert not [mode for mode in modes if str(mode).startswith(("w", "x"))], f"line {call.lineno}"
+
+
 @pytest.mark.parametrize("name", modules())
 def test_files_and_functions_are_short_and_modules_have_a_docstring(name):
     tree, text = tree_of(name), modules()[name].read_text(encoding="utf-8")
