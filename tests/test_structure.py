@@ -160,7 +160,7 @@ def test_imports_are_read_in_every_form(text, package, expected):
         ("run", "cli", False),
     ],
 )
-def test_layers_are_told_by_their_order(importer, target, allowed):
+def test_the_order_of_layers_decides_what_may_be_imported(importer, target, allowed):
     assert may_import(importer, target) is allowed
 
 
@@ -200,7 +200,7 @@ def test_the_command_line_knows_every_command():
 
 
 @pytest.mark.parametrize("name", modules())
-def test_heavy_packages_are_imported_in_their_places_only(name):
+def test_heavy_packages_are_imported_in_listed_modules_only(name):
     for each in imports_of(name):
         package = each.split(".")[0]
         assert folder_of(name) in ONLY_IN.get(package, {folder_of(name)}), f"{package} in {name}"
@@ -244,7 +244,7 @@ def test_files_and_functions_are_short_and_modules_have_a_docstring(name):
     assert {name: length for name, length in lengths.items() if length > LONGEST_FUNCTION} == {}
 
 
-def test_the_top_level_is_what_it_should_be():
+def test_the_top_level_holds_the_listed_files_only():
     try:
         answer = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:

@@ -24,8 +24,8 @@ from mnist_dist.run.reader import RunReader, numbers
 from mnist_dist.run.tables import fill_between_marks, markdown_table, table_console
 
 MARKS = ("<!-- results: made by mnist_dist.compare -->", "<!-- end of results -->")
-"""The lines around a table in a Markdown file. `<!-- results of lenet5, ms_ran: made by mnist_dist.compare -->` as the
-first of them selects recipes and has the table use `SHORT_COLUMNS`."""
+"""The lines before and after a table in a Markdown file. If the first line is
+`<!-- results of lenet5, ms_ran: made by mnist_dist.compare -->`, the table has these recipes and `SHORT_COLUMNS`."""
 
 FIRST_MARK = re.compile(r"<!-- results(?: of (?P<recipes>[^\n:]+))?: made by mnist_dist\.compare -->")
 
@@ -82,9 +82,9 @@ class Measured:
 
     @property
     def key(self) -> Hashable:
-        """A value that is equal for runs that differ only in the seed. An unfinished run has a value of its own.
+        """A value that is equal for runs that differ only in the seed. No other run has the value of an unfinished run.
 
-        A kept summary holds no recipe: the recipe's name and the number of epochs stand for it.
+        A kept summary holds no recipe; its value contains the recipe's name and the number of epochs instead.
         """
         if self.run and not self.is_finished:
             return self.run.name
@@ -181,7 +181,7 @@ def _short(commit: str) -> str:
 
 @cache  # a live page asks every two seconds
 def _claimed(recipe: str) -> tuple[Path | None, str, float]:
-    """Returns the file of a shipped recipe, the document's claim and the complete number of epochs."""
+    """Returns the file of a shipped recipe, the document's claim and the recipe's number of epochs."""
     path = _shipped().get(recipe)
     return (path, recipe_notes(path).get("claim", ""), load_recipe(path).epochs) if path else (None, "", 0.0)
 
@@ -199,7 +199,7 @@ def mean_and_deviation(values: list[float], form: str = ".2f") -> str:
 
 
 def group(measured: list[Measured]) -> list[Row]:
-    """Returns the rows in the order of the shipped recipes. Of two runs with the same seed the later one counts."""
+    """Returns the rows in the order of the shipped recipes. In a row, the later of two runs with one seed counts."""
     groups: dict[Hashable, dict[Any, Measured]] = {}
     newest: dict[Hashable, int] = {}
     for position, run in enumerate(measured):
@@ -233,7 +233,7 @@ def labels(measured: list[Measured]) -> Callable[[Measured], str]:
     return label
 
 
-# --- where the table goes -----------------------------------------------------------------------------------------
+# --- output ------------------------------------------------------------------------------------------------------
 
 
 def to_markdown(rows: list[Row], columns: Sequence[str] = COLUMNS, folder: Path | None = None) -> str:
@@ -284,7 +284,7 @@ def fill_tables(content: str, rows: list[Row], path: Path) -> str:
 
 
 def write_tables(path: Path, rows: list[Row]) -> None:
-    """Rewrites every table between marks in a Markdown file; a new file gets the table of all rows alone.
+    """Rewrites every table between marks in a Markdown file; a new file gets one table of all rows.
 
     Raises:
         RecipeError: see `fill_tables`; nothing was written.

@@ -29,7 +29,7 @@ BATCH = 256
 
 
 def show(forms: list[Form], images: Tensor) -> None:
-    """Prints size, accuracy and speed of each form as a table. The times are of uint8 `images` (N, 1, 28, 28)."""
+    """Prints size, accuracy and speed of each form. The times are those of `images`, uint8 (N, 1, 28, 28)."""
     table = Table("format", "KB", "accuracy", "agrees with PyTorch", "1 image", f"{len(images)} images", box=None)
     table.title, table.title_justify = f"times: median, {device_name(torch.device('cpu'))}", "left"
     for column in table.columns[1:]:

@@ -1,4 +1,4 @@
-"""Exports a run: writes its network as one file, verifies the file on the test set, then moves it to its place."""
+"""Exports a run: writes its network as one file, verifies the file on the test set, then gives it its final name."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Source:
     about: dict[str, Any]
     """The metadata of the weights file: model, classes, mean and std of the data, …"""
     data: Dataset
-    """Its test set is complete: no limit of the recipe makes the verification smaller."""
+    """The test set is complete: the recipe's limits do not apply to the verification."""
     network: Form
     """The network in PyTorch, as measured on the test set."""
 
@@ -159,7 +159,7 @@ def _write_page(source: Source, program: Any, made: Path, runtime: dict[str, byt
 
 @contextmanager
 def _staged(output: Path) -> Iterator[Path]:
-    """Gives a path in a temporary folder next to `output`; moves the file there to `output` if no error occurs."""
+    """Yields a path in a temporary folder next to `output`; renames the file to `output` if no error occurs."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
         made = Path(folder) / output.name
@@ -170,7 +170,7 @@ def _staged(output: Path) -> Iterator[Path]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hides the exporters' notes for developers. The table and the exceptions tell the user what matters."""
+    """Hides the exporters' messages for developers. The user reads the table and the exceptions."""
     with warnings.catch_warnings(), redirect_stdout(StringIO()):
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)

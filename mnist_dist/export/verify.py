@@ -21,7 +21,7 @@ NEAR_TIE = 1e-5
 
 
 class Deployed(nn.Module):
-    """A trained network between the normalisation of its input and a softmax."""
+    """A trained network that normalises its input itself and ends with a softmax."""
 
     def __init__(self, network: nn.Module, mean: float, std: float) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Form:
 
 @torch.no_grad()
 def refuse_batch_dependence(deployed: Deployed, images: Tensor, name: str) -> None:
-    """Checks that the network's result for an image does not depend on the other images of a batch, or on chance.
+    """Checks that the result for an image depends neither on the other images of its batch nor on random numbers.
 
     Args:
         images: uint8 (N, 1, 28, 28).
@@ -73,9 +73,9 @@ def refuse_batch_dependence(deployed: Deployed, images: Tensor, name: str) -> No
     norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
     layers = deployed.network.named_modules()
     found = [layer for layer, module in layers if isinstance(module, norms) and module.running_mean is None]
-    cause = f" (layers that normalise by the batch in evaluation too: {', '.join(found[:3])})" if found else ""
-    message = f"{name}'s result for an image depends on the other images of its batch, or on chance{cause}:\n"
-    message += "no file could reproduce its results"
+    cause = f" (layers with statistics of the batch in evaluation too: {', '.join(found[:3])})" if found else ""
+    message = f"{name}'s result for an image depends on the other images of its batch, or on random numbers{cause};\n"
+    message += "an exported file cannot reproduce such results"
     raise RecipeError([Problem("the network", "model.name", message, "model")])
 
 

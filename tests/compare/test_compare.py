@@ -149,7 +149,7 @@ def test_a_new_markdown_file_holds_the_marks_and_the_table(tmp_path, kept):
         f"{SELECTION.format('lenet5, lenet_6')}\n{MARKS[1]}\n",
     ],
 )
-def test_a_page_whose_marks_do_not_fit_is_left_as_it_is(tmp_path, kept, refused, content):
+def test_a_page_with_wrong_marks_is_refused_and_not_changed(tmp_path, kept, refused, content):
     page = tmp_path / "page.md"
     page.write_text(content)
     assert refused(lambda: compare.main([str(kept), "--markdown", str(page)])) == [("--markdown", "missing")]
@@ -192,7 +192,7 @@ def test_the_measured_line_prefers_runs_without_overrides(tmp_path, monkeypatch)
 
 
 def lines(count: int, start: int = 0) -> str:
-    """Lines of metrics.jsonl, ten of training to one of evaluation: a tenth of an epoch each."""
+    """Lines of metrics.jsonl: a training line for each tenth of an epoch, an evaluation line for each epoch."""
     found = []
     for step in range(start + 1, start + count + 1):
         rates = {"train/lr": 0.1 / step, "train/images_per_second": 5000.0 + step}
@@ -236,7 +236,7 @@ def test_runs_of_one_recipe_share_a_row_and_other_overrides_are_another_row(tmp_
 
 
 @pytest.mark.parametrize("status", ["running", "failed", "preempted"])
-def test_an_unfinished_run_is_a_row_of_its_own_with_its_latest_values(tmp_path, status):
+def test_an_unfinished_run_is_a_separate_row_with_its_latest_values(tmp_path, status):
     write_run(tmp_path / "done")
     write_run(tmp_path / "later", status=status, steps=20, recipe={"seed": 1})
     finished, unfinished = compared(tmp_path)
@@ -245,7 +245,7 @@ def test_an_unfinished_run_is_a_row_of_its_own_with_its_latest_values(tmp_path, 
     assert (cell(unfinished, "last epoch"), cell(unfinished, "images/s")) == ("99.02", "5,020")
 
 
-def test_the_status_mentions_a_long_silence(tmp_path):
+def test_the_status_mentions_a_long_time_without_output(tmp_path):
     path = write_run(tmp_path / "run", status="running")
     for file in path.iterdir():
         os.utime(file, (0, 1e9))
