@@ -242,7 +242,7 @@ def _export(parser: Parser) -> None:
     _add_weights(parser)
     output = "the file to write (default: RUN/export/<weights> with the format's ending)"
     parser.add_argument("--output", type=Path, metavar="FILE", help=output)
-    runtime = "for the format page: npm's archive of onnxruntime-web; without it, it is downloaded"
+    runtime = "for the format page: npm's archive of onnxruntime-web (default: the npm client fetches it once)"
     parser.add_argument("--onnxruntime-web", type=Path, metavar="FILE.tgz", help=runtime)
     _add_overrides(parser, "recipe keys, e.g. data.root=/data")
 

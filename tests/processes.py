@@ -2,8 +2,8 @@
 
 A server process imports torch and this package once and is forked for every process that a test starts: each child has
 its own session, environment, working directory and standard streams, as `subprocess` would give it. Use `popen` and
-`run` as their namesakes in `subprocess`; `run_ranks` starts one process per rank, as torchrun does on one machine.
-A test of a launcher, or of what happens before torch is imported, uses `subprocess` itself.
+`run` like the functions of these names in `subprocess`; `run_ranks` starts one process per rank, as torchrun does on
+one machine. A test of a launcher, or of what happens before torch is imported, uses `subprocess` itself.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def run_program(argv: list[str]) -> None:
 def end(code: object) -> None:
     """Ends this process with the code of a SystemExit: runs the exit handlers, but frees no memory.
 
-    The interpreter's own way out takes longer than most programs of these tests: it destroys every object of torch.
+    The normal exit takes longer than most programs of these tests: it destroys every object of torch.
     """
     if not isinstance(code, int | None):
         print(code, file=sys.stderr)

@@ -24,6 +24,7 @@ from mnist_dist.benchmark.inference import measure_inference
 from mnist_dist.benchmark.report import print_floors, print_table, to_markdown
 from mnist_dist.benchmark.training import measure
 from mnist_dist.distributed.launcher import launched_world
+from mnist_dist.engine.files import write_atomically
 from mnist_dist.errors import Kind, Problem, RecipeError
 from mnist_dist.recipe.file import find_recipe
 from mnist_dist.recipe.loading import load_recipe
@@ -155,12 +156,12 @@ def _write(arguments: argparse.Namespace, results: list[dict[str, Any]], command
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_atomically(path, json.dumps(content, indent=2) + "\n")
 
 
 def _append(path: Path, text: str) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(text)
+    old = path.read_text(encoding="utf-8") if path.is_file() else ""
+    write_atomically(path, old + text)
 
 
 # --- time to accuracy ---------------------------------------------------------------------------------------------

@@ -47,6 +47,7 @@ from mnist_dist.doctor.checks import (
 )
 from mnist_dist.doctor.measurements import REFERENCE, train_distributed
 from mnist_dist.doctor.ranks import ActionFailed, Ranks
+from mnist_dist.engine.files import write_atomically
 from mnist_dist.errors import Problem, RecipeError
 from mnist_dist.run.provenance import git_commit, versions
 from mnist_dist.run.tables import table_console
@@ -131,7 +132,7 @@ def report(rows: list[Row], world_size: int, seconds: float, path: Path | None) 
         facts = {"fit": is_fit(rows), "world_size": world_size, "seconds": round(seconds, 1)}
         origin = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "versions": versions()}
         content = facts | origin | {"checks": [asdict(row) for row in rows]}
-        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_reference(ranks: Ranks) -> None:
@@ -144,7 +145,7 @@ def write_reference(ranks: Ranks) -> None:
         "git_commit": git_commit(),
     }
     content = {"losses": train_distributed(ranks.device)["losses"], **origin}
-    REFERENCE.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_atomically(REFERENCE, json.dumps(content, indent=2) + "\n")
 
 
 # --- the command line ---------------------------------------------------------------------------------------------

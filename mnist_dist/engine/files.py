@@ -10,7 +10,8 @@ from pathlib import Path
 def write_atomically(path: Path, content: bytes | memoryview | str) -> None:
     """Writes a file under a temporary name in the same folder, flushes it to the disk, then renames it.
 
-    A reader sees the complete old content or the complete new content.
+    A reader sees the complete old content or the complete new content. A device or a pipe (/dev/stdout) is written in
+    place, because a rename would replace it by a file.
 
     Args:
         path: the file; its folder must exist.
@@ -19,6 +20,9 @@ def write_atomically(path: Path, content: bytes | memoryview | str) -> None:
     Raises:
         OSError: the file cannot be written. Its `filename` is `path`; the old file is untouched.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return
     staged = path.with_name(path.name + ".tmp")
     try:
         write_flushed(staged, content)
@@ -45,7 +49,7 @@ def write_flushed(path: Path, content: bytes | memoryview | str) -> None:
 
 
 def rename_flushed(source: Path, target: Path) -> None:
-    """Renames a file or a folder within one folder and waits until the new name is on the disk."""
+    """Renames a file or a folder within one file system and waits until the new name is on the disk."""
     source.replace(target)
     fsync_path(target.parent)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from mnist_dist.engine.files import write_atomically
 from mnist_dist.errors import Kind, Problem, RecipeError, did_you_mean
 
 # --- the origin of a key ------------------------------------------------------------------------------------------
@@ -216,4 +217,4 @@ def recipe_notes(path: Path) -> dict[str, str]:
 def note_measured(path: Path, measured: str) -> None:
     """Writes a result into the line `# measured: …` of a recipe's head comment."""
     text = path.read_text(encoding="utf-8")
-    path.write_text(re.sub(r"(?m)^# measured: .*$", f"# measured: {measured}", text), encoding="utf-8")
+    write_atomically(path, re.sub(r"(?m)^# measured: .*$", f"# measured: {measured}", text))

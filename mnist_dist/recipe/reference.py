@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from mnist_dist.engine.files import write_atomically
 from mnist_dist.errors import Problem, RecipeError, unknown_key
 from mnist_dist.recipe.checks import OPEN_SECTIONS, takes_any_keyword
 from mnist_dist.recipe.file import configs_folder
@@ -224,12 +225,12 @@ def _compact_json(value: Any, depth: int = 0) -> str:
 def write_reference(folder: Path) -> list[Path]:
     """Writes the JSON Schema and, if README.md has the marks, the tables. Returns the files written."""
     written = [folder / SCHEMA_FILE]
-    written[0].write_text(schema_text(), encoding="utf-8")
+    write_atomically(written[0], schema_text())
     page = folder / "README.md"
     if page.is_file() and all(mark in page.read_text(encoding="utf-8") for mark in MARKS):
         before, _, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
         after = rest.partition(MARKS[1])[2]
-        page.write_text(f"{before}{MARKS[0]}\n{markdown_reference()}\n{MARKS[1]}{after}", encoding="utf-8")
+        write_atomically(page, f"{before}{MARKS[0]}\n{markdown_reference()}\n{MARKS[1]}{after}")
         written.append(page)
     return written
 

@@ -58,6 +58,15 @@ def test_an_error_names_the_file(tmp_path, monkeypatch, function):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_a_pipe_is_written_in_place(tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    write_atomically(path, "new")
+    assert os.read(reader, 100) == b"new" and path.is_fifo()
+    os.close(reader)
+
+
 def test_a_folder_is_renamed_too(tmp_path):
     (tmp_path / "staged").mkdir()
     rename_flushed(tmp_path / "staged", tmp_path / "final")

@@ -53,7 +53,7 @@ def test_a_key_that_takes_null_explains_null(key):
 
 
 @pytest.mark.parametrize("section", [Recipe, *(key.section for key in SECTIONS)], ids=lambda section: section.__name__)
-def test_every_section_has_a_docstring_of_its_own(section):
+def test_every_section_has_its_own_docstring(section):
     assert section.__doc__ and section.__doc__ != Section.__doc__
 
 
