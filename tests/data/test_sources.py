@@ -12,6 +12,7 @@ import torchvision
 from torch import Tensor
 
 from mnist_dist.data import DATASETS, Dataset, Images, load_dataset
+from mnist_dist.data.sources import is_sorted_by_class
 from mnist_dist.data.sources.idx import read_idx
 
 TRAIN, TEST = 30, 12
@@ -412,6 +413,50 @@ def test_limits_keep_the_first_images_and_do_not_change_validation(synthetic):
     limited = load_dataset("synthetic", limit_train=5000, limit_test=50)
     assert same(limited.train, synthetic.train)
     assert same(limited.held_out, synthetic.test[:50])
+
+
+def sorted_by_class(name: str = "mnist") -> dict[str, np.ndarray]:
+    """Files of 600 and 200 images, sorted by class; class k has k + 1 shares."""
+    files = {}
+    for stem, count in (("train", 600), ("t10k", 200)):
+        truth = np.sort(np.random.default_rng(0).choice(10, count, p=np.arange(1, 11) / 55)).astype(np.uint8)
+        files[f"MNIST/raw/{stem}-images-idx3-ubyte"] = grey_images(count, 1)
+        files[f"MNIST/raw/{stem}-labels-idx1-ubyte"] = truth
+    return files
+
+
+@pytest.mark.parametrize("direction", [1, -1])
+def test_parts_of_a_set_sorted_by_class_hold_every_class_in_its_share(tmp_path, direction):
+    write_family(tmp_path, {stem: array[::direction] for stem, array in sorted_by_class().items()})
+    whole = load_dataset("mnist", root=tmp_path, download=False)
+    parts = load_dataset("mnist", root=tmp_path, validation=110, limit_train=220, limit_test=55, download=False)
+    for part, of in [(parts.train, whole.train), (parts.held_out, whole.train), (parts.test, whole.test)]:
+        expected = torch.bincount(of.labels).double() * len(part) / len(of)
+        assert (torch.bincount(part.labels, minlength=10) - expected).abs().max() <= 2
+        pairs = {(image.numpy().tobytes(), int(label)) for image, label in zip(of.images, of.labels, strict=True)}
+        assert all((i.numpy().tobytes(), int(y)) in pairs for i, y in zip(part.images, part.labels, strict=True))
+    held_out = {image.numpy().tobytes() for image in parts.held_out.images}
+    assert len(held_out) == 110 and not [i for i in parts.train.images if i.numpy().tobytes() in held_out]
+    again = load_dataset("mnist", root=tmp_path, validation=110, limit_train=220, limit_test=55, download=False)
+    assert same(parts.train, again.train) and same(parts.held_out, again.held_out) and same(parts.test, again.test)
+
+
+def test_a_complete_set_sorted_by_class_keeps_its_order(tmp_path):
+    files = sorted_by_class()
+    write_family(tmp_path, files)
+    dataset = load_dataset("mnist", root=tmp_path, download=False)
+    assert np.array_equal(dataset.train.images[:, 0].numpy(), files["MNIST/raw/train-images-idx3-ubyte"])
+    assert np.array_equal(dataset.test.labels.numpy(), files["MNIST/raw/t10k-labels-idx1-ubyte"])
+
+
+@pytest.mark.parametrize("name", ["digits", "synthetic", "mnist"])
+def test_the_parts_of_the_published_sets_are_their_last_and_first_rows(request, name):
+    if name == "digits":
+        pytest.importorskip("sklearn", reason="scikit-learn, which contains the digits, is not installed")
+    root = request.getfixturevalue("mnist_root") if name == "mnist" else "data"
+    whole = load_dataset(name, root=root, download=False)
+    for part in (whole.train, whole.test):
+        assert not is_sorted_by_class(part.labels)
 
 
 @pytest.mark.parametrize("sizes", [{}, {"limit_train": 5}, {"validation": 4000}, {"limit_test": 3}])

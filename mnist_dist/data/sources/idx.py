@@ -47,8 +47,8 @@ def read_idx(path: Path) -> Tensor:
     shape = tuple(int.from_bytes(content[at : at + 4], "big") for at in range(4, start, 4))
     expected, found = start + math.prod(shape) * dtype.itemsize, len(content)
     if expected != found:
-        values = f"{dtype.name} values of shape {shape}"
-        raise _damaged(path, f"its header states {values}, which take {expected:,} bytes, but it has {found:,} bytes")
+        states = f"{dtype.name} values of shape {shape}"
+        raise _damaged(path, f"its header states {states}, which take {expected:,} bytes, but it has {found:,} bytes")
     values = np.frombuffer(content, dtype, offset=start).reshape(shape)
     return torch.from_numpy(values.astype(dtype.newbyteorder("=")))
 
