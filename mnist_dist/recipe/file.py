@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from mnist_dist.engine.files import expand_path
 from mnist_dist.errors import Kind, Problem, RecipeError, did_you_mean
 
 # --- the origin of a key ------------------------------------------------------------------------------------------
@@ -235,7 +236,7 @@ def find_recipe(name: str | Path) -> Path:
     Raises:
         RecipeError: there is neither.
     """
-    path, bundled = Path(name), bundled_recipes()
+    path, bundled = expand_path(name), bundled_recipes()
     stem = path.as_posix().removesuffix(".yaml")
     try:
         if path.is_file():

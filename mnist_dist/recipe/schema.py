@@ -147,7 +147,7 @@ class DataSection(Section):
     """The data set. `digits` comes with scikit-learn and `synthetic` is generated: neither needs a download."""
     root: str | None = None
     """Folder that holds `MNIST/raw`; missing files are downloaded into it. Null: the environment variable
-    MNIST_DIST_DATA, else `./data`. Does not change the result."""
+    MNIST_DIST_DATA, else `./data`. `~` and `$VAR` are replaced. Does not change the result."""
     split: Literal["balanced", "byclass", "bymerge", "letters", "digits", "mnist"] | None = None
     """Split of EMNIST; only for `dataset: emnist`. Null: `balanced`."""
     validation: Annotated[int, Field(ge=0)] = 0
