@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mnist_dist.engine.files import expand_path as path
-from mnist_dist.errors import Problem, RecipeError, RunError
+from mnist_dist.errors import Problem, RecipeError, RunError, safe_output
 
 FAILED = 1
 BAD_INPUT = 2
@@ -73,6 +73,7 @@ def answer_early(command: str) -> None:
         sys.exit(code)
 
 
+@safe_output()
 def run_command(main: Callable[[], int]) -> int:
     """Runs a command's `main`. Prints an error that the user can act on as one screen on stderr, on rank 0 only.
 
