@@ -26,7 +26,7 @@ from mnist_dist.distributed.launcher import check_size, launched_world
 from mnist_dist.distributed.signals import PREEMPTED, Interrupts
 from mnist_dist.distributed.watchdog import Watchdog
 from mnist_dist.engine.evaluation import Interrupted
-from mnist_dist.engine.files import write_atomically
+from mnist_dist.engine.files import expand_path, write_atomically
 from mnist_dist.engine.schedules import set_rates
 from mnist_dist.errors import Problem, RecipeError
 from mnist_dist.models import build_model, count_parameters
@@ -124,8 +124,7 @@ def train(
     Args:
         recipe: from `load_recipe`.
         run_dir: a new folder, or the folder of a run to resume; None for runs/<recipe>/<date-time>.
-        resume: "auto": resume the run in `run_dir`; "never": refuse such a folder; or a run folder or checkpoint from
-            which a new run starts.
+        resume: "auto": resume the run in `run_dir`; "never": refuse such a folder; else a run or checkpoint to start.
         allow_recipe_change: resume although the recipe has changed.
         world_size: the expected number of processes; None for the number that the launcher was asked for, if known.
 
@@ -136,6 +135,7 @@ def train(
         RecipeError: the user made a mistake; nothing was trained or written.
         RunError: the run cannot continue: a gradient is not finite, or the disk is full. Saved checkpoints are valid.
     """
+    run_dir, resume = None if run_dir is None else expand_path(run_dir), str(expand_path(resume))
     started, code = time.perf_counter(), {"versions": versions(), "git_commit": git_commit()}
     state = launched_world()
     check_size(state, world_size)

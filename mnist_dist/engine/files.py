@@ -1,10 +1,14 @@
-"""Writes files atomically: a reader never sees half a file, and a finished file survives a power failure."""
+"""Writes files atomically: a reader never sees half a file. Expands the paths that users write."""
 
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+
+from mnist_dist.errors import Kind, Problem, RecipeError
 
 
 def write_atomically(path: Path, content: bytes | memoryview | str) -> None:
@@ -61,3 +65,26 @@ def fsync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def expand_path(path: str | Path, problem: Callable[[str, Kind], Problem] | None = None) -> Path:
+    """Returns a path that a user wrote, with `~`, `~user`, `$VAR` and `${VAR}` replaced.
+
+    A shell leaves them as they are inside a word such as `data.root=~/data`, and so does YAML.
+
+    Args:
+        problem: message and kind -> the problem of the key that holds the path; None for one on the command line.
+
+    Raises:
+        RecipeError: a variable is not set, or a user is unknown, and no file has that very name.
+    """
+    expanded = os.path.expandvars(os.path.expanduser(path))  # noqa: PTH111  # Path's raises for an unknown user
+    left = re.search(r"^~[^/]*|\$(\w+|\{[^}]*\})", expanded)
+    if left is None or os.path.lexists(expanded):
+        return Path(expanded)
+    if left[0].startswith("~"):
+        message = f"{left[0]} is no user's home folder"
+    else:
+        message = f"the environment variable {left[0].strip('${}')} is not set"
+    build = problem or (lambda message, kind: Problem("command line", str(path), message, kind))
+    raise RecipeError([build(f"{path}: {message}", "missing")])

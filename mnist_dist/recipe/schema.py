@@ -148,17 +148,19 @@ class DataSection(Section):
     """The data set. `digits` comes with scikit-learn and `synthetic` is generated: neither needs a download."""
     root: str | None = None
     """Folder that holds `MNIST/raw`; missing files are downloaded into it. Null: the environment variable
-    MNIST_DIST_DATA, else `./data`. Does not change the result."""
+    MNIST_DIST_DATA, else `./data`. `~` and `$VAR` are replaced. Does not change the result."""
     split: Literal["balanced", "byclass", "bymerge", "letters", "digits", "mnist"] | None = None
     """Split of EMNIST; only for `dataset: emnist`. Null: `balanced`."""
     validation: Annotated[int, Field(ge=0)] = 0
-    """Number of training images to hold out: the last ones of the training set. Evaluations during training then use
-    them, and the test set is evaluated once, at the end. 0: evaluations use the test set."""
+    """Number of training images to hold out: the last ones of the training set; of a set that is sorted by class, an
+    equal share of every class by a fixed seed. Evaluations during training then use them, and the test set is
+    evaluated once, at the end. 0: evaluations use the test set."""
     limit_train: Positive | None = None
-    """Use only the first images of the training set, at most this many, counted without the `validation` images. Null:
-    all."""
+    """Use only the first images of the training set, at most this many, counted without the `validation` images; of a
+    set that is sorted by class, an equal share of every class by a fixed seed. Null: all."""
     limit_test: Positive | None = None
-    """Use only the first images of the test set, at most this many. Null: all."""
+    """Use only the first images of the test set, at most this many; of a set that is sorted by class, an equal share
+    of every class by a fixed seed. Null: all."""
     augment: AugmentSection = AugmentSection()
     """Random changes of the training images."""
 

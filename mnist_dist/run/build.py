@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.state import AcceleratorState
@@ -27,6 +28,7 @@ from mnist_dist.distributed.sync_batchnorm import synchronize_batch_norm
 from mnist_dist.engine.cuda_graph import STEPS_A_REPLAY, CapturedStep, capture_obstacle
 from mnist_dist.engine.distillation import Distillation
 from mnist_dist.engine.ema import MovingAverage
+from mnist_dist.engine.files import expand_path
 from mnist_dist.engine.metrics import Meter
 from mnist_dist.engine.micro_batch_size import find_micro_batch_size
 from mnist_dist.engine.optimizers import build_optimizer, fill_momentum
@@ -95,7 +97,7 @@ def load_data(recipe: Recipe, state: PartialState) -> Dataset:
 
     The first process of each node downloads what is missing; the others wait for it.
     """
-    root = recipe.data.root or os.environ.get("MNIST_DIST_DATA", "data")
+    root = data_root(recipe)
     sizes = {key: getattr(recipe.data, key) for key in ("split", "validation", "limit_train", "limit_test")}
 
     def load(download: bool) -> Dataset:
@@ -106,6 +108,14 @@ def load_data(recipe: Recipe, state: PartialState) -> Dataset:
 
     first = run_on_all_ranks(state, lambda: load(download=True) if state.is_local_main_process else None)
     return run_on_all_ranks(state, lambda: first or load(download=False))
+
+
+def data_root(recipe: Recipe) -> Path:
+    """Returns the folder of the data: data.root, else the environment variable MNIST_DIST_DATA, else ./data."""
+    if recipe.data.root:
+        return expand_path(recipe.data.root, partial(recipe.problem, "data.root"))
+    named = os.environ.get("MNIST_DIST_DATA") or "data"
+    return expand_path(named, partial(Problem, "the environment", "MNIST_DIST_DATA"))
 
 
 def _data_problem(recipe: Recipe, error: Exception) -> Problem:

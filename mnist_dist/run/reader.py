@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from mnist_dist.engine.checkpoint import load_weights
+from mnist_dist.engine.files import expand_path
 from mnist_dist.errors import Kind, Problem, RecipeError
 from mnist_dist.models import build_model
 from mnist_dist.recipe.changes import HARMLESS_KEYS, flatten
@@ -215,7 +216,7 @@ def load_run(folder: str | Path, weights: str = "best") -> Run:
     Raises:
         FileNotFoundError: `folder` is not a run folder.
     """
-    run = Run(RunFolder(Path(folder)), weights)
+    run = Run(RunFolder(expand_path(folder)), weights)
     if not run.folder.recipe.is_file():
         raise FileNotFoundError(f"{folder} is not a run folder: it has no recipe.yaml")
     return run
