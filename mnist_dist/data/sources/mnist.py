@@ -7,6 +7,8 @@ packed file also contains a checksum of its own.
 from __future__ import annotations
 
 import gzip
+import os
+import tempfile
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
@@ -36,7 +38,7 @@ def read_mnist_like(class_name: str, root: Path, download: bool) -> tuple[Images
 
     stems = [f"{part}-{content}-ubyte" for part in ("train", "t10k") for content in ("images-idx3", "labels-idx1")]
     folder = root / class_name / "raw"
-    tensors = _read_files(root, folder, stems, download, lambda: torchvision_class()(root, download=True))
+    tensors = _read_files(root, folder, stems, download, lambda to: torchvision_class()(to, download=True))
     classes = DIGITS if class_name == "MNIST" else tuple(torchvision_class().classes)
     return _train_and_test(tensors, classes, folder)
 
@@ -49,9 +51,9 @@ def read_qmnist(root: Path, download: bool) -> tuple[Images, Images]:
     stems = [f"qmnist-{part}-{content}" for part in ("train", "test") for content in contents]
     folder = root / "QMNIST" / "raw"
 
-    def fetch() -> None:
+    def fetch(to: Path) -> None:
         for part in ("train", "test"):
-            datasets.QMNIST(root, what=part, download=True)
+            datasets.QMNIST(to, what=part, download=True)
 
     tensors = _read_files(root, folder, stems, download, fetch)
     # A row of QMNIST's label files has eight columns about the image and its writer; the first is the digit.
@@ -69,7 +71,7 @@ def read_emnist(root: Path, split: str, download: bool) -> tuple[Images, Images]
     contents = ("images-idx3", "labels-idx1")
     stems = [f"emnist-{split}-{part}-{content}-ubyte" for part in ("train", "test") for content in contents]
     folder = root / "EMNIST" / "raw"
-    tensors = _read_files(root, folder, stems, download, lambda: datasets.EMNIST(root, split=split, download=True))
+    tensors = _read_files(root, folder, stems, download, lambda to: datasets.EMNIST(to, split=split, download=True))
     classes = tuple(name for name in datasets.EMNIST.classes_split_dict[split] if name != "N/A")
     # EMNIST stores its images transposed. Its split `letters` numbers the labels from 1.
     first = 1 if split == "letters" else 0
@@ -102,20 +104,20 @@ def read_idx(path: Path) -> Tensor:
 
 
 def _read_files(
-    root: Path, folder: Path, stems: list[str], download: bool, fetch: Callable[[], object]
+    root: Path, folder: Path, stems: list[str], download: bool, fetch: Callable[[Path], object]
 ) -> list[Tensor]:
     """Reads four IDX files: training images, training labels, test images, test labels.
 
     Args:
         stems: the file names without `.gz`.
-        fetch: downloads the files into `folder`.
+        fetch: downloads the files as torchvision does, into `folder` relative to a root that it takes.
     """
     if download and not all(_find(folder, stem) for stem in stems):
         new_folders = [each for each in (folder, folder.parent, root) if not each.exists()]
         try:
-            fetch()
+            _fetch_atomically(root, folder, fetch)
         except (OSError, RuntimeError) as error:
-            for each in new_folders:  # torchvision creates its folders before it downloads
+            for each in new_folders:
                 with suppress(OSError):
                     each.rmdir()
             names = ", ".join(stems)
@@ -126,6 +128,22 @@ def _read_files(
     if missing := [stem for stem, path in zip(stems, paths, strict=True) if path is None]:
         raise FileNotFoundError(f"{folder} does not hold {', '.join(missing)} (plain or .gz)")
     return [read_idx(path) for path in paths if path is not None]
+
+
+def _fetch_atomically(root: Path, folder: Path, fetch: Callable[[Path], object]) -> None:
+    """Downloads into a temporary folder in `root`, then renames the files: another process never reads half of one.
+
+    Existing files stay as they are.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".download-", dir=root, ignore_cleanup_errors=True) as staged:
+        fetch(Path(staged))
+        folder.mkdir(parents=True, exist_ok=True)
+        for source in sorted((Path(staged) / folder.relative_to(root)).iterdir()):
+            if source.is_file() and not (folder / source.name).exists():
+                with source.open("rb") as file:
+                    os.fsync(file.fileno())  # a power failure after the rename would leave an empty file
+                source.replace(folder / source.name)
 
 
 def _find(folder: Path, stem: str) -> Path | None:
