@@ -103,7 +103,7 @@ def _print_error(error: Exception, code: int) -> int:
 
 def is_main_process() -> bool:
     """Returns whether this is rank 0 according to the launcher's environment, before a process group exists."""
-    names = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
+    names = ("RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
     return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
 
 

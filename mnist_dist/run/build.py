@@ -95,7 +95,8 @@ def _uses_fsdp(world_size: int) -> bool:
 def load_data(recipe: Recipe, state: PartialState) -> Dataset:
     """Reads the data on every process. Collective: call on every rank.
 
-    The first process of each node downloads what is missing; the others wait for it.
+    Rank 0 downloads what is missing. After it the first process of each node does so: on a node that shares the folder
+    with rank 0, nothing is missing any more. The others wait.
     """
     root = data_root(recipe)
     sizes = {key: getattr(recipe.data, key) for key in ("split", "validation", "limit_train", "limit_test")}
@@ -106,7 +107,8 @@ def load_data(recipe: Recipe, state: PartialState) -> Dataset:
         except (ValueError, ImportError, OSError) as error:
             raise RecipeError([_data_problem(recipe, error)]) from error
 
-    first = run_on_all_ranks(state, lambda: load(download=True) if state.is_local_main_process else None)
+    first = run_on_all_ranks(state, lambda: load(download=True) if state.is_main_process else None)
+    first = run_on_all_ranks(state, lambda: first or (load(download=True) if state.is_local_main_process else None))
     return run_on_all_ranks(state, lambda: first or load(download=False))
 
 

@@ -371,6 +371,32 @@ def test_a_failed_download_names_files_folder_and_reason(tmp_path, monkeypatch, 
     assert "t10k-labels-idx1-ubyte" in str(caught.value)
 
 
+def test_no_other_process_sees_a_download_before_it_is_complete(tmp_path, monkeypatch):
+    files = family_files("mnist")
+    names, seen = list(files), []
+
+    def download(root, download):
+        for count in range(1, len(names) + 1):
+            write_family(Path(root), {name: files[name] for name in names[:count]})
+            seen.append(list((tmp_path / "MNIST").rglob("*")))
+
+    monkeypatch.setattr(torchvision.datasets, "MNIST", download)
+    assert len(load_dataset("mnist", root=tmp_path).test) == TEST
+    assert seen == [[], [], [], []]
+    assert [path.name for path in tmp_path.iterdir()] == ["MNIST"]
+
+
+def test_an_interrupted_download_leaves_nothing(tmp_path, monkeypatch):
+    def download(root, download):
+        write_family(Path(root), dict(list(family_files("mnist").items())[:2]))
+        raise OSError("connection reset")
+
+    monkeypatch.setattr(torchvision.datasets, "MNIST", download)
+    with pytest.raises(FileNotFoundError, match="connection reset"):
+        load_dataset("mnist", root=tmp_path / "data")
+    assert not list(tmp_path.iterdir())
+
+
 def test_without_download_the_error_names_exactly_the_missing_files(tmp_path):
     files = family_files("mnist")
     del files["MNIST/raw/t10k-images-idx3-ubyte"]

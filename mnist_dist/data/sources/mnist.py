@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -29,7 +31,7 @@ def read_mnist_like(class_name: str, root: Path, download: bool) -> tuple[Images
 
     stems = [f"{part}-{content}-ubyte" for part in ("train", "t10k") for content in ("images-idx3", "labels-idx1")]
     folder = root / class_name / "raw"
-    tensors = _read_files(root, folder, stems, download, lambda: torchvision_class()(root, download=True))
+    tensors = _read_files(root, folder, stems, download, lambda to: torchvision_class()(to, download=True))
     classes = DIGITS if class_name == "MNIST" else tuple(torchvision_class().classes)
     return _train_and_test(tensors, classes, folder)
 
@@ -42,9 +44,9 @@ def read_qmnist(root: Path, download: bool) -> tuple[Images, Images]:
     stems = [f"qmnist-{part}-{content}" for part in ("train", "test") for content in contents]
     folder = root / "QMNIST" / "raw"
 
-    def fetch() -> None:
+    def fetch(to: Path) -> None:
         for part in ("train", "test"):
-            datasets.QMNIST(root, what=part, download=True)
+            datasets.QMNIST(to, what=part, download=True)
 
     tensors = _read_files(root, folder, stems, download, fetch)
     # A row of QMNIST's label files has eight columns about the image and its writer; the first is the digit.
@@ -62,7 +64,7 @@ def read_emnist(root: Path, split: str, download: bool) -> tuple[Images, Images]
     contents = ("images-idx3", "labels-idx1")
     stems = [f"emnist-{split}-{part}-{content}-ubyte" for part in ("train", "test") for content in contents]
     folder = root / "EMNIST" / "raw"
-    tensors = _read_files(root, folder, stems, download, lambda: datasets.EMNIST(root, split=split, download=True))
+    tensors = _read_files(root, folder, stems, download, lambda to: datasets.EMNIST(to, split=split, download=True))
     classes = tuple(name for name in datasets.EMNIST.classes_split_dict[split] if name != "N/A")
     # EMNIST stores its images transposed. Its split `letters` numbers the labels from 1.
     first = 1 if split == "letters" else 0
@@ -75,14 +77,14 @@ def read_emnist(root: Path, split: str, download: bool) -> tuple[Images, Images]
 
 
 def _read_files(
-    root: Path, folder: Path, stems: list[str], download: bool, fetch: Callable[[], object]
+    root: Path, folder: Path, stems: list[str], download: bool, fetch: Callable[[Path], object]
 ) -> list[Tensor]:
     """Reads four IDX files: training images, training labels, test images, test labels.
 
     Args:
         folder: the published place of the files, `root/NAME/raw`.
         stems: the published file names without `.gz`.
-        fetch: downloads the files into `folder`.
+        fetch: downloads the files as torchvision does, into `folder` relative to a root that it takes.
 
     Returns:
         Images as uint8 (N, 28, 28); labels as int64, of the shape that their file has.
@@ -105,11 +107,11 @@ def _read_files(
     ]
 
 
-def _download(root: Path, folder: Path, fetch: Callable[[], object]) -> str:
+def _download(root: Path, folder: Path, fetch: Callable[[Path], object]) -> str:
     """Downloads the files; returns why that failed, with a comma and a blank before it, or an empty string."""
     new_folders = [each for each in (folder, folder.parent, root) if not each.exists()]
     try:
-        fetch()
+        _fetch_atomically(root, folder, fetch)
     except (OSError, RuntimeError) as error:
         for each in new_folders:  # torchvision creates its folders before it downloads
             with suppress(OSError):
@@ -125,6 +127,22 @@ def _elsewhere(root: Path, name: str, stems: list[str]) -> str:
         return ""
     message = f"{paths[0].parent} holds files of these names, but MNIST, FashionMNIST and KMNIST share the names"
     return f"\n{message}; if the files are those of {name}, move them to {root / name / 'raw'}"
+
+
+def _fetch_atomically(root: Path, folder: Path, fetch: Callable[[Path], object]) -> None:
+    """Downloads into a temporary folder in `root`, then renames the files: another process never reads half of one.
+
+    Existing files stay as they are.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".download-", dir=root, ignore_cleanup_errors=True) as staged:
+        fetch(Path(staged))
+        folder.mkdir(parents=True, exist_ok=True)
+        for source in sorted((Path(staged) / folder.relative_to(root)).iterdir()):
+            if source.is_file() and not (folder / source.name).exists():
+                with source.open("rb") as file:
+                    os.fsync(file.fileno())  # a power failure after the rename would leave an empty file
+                source.replace(folder / source.name)
 
 
 def _train_and_test(tensors: list[Tensor], classes: tuple[str, ...], folder: Path) -> tuple[Images, Images]:
