@@ -37,7 +37,7 @@ from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.build import build_components, check_world, load_data
 from mnist_dist.run.checkpointing import Checkpointer
 from mnist_dist.run.components import Progress, TrainingComponents
-from mnist_dist.run.model_setup import build_module
+from mnist_dist.run.model_setup import prepare_model
 from mnist_dist.run.model_summary import summarize_model
 from mnist_dist.run.pretrained import load_initial_weights, load_teachers
 from mnist_dist.run.provenance import git_commit, versions
@@ -143,7 +143,8 @@ def train(
     precision = check_world(recipe, state)
     recipe = recipe.model_copy(update={"mixed_precision": precision})  # a resume under another launcher sees the change
     dataset = load_data(recipe, state)
-    module = run_on_all_ranks(state, lambda: build_module(recipe, dataset, state.num_processes))
+    prepared = run_on_all_ranks(state, lambda: prepare_model(recipe, dataset, state.num_processes, state.device))
+    recipe, module = prepared.recipe, prepared.module
     teachers = run_on_all_ranks(state, lambda: load_teachers(recipe, dataset.train))
     # A checkpoint holds all weights, and the file of model.init_from may be gone when the run resumes.
     resumes = has_checkpoint(run_dir, resume, state)
@@ -161,7 +162,7 @@ def train(
             if checkpoint:
                 components.load_state_dict(components_state(checkpoint))
             console = open_trackers(recipe, components, dataset, folder, checkpoint)
-            show_notes(console, components, [*problems, *notes])
+            show_notes(console, components, [*problems, *prepared.notes, *notes])
             components.accelerator.wait_for_everyone()  # rank 0 starts W&B; the first step must not include that time
             components.meter.resume()
             seconds = {"setup_seconds": round(time.perf_counter() - started, 3)}

@@ -17,7 +17,7 @@ from pydantic import ConfigDict, TypeAdapter
 from mnist_dist.data import Augmentation
 from mnist_dist.engine import optimizers, schedules
 from mnist_dist.errors import Kind, did_you_mean, unknown_key
-from mnist_dist.models import build_model, find_builder
+from mnist_dist.models import build_model, find_builder, set_by_trainer
 from mnist_dist.recipe.schema import DistillSection, ModelSection, OptimizerSection, Recipe, ScheduleSection, Section
 
 Finding = tuple[str, str, Kind]
@@ -141,8 +141,11 @@ def check_keywords(values: dict[str, Any]) -> Iterator[Finding]:
         except Exception:  # check_schema reports the section, or building the object does
             continue
         own = {key: value for key, value in given.items() if key not in reserved and value is not None}
+        filled_in = set_by_trainer(name) if section == "model" else {}
         for key, value in own.items():
-            if key in named:
+            if key in filled_in:
+                yield f"{section}.{key}", filled_in[key], "conflict"
+            elif key in named:
                 for mismatch in _check_type(named[key].annotation, value):
                     yield f"{section}.{key}", *mismatch
             elif not takes_any:

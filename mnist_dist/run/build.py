@@ -1,6 +1,6 @@
 """Builds the components of a run from its recipe, on every process of the launcher's world.
 
-The order is: `check_world`, `load_data`, `model_setup.build_module`, `build_components`. All mistakes that a user can
+The order is: `check_world`, `load_data`, `model_setup.prepare_model`, `build_components`. All mistakes that a user can
 correct are found on the way, by all processes together, before anything is trained or written.
 """
 
@@ -39,7 +39,7 @@ from mnist_dist.errors import Problem, RecipeError
 from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.components import TrainingComponents
 from mnist_dist.run.kernels import set_determinism, set_kernels
-from mnist_dist.run.model_setup import to_device
+from mnist_dist.run.model_trial import to_device
 from mnist_dist.run.reader import Run
 
 # --- the world and the data ---------------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ def build_components(
 
     Args:
         precision: as `check_world` returns it.
-        module: the network with its initial weights, as `build_module` returns it.
+        module: the network with its initial weights, as `prepare_model` returns it.
         teachers: runs whose networks the distillation learns from.
     """
     set_determinism(recipe.deterministic)
@@ -263,7 +263,9 @@ def _build_distillation(
     if not teachers:
         return None
     for teacher in teachers:
-        to_device(teacher.model, accelerator.device, channels_last=recipe.engine.channels_last)
+        # A teacher that did not run in channels-last layout when it was trained does not run in it now.
+        channels_last = recipe.engine.channels_last and teacher.recipe.engine.channels_last
+        to_device(teacher.model, accelerator.device, channels_last=channels_last)
     return Distillation(
         [(teacher.model, teacher.about["mean"], teacher.about["std"]) for teacher in teachers],
         weight=recipe.distill.weight,

@@ -23,7 +23,7 @@ from mnist_dist.recipe.loading import load_recipe
 from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.build import load_data
 from mnist_dist.run.kernels import set_determinism, set_kernels
-from mnist_dist.run.model_setup import to_device
+from mnist_dist.run.model_trial import to_device
 from mnist_dist.run.reader import Run
 
 CALIBRATION_BINS = 15
