@@ -32,7 +32,7 @@ def resolve_mode(mode: str) -> tuple[str, str]:
     """
     if mode != "auto":
         return mode, f"{mode} (recipe)"
-    requested = os.environ.get("WANDB_MODE")
+    requested = os.environ.get("WANDB_MODE", "").strip().lower()
     if requested in ("online", "offline", "disabled", "dryrun"):
         mode = "offline" if requested == "dryrun" else requested
         return mode, f"{mode} (WANDB_MODE)"
@@ -98,6 +98,10 @@ class WandbTracker(WandBTracker):
         """Training time spent in logging."""
 
     def start(self) -> None:
+        import wandb
+
+        if wandb.run is not None:  # the user's own run: `init` would return it, and `finish` would end it
+            self.init_kwargs["reinit"] = "create_new"
         try:
             super().start()
         except Exception as error:

@@ -367,3 +367,43 @@ def test_the_dashboard_reports_in_one_line_what_is_missing(capfd, monkeypatch):
     assert module.main(["--entity", "me"]) == 2
     [line] = capfd.readouterr().err.splitlines()
     assert "pip install" in line
+
+
+# --- the user's environment ---------------------------------------------------------------------------------------
+
+
+def test_variables_of_wandb_count_where_the_recipe_is_silent(monkeypatch):
+    from mnist_dist.run.summary import _wandb_settings
+
+    given = {"NAME": "mine", "RUN_GROUP": "g", "TAGS": "a, b", "ENTITY": "team", "JOB_TYPE": "trial"}
+    for name, value in given.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    expected = {"name": "mine", "group": "g", "tags": ["a", "b"], "entity": "team", "job_type": "trial"}
+    assert _wandb_settings(tiny()) == expected
+    words = [f"tracking.wandb.{word}" for word in ("group=h", "tags=[c]", "entity=me", "job_type=sweep")]
+    assert _wandb_settings(tiny(*words)) == {
+        "name": "mine",
+        "group": "h",
+        "tags": ["c"],
+        "entity": "me",
+        "job_type": "sweep",
+    }
+
+
+@pytest.mark.parametrize("mode", ["Online", "OFFLINE", "Disabled"])
+def test_the_mode_of_the_environment_may_be_in_capitals(mode, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", mode)
+    assert resolve_mode("auto")[0] == mode.lower()
+
+
+def test_a_run_of_the_user_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_PROJECT", "from_environment")
+    own = wandb.init(mode="offline", dir=str(tmp_path), project="own")
+    try:
+        train(tiny("epochs=1"), tmp_path / "run")
+        assert wandb.run is own
+        own.log({"still": "open"})
+    finally:
+        own.finish()
+    [folder] = offline_runs(tmp_path / "run")
+    assert Logged(folder).run["project"] == "from_environment"
