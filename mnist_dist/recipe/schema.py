@@ -234,16 +234,17 @@ class WandbSection(Section):
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     """`auto`: the environment variable WANDB_MODE, else online with credentials (`wandb login`) and offline without."""
-    project: str = "mnist_dist"
-    """Project that the run belongs to."""
+    project: str | None = None
+    """Project that the run belongs to. Null: the environment variable WANDB_PROJECT, else `mnist_dist`."""
     entity: str | None = None
-    """User or team that owns the project. Null: the default of the account."""
+    """User or team that owns the project. Null: WANDB_ENTITY, else the default of the account."""
     group: str | None = None
-    """Group of the run. Null: the recipe's `name`, so that runs with different seeds are grouped."""
-    job_type: str = "train"
-    """Job type of the run; a filter on the project page."""
+    """Group of the run. Null: WANDB_RUN_GROUP, else the recipe's `name`, so that runs with different seeds are
+    grouped."""
+    job_type: str | None = None
+    """Job type of the run; a filter on the project page. Null: WANDB_JOB_TYPE, else `train`."""
     tags: list[str] = []
-    """Tags of the run."""
+    """Tags of the run. Empty: those of WANDB_TAGS, separated by commas."""
     histograms: bool = False
     """Log histograms of all weights and of the last step's gradients at each evaluation."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,23 +53,34 @@ def open_trackers(
     split = "validation" if dataset.has_validation else "test"
     console = ConsoleTracker(components.total_steps, recipe.epochs, split, folder.console, quiet=quiet)
     wandb = recipe.tracking.wandb
+    project = wandb.project or os.environ.get("WANDB_PROJECT") or "mnist_dist"
     mode, reason = resolve_mode(wandb.mode)
     console.header(_header(recipe, components, dataset) | {"wandb": reason, "run folder": str(folder.path)})
     if checkpoint:
         console.message(f"resumed from the checkpoint at step {checkpoint['progress']['step']:,}")
     trackers: list[Any] = [console, JSONLTracker(folder.metrics, checkpoint.get("metrics_bytes", 0))]
     if mode != "disabled":
-        init: dict[str, Any] = wandb.model_dump(include={"entity", "job_type", "tags"})
-        init |= {"mode": mode, "name": f"{recipe.name}-seed{recipe.seed}", "group": wandb.group or recipe.name}
+        init: dict[str, Any] = _wandb_settings(recipe) | {"mode": mode}
         if checkpoint.get("wandb_id"):
             init |= {"id": checkpoint["wandb_id"], "resume": "allow"}
         files = {"directory": folder.path, "recipe": folder.recipe}
-        trackers.append(
-            WandbTracker(wandb.project, **files, notify=console.message, gauges=components.meter.gauges, **init)
-        )
+        trackers.append(WandbTracker(project, **files, notify=console.message, gauges=components.meter.gauges, **init))
     components.accelerator.log_with = trackers
-    components.accelerator.init_trackers(wandb.project, config=recipe.model_dump())
+    components.accelerator.init_trackers(project, config=recipe.model_dump())
     return console
+
+
+def _wandb_settings(recipe: Recipe) -> dict[str, Any]:
+    """Returns keywords for `wandb.init`: the recipe's, else those of W&B's environment variables, else defaults."""
+    wandb, environ = recipe.tracking.wandb, os.environ
+    tags = [tag.strip() for tag in environ.get("WANDB_TAGS", "").split(",") if tag.strip()]
+    return {
+        "entity": wandb.entity or environ.get("WANDB_ENTITY") or None,
+        "name": environ.get("WANDB_NAME") or f"{recipe.name}-seed{recipe.seed}",
+        "group": wandb.group or environ.get("WANDB_RUN_GROUP") or recipe.name,
+        "job_type": wandb.job_type or environ.get("WANDB_JOB_TYPE") or "train",
+        "tags": wandb.tags or tags,
+    }
 
 
 def show_notes(console: ConsoleTracker | None, components: TrainingComponents, notes: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import signal
@@ -78,7 +79,7 @@ def _shared_overrides(sweep: Sweep) -> list[str]:
         size = len(load_data(unlimited, launched_world()).train)
         shared.append(f"data.validation={min(VALIDATION, size // 6)}")
         print(f"{shared[0]}: trials are compared by accuracy on these held-out training images, not on the test set")
-    if base.tracking.wandb.group is None:
+    if base.tracking.wandb.group is None and not os.environ.get("WANDB_RUN_GROUP"):
         shared += [override("tracking.wandb.group", sweep.name), "tracking.wandb.job_type=sweep"]
     return shared
 
