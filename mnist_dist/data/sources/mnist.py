@@ -96,7 +96,7 @@ def _read_files(
         failure = _download(root, folder, fetch) if download else ""
         paths = find_files([folder], stems)
         if paths is None:
-            missing = ", ".join(stem for stem in stems if failure or find_file(folder, stem) is None)
+            missing = ", ".join(stem for stem in stems if find_file(folder, stem) is None)
             raise FileNotFoundError(
                 f"{folder} does not hold {missing} (plain or .gz){failure}{_elsewhere(root, name, stems)}"
             )
