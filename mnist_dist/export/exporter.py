@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from mnist_dist.data import Dataset
+from mnist_dist.data.geometry import read_geometry
 from mnist_dist.distributed.devices import choose_threads
 from mnist_dist.distributed.launcher import launched_world
 from mnist_dist.engine.files import fsync_path, rename_flushed
@@ -153,7 +154,9 @@ def _write_page(source: Source, program: Any, made: Path, runtime: dict[str, byt
     fp32 = made.with_name(f"{made.name}.fp32")
     [form] = _write_onnx(source, program, fp32)
     caption = f"{source.recipe.name}: {form.accuracy:.2f} % of {len(source.data.test):,} test images correct"
-    made.write_text(build_page(fp32.read_bytes(), source.about["classes"], caption, runtime), encoding="utf-8")
+    geometry = read_geometry(source.about)
+    page = build_page(fp32.read_bytes(), source.about["classes"], caption, runtime, geometry)
+    made.write_text(page, encoding="utf-8")
     return [replace(form, name="onnx inside the page", size=made.stat().st_size)]
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from mnist_dist.data.geometry import Geometry, read_geometry
 from mnist_dist.engine.checkpoint import load_weights
 from mnist_dist.engine.files import expand_path
 from mnist_dist.errors import Kind, Problem, RecipeError
@@ -186,8 +187,17 @@ class Run:
 
     @cached_property
     def about(self) -> dict[str, Any]:
-        """The description in the weights file: model, its keywords, classes, mean and std of the data."""
+        """The description in the weights file: model, its keywords, classes, mean, std and geometry of the data."""
         return load_weights(self.folder.path / f"{self.weights}.safetensors")[1]
+
+    @cached_property
+    def geometry(self) -> Geometry:
+        """How the training set places its figures.
+
+        Raises:
+            OSError, ValueError: the weights file is missing or damaged.
+        """
+        return read_geometry(self.about)
 
     @cached_property
     def model(self) -> nn.Module:
@@ -234,7 +244,7 @@ def open_run(folder: str | Path, weights: str) -> Run:
     """
     try:
         run = load_run(folder, weights)
-        _ = run.model
+        _ = run.model, run.geometry
     except (OSError, ValueError) as error:
         kind: Kind = "missing" if isinstance(error, FileNotFoundError) else "damaged"
         raise RecipeError([Problem("command line", str(folder), str(error), kind)]) from error
