@@ -9,7 +9,6 @@ import textwrap
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 Kind = Literal[
@@ -107,9 +106,13 @@ class SafeStream:
 
     def _drop(self) -> None:
         """Points the file at nothing. What is buffered goes there too, so that Python's own flush at exit succeeds."""
-        with suppress(OSError, ValueError), Path(os.devnull).open("wb") as nothing:
-            os.dup2(nothing.fileno(), self.stream.fileno())
-            self.stream.flush()
+        with suppress(OSError, ValueError):
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            try:
+                os.dup2(nothing, self.stream.fileno())
+                self.stream.flush()
+            finally:
+                os.close(nothing)
 
 
 @contextmanager

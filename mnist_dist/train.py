@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from rich.table import Table
 
 from mnist_dist.data import Images
@@ -137,9 +138,7 @@ def train(
     """
     run_dir, resume = None if run_dir is None else expand_path(run_dir), str(expand_path(resume))
     started, code = time.perf_counter(), {"versions": versions(), "git_commit": git_commit()}
-    state = launched_world()
-    check_size(state, world_size)
-    choose_threads(state)
+    state = _join_world(world_size)
     precision = check_world(recipe, state)
     recipe = recipe.model_copy(update={"mixed_precision": precision})  # a resume under another launcher sees the change
     dataset = load_data(recipe, state)
@@ -172,6 +171,13 @@ def train(
             seconds["train_seconds"] = checkpointer.train_seconds()
             checkpointer.save_last()
             return finish_run(folder, recipe, components, progress, dataset, console, seconds | code)
+
+
+def _join_world(world_size: int | None) -> PartialState:
+    state = launched_world()
+    check_size(state, world_size)
+    choose_threads(state)
+    return state
 
 
 # --- the command line ---------------------------------------------------------------------------------------------
