@@ -114,8 +114,14 @@ def _add_run(parser: Parser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run folder")
 
 
+def _add_code(parser: Parser) -> None:
+    code = "a module from which a run's network may be imported, if you trust both; repeatable"
+    parser.add_argument("--allow-code", metavar="MODULE", action="append", default=[], help=code)
+
+
 def _add_weights(parser: Parser) -> None:
     parser.add_argument("--weights", choices=["last", "best"], default="last", help="saved weights (default: last)")
+    _add_code(parser)
 
 
 def _add_data(parser: Parser) -> None:
@@ -139,8 +145,8 @@ def _train(parser: Parser) -> None:
     parser.add_argument("--allow-recipe-change", action="store_true", help="resume although the recipe has changed")
     parser.add_argument("--print-recipe", action="store_true", help="print the resolved recipe and exit")
     parser.add_argument("--list-recipes", action="store_true", help="print the bundled recipes and exit")
-    explain = "print type, default, range and meaning of a recipe key or section and exit"
-    parser.add_argument("--explain", metavar="KEY", help=explain)
+    parser.add_argument("--explain", metavar="KEY", help="print type, default, range and meaning of a key and exit")
+    _add_code(parser)
     _add_overrides(parser)
 
 
@@ -180,8 +186,7 @@ def _ensemble(parser: Parser) -> None:
 def _sweep(parser: Parser) -> None:
     parser.add_argument("sweep", metavar="RECIPE|SWEEP.YAML", help="a recipe, or a W&B sweep file (grid or random)")
     _add_overrides(parser, "recipe keys; key=a,b,c tries each of these values")
-    count = "maximum number of trials (default: the file's run_cap, or all)"
-    parser.add_argument("--count", type=int, metavar="N", help=count)
+    parser.add_argument("--count", type=int, metavar="N", help="most trials (default: the file's run_cap, or all)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of a random search (default: 0)")
     folder = "folder of the search (default: runs/sweeps/<name>); the same command resumes an interrupted search"
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help=folder)
@@ -190,14 +195,12 @@ def _sweep(parser: Parser) -> None:
 def _benchmark(parser: Parser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--recipe", metavar="NAME", help="a path, or the name of a bundled recipe")
-    time_to_accuracy = "time complete trainings of a recipe, compared with a reference network"
-    what.add_argument("--time-to-accuracy", metavar="NAME", help=time_to_accuracy)
+    what.add_argument("--time-to-accuracy", metavar="NAME", help="time complete trainings and those of a reference")
     what.add_argument("--floors", type=Path, nargs="+", metavar="FILE", help="check files of --json against floors")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="interleaved rounds (default: 7)")
     parser.add_argument("--steps", type=int, default=50, metavar="N", help="steps or calls per round (default: 50)")
     parser.add_argument("--seeds", type=int, default=30, metavar="N", help="runs of --time-to-accuracy (default: 30)")
-    note = "write the result of --time-to-accuracy into the recipe's head comment"
-    parser.add_argument("--note", action="store_true", help=note)
+    parser.add_argument("--note", action="store_true", help="write the time to accuracy into the recipe's head comment")
     parser.add_argument("--sweep", metavar="KEY=a,b,c", help="measure with each of these values of a recipe key")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="picture of the sweep (default: sweep.png)")
     parser.add_argument("--inference", action="store_true", help="time inference instead of training")
@@ -216,8 +219,7 @@ def _compare(parser: Parser) -> None:
     parser.add_argument("--live", action="store_true", help="serve the page on this machine and follow running runs")
     parser.add_argument("--port", type=int, metavar="N", default=8765, help="port of --live (default: 8765; 0: any)")
     parser.add_argument("--keep", type=Path, metavar="FILE", help="append the summaries to this file of JSON lines")
-    markdown = "write the table between the marks of this Markdown file"
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help=markdown)
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table between the marks of this file")
     parser.add_argument("--recipes", action="store_true", help="write the figures into the recipes' head comments")
 
 
@@ -238,8 +240,7 @@ def _export(parser: Parser) -> None:
     formats = "torch: a torch.export archive; onnx, onnx-int8: ONNX files; page: one HTML file to draw digits in"
     parser.add_argument("--format", required=True, choices=list(EXPORT_ENDINGS), help=formats)
     _add_weights(parser)
-    output = "the file to write (default: RUN/export/<weights> with the format's ending)"
-    parser.add_argument("--output", type=Path, metavar="FILE", help=output)
+    parser.add_argument("--output", type=Path, metavar="FILE", help="a file (default: RUN/export/<weights>.<ending>)")
     runtime = "for the format page: npm's archive of onnxruntime-web; without it, it is downloaded"
     parser.add_argument("--onnxruntime-web", type=Path, metavar="FILE.tgz", help=runtime)
     _add_overrides(parser, "recipe keys, e.g. data.root=/data")

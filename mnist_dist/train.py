@@ -13,6 +13,7 @@ if __name__ == "__main__":
 import sys
 import time
 import types
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -118,16 +119,17 @@ def train(
     resume: str = "auto",
     allow_recipe_change: bool = False,
     world_size: int | None = None,
+    allow_code: Iterable[str] = (),
 ) -> dict[str, Any]:
     """Trains a recipe in a run folder. Collective: call on every rank.
 
     Args:
         recipe: from `load_recipe`.
         run_dir: a new folder, or the folder of a run to resume; None for runs/<recipe>/<date-time>.
-        resume: "auto": resume the run in `run_dir`; "never": refuse such a folder; or a run folder or checkpoint from
-            which a new run starts.
+        resume: "auto": resume the run in `run_dir`; "never": refuse to; or the run or checkpoint to start from.
         allow_recipe_change: resume although the recipe has changed.
         world_size: the expected number of processes; None for the number that the launcher was asked for, if known.
+        allow_code: modules from which the networks of `distill.from` may be imported; see `load_run`.
 
     Returns:
         The values of summary.json; if a signal stopped the run, only `status` ("preempted") and `step`.
@@ -137,14 +139,13 @@ def train(
         RunError: the run cannot continue: a gradient is not finite, or the disk is full. Saved checkpoints are valid.
     """
     started, code = time.perf_counter(), {"versions": versions(), "git_commit": git_commit()}
-    state = launched_world()
-    check_size(state, world_size)
+    check_size(state := launched_world(), world_size)
     choose_threads(state)
     precision = check_world(recipe, state)
     recipe = recipe.model_copy(update={"mixed_precision": precision})  # a resume under another launcher sees the change
     dataset = load_data(recipe, state)
     module = run_on_all_ranks(state, lambda: build_module(recipe, dataset, state.num_processes))
-    teachers = run_on_all_ranks(state, lambda: load_teachers(recipe, dataset.train))
+    teachers = run_on_all_ranks(state, lambda: load_teachers(recipe, dataset.train, allow_code))
     # A checkpoint holds all weights, and the file of model.init_from may be gone when the run resumes.
     resumes = has_checkpoint(run_dir, resume, state)
     notes = [] if resumes else run_on_all_ranks(state, lambda: load_initial_weights(recipe, module))
@@ -202,6 +203,7 @@ def main(argv: list[str] | None = None) -> int:
         resume=arguments.resume,
         allow_recipe_change=arguments.allow_recipe_change,
         world_size=arguments.world_size,
+        allow_code=arguments.allow_code,
     )
     launched_world().destroy_process_group()
     return PREEMPTED if result.get("status") == "preempted" else 0

@@ -25,6 +25,9 @@ FAINT = 0.2
 LEAST_CONTRAST = 16
 """Grey levels between background and strongest ink; blank paper has less."""
 
+PROGRAMS = ("EPS", "WMF")
+"""Formats that Pillow has another program draw."""
+
 MOST_PIXELS = 100_000_000
 """Larger pictures are refused, because they would fill the memory."""
 
@@ -39,6 +42,8 @@ def read_picture(path: str | Path) -> Tensor:
         with Image.open(path) as file:
             if file.width * file.height > MOST_PIXELS:
                 raise ValueError(f"too many pixels: {file.width:,}×{file.height:,}; at most {MOST_PIXELS:,}")
+            if file.format in PROGRAMS:
+                raise ValueError(f"{file.format} files are programs; save the picture as PNG or JPEG")
             picture = ImageOps.exif_transpose(file)
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise ValueError(error.strerror) from error

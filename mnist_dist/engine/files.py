@@ -1,10 +1,40 @@
-"""Writing files: a reader never sees half of one, and a power failure loses none that has its name."""
+"""Reading and writing files.
+
+A reader never sees half of a file that is written here, and a power failure loses none that has its name. A file that
+comes from a stranger is read only if it is a regular file of a bounded size.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from contextlib import suppress
 from pathlib import Path
+
+
+def read_regular(path: Path, most: int) -> bytes:
+    """Returns the content of a regular file. A pipe or a device could have no end.
+
+    Args:
+        most: the largest size, in bytes.
+
+    Raises:
+        OSError: the file cannot be read, is not a regular file, or is larger.
+    """
+    check_regular(path, most)
+    return path.read_bytes()
+
+
+def check_regular(path: Path, most: int) -> None:
+    """Raises OSError unless the path is a regular file, or a link to one, of at most `most` bytes."""
+    found = path.stat()
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    if found.st_size > most:
+        raise OSError(errno.EFBIG, f"larger than {most:,} bytes", str(path))
 
 
 def write_atomically(path: Path, content: bytes | memoryview | str) -> None:

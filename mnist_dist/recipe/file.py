@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from mnist_dist.engine.files import read_regular
 from mnist_dist.errors import Kind, Problem, RecipeError, did_you_mean
 
 # --- the origin of a key ------------------------------------------------------------------------------------------
@@ -43,8 +44,19 @@ class Dumper(yaml.SafeDumper):
     """Writes YAML; quotes text that YAML 1.1 or 1.2 would read as another type."""
 
 
+MOST_BYTES, MOST_KEYS = 1_000_000, 10_000
+"""The size of the largest recipe that is read: bytes of its file, keys and list entries together."""
+
+
+def _whole_number(node: yaml.Node) -> int:
+    """Returns the value of a whole number. No float can hold one of 309 digits, and computing with one is slow."""
+    if len(node.value) > 300:
+        raise yaml.MarkedYAMLError(problem="a number of more than 300 digits", problem_mark=node.start_mark)
+    return int(node.value)
+
+
 _Loader.yaml_implicit_resolvers = {}
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: _whole_number(node))
 _NUMBER = r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
 for _kind, _pattern, _first in [
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
@@ -105,6 +117,8 @@ def _locate_keys(
     def refuse(node: yaml.Node, problem: str) -> None:
         raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
 
+    if len(places) > MOST_KEYS:  # a few aliases of aliases would make billions
+        refuse(node, f"a recipe has at most {MOST_KEYS:,} keys and list entries")
     kind = node.tag.removeprefix("tag:yaml.org,2002:")
     if kind not in ("null", "bool", "int", "float", "str", "seq", "map"):
         refuse(node, f"a recipe cannot contain {kind!r}; it contains text, numbers, true, false, lists and sections")
@@ -129,7 +143,8 @@ def read_recipe(path: Path) -> tuple[dict[str, Any], Origins]:
     """
     kind: Kind = "syntax"
     try:
-        values, places = parse(path.read_text(encoding="utf-8"), lambda line: f"{path}:{line}" if line else str(path))
+        text = read_regular(path, MOST_BYTES).decode()
+        values, places = parse(text, lambda line: f"{path}:{line}" if line else str(path))
         if isinstance(values, dict):
             return values, Origins(str(path), places)
         problem = "not a recipe: expected keys with values, e.g. `epochs: 10`"

@@ -91,7 +91,7 @@ def _check_folder(folder: RunFolder, recipe: Recipe) -> None:
     """
     if not folder.recipe.is_file():
         return
-    existing = load_recipe(folder.recipe)
+    existing = load_recipe(folder.recipe, import_code=False)
     precision = recipe.mixed_precision or existing.mixed_precision  # a run writes the precision that its launcher gave
     if changes := describe_changes(existing, recipe.model_copy(update={"mixed_precision": precision})):
         listed = "\n".join([*changes, "name another --run-dir"])

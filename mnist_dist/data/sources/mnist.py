@@ -7,6 +7,8 @@ packed file also contains a checksum of its own.
 from __future__ import annotations
 
 import gzip
+import io
+import math
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,6 +19,9 @@ import torch
 from torch import Tensor
 
 from mnist_dist.data.images import SIDE, Images
+
+MOST_BYTES = 2**31
+"""Bytes of the largest packed file that is read, unpacked."""
 
 DIGITS = tuple("0123456789")
 """The class names of data sets of digits."""
@@ -89,7 +94,7 @@ def read_idx(path: Path) -> Tensor:
     """
     data = path.read_bytes()
     try:
-        content = gzip.decompress(data) if path.suffix == ".gz" else data
+        content = _unpack(data) if path.suffix == ".gz" else data
         zero, kind, dimensions = int.from_bytes(content[:2], "big"), content[2], content[3]
         dtype = np.dtype({0x08: "u1", 0x0C: ">i4"}[kind])
         shape = [int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions)]
@@ -99,6 +104,19 @@ def read_idx(path: Path) -> Tensor:
         return torch.from_numpy(values.reshape(shape).astype(dtype.newbyteorder("=")))
     except (ValueError, KeyError, IndexError, EOFError, OSError, zlib.error) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it, and the next run downloads it again") from error
+
+
+def _unpack(data: bytes) -> bytes:
+    """Returns the content of a gzip-packed IDX file: no more than its header states, for a few bytes can pack many."""
+    with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+        head = file.read(4)
+        dimensions = head[3] if len(head) == 4 else 0
+        sizes = file.read(4 * min(dimensions, 3))
+        shape = [int.from_bytes(sizes[at : at + 4], "big") for at in range(0, len(sizes), 4)]
+        stated = math.prod(shape) * (4 if head[2:3] == b"\x0c" else 1)
+        if stated > MOST_BYTES:
+            raise ValueError(f"its header states {stated:,} bytes; at most {MOST_BYTES:,}")
+        return head + sizes + file.read(stated + 1)
 
 
 def _read_files(
