@@ -31,7 +31,9 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
 
 def markdown_text(text: str) -> str:
     """Returns a stranger's text for a cell of a Markdown table, in which it is neither HTML nor Markdown."""
-    return re.sub(r"([\\`*\[\]|])", r"\\\1", printable(text).replace("&", "&amp;").replace("<", "&lt;"))
+    text = re.sub(r"&(?=[#\w])", "&amp;", printable(text))
+    text = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)  # "< 1 ms" begins no tag
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", text)
 
 
 def printable(value: Any) -> str:
