@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Trains in N processes on the CPU of this machine. Each process uses THREADS threads, by default its share of the cores.
 #   launch/cpu.sh --recipe lenet5 epochs=1          # one process per core, at most 8: the fastest for small networks
-#   launch/cpu.sh 2 --recipe lenet5                 # N
-#   launch/cpu.sh 2 4 --recipe lenet5               # N and THREADS
+#   launch/cpu.sh 2 --recipe lenet5                 # two processes
+#   launch/cpu.sh 2 4 --recipe lenet5               # two processes of four threads
 set -euo pipefail
 
 : "${1:?usage: launch/cpu.sh [N [THREADS]] --recipe NAME}"
@@ -18,11 +18,11 @@ if [[ ${1-} =~ ^[0-9]+$ ]]; then
     shift
 fi
 
-export ACCELERATE_USE_CPU=true # --multi_gpu does not pass use_cpu of the configuration file on
+export ACCELERATE_USE_CPU=true # with --multi_gpu, accelerate ignores use_cpu of the configuration file
 if [ "$n" = 1 ]; then
     exec python -m mnist_dist.train --world-size 1 "$@"
 fi
-# By default torchrun does not forward SIGUSR1 but dies of it.
+# By default torchrun does not forward SIGUSR1; the signal would kill it.
 export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
 exec accelerate launch --quiet --config_file "$(dirname "$0")/accelerate/cpu.yaml" --num_processes "$n" \
     -m mnist_dist.train --world-size "$n" "$@"

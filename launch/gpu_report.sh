@@ -29,7 +29,7 @@ fi
 out=$(cd "$out" && pwd)
 cd "$(dirname "$0")/.." || exit 1
 
-# Large networks come last, because the last parts are left out if the time runs out.
+# Large networks come last, because the parts at the end are skipped if the time limit is reached.
 recipes=${RECIPES:-model_v1_onecycle model_v2_onecycle model_v3_onecycle simple_cnn mnistnet ms_ran \
     resnet18 resnet34 resnet50 resnet101 resnet152}
 seeds=30 rounds=5 steps=20 batches=1,32,256,1024 overrides=("$@")
@@ -41,7 +41,7 @@ if [ "$rehearse" ]; then
 fi
 
 patience=${PATIENCE:-1} # multiplies every time limit
-limit=$((530 * patience)) # seconds for all parts together
+limit=$((530 * patience)) # seconds for all parts
 failed=0
 trap 'kill "$!" 2>/dev/null; exit 130' INT TERM
 # part NAME SECONDS COMMAND…: runs the command with its own time limit, or the rest of the total limit if that is

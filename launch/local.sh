@@ -8,7 +8,7 @@ if [ "$gpus" -le 1 ]; then
     # No launcher: signals reach the trainer directly, and the exit code is the trainer's.
     exec python -m mnist_dist.train --world-size 1 "$@"
 fi
-# By default torchrun does not forward SIGUSR1 but dies of it.
+# By default torchrun does not forward SIGUSR1; the signal would kill it.
 export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
 exec accelerate launch --quiet --config_file "$(dirname "$0")/accelerate/multi_gpu.yaml" --num_processes "$gpus" \
     -m mnist_dist.train --world-size "$gpus" "$@"

@@ -8,11 +8,11 @@ usage="usage: launch/multi_node.sh HEAD:PORT MACHINES PROCESSES_PER_MACHINE --re
 head=${1:?$usage} machines=${2:?$usage} each=${3:?$usage}
 shift 3
 
-# For one machine accelerate leaves the endpoint out, and torchrun's default port may be used by another job.
+# For one machine accelerate omits the endpoint, and torchrun's default port may be used by another job.
 export PET_RDZV_ENDPOINT=$head
-# By default torchrun does not forward SIGUSR1 but dies of it.
+# By default torchrun does not forward SIGUSR1; the signal would kill it.
 export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
-exec accelerate launch --quiet --config_file "$(dirname "$0")/accelerate/multi_node.yaml" \
+exec python "$(dirname "$0")/accelerate/launch.py" --quiet --config_file "$(dirname "$0")/accelerate/multi_node.yaml" \
     --num_machines "$machines" --num_processes "$((machines * each))" \
     --main_process_ip "${head%:*}" --main_process_port "${head##*:}" --rdzv_backend c10d \
     -m mnist_dist.train --world-size "$((machines * each))" "$@"

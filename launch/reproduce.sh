@@ -2,7 +2,8 @@
 # Reproduces rows of the results table: trains missing runs, teachers first, and resumes stopped ones. Then prints the
 # table of these runs and writes the table of all runs in runs/reproduce into runs/reproduce/results.md.
 #   launch/reproduce.sh                                       all recipes of the table, five seeds: days on a CPU
-#   launch/reproduce.sh model_v1_onecycle mnistnet            SEEDS="0 1 2" launch/reproduce.sh simple_cnn epochs=2
+#   launch/reproduce.sh model_v1_onecycle mnistnet            these recipes
+#   SEEDS="0 1 2" launch/reproduce.sh simple_cnn epochs=2     other seeds, with an override
 set -euo pipefail
 
 folder=runs/reproduce recipes=() overrides=()

@@ -7,8 +7,8 @@ import os
 from typing import TYPE_CHECKING, Any
 
 # Must be set before torch is imported. Threads of GNU OpenMP spin for milliseconds at every barrier while they wait for
-# each other. With other load on the cores, this made two threads 14 to 18 times slower; without load it costs nothing
-# to spin less.
+# each other. With other load on the cores, this made two threads 14 to 18 times slower; without other load, shorter
+# spinning costs nothing.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 if TYPE_CHECKING:

@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     if command not in COMMANDS:
         message = f"unknown command{did_you_mean(command, COMMANDS) or '; known: ' + ', '.join(COMMANDS)}"
         raise RecipeError([Problem("command line", command, message, "unknown")])
-    parse(command, rest)  # answers --help and a wrong argument before torch is imported
+    parse(command, rest)  # handles --help and a wrong argument before torch is imported
     name = f"mnist_dist.{command}"
     is_package = (spec := find_spec(name)) is not None and spec.submodule_search_locations is not None
     return import_module(f"{name}.__main__" if is_package else name).main(rest)

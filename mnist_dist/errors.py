@@ -1,13 +1,17 @@
-"""Errors that a user can act on, and hints for unknown words. Imports nothing heavy."""
+"""Errors that a user can act on, hints for unknown words, output that causes no errors. Does not import torch."""
 
 from __future__ import annotations
 
 import difflib
+import os
 import re
+import sys
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 Kind = Literal[
     "unknown",  # a key or a name that does not exist
@@ -42,7 +46,7 @@ class Problem:
     message: str
     """What is wrong, what was expected, what to do; may have several lines."""
     kind: Kind
-    """For programs and tests, which do not read the message."""
+    """Kind of problem, for programs and tests, which do not parse the message."""
 
     def __str__(self) -> str:
         head = f"{self.where}: {self.key}" if self.key else self.where
@@ -50,7 +54,7 @@ class Problem:
 
 
 class RecipeError(ValueError):
-    """Raised before anything is trained or written, with all problems. Its text is the user's screen; exit code 2."""
+    """Raised before anything is trained or written, with all problems. The user sees its text; exit code 2."""
 
     def __init__(self, problems: list[Problem]):
         self.problems = problems
@@ -72,3 +76,57 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def unknown_key(key: str, known: Iterable[str]) -> str:
     """Returns the message for a key that is not among the known ones."""
     return "unknown key" + (did_you_mean(key, known) or "; known: " + ", ".join(known))
+
+
+# --- output -------------------------------------------------------------------------------------------------------
+
+
+class SafeStream:
+    """A text stream whose errors end nothing: a pipe closed by `head`, a full disk, a character that it cannot encode.
+
+    After the first error of the file the rest of the output is dropped. A character that the encoding lacks becomes a
+    question mark.
+    """
+
+    def __init__(self, stream: Any):
+        self.stream: Any = stream.stream if isinstance(stream, SafeStream) else stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            try:
+                self.stream.write(text)
+            except UnicodeEncodeError:
+                encoding = self.stream.encoding or "ascii"
+                self.stream.write(text.encode(encoding, "replace").decode(encoding))
+        except (OSError, ValueError):  # ValueError: the file is closed
+            self._drop()
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except (OSError, ValueError):
+            self._drop()
+
+    def _drop(self) -> None:
+        """Points the file at nothing. What is buffered goes there too, so that Python's own flush at exit succeeds."""
+        with suppress(OSError, ValueError), Path(os.devnull).open("ab") as nothing:
+            os.dup2(nothing.fileno(), self.stream.fileno())
+            self.stream.flush()
+
+
+@contextmanager
+def safe_output() -> Iterator[None]:
+    """Makes stdout and stderr safe streams. Also a decorator."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (stream and SafeStream(stream) for stream in before)
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            if stream:
+                SafeStream(stream).flush()
+        sys.stdout, sys.stderr = before

@@ -27,7 +27,7 @@ from mnist_dist.distributed.launcher import check_size, launched_world
 from mnist_dist.distributed.signals import PREEMPTED, Interrupts
 from mnist_dist.distributed.watchdog import Watchdog
 from mnist_dist.engine.evaluation import Interrupted
-from mnist_dist.engine.files import write_atomically
+from mnist_dist.engine.files import expand_path, write_atomically
 from mnist_dist.engine.schedules import set_rates
 from mnist_dist.errors import Problem, RecipeError
 from mnist_dist.models import build_model, count_parameters
@@ -38,7 +38,7 @@ from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.build import build_components, check_world, load_data
 from mnist_dist.run.checkpointing import Checkpointer
 from mnist_dist.run.components import Progress, TrainingComponents
-from mnist_dist.run.model_setup import build_module
+from mnist_dist.run.model_setup import prepare_model
 from mnist_dist.run.model_summary import summarize_model
 from mnist_dist.run.pretrained import load_initial_weights, load_teachers
 from mnist_dist.run.provenance import git_commit, versions
@@ -126,7 +126,7 @@ def train(
     Args:
         recipe: from `load_recipe`.
         run_dir: a new folder, or the folder of a run to resume; None for runs/<recipe>/<date-time>.
-        resume: "auto": resume the run in `run_dir`; "never": refuse to; or the run or checkpoint to start from.
+        resume: "auto": resume the run in `run_dir`; "never": refuse such a folder; else a run or checkpoint to start.
         allow_recipe_change: resume although the recipe has changed.
         world_size: the expected number of processes; None for the number that the launcher was asked for, if known.
         allow_code: modules from which the networks of `distill.from` may be imported; see `load_run`.
@@ -138,16 +138,16 @@ def train(
         RecipeError: the user made a mistake; nothing was trained or written.
         RunError: the run cannot continue: a gradient is not finite, or the disk is full. Saved checkpoints are valid.
     """
+    run_dir, resume = None if run_dir is None else expand_path(run_dir), str(expand_path(resume))
     started, code = time.perf_counter(), {"versions": versions(), "git_commit": git_commit()}
     check_size(state := launched_world(), world_size)
     choose_threads(state)
-    precision = check_world(recipe, state)
-    recipe = recipe.model_copy(update={"mixed_precision": precision})  # a resume under another launcher sees the change
+    recipe = recipe.model_copy(update={"mixed_precision": (precision := check_world(recipe, state))})  # for a resume
     dataset = load_data(recipe, state)
-    module = run_on_all_ranks(state, lambda: build_module(recipe, dataset, state.num_processes))
+    prepared = run_on_all_ranks(state, lambda: prepare_model(recipe, dataset, state.num_processes, state.device))
+    recipe, module = prepared.recipe, prepared.module
     teachers = run_on_all_ranks(state, lambda: load_teachers(recipe, dataset.train, allow_code))
-    # A checkpoint holds all weights, and the file of model.init_from may be gone when the run resumes.
-    resumes = has_checkpoint(run_dir, resume, state)
+    resumes = has_checkpoint(run_dir, resume, state)  # a checkpoint holds all weights; model.init_from may be gone
     notes = [] if resumes else run_on_all_ranks(state, lambda: load_initial_weights(recipe, module))
     folder = open_folder(recipe, run_dir, state, resume, allow_recipe_change)
     with folder.failed_on_error(state.is_main_process):
@@ -162,7 +162,7 @@ def train(
             if checkpoint:
                 components.load_state_dict(components_state(checkpoint))
             console = open_trackers(recipe, components, dataset, folder, checkpoint)
-            show_notes(console, components, [*problems, *notes])
+            show_notes(console, components, [*problems, *prepared.notes, *notes])
             components.accelerator.wait_for_everyone()  # rank 0 starts W&B; the first step must not include that time
             components.meter.resume()
             seconds = {"setup_seconds": round(time.perf_counter() - started, 3)}

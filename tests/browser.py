@@ -13,7 +13,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Chromium driven by playwright: the machine's own, or the one that `playwright install` has brought."""
+    """Chromium driven by playwright: the one of the system, or the one that `playwright install` installed."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     chromium = next(filter(None, map(shutil.which, NAMES)), None)
     with playwright.sync_playwright() as started:

@@ -35,14 +35,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves the pictures of a run out: they take longer than the run. A test of pictures is marked `pictures`."""
+    """Has runs draw no pictures: drawing takes longer than the run. A test of pictures is marked `pictures`."""
     if request.node.get_closest_marker("pictures") is None:
         monkeypatch.setattr("mnist_dist.run.summary._draw", lambda *arguments: None)
 
 
 @pytest.fixture
 def accelerator() -> Iterator[Accelerator]:
-    """A new Accelerator on the CPU, alone. Accelerate keeps the device and precision of an earlier test otherwise."""
+    """A new Accelerator on the CPU. Without the reset, Accelerate keeps device and precision of an earlier test."""
     AcceleratorState._reset_state(reset_partial_state=True)
     yield Accelerator(cpu=True)
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -2,8 +2,8 @@
 
 A server process imports torch and this package once and is forked for every process that a test starts: each child has
 its own session, environment, working directory and standard streams, as `subprocess` would give it. Use `popen` and
-`run` as their namesakes in `subprocess`; `run_ranks` starts one process per rank, as torchrun does on one machine.
-A test of a launcher, or of what happens before torch is imported, uses `subprocess` itself.
+`run` like the functions of these names in `subprocess`; `run_ranks` starts one process per rank, as torchrun does on
+one machine. A test of a launcher, or of what happens before torch is imported, uses `subprocess` itself.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def run_program(argv: list[str]) -> None:
 def end(code: object) -> None:
     """Ends this process with the code of a SystemExit: runs the exit handlers, but frees no memory.
 
-    The interpreter's own way out takes longer than most programs of these tests: it destroys every object of torch.
+    The normal exit takes longer than most programs of these tests: it destroys every object of torch.
     """
     if not isinstance(code, int | None):
         print(code, file=sys.stderr)
@@ -344,26 +344,37 @@ def run_ranks(
         subprocess.TimeoutExpired: after `timeout` seconds; all ranks have been killed.
     """
     port, base = free_port(), dict(os.environ if env is None else env)
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": cwd}
-    started = [
-        popen(argv, env=base | {"ACCELERATE_USE_CPU": "true"} | rank_variables(rank, world_size, port), **pipes)
-        for rank in range(world_size)
+    environments = [
+        base | {"ACCELERATE_USE_CPU": "true"} | rank_variables(rank, world_size, port) for rank in range(world_size)
     ]
+    done = run_in_each(environments, argv, cwd=cwd, timeout=timeout)
+    shown = "\n".join(
+        f"rank {rank}: exit code {each.returncode}\n{each.stdout}{each.stderr}" for rank, each in enumerate(done)
+    )
+    assert not any(each.returncode for each in done), shown
+    return done
+
+
+def run_in_each(
+    environments: list[dict[str, str]], argv: list[Any], *, cwd: str | Path | None = None, timeout: float = 300
+) -> list[subprocess.CompletedProcess[str]]:
+    """Runs a Python program once in each environment, all at the same time; returns how each one ended.
+
+    Raises:
+        subprocess.TimeoutExpired: after `timeout` seconds; all processes have been killed.
+    """
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": cwd}
+    started = [popen(argv, env=environment, **pipes) for environment in environments]
     try:
         answers = [process.communicate(timeout=timeout) for process in started]
     finally:
         for process in started:
             if process.poll() is None:
                 process.kill()
-    done = [
+    return [
         subprocess.CompletedProcess(process.args, process.wait(), *answer)
         for process, answer in zip(started, answers, strict=True)
     ]
-    shown = "\n".join(
-        f"rank {rank}: exit code {each.returncode}\n{each.stdout}{each.stderr}" for rank, each in enumerate(done)
-    )
-    assert not any(each.returncode for each in done), shown
-    return done
 
 
 if __name__ == "__main__":

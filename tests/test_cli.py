@@ -1,4 +1,4 @@
-"""The command lines: every command is listed, helps without torch, and refuses wrong arguments."""
+"""The command lines: every command is listed, prints its help without torch, and refuses wrong arguments."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def heavy_modules_after(source: str) -> tuple[set[str], str]:
 # --- help ---------------------------------------------------------------------------------------------------------
 
 
-def test_every_command_has_a_smallest_command_line():
+def test_every_command_has_a_minimal_command_line():
     assert SMALLEST.keys() == COMMANDS.keys()
 
 
@@ -80,7 +80,7 @@ def test_help_of_a_command_run_as_a_module_imports_nothing_heavy(command):
     assert heavy_modules_after(source)[0] == set()
 
 
-def test_help_by_way_of_the_program_imports_nothing_heavy():
+def test_help_through_the_program_imports_nothing_heavy():
     source = HELP.format(commands=list(COMMANDS), module='"mnist_dist"')
     source = source.replace('[command, "--help"]', '["mnist-dist", command, "--help"]')
     assert heavy_modules_after(source)[0] == set()
@@ -101,7 +101,7 @@ assert "--recpie" in err.getvalue()
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_parses_its_smallest_command_line(command):
+def test_a_command_parses_its_minimal_command_line(command):
     assert parse(command, SMALLEST[command])
 
 

@@ -36,7 +36,7 @@ def runs(_finished_debug_run: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return folder
 
 
-def test_the_members_have_their_own_figures_and_the_whole_has_those_of_the_mean(runs, tmp_path, capsys):
+def test_each_member_has_its_own_figures_and_the_ensemble_those_of_the_mean(runs, tmp_path, capsys):
     paths = [str(runs / name) for name in ("lenet5", "simple_cnn")]
     assert main([*paths, "data.limit_test=200", "--json", str(tmp_path / "report.json")]) == 0
     found, printed = json.loads((tmp_path / "report.json").read_text()), capsys.readouterr().out

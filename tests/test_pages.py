@@ -22,7 +22,7 @@ from torch.distributed.run import get_args_parser
 
 from mnist_dist.cli import COMMANDS, parse, run_command
 from mnist_dist.compare.__main__ import Comparison
-from mnist_dist.compare.table import MARKS, Row, fill_tables, group
+from mnist_dist.compare.table import MARKS, Row, fill_tables, group, representative_rows
 from mnist_dist.recipe.file import bundled_recipes, recipe_notes
 from mnist_dist.recipe.loading import load_recipe
 from mnist_dist.train import main
@@ -57,7 +57,7 @@ def prose(page: str) -> str:
 
 
 def table_between(page: str, start: str, end: str) -> list[list[str]]:
-    """Returns the cells of the Markdown table between two lines, the row of dashes left out."""
+    """Returns the cells of the Markdown table between two lines, without the row of dashes."""
     content = text_of(page)
     assert content.count(start) == 1, f"{page} needs {start!r} once"
     lines = content.partition(start)[2].partition(end)[0].strip().splitlines()
@@ -341,7 +341,7 @@ def test_the_readme_is_short():
     assert lines.index("```bash") + 2 <= 20, "the line of the first command"
 
 
-def test_the_readme_quotes_the_loop_as_it_is():
+def test_the_readme_quotes_the_current_loop():
     quoted = next(block for block in blocks("README.md", "python") if block.startswith("while True:"))
     lines = iter([line.strip() for line in text_of("mnist_dist/train.py").splitlines()])
     for line in map(str.strip, quoted.splitlines()):
@@ -364,7 +364,7 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     assert scope["summary"]["recipe"] == "debug" == scope["run"].recipe.name
 
 
-def test_the_worked_error_is_the_one_that_is_shown(capsys, monkeypatch):
+def test_the_worked_error_is_the_current_screen(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     [shown] = blocks("README.md", "console")
     prompt, _, expected = shown.partition("\n")
@@ -393,14 +393,11 @@ def test_the_readme_has_few_results_and_the_other_page_has_all():
 
 def test_the_recipes_say_what_was_measured():
     shipped = {path.stem: path for path in bundled_recipes().values()}
-    longest = {
-        row.recipe: row for row in results() if not row.recipe.startswith("mean of ")
-    }  # ensembles have no recipe
-    for name, row in longest.items():
+    for name, row in representative_rows(results()).items():
         assert recipe_notes(shipped[name])["measured"] == row.measured()
 
 
-def test_the_keys_stand_between_their_marks():
+def test_the_keys_are_between_their_marks():
     start, end = "<!-- keys: made by mnist_dist.recipe.reference -->", "<!-- end of keys -->"
     assert text_of("configs/README.md").partition(start)[2].partition(end)[0].strip()
 

@@ -160,7 +160,7 @@ def test_imports_are_read_in_every_form(text, package, expected):
         ("run", "cli", False),
     ],
 )
-def test_layers_are_told_by_their_order(importer, target, allowed):
+def test_the_order_of_layers_decides_what_may_be_imported(importer, target, allowed):
     assert may_import(importer, target) is allowed
 
 
@@ -200,7 +200,7 @@ def test_the_command_line_knows_every_command():
 
 
 @pytest.mark.parametrize("name", modules())
-def test_heavy_packages_are_imported_in_their_places_only(name):
+def test_heavy_packages_are_imported_in_listed_modules_only(name):
     for each in imports_of(name):
         package = each.split(".")[0]
         assert folder_of(name) in ONLY_IN.get(package, {folder_of(name)}), f"{package} in {name}"
@@ -214,6 +214,26 @@ def test_what_help_needs_imports_the_standard_library_only(name):
     assert not outside
 
 
+IN_PLACE = {
+    "engine.files",
+    "export.exporter",  # in a temporary folder; the file that is ready is renamed
+    "sweep.trials",  # the output of a trial while it runs
+    "doctor.measurements",  # measures how long a rename takes to reach another node
+}
+"""Modules that may write a file other than by `engine.files.write_atomically`."""
+
+
+@pytest.mark.parametrize("name", sorted(modules().keys() - IN_PLACE))
+def test_files_are_written_by_one_function(name):
+    """Of a file that is written in place a reader could see half. To append to a file is allowed."""
+    calls = [node for node in ast.walk(tree_of(name)) if isinstance(node, ast.Call)]
+    for call in calls:
+        function = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+        modes = [each.value for each in call.args if isinstance(each, ast.Constant)] if function == "open" else []
+        assert function not in ("write_text", "write_bytes"), f"line {call.lineno}"
+        assert not [mode for mode in modes if str(mode).startswith(("w", "x"))], f"line {call.lineno}"
+
+
 @pytest.mark.parametrize("name", modules())
 def test_files_and_functions_are_short_and_modules_have_a_docstring(name):
     tree, text = tree_of(name), modules()[name].read_text(encoding="utf-8")
@@ -224,7 +244,7 @@ def test_files_and_functions_are_short_and_modules_have_a_docstring(name):
     assert {name: length for name, length in lengths.items() if length > LONGEST_FUNCTION} == {}
 
 
-def test_the_top_level_is_what_it_should_be():
+def test_the_top_level_holds_the_listed_files_only():
     try:
         answer = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:

@@ -1,7 +1,7 @@
 """The command `benchmark`: training speed, inference speed, time to accuracy.
 
 `accelerate launch -m mnist_dist.benchmark --recipe model_v1_onecycle` compares the trainer with the bare step and with
-the training loops of other frameworks. Speeds are images/s of all processes together.
+the training loops of other frameworks. Speeds are images/s, summed over all processes.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from mnist_dist.benchmark.inference import measure_inference
 from mnist_dist.benchmark.report import print_floors, print_table, to_markdown
 from mnist_dist.benchmark.training import measure
 from mnist_dist.distributed.launcher import launched_world
+from mnist_dist.engine.files import write_atomically
 from mnist_dist.errors import Kind, Problem, RecipeError
 from mnist_dist.recipe.file import find_recipe
 from mnist_dist.recipe.loading import load_recipe
 from mnist_dist.recipe.schema import Recipe
 
 ENDLESS = {"epochs": "1000", "eval_every": "1000", "max_steps": "null", "early_stopping.patience": "null"}
-"""Overrides with which no schedule and no loop ends during a measurement."""
+"""Overrides that keep every schedule and every loop from ending during a measurement."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _check_arguments(arguments: argparse.Namespace) -> None:
-    """Checks what argparse cannot, before anything is measured.
+    """Checks what argparse does not check, before anything is measured.
 
     Raises:
         RecipeError: a number is out of range, options exclude each other, or a file cannot be written.
@@ -102,7 +103,7 @@ def _speed(arguments: argparse.Namespace, command: str) -> None:
             result = measure(recipe, arguments.rounds, arguments.steps)
         if change:
             result["sweep"] = change
-            if results:  # the first measurement is part of the time since the process started
+            if results:  # the time since the process started would include the earlier measurements
                 result["seconds_from_process_start_to_first_step"] = None
         results.append(result)
         if launched_world().is_main_process:
@@ -136,7 +137,7 @@ def _changes(arguments: argparse.Namespace) -> list[str]:
 
 
 def _write(arguments: argparse.Namespace, results: list[dict[str, Any]], command: str) -> None:
-    """Writes the requested files; all but the last of `results` were written before."""
+    """Writes the requested files. Of `results`, only the last one is new."""
     last = results[-1]
     if arguments.json:
         content = {"sweep": arguments.sweep, "results": results} if arguments.sweep else last
@@ -145,7 +146,7 @@ def _write(arguments: argparse.Namespace, results: list[dict[str, Any]], command
         _append(arguments.markdown, to_markdown(last, command))
     if arguments.sweep:
         from mnist_dist.benchmark.sweep_plot import (
-            plot_sweep,  # imports matplotlib, which a first step need not wait for
+            plot_sweep,  # imported late: the time to the first step must not include matplotlib
         )
 
         key, values = arguments.sweep.partition("=")[0], [each["sweep"].partition("=")[2] for each in results]
@@ -155,12 +156,12 @@ def _write(arguments: argparse.Namespace, results: list[dict[str, Any]], command
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_atomically(path, json.dumps(content, indent=2) + "\n")
 
 
 def _append(path: Path, text: str) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(text)
+    old = path.read_text(encoding="utf-8") if path.is_file() else ""
+    write_atomically(path, old + text)
 
 
 # --- time to accuracy ---------------------------------------------------------------------------------------------

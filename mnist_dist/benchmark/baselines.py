@@ -1,4 +1,4 @@
-"""The setup that all timed loops share, and the two baselines that load no data: the bare step and the tensor loop.
+"""Defines the setup of all timed loops, and the two baselines without a DataLoader: the bare step and the tensor loop.
 
 Every loop trains the same model with the same batch size, augmentation and precision, on the same device and in the
 same process group. The loops that use a DataLoader are in `frameworks`.
@@ -32,7 +32,8 @@ from mnist_dist.engine.optimizers import build_optimizer
 from mnist_dist.errors import Problem, RecipeError
 from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.build import check_world, load_data
-from mnist_dist.run.model_setup import build_module, to_device
+from mnist_dist.run.model_setup import build_module, prepare_model
+from mnist_dist.run.model_trial import to_device
 from mnist_dist.run.provenance import git_commit, versions
 
 PRECISIONS = {"no": "fp32", "bf16": "bf16"}
@@ -48,7 +49,7 @@ class TimedLoop:
 
     name: str
     run: Callable[[int], float]
-    """Trains the given number of further steps; returns their seconds, including the device's work."""
+    """Makes this number of further steps; returns their duration in seconds, including the work of the device."""
     close: Callable[[], object] = lambda: None
 
 
@@ -88,8 +89,8 @@ class BenchmarkSetup:
                 "training images"
             )
             raise RecipeError([recipe.problem("batch_size", message, "conflict")])
-        run_on_all_ranks(state, lambda: build_module(recipe, dataset))
-        return cls(recipe, precision, dataset, state)
+        prepared = run_on_all_ranks(state, lambda: prepare_model(recipe, dataset, state.num_processes, state.device))
+        return cls(prepared.recipe, precision, dataset, state)
 
     def in_default_layout(self) -> BenchmarkSetup:
         """Returns the same setup with PyTorch's default memory layout of images, which tutorials use."""
@@ -123,9 +124,9 @@ class BenchmarkSetup:
 
     @property
     def is_captured(self) -> bool:
-        """Whether the bare step is one CUDA graph: if the recipe captures steps, on one GPU.
+        """Whether the bare step is captured as one CUDA graph: the recipe captures steps, and one process uses one GPU.
 
-        With several processes DistributedDataParallel adds calls of its own to a step.
+        With several processes, DistributedDataParallel adds operations to a step.
         """
         wanted = self.recipe.engine.capture != "off"
         return wanted and self.state.device.type == "cuda" and self.state.num_processes == 1
@@ -189,9 +190,9 @@ def median_and_range(values: list[float], digits: int) -> dict[str, float]:
 
 
 def bare_step(setup: BenchmarkSetup) -> TimedLoop:
-    """Builds the upper limit of any trainer: forward, loss, backward and optimizer on one fixed batch on the device.
+    """Builds the upper limit for any trainer: forward, loss, backward and optimizer on one fixed batch on the device.
 
-    The step is compiled, or captured as one CUDA graph, if the recipe's own step is.
+    The step is compiled, or captured as one CUDA graph, if the recipe compiles or captures.
     """
     data, device = setup.dataset.train[slice(setup.local_batch_size)], setup.state.device
     batch = data.normalize(data.images).to(device), data.labels.to(device)
@@ -203,7 +204,7 @@ def bare_step(setup: BenchmarkSetup) -> TimedLoop:
 def tensor_loop(setup: BenchmarkSetup) -> TimedLoop:
     """Builds a plain loop that reads tensors on the device and uses the trainer's batched augmentation.
 
-    The trainer and this loop differ in the loop alone.
+    Data and augmentation are the trainer's, so a difference in speed is due to the loop alone.
     """
     state, data, size = setup.state, setup.dataset.train.to(setup.state.device), setup.recipe.batch_size
     augmentation, device = setup.recipe.data.augment.build(), setup.state.device
@@ -227,7 +228,8 @@ def plain_step(setup: BenchmarkSetup, *, is_limit: bool = False) -> Step:
     """Builds a network and returns (images, labels) -> one update of it; data parallel with several processes.
 
     Args:
-        is_limit: compile the network, or prepare the optimizer for capture, if the recipe does.
+        is_limit: the step is that of `bare_step`. Compile the network, or prepare the optimizer for capture, if the
+            recipe compiles or captures.
     """
     module = setup.module()
     optimizer, parameters = setup.optimizer(module), list(module.parameters())
@@ -275,7 +277,7 @@ def training_step(
 
 
 def captured(call: Step) -> Callable[[], None]:
-    """Returns a CUDA graph of `call`, which must use the same memory at every call.
+    """Captures `call` as a CUDA graph and returns its replay. `call` must use the same memory at every call.
 
     Warm-up and capture follow the notes on CUDA semantics in PyTorch's documentation.
     """

@@ -1,4 +1,4 @@
-"""The training loops of other frameworks with a DataLoader: plain PyTorch, Accelerate, Lightning.
+"""Builds the training loops of other frameworks, each with a DataLoader: plain PyTorch, Accelerate, Lightning.
 
 Each loop follows its framework's documentation and is tuned as that documentation advises: the fastest number of
 persistent workers on this machine, pinned memory, non-blocking transfers, and kernels chosen by trial.
@@ -128,9 +128,9 @@ def _lightning_module(setup: BenchmarkSetup) -> Any:
 def _rounds_callback(
     setup: BenchmarkSetup, rounds: SimpleQueue[int], results: SimpleQueue[float | BaseException]
 ) -> Any:
-    """Returns a Lightning callback that reads the steps of each round from `rounds` and writes its seconds.
+    """Returns a Lightning callback that runs one round for each number of steps that it takes from `rounds`.
 
-    A round of 0 steps ends the training.
+    After a round it puts the duration in seconds into `results`. A round of 0 steps ends the training.
     """
     import lightning
 
@@ -154,7 +154,8 @@ def _lightning_trainer(setup: BenchmarkSetup, callback: Any) -> Any:
     """Returns a Trainer for the processes that the launcher started."""
     import lightning
 
-    # Lightning advises against barebones mode, which is intended here. Its import sets the level of its logger.
+    # Lightning warns about barebones mode, which is intended here. The level is set after
+    # the import, because the import sets it too.
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
     device, world_size = setup.state.device, setup.state.num_processes

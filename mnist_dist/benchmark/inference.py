@@ -33,8 +33,8 @@ def measure_inference(recipe: Recipe, batch_sizes: list[int], rounds: int, calls
     """Measures all backends at each batch size, in interleaved rounds.
 
     Args:
-        rounds: per backend and batch size.
-        calls: most calls of a round.
+        rounds: number of rounds per backend and batch size.
+        calls: largest number of calls per round.
 
     Returns:
         Plain values. `ms_per_call` is batch size -> backend -> median, min and max.
@@ -44,7 +44,8 @@ def measure_inference(recipe: Recipe, batch_sizes: list[int], rounds: int, calls
     """
     setup = BenchmarkSetup.prepare(recipe)
     if setup.state.num_processes > 1:
-        message = f"inference is timed in one process, but {setup.state.num_processes} run; use python -m or mnist-dist"
+        size = setup.state.num_processes
+        message = f"inference is timed in one process, but {size} are running; start it without a launcher"
         raise RecipeError([Problem("the launcher", "--inference", message, "unsupported")])
     session = _session_if_possible(setup)
     times = {str(size): _measure_batch(setup, session, size, rounds, calls) for size in batch_sizes}
@@ -52,7 +53,7 @@ def measure_inference(recipe: Recipe, batch_sizes: list[int], rounds: int, calls
 
 
 def _session_if_possible(setup: BenchmarkSetup) -> Any:
-    """Returns a session of ONNX Runtime, or None without the package or if the network cannot be exported."""
+    """Returns a session of ONNX Runtime; None if the package is missing or the network cannot be exported."""
     if not HAS_ONNX:
         return None
     try:
@@ -83,7 +84,7 @@ def _measure_batch(
 
 
 def torch_backends(setup: BenchmarkSetup, images: Tensor) -> dict[str, Call]:
-    """Returns each way in which PyTorch computes the logits of `images` on this device, by name."""
+    """Returns the ways in which PyTorch can compute the logits of `images` on this device, by name."""
     module, precision = setup.module().eval(), PRECISIONS[setup.precision]
 
     def call_of(network: Any) -> Call:
@@ -103,7 +104,7 @@ def torch_backends(setup: BenchmarkSetup, images: Tensor) -> dict[str, Call]:
 
 
 def onnx_backend(session: Any, images: Tensor) -> dict[str, Call]:
-    """Returns ONNX Runtime's way. It reads images from the host's memory and writes logits there."""
+    """Returns ONNX Runtime's computation of the logits, by name. It reads and writes the memory of the host."""
     provider = session.get_providers()[0].removesuffix("ExecutionProvider")
     feed = {session.get_inputs()[0].name: images.cpu().numpy()}
     return {f"ONNX Runtime ({provider}), fp32": lambda: session.run(None, feed)}

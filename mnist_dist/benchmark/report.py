@@ -1,4 +1,4 @@
-"""Tables of benchmark results for the console and for Markdown files, and the floors that results are compared with.
+"""Writes benchmark results as tables, and compares them with floors: the smallest figures that a GPU should reach.
 
 A `result` is what `training.measure` or `inference.measure_inference` returns and `--json` writes. Only a result of
 inference has the key `ms_per_call`.
@@ -49,13 +49,13 @@ def _training_rows(result: dict[str, Any]) -> Rows:
 
 
 def title_of(result: dict[str, Any]) -> str:
-    """Returns recipe, kind of measurement, precision and device."""
+    """Returns the title of a result's table: recipe, kind of measurement, precision and device."""
     kind = ", inference" if "ms_per_call" in result else f" {result['sweep']}" if "sweep" in result else ""
     return f"{result['recipe']}{kind}, {PRECISIONS[result['mixed_precision']]}, {result['device']}"
 
 
 def circumstances(result: dict[str, Any]) -> str:
-    """Returns a sentence on rounds, batch size, processes, workers, memory and one-time costs."""
+    """Returns a sentence with the number of rounds, batch size, processes, workers, memory and one-time costs."""
     if "ms_per_call" in result:
         calls = f"up to {result['calls_per_round']} calls"
         return f"Medians of {result['rounds']} interleaved rounds of {calls}. Each call is synchronized."
@@ -99,7 +99,7 @@ LARGE = ("ms_ran", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
 
 def floors(result: dict[str, Any]) -> Iterator[tuple[str, float, float]]:
-    """Yields what a GPU should reach with the result's model: (name, floor, measured)."""
+    """Yields (name, floor, measured) for each figure that a GPU should reach with the result's model."""
     model = result["model"]
     if "ms_per_call" in result:
         if model == "ms_ran" and "1" in result["ms_per_call"]:

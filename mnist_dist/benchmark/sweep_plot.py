@@ -40,7 +40,7 @@ def plot_sweep(
         speeds: for each value {loop: {"median": …, "min": …, "max": …}}; a loop may be missing at some values.
         path: the PNG to write.
         key: label of the axis.
-        title: of the picture.
+        title: the title of the picture.
 
     Returns:
         `path`.

@@ -1,10 +1,11 @@
 """Measures the time to a given accuracy over many seeds: `mnist-dist benchmark --time-to-accuracy RECIPE --seeds 30`.
 
-The time of a seed covers the initialisation of the network, the complete training, and the test pass. Reading the data,
-compiling, and capturing a CUDA graph happen once, on random labels, and are reported separately.
+The time of a seed covers the initialisation of the network, the complete training, and the test pass. The data is read,
+the network compiled and the CUDA graph captured once, before the first seed. This preparation is reported separately.
+It trains on random labels, so the network learns nothing about the data.
 
-The reference is the network of github.com/tuomaso/train_mnist_fast, written from its description. Recipe and reference
-train in turn on the same machine.
+The reference is the network of github.com/tuomaso/train_mnist_fast, reimplemented from its description. Recipe and
+reference train in turn on the same machine.
 """
 
 from __future__ import annotations
@@ -94,11 +95,12 @@ def measure(recipe: Recipe, seeds: int) -> dict[str, Any]:
 
 def _check(setup: BenchmarkSetup, recipe: Recipe) -> None:
     if setup.state.num_processes > 1:
-        message = f"time to accuracy is measured in one process, but {setup.state.num_processes} run"
+        size = setup.state.num_processes
+        message = f"time to accuracy is measured in one process, but {size} are running; start it without a launcher"
         raise RecipeError([Problem("the launcher", "--time-to-accuracy", message, "unsupported")])
     if recipe.optimizer.name not in ZERO_INITIAL_STATE or recipe.optimizer.keywords.get("dampening"):
         message = (
-            "each seed resets the optimizer's state to zeros, with which this optimizer does not start; "
+            "each seed resets the optimizer's state to zeros, but this optimizer's state does not start with zeros; "
             f"use one of {', '.join(ZERO_INITIAL_STATE)} (sgd without dampening)"
         )
         raise RecipeError([recipe.problem("optimizer.name", message, "unsupported")])
@@ -118,7 +120,7 @@ def _warm_up(
 ) -> float:
     """Trains a few steps on random labels and tests; returns the seconds.
 
-    This chooses kernels, compiles, and captures. Random labels teach the network nothing about the data.
+    These steps choose kernels, compile and capture. From random labels the network learns nothing about the data.
     """
     started = time.perf_counter()
     labels = train.labels.clone()
@@ -194,7 +196,7 @@ def _train_reference(train: Images, test: Images, seed: int, steps: int | None =
 
 
 def summary_lines(result: dict[str, Any]) -> list[str]:
-    """Returns three lines of text: the recipe, the reference, and the ratio with the time that is not included."""
+    """Returns three lines of text: the recipe, the reference, and the ratio of their times."""
     names = {"ours": f"{result['recipe']}, {result['parameters']:,} parameters", "reference": "reference network"}
     lines = []
     for key, name in names.items():

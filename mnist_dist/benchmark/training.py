@@ -1,6 +1,6 @@
 """Measures training speed: interleaved rounds of the trainer, the baselines and the frameworks.
 
-Interleaving spreads a drift of the machine's speed over all loops alike.
+Rounds are interleaved, so a change of the machine's speed affects all loops equally.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ from mnist_dist.run.summary import close_trackers, open_trackers
 from mnist_dist.train import fit
 
 SHORTEST_ROUND = 0.1
-"""Seconds. A loop makes more steps than requested if they would take less time, which could not be measured exactly."""
+"""Seconds. A loop makes more steps than requested if a round would be shorter than this, because a shorter round cannot
+be measured exactly."""
 WARM_UP_STEPS = 5
 """Untimed steps of each loop: they choose kernels, start workers, compile, and capture (after 3 eager steps)."""
 
@@ -52,11 +53,11 @@ def measure(recipe: Recipe, rounds: int, steps: int) -> dict[str, Any]:
     """Measures all loops in interleaved rounds. Collective: call on every rank.
 
     Args:
-        rounds: per loop.
-        steps: fewest steps of a round.
+        rounds: number of rounds per loop.
+        steps: smallest number of steps per round.
 
     Returns:
-        Plain values, equal on all ranks except for the times. Speeds are images/s of all processes together. Memory is
+        Plain values, equal on all ranks except for the times. Speeds are images/s, summed over all processes. Memory is
         the peak of the trainer alone on a GPU, and the peak of the process on a CPU.
 
     Raises:
@@ -73,7 +74,7 @@ def measure(recipe: Recipe, rounds: int, steps: int) -> dict[str, Any]:
         since_process_start = time.time() - psutil.Process().create_time()
         _warm_up(setup, ours, steps)
         memory = _peak_memory_mb(setup.state.device)
-        # In the default layout, as the loops of tutorials run.
+        # In PyTorch's default memory layout, which the loops of tutorials use.
         workers = best_workers(setup.in_default_layout(), steps=min(steps, 20))
         loops = [ours]
         for loop in _other_loops(setup, workers, Path(folder)):
@@ -98,7 +99,7 @@ def measure(recipe: Recipe, rounds: int, steps: int) -> dict[str, Any]:
 
 
 def trainer_loop(setup: BenchmarkSetup, folder: Path, name: str = OURS) -> tuple[TimedLoop, TrainingComponents]:
-    """Builds the trainer as a user runs it: data, augmentation, clipping, metrics, console, W&B as the recipe says.
+    """Builds the trainer as a user runs it: data, augmentation, clipping, metrics, console, W&B as in the recipe.
 
     Args:
         folder: an existing folder; the run folder is created in it.
@@ -118,7 +119,7 @@ def trainer_loop(setup: BenchmarkSetup, folder: Path, name: str = OURS) -> tuple
             finished = fit(recipe, replace(components, total_steps=last), eval_images, checkpointer, progress)
         except Exception as error:
             if message := checkpointer.describe_failure(error):
-                # The last line says how to resume; this run folder is temporary.
+                # The last line explains how to resume, but this run folder is temporary.
                 raise RunError(message.rpartition("\n")[0]) from error
             raise
         if not finished:
@@ -148,7 +149,7 @@ def _other_loops(setup: BenchmarkSetup, workers: int, folder: Path) -> Iterator[
 
 
 def _warm_up(setup: BenchmarkSetup, loop: TimedLoop, steps: int) -> None:
-    """Runs a loop untimed; on a CPU for no more steps than a round has."""
+    """Runs a loop untimed, on a CPU for at most `steps` steps."""
     loop.run(WARM_UP_STEPS if setup.state.device.type == "cuda" else min(WARM_UP_STEPS, steps))
 
 

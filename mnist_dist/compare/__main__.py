@@ -1,4 +1,4 @@
-"""Prints a table of runs, the claimed and the measured accuracy over seeds, and writes one HTML page with their curves.
+"""Prints a table of runs with claimed and measured accuracy over seeds, and writes one HTML page with their curves.
 
 `mnist-dist compare runs` does both; `--live` serves the page and follows runs that are still training. `--keep FILE`
 appends the runs' summaries to a file of JSON lines, which can replace run folders as an argument. `--markdown FILE`
@@ -43,13 +43,13 @@ MOST_KEPT = 2**28
 
 
 class Comparison:
-    """Run folders, folders of run folders, and files of kept summaries. They can be read again at any time.
+    """The runs of the command line: run folders, folders of run folders, and files of kept summaries.
 
     Args:
-        may_wait: accept a folder that holds no run yet.
+        may_wait: a folder may be empty; its first run can appear later.
 
     Raises:
-        RecipeError: a path is none of these.
+        RecipeError: a path has another content.
     """
 
     def __init__(self, paths: list[Path], *, may_wait: bool = False):
@@ -64,7 +64,7 @@ class Comparison:
                 raise _problem(str(path), message, "missing")
 
     def read(self) -> list[Measured]:
-        """Returns all runs as they are now, including runs that are new in a folder of run folders."""
+        """Reads all runs again and returns them, with the runs that have been added to a folder."""
         paths = dict.fromkeys(path for folder in self._folders for path in find_runs(folder))
         for path in paths:
             if path in self._readers:
@@ -74,7 +74,7 @@ class Comparison:
         return [*self._kept, *(Measured(self._readers[path].summary, self._readers[path]) for path in paths)]
 
     def page_values(self, page: Page) -> dict[str, Any]:
-        """Returns the values of the page as the runs are now."""
+        """Reads all runs again and returns the values of the page."""
         measured = self.read()
         label = labels(measured)
         single = in_order([Row([each], label(each)) for each in measured])
@@ -132,13 +132,13 @@ def follow(comparison: Comparison, port: int) -> None:
         message = f"cannot serve on port {port}: {error.strerror or error}; give another port, or 0 for any free one"
         raise _problem("--port", message, "conflict") from error
     with server, suppress(KeyboardInterrupt):
-        print(f"{server.url} follows these runs; Ctrl-C stops the server", flush=True)
+        print(f"live page of these runs: {server.url} (Ctrl-C stops the server)", flush=True)
         server.serve_forever()
 
 
 @contextmanager
 def _writing(option: str, path: Path | None = None) -> Iterator[None]:
-    """Turns a failed write into a problem of the option that asked for it."""
+    """Turns a failed write into a problem of the option that names the file."""
     try:
         yield
     except (OSError, UnicodeError) as error:
@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns exit code 0.
 
     Raises:
-        RecipeError: a path is no run, a file cannot be written, or the port cannot be used.
+        RecipeError: a path holds no run, a file cannot be written, or the port cannot be used.
     """
     arguments = parse("compare", argv)
     if arguments.html and arguments.html.is_dir():

@@ -1,4 +1,4 @@
-"""A web server for the live page, which follows runs while they train. It answers only this machine."""
+"""A web server for the live page, which follows runs while they train. It answers requests from this machine only."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class LiveServer(ThreadingHTTPServer):
         self.url = f"http://{ADDRESS}:{self.server_port}/"
 
     def newest(self) -> dict[str, Any]:
-        """Returns the values of the page as the runs are now."""
+        """Returns the current values of the page."""
         with self._lock:
             return self._values(self._page)
 
@@ -54,8 +54,8 @@ class _Handler(BaseHTTPRequestHandler):
     server: LiveServer
 
     def do_GET(self) -> None:
-        # DNS rebinding: a foreign page can have its own host name resolve to this machine, but the browser still sends
-        # that host name.
+        # DNS rebinding: the host name of a foreign page can resolve to this machine. The browser still sends that host
+        # name.
         if self.headers.get("Host", "").split(":")[0] not in (ADDRESS, "localhost"):
             self.send_error(403, "this server answers only requests to localhost")
             return

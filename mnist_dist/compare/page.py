@@ -26,11 +26,11 @@ from mnist_dist.run.reader import LARGEST
 
 COLOURS = (style.BLUE, style.VERMILLION, style.GREEN, style.PURPLE, style.ORANGE, style.SKY)
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "14 4")
-"""Dashes of SVG lines. Six colours and five dashes have no common divisor: thirty looks until one repeats."""
+"""Dash patterns of SVG lines. Six colours and five patterns have no common divisor, so 30 families look different."""
 
 CURVES = ("train/loss", "eval/loss", "train/accuracy", "eval/accuracy", "train/lr", "train/images_per_second")
 POINTS = 300
-"""Maximum number of points of a curve. A longer curve is shown by the means of groups of lines."""
+"""Maximum number of points of a curve. Each point of a longer curve is the mean of several lines."""
 
 PICTURES = {"confusion_matrix.png": "Confusion matrix", "misclassified.png": "Most confident mistakes"}
 PICTURE_WIDTH = 900
@@ -44,7 +44,7 @@ class PageRun:
 
     name: str
     label: str
-    """The name of its family: the recipe, and the keys in which it differs from others of that name."""
+    """The name of its family: the recipe, and the keys in which it differs from other runs of that recipe."""
     family: Hashable
     """Equal for runs that differ only in the seed; they share a colour."""
     recipe: Mapping[str, Any]
@@ -52,11 +52,11 @@ class PageRun:
     seed: Any
     status: str
     accuracy: float | None
-    """Of the last evaluation, in percent; None for an unfinished run. The page shows a family's most accurate run."""
+    """Of the last evaluation, in percent; None for an unfinished run. The best run of a family gives its pictures."""
     lines: Sequence[Mapping[str, Any]]
     """The lines of metrics.jsonl."""
     changes: int
-    """A number that changes with the lines."""
+    """A number that changes whenever `lines` change."""
     plots: Path
     """The folder of the run's pictures."""
 
@@ -74,7 +74,7 @@ class Page:
         self._curves: dict[str, tuple[int, dict[str, Any]]] = {}
 
     def data(self, runs: Sequence[PageRun], tables: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns all values that the page's script reads; JSON can represent them.
+        """Returns all values that the page's script reads, as types of JSON.
 
         Args:
             tables: `groups` (a row per recipe) and `single` (a row per run). A row has `runs`, their names, and

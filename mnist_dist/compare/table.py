@@ -17,14 +17,15 @@ from rich.text import Text
 from mnist_dist.compare.page import as_written, differing_keys
 from mnist_dist.engine.files import write_atomically
 from mnist_dist.errors import Problem, RecipeError, did_you_mean
+from mnist_dist.recipe.changes import flatten
 from mnist_dist.recipe.file import bundled_recipes, note_measured, recipe_notes
 from mnist_dist.recipe.loading import load_recipe
 from mnist_dist.run.reader import RunReader, numbers
 from mnist_dist.run.tables import fill_between_marks, markdown_table, markdown_text, printable, table_console
 
 MARKS = ("<!-- results: made by mnist_dist.compare -->", "<!-- end of results -->")
-"""The lines around a table in a Markdown file. `<!-- results of lenet5, ms_ran: made by mnist_dist.compare -->` as the
-first of them selects recipes and has the table use `SHORT_COLUMNS`."""
+"""The lines before and after a table in a Markdown file. If the first line is
+`<!-- results of lenet5, ms_ran: made by mnist_dist.compare -->`, the table has these recipes and `SHORT_COLUMNS`."""
 
 FIRST_MARK = re.compile(r"<!-- results(?: of (?P<recipes>[^\n:]+))?: made by mnist_dist\.compare -->")
 
@@ -81,9 +82,9 @@ class Measured:
 
     @property
     def key(self) -> Hashable:
-        """A value that is equal for runs that differ only in the seed. An unfinished run has a value of its own.
+        """A value that is equal for runs that differ only in the seed. No other run has the value of an unfinished run.
 
-        A kept summary holds no recipe: the recipe's name and the number of epochs stand for it.
+        A kept summary holds no recipe; its value contains the recipe's name and the number of epochs instead.
         """
         if self.run and not self.is_finished:
             return self.run.name
@@ -99,6 +100,8 @@ class Row:
     runs: list[Measured]
     label: str = ""
     """The recipe's name, and the keys in which it differs from other rows of the same name."""
+    newest: int = 0
+    """The position of the row's last run among all runs that were read; a higher one is a newer run."""
 
     @property
     def recipe(self) -> str:
@@ -180,7 +183,7 @@ def _short(commit: str) -> str:
 
 @cache  # a live page asks every two seconds
 def _claimed(recipe: str) -> tuple[Path | None, str, float]:
-    """Returns the file of a shipped recipe, the document's claim and the complete number of epochs."""
+    """Returns the file of a shipped recipe, the document's claim and the recipe's number of epochs."""
     path = _shipped().get(recipe)
     return (path, recipe_notes(path).get("claim", ""), load_recipe(path).epochs) if path else (None, "", 0.0)
 
@@ -198,13 +201,15 @@ def mean_and_deviation(values: list[float], form: str = ".2f") -> str:
 
 
 def group(measured: list[Measured]) -> list[Row]:
-    """Returns the rows in the order of the shipped recipes. Of two runs with the same seed the later one counts."""
+    """Returns the rows in the order of the shipped recipes. In a row, the later of two runs with one seed counts."""
     groups: dict[Hashable, dict[Any, Measured]] = {}
-    for run in measured:
+    newest: dict[Hashable, int] = {}
+    for position, run in enumerate(measured):
         groups.setdefault(run.key, {})[run.summary["seed"]] = run
+        newest[run.key] = position
     label = labels(measured)
-    rows = [list(runs.values()) for runs in groups.values()]
-    return in_order([Row(runs, label(runs[0])) for runs in rows])
+    rows = [(list(runs.values()), newest[key]) for key, runs in groups.items()]
+    return in_order([Row(runs, label(runs[0]), position) for runs, position in rows])
 
 
 def in_order(rows: list[Row]) -> list[Row]:
@@ -230,7 +235,7 @@ def labels(measured: list[Measured]) -> Callable[[Measured], str]:
     return label
 
 
-# --- where the table goes -----------------------------------------------------------------------------------------
+# --- output ------------------------------------------------------------------------------------------------------
 
 
 def to_markdown(rows: list[Row], columns: Sequence[str] = COLUMNS, folder: Path | None = None) -> str:
@@ -281,7 +286,7 @@ def fill_tables(content: str, rows: list[Row], path: Path) -> str:
 
 
 def write_tables(path: Path, rows: list[Row]) -> None:
-    """Rewrites every table between marks in a Markdown file; a new file gets the table of all rows alone.
+    """Rewrites every table between marks in a Markdown file; a new file gets one table of all rows.
 
     Raises:
         RecipeError: see `fill_tables`; nothing was written.
@@ -291,12 +296,35 @@ def write_tables(path: Path, rows: list[Row]) -> None:
     write_atomically(path, fill_tables(content, rows, path))
 
 
-def note_in_recipes(rows: list[Row]) -> None:
-    """Writes each row into the `# measured:` line of its recipe. If a recipe has several rows, the last one counts."""
+def representative_rows(rows: list[Row]) -> dict[str, Row]:
+    """Returns one row for each shipped recipe that has any: the row for the recipe's `# measured:` line.
+
+    The number of epochs decides first: the recipe's own number, or the number nearest to it. Then the row with the
+    fewest overrides counts, then the row with the most seeds, then the newest row.
+    """
+
+    def rank(row: Row) -> tuple[float, int, int, int]:
+        distance = abs((row.mean("epochs") or 0.0) - _claimed(row.recipe)[2])
+        return -distance, -_overrides(row), len(row.runs), row.newest
+
+    chosen: dict[str, Row] = {}
     for row in rows:
-        path = _shipped().get(row.recipe)
-        if path is not None:
-            note_measured(path, row.measured())
+        if row.recipe in _shipped():
+            chosen[row.recipe] = max(chosen.get(row.recipe, row), row, key=rank)
+    return chosen
+
+
+def _overrides(row: Row) -> int:
+    """Returns the number of keys that differ from the shipped recipe; 0 for a kept summary, which holds no recipe."""
+    keys = row.runs[0].run.result_keys if row.runs[0].run else {}
+    shipped = flatten(load_recipe(_shipped()[row.recipe]).model_dump(mode="json"))
+    return sum(shipped.get(key) != value for key, value in keys.items())
+
+
+def note_in_recipes(rows: list[Row]) -> None:
+    """Writes the `# measured:` line of every shipped recipe that has a row; see `representative_rows`."""
+    for recipe, row in representative_rows(rows).items():
+        note_measured(_shipped()[recipe], row.measured())
 
 
 def print_table(rows: list[Row]) -> None:

@@ -1,7 +1,7 @@
 """Command `doctor`: checks whether a machine or cluster is fit to train and prints one table, in under a minute.
 
-`accelerate launch -m mnist_dist.doctor`, or any other launcher, or none. A check measures on all ranks (`Ranks.run`).
-Slow and faulty ranks are named.
+Start it as `accelerate launch -m mnist_dist.doctor`, with another launcher, or without one. Each check measures on all
+ranks (`Ranks.run`). The table names slow and faulty ranks.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ from mnist_dist.doctor.checks import (
 )
 from mnist_dist.doctor.measurements import REFERENCE, train_distributed
 from mnist_dist.doctor.ranks import ActionFailed, Ranks
+from mnist_dist.engine.files import write_atomically
 from mnist_dist.errors import Problem, RecipeError
 from mnist_dist.run.provenance import git_commit, versions
 from mnist_dist.run.tables import table_console
@@ -97,7 +98,7 @@ def is_fit(rows: list[Row]) -> bool:
 
 
 def conclude(rows: list[Row]) -> str:
-    """Returns one line: fit to train or not, and the checks and ranks to look at."""
+    """Returns one line: fit to train or not, with the checks and ranks that failed or have a warning."""
 
     def named(*verdicts: str) -> str:
         found: dict[str, list[str]] = {}
@@ -131,7 +132,7 @@ def report(rows: list[Row], world_size: int, seconds: float, path: Path | None) 
         facts = {"fit": is_fit(rows), "world_size": world_size, "seconds": round(seconds, 1)}
         origin = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "versions": versions()}
         content = facts | origin | {"checks": [asdict(row) for row in rows]}
-        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_reference(ranks: Ranks) -> None:
@@ -144,24 +145,24 @@ def write_reference(ranks: Ranks) -> None:
         "git_commit": git_commit(),
     }
     content = {"losses": train_distributed(ranks.device)["losses"], **origin}
-    REFERENCE.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_atomically(REFERENCE, json.dumps(content, indent=2) + "\n")
 
 
 # --- the command line ---------------------------------------------------------------------------------------------
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
-    """Refuses values that do not fit.
+    """Checks the values of the options.
 
     Raises:
-        RecipeError: with every problem of the command line.
+        RecipeError: with all problems found.
     """
     problems = []
     if arguments.json and not arguments.json.absolute().parent.is_dir():
         message = f"the folder {arguments.json.absolute().parent} does not exist"
         problems.append(Problem("command line", "--json", message, "missing"))
     if arguments.world_size is not None and arguments.world_size < 1:
-        message = f"{arguments.world_size} is not a number of processes; give 1 or more"
+        message = f"expected at least 1 process, got {arguments.world_size}"
         problems.append(Problem("command line", "--world-size", message, "range"))
     if problems:
         raise RecipeError(problems)
@@ -192,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
             report(rows, ranks.size, time.monotonic() - started, arguments.json)
 
     try:
-        ranks.run(report_on_rank_0)  # all ranks wait: when one process ends, a launcher ends the others
+        ranks.run(report_on_rank_0)  # the other ranks wait: a launcher ends all processes once one has ended
     except ActionFailed as failure:
         if 0 in failure.errors:
             message = f"the report cannot be written: {failure.errors[0]}"

@@ -79,7 +79,7 @@ def slow_positions(seconds: Sequence[float]) -> list[int]:
 
 
 def most_common(values: Sequence[Any]) -> tuple[Any, list[int]]:
-    """Returns the most frequent value (in a tie the one of the lowest rank) and the positions of all other values."""
+    """Returns the most frequent value (of several: that of the lowest rank) and the positions of all other values."""
     common = Counter(values).most_common(1)[0][0]
     return common, [i for i, each in enumerate(values) if each != common]
 
@@ -119,7 +119,7 @@ def format_speeds(seconds: dict[str, float]) -> str:
 
 
 def check_world(ranks: Ranks, expected: int | None) -> Findings:
-    """Reports the number of processes, their nodes and devices. Another number than the expected one fails."""
+    """Reports the number of processes, their nodes and devices. Fails if the number differs from the expected one."""
 
     def describe() -> dict[str, Any]:
         try:
@@ -179,7 +179,7 @@ def check_space(ranks: Ranks, run_dir: Path) -> Findings:
 
 
 def check_folder(ranks: Ranks, run_dir: Path) -> Findings:
-    """Writes a file like a checkpoint on every rank; then every rank looks for the files of all others."""
+    """Writes a file on every rank in the same way as a checkpoint; then every rank checks that it sees all files."""
     folder = FolderMeasurement(run_dir)
     try:
         files = ranks.run(folder.write)
@@ -196,7 +196,7 @@ def check_folder(ranks: Ranks, run_dir: Path) -> Findings:
         message = f"{run_dir}: the nodes do not share this folder; runs on several nodes need a shared one"
         yield Finding(WARN, message, format_ranks(most_common([str(others) for others in missing])[1]))
     seconds = [file["seconds"] for file in files]
-    slow = [rank for rank, each in enumerate(seconds) if each > 1.0]  # no comparison: flushing depends on other writes
+    slow = [rank for rank, each in enumerate(seconds) if each > 1.0]  # absolute: other writes delay a flush
     visible = "" if pairs or ranks.size == 1 else f"; all {ranks.size} ranks see all files"
     figure = f"{run_dir}: write, flush and rename in {format_milliseconds(max(seconds))}{visible}"
     yield Finding(SLOW if slow else OK, figure, format_ranks(slow))
@@ -206,7 +206,7 @@ def check_wandb(ranks: Ranks) -> Findings:
     """Contacts the W&B server from rank 0, the only rank that logs. Never fails: runs are logged offline without it."""
     server = server_url()
     try:
-        # A timeout of its own: the time limit of a request does not include the look-up of the server's name.
+        # The action has its own time limit, because that of a request does not include the DNS look-up.
         action = partial(time_request, server) if ranks.rank == 0 else lambda: (0.0, "")
         seconds, problem = ranks.run(action, timeout=2 * WANDB_SECONDS)[0]
     except ActionFailed as failure:
@@ -221,7 +221,7 @@ def check_wandb(ranks: Ranks) -> Findings:
 
 
 def check_clocks(ranks: Ranks) -> Findings:
-    """Compares the clock of each rank with rank 0's. More than one second makes logs hard to read, nothing else."""
+    """Compares the clock of each rank with rank 0's. A difference above 1 s only makes logs hard to read."""
     stamps = ranks.run(partial(read_clock, ranks.device), collective=True)
     offsets = {rank: clock_offset(stamps[rank], stamps[0]) for rank in range(1, ranks.size)}
     wrong = [rank for rank, (offset, uncertainty) in offsets.items() if abs(offset) - uncertainty > 1.0]
@@ -232,7 +232,7 @@ def check_clocks(ranks: Ranks) -> Findings:
 
 
 def check_links(ranks: Ranks) -> Findings:
-    """Measures round trips from every rank to the next. Fails if other bytes come back than were sent."""
+    """Measures round trips from every rank to the next. Fails if the received bytes differ from the sent bytes."""
     results = ranks.run(partial(measure_links, ranks), collective=True)
     yield from _wrong_sizes("the received bytes differ from the sent bytes", [result["damaged"] for result in results])
     groups: dict[str, list[int]] = {}  # compared separately: links between nodes are slower than links within one
@@ -249,7 +249,7 @@ def check_links(ranks: Ranks) -> Findings:
 
 
 def check_all_reduce(ranks: Ranks) -> Findings:
-    """Measures sums over all ranks. The time cannot be assigned to a rank; a wrong sum can, and fails."""
+    """Measures sums over all ranks. A slow sum cannot be assigned to a rank. A wrong sum fails and names its ranks."""
     results = ranks.run(partial(measure_all_reduce, ranks), collective=True)
     yield from _wrong_sizes("wrong sums", [result["wrong"] for result in results])
     median = {size: statistics.median(result["seconds"][size] for result in results) for size in SIZES}
@@ -280,7 +280,7 @@ batch (2e-5), one weight that is wrong by 0.01 (2e-4)."""
 
 
 def check_training_alone(ranks: Ranks) -> Findings:
-    """Trains complete batches on every rank separately, so that no mean hides a wrong or slow rank."""
+    """Trains complete batches on every rank separately, because a mean over ranks could hide a wrong or slow rank."""
     reference = ranks.run(reference_losses)[0]
     results = ranks.run(partial(train_alone, ranks.device))
     yield from compare_losses([result["losses"] for result in results], reference)

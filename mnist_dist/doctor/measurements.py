@@ -29,7 +29,8 @@ from mnist_dist.recipe.loading import load_recipe
 from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.build import build_components
 from mnist_dist.run.kernels import set_kernels
-from mnist_dist.run.model_setup import build_module, to_device
+from mnist_dist.run.model_setup import build_module
+from mnist_dist.run.model_trial import to_device
 
 # --- the machine --------------------------------------------------------------------------------------------------
 
@@ -50,11 +51,11 @@ def free_space(device: torch.device, run_dir: Path) -> dict[str, int]:
 
 
 VISIBLE_WITHIN = 5.0
-"""Seconds after which the file of one rank must be visible to the others: network file systems show it late."""
+"""Seconds after which the file of one rank must be visible to the others: network file systems show new files late."""
 
 
 class FolderMeasurement:
-    """Writes a file in the same way as a checkpoint, in a folder that need not exist, and leaves nothing behind."""
+    """Writes a file in the same way as a checkpoint, in a folder that need not exist, and removes it again."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -117,10 +118,10 @@ WANDB_SECONDS = 3.0
 
 
 def time_request(server: str) -> tuple[float, str]:
-    """Returns the seconds until a server sends any response, and an empty string; or 0 and why there is none."""
+    """Returns the seconds until a server sends any response, and an empty string; or 0 and the reason why none came."""
     started = time.perf_counter()
     try:
-        with suppress(urllib.error.HTTPError):  # a response, too
+        with suppress(urllib.error.HTTPError):  # an HTTP error is a response too
             urllib.request.urlopen(server, timeout=WANDB_SECONDS).close()
     except (OSError, ValueError) as error:
         return 0.0, str(getattr(error, "reason", error))
@@ -162,7 +163,7 @@ def clock_offset(mine: list[tuple[float, float]], zero: list[tuple[float, float]
 
 
 LINK_SECONDS = 2.0
-"""Time limit for the round trips of one size: a cable at 100 Mbit/s shall be reported without a long wait."""
+"""Time limit for the round trips of one size: so a cable at 100 Mbit/s is reported without a long wait."""
 
 
 def measure_links(ranks: Ranks) -> dict[str, Any]:

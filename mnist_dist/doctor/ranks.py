@@ -1,4 +1,4 @@
-"""Runs an action on every rank and collects all results, even if a rank raises, hangs or dies."""
+"""Runs an action on every rank and collects all results, even if a rank raises, hangs or is killed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TIMEOUT = 45.0
 """Seconds that an action may take."""
 
 GRACE_SECONDS = 5.0
-"""Seconds that the other ranks still wait in a collective action after one rank has failed in it."""
+"""Seconds that the other ranks continue to wait in a collective action after one rank has failed in it."""
 
 
 class ActionFailed(Exception):
@@ -42,8 +42,8 @@ class ActionFailed(Exception):
 class Ranks:
     """Runs actions on all ranks of a world.
 
-    Results travel through the launcher's rendezvous store, not through collectives. So they arrive even if the network
-    between the devices, which may be under test, does not work.
+    Results are sent through the launcher's rendezvous store, not through collectives. So they arrive even if the
+    network between the devices does not work, which is one of the things to be checked.
 
     Args:
         state: from `launched_world`.
@@ -101,7 +101,7 @@ class Ranks:
         for rank in range(1, self.size if self.rank == 0 else 0):  # the store may live in rank 0
             if rank not in self._unreachable:
                 self._receive(f"finished/{rank}", GRACE_SECONDS)
-        # A regular exit would wait for a thread that hangs, and cannot close a connection that is still waited on.
+        # A regular exit would wait for the hanging thread, and cannot close a connection that this thread still uses.
         if self._hangs or (self.size > 1 and not self.collectives_work):
             sys.stdout.flush()
             sys.stderr.flush()
@@ -144,7 +144,7 @@ class Ranks:
         return self.size > 1 and self._store.check([f"{self._round}/failed"])
 
     def _exchange(self, outcome: dict[str, Any], timeout: float) -> list[dict[str, Any]]:
-        """Returns the outcomes of all ranks. Rank 0 publishes them as one list: the store's work grows linearly."""
+        """Returns the outcomes of all ranks. Rank 0 publishes them as one list: n messages, not n²."""
         text = json.dumps(outcome)
         if self.size == 1:
             return [json.loads(text)]

@@ -38,14 +38,14 @@ def save_weights(path: Path, state: dict[str, Tensor], about: dict[str, Any]) ->
     Args:
         path: the file.
         state: tensors of any device, dtype and memory layout, by their unwrapped names.
-        about: values that JSON can hold; they say how to rebuild the module.
+        about: JSON-serializable values that describe how to rebuild the module.
 
     Raises:
         OSError: the disk is full or read-only; the old file is untouched.
     """
-    # Tied weights are one tensor under two names; safetensors requires separate memory for each, in contiguous order.
+    # Tied weights are one tensor under two names. safetensors requires a separate contiguous tensor for each name.
     tensors = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
-    # safetensors' own writing to a path reports a full disk as an error of its own kind; a plain write raises OSError.
+    # safetensors' own file writer reports a full disk with an exception of its own; a plain write raises OSError.
     write_atomically(path, save(tensors, metadata={"about": json.dumps(about)}))
 
 
@@ -73,7 +73,7 @@ def load_weights(path: Path, *, foreign: bool = False) -> tuple[dict[str, Tensor
             return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118 - not a dict
     except FileNotFoundError:
         raise
-    except Exception as error:  # safetensors raises a different error for each sort of damage
+    except Exception as error:  # safetensors raises a different error for each kind of damage
         raise ValueError(f"{path} is not a complete weights file: {error}") from error
 
 
@@ -93,8 +93,8 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
     Args:
         folder: the folder of the checkpoints; created if it does not exist.
         step: the number of updates made.
-        state: tensors, numbers, texts and containers of them, as `torch.load(weights_only=True)` reads them.
-        keep: how many checkpoints remain.
+        state: tensors, numbers, strings and containers of them, so that `torch.load(weights_only=True)` can read it.
+        keep: number of newest checkpoints to keep.
 
     Returns:
         The checkpoint's folder.
@@ -104,9 +104,9 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
     """
     folder.mkdir(parents=True, exist_ok=True)
     final, staged = folder / f"step-{step}", folder / f".step-{step}.staged"
-    for left_over in folder.glob(".step-*.staged"):  # of a run that was killed while it saved, perhaps at another step
+    for left_over in folder.glob(".step-*.staged"):  # left by a run that was killed in a save, perhaps of another step
         shutil.rmtree(left_over)
-    if final.exists():  # the state of a step is always the same: a complete checkpoint can stay
+    if final.exists():  # the state of a step is always the same, so a complete checkpoint is kept
         try:
             load_checkpoint(final)
             return final
@@ -143,7 +143,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Checks a checkpoint against its manifest and reads its state.
 
     Raises:
-        ValueError: the checkpoint is damaged or holds something other than plain values; the message says what.
+        ValueError: the checkpoint is damaged, or it contains a Python object that is not a plain value. The message
+            gives the reason.
     """
     try:
         manifest = json.loads(read_regular(path / MANIFEST, MOST_MANIFEST))
@@ -154,7 +155,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             raise ValueError(f"size or SHA-256 of {STATE} differs from {MANIFEST}")
         _refuse_compression(path / STATE)
         return torch.load(path / STATE, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling raises a different error for each sort of damage
+    except Exception as error:  # unpickling raises a different error for each kind of damage
         raise ValueError(f"{path} is damaged: {error}") from error
 
 

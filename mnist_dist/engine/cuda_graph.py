@@ -16,7 +16,8 @@ from mnist_dist.data import Batches, EpochPlan
 from mnist_dist.engine.train_step import TrainStep
 
 STEPS_A_REPLAY = 10
-"""Steps per replay with `engine.capture: epoch`. It divides the usual numbers of steps between two log lines."""
+"""Steps per replay with `engine.capture: epoch`. The usual values of `log_every` are multiples of it, so a log line
+rarely comes in the middle of a replay."""
 WARM_UP_STEPS = 3
 """Eager steps before the capture. They choose kernels and allocate the optimizer's state."""
 
@@ -34,22 +35,23 @@ def capture_cuda_graph(body: Callable[[], object], stream: torch.cuda.Stream) ->
 
 
 class CapturedStep:
-    """Wraps a `TrainStep` and replays a CUDA graph of it. Has the same calls as `TrainStep`.
+    """Wraps a `TrainStep` and replays a CUDA graph of it. Has the same methods as `TrainStep`.
 
     A graph has fixed shapes, so the short last batch of an epoch runs eagerly. The first steps run eagerly too, also
-    after a resume: they are ordinary training steps, and they warm up what is captured after them.
+    after a resume. These warm-up steps are ordinary training steps.
 
     A graph reads its inputs from fixed memory. Rows, warps and learning rates are copied there before each replay, and
     the random generator is seeded as before an eager step, so a replayed step equals an eager one within rounding.
-    Python code in a forward pass runs only during the capture; every replay repeats the decisions that it made then.
+    Python code in a forward pass runs only during the capture. Every replay repeats the operations of that one pass,
+    even if they depend on an `if`.
 
     Args:
-        steps: number of steps in one replay. If there are several, a step waits until enough steps have been collected,
-            or until `finish`. A network with dropout gets one step per replay, because every step has its own seed and
-            a replay can be seeded only once.
+        steps: number of steps in one replay. If there are several, a step waits until enough steps have been collected
+            or `finish` is called. A network with dropout gets one step per replay, because every step has its own seed
+            and a replay can be seeded only once.
         capture: captures a function; None for a CUDA graph. Tests pass a stand-in.
-        notify: receives a message if the step cannot be captured, after which all steps run eagerly, or if a replay
-            can hold only one step.
+        notify: called with a message if the step cannot be captured (all steps then run eagerly), or if a replay can
+            hold only one step.
     """
 
     def __init__(
@@ -93,7 +95,7 @@ class CapturedStep:
         self._step.batches = batches
 
     def __call__(self, plan: EpochPlan, index: int, step: int) -> None:
-        """Trains on global batch `index` of the epoch, either now or in a replay together with later steps."""
+        """Trains on global batch `index` of the epoch, now, or later in a replay of several steps."""
         self._step.count_step(plan, index, step)
         if self._failed or self.batches.size(index) < self.batches.batch_size:
             self.finish()
@@ -106,7 +108,7 @@ class CapturedStep:
             self._replay_step(plan, index, step)
 
     def check(self) -> None:
-        """Runs the steps that wait, then checks for a gradient that is not finite, as `TrainStep.check`."""
+        """Runs the waiting steps, then checks for a gradient that is not finite, as `TrainStep.check`."""
         self.finish()
         self._step.check()
 
@@ -117,7 +119,7 @@ class CapturedStep:
 
     @property
     def skipped(self) -> int:
-        """Number of steps skipped so far, as `TrainStep.skipped`. Does not include steps that wait."""
+        """Number of steps skipped so far, as `TrainStep.skipped`. Does not include waiting steps."""
         return self._step.skipped
 
     def offending_samples(self, step: int) -> list[tuple[int, list[int]]]:
@@ -125,7 +127,7 @@ class CapturedStep:
         return self._step.offending_samples(step)
 
     def finish(self) -> None:
-        """Runs the steps that wait. Call it before weights, gradients or counters are used; `check` does."""
+        """Runs the waiting steps. Call it before weights, gradients or counters are used; `check` does."""
         if self._waiting:
             assert self._replay_one is not None and self._inputs is not None and self._rates is not None
             size, groups = self.batches.batch_size, self.optimizer.param_groups
@@ -143,7 +145,7 @@ class CapturedStep:
                 parameter.grad = gradient
 
     def _replay_step(self, plan: EpochPlan, index: int, step: int) -> None:
-        """Copies a step's inputs, captures the step if that is still to be done, and replays once enough steps wait."""
+        """Copies a step's inputs, captures the step if it is not captured yet, and replays once enough steps wait."""
         if self._inputs is None:
             self._allocate_inputs(plan, step)
         if plan is not self._source:
@@ -175,7 +177,7 @@ class CapturedStep:
 
     def _allocate_inputs(self, plan: EpochPlan, step: int) -> None:
         """Allocates the tensors that a captured step reads, for the steps of one replay."""
-        # At most the full batches of an epoch: the next epoch has other warps.
+        # A replay holds at most the full batches of one epoch, because the next epoch has other warps.
         self._steps = min(self._steps, self.batches.num_samples // self.batches.batch_size)
         if self._steps > 1 and self._step.used_random_numbers(step - 1):
             self._steps = 1
@@ -219,7 +221,7 @@ class CapturedStep:
         try:
             self._replay_one = capture(1)
             self._replay_all = capture(self._steps) if self._steps > 1 else self._replay_one
-        except Exception as error:  # a network may do anything that a graph cannot hold
+        except Exception as error:  # a network may contain any operation, also one that a graph cannot hold
             self._failed, self._replay_one = True, None
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             self.notify(f"engine.capture: all steps run eagerly, because this step cannot be captured: {reason}")
@@ -240,7 +242,7 @@ def rates_on_device(optimizer: Optimizer) -> None:
         group["lr"] = torch.tensor(float(group["lr"]), device=group["params"][0].device)
         if "capturable" in group:
             group["capturable"] = True
-    optimizer._warned_capturable_if_run_uncaptured = True  # short batches run eagerly, and PyTorch would warn of that
+    optimizer._warned_capturable_if_run_uncaptured = True  # short batches run eagerly, and PyTorch would warn about it
 
 
 def capture_obstacle(
@@ -255,11 +257,11 @@ def capture_obstacle(
     if scaler:
         return "fp16's gradient scaler waits for the device at every step; use mixed_precision=bf16"
     if shards:
-        return "logical_shards are computed one by one"
+        return "logical_shards computes the shards one after another, which is not captured"
     if moves_momentum:
         return "the schedule changes the momentum; set schedule.cycle_momentum=false to keep it constant"
     if not optimizer.defaults.get("fused"):
         return f"{type(optimizer).__name__} has no fused kernel that reads its learning rate from the device"
     if compile_mode not in (False, True, "default"):
-        return f"compile={compile_mode} captures graphs of its own"
+        return f"compile={compile_mode} captures its own CUDA graphs"
     return None

@@ -1,4 +1,4 @@
-"""Distillation: a loss against trained networks.
+"""Computes the distillation loss, which compares a network (the student) with trained networks (the teachers).
 
 Hinton, Vinyals, Dean: "Distilling the Knowledge in a Neural Network", 2015.
 """
@@ -18,8 +18,8 @@ class Distillation:
 
     Both sides of the divergence are softened: their logits are divided by the temperature. Several teachers contribute
     the mean of their softened probabilities. The divergence is computed for each sample separately, so the sum over a
-    batch does not depend on micro-batches or processes. The exception is a teacher that normalises by the batch
-    (SimpleCNN).
+    batch does not depend on micro-batches or processes. The exception is a teacher whose batch norm uses the statistics
+    of the evaluated batch (SimpleCNN).
 
     Args:
         teachers: networks in eval mode on the device, each with the (mean, std) that its training images were

@@ -1,4 +1,4 @@
-"""Exact evaluation: every image once, in the same fixed batches at any number of processes."""
+"""Evaluates a network exactly: every image once, in the same fixed batches at any number of processes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Interrupted(Exception):
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Sets a network to eval mode inside the context. Afterwards each submodule has its previous mode again.
 
-    `module.train()` would not do: it would also set frozen batch norms to training mode.
+    `module.train()` would be wrong afterwards: it would also set frozen batch norm layers to training mode.
     """
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
@@ -56,11 +56,11 @@ def evaluate(
     batch_size: int,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
-    """Evaluates `module` on `data`. The processes take turns in computing whole batches.
+    """Evaluates `module` on `data`. Process r of n computes the batches r, r + n, r + 2n, …
 
-    A batch is never divided among processes, because a network may normalise by the evaluated batch (SimpleCNN). Each
-    process fills its own rows of a table of zeros, and the tables are added. All processes therefore return the same
-    figures, with the same bits at any world size.
+    A batch is never divided among processes, because batch norm may use the statistics of the evaluated batch
+    (SimpleCNN). Each process fills its own rows of a table of zeros, and the tables are added. All processes therefore
+    return the same result, bit-identical at any world size.
 
     Collective: call on every rank.
 

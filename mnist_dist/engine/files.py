@@ -1,16 +1,20 @@
-"""Reading and writing files.
+"""Reads and writes files, and expands the paths that users write.
 
-A reader never sees half of a file that is written here, and a power failure loses none that has its name. A file that
-comes from a stranger is read only if it is a regular file of a bounded size.
+A file is written atomically: a reader never sees half a file. A file that comes from a stranger is read only if it is a
+regular file of a bounded size.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+
+from mnist_dist.errors import Kind, Problem, RecipeError
 
 
 def read_regular(path: Path, most: int) -> bytes:
@@ -40,7 +44,8 @@ def check_regular(path: Path, most: int) -> None:
 def write_atomically(path: Path, content: bytes | memoryview | str) -> None:
     """Writes a file under a temporary name in the same folder, flushes it to the disk, then renames it.
 
-    A reader sees the old content or the new content, never half of it.
+    A reader sees the complete old content or the complete new content. A device or a pipe (/dev/stdout) is written in
+    place, because a rename would replace it by a file.
 
     Args:
         path: the file; its folder must exist.
@@ -49,14 +54,17 @@ def write_atomically(path: Path, content: bytes | memoryview | str) -> None:
     Raises:
         OSError: the file cannot be written. Its `filename` is `path`; the old file is untouched.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return
     staged = path.with_name(path.name + ".tmp")
     try:
         write_flushed(staged, content)
         rename_flushed(staged, path)
     except OSError as error:
         with suppress(OSError):
-            staged.unlink()  # a full disk then has space for the files that report the failure
-        error.filename = str(path)  # the user knows nothing of the temporary name
+            staged.unlink()  # on a full disk, this frees space for the files that report the failure
+        error.filename = str(path)  # the user does not know the temporary name
         raise
 
 
@@ -75,7 +83,7 @@ def write_flushed(path: Path, content: bytes | memoryview | str) -> None:
 
 
 def rename_flushed(source: Path, target: Path) -> None:
-    """Renames a file or a folder within one folder and waits until the new name is on the disk."""
+    """Renames a file or a folder within one file system and waits until the new name is on the disk."""
     source.replace(target)
     fsync_path(target.parent)
 
@@ -87,3 +95,26 @@ def fsync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def expand_path(path: str | Path, problem: Callable[[str, Kind], Problem] | None = None) -> Path:
+    """Returns a path that a user wrote, with `~`, `~user`, `$VAR` and `${VAR}` replaced.
+
+    A shell leaves them as they are inside a word such as `data.root=~/data`, and so does YAML.
+
+    Args:
+        problem: message and kind -> the problem of the key that holds the path; None for one on the command line.
+
+    Raises:
+        RecipeError: a variable is not set, or a user is unknown, and no file has that very name.
+    """
+    expanded = os.path.expandvars(os.path.expanduser(path))  # noqa: PTH111  # Path's raises for an unknown user
+    left = re.search(r"^~[^/]*|\$(\w+|\{[^}]*\})", expanded)
+    if left is None or os.path.lexists(expanded):
+        return Path(expanded)
+    if left[0].startswith("~"):
+        message = f"{left[0]} is no user's home folder"
+    else:
+        message = f"the environment variable {left[0].strip('${}')} is not set"
+    build = problem or (lambda message, kind: Problem("command line", str(path), message, kind))
+    raise RecipeError([build(f"{path}: {message}", "missing")])

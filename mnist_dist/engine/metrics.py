@@ -25,11 +25,11 @@ class Meter:
         self._started = time.perf_counter()
         self._own_samples = 0
         self.own_seconds = 0.0
-        """Training time of this process, without the time before a resume."""
+        """Seconds of training in this process, without the time before a resume."""
         self.train_seconds = 0.0
-        """Training time of the whole run by rank 0's clock; equal on all processes."""
+        """Seconds of training since the start of the run, by rank 0's clock; equal on all processes."""
         self.seconds_per_step = 0.0
-        """Mean duration of a step between the last two reads; equal on all processes."""
+        """Mean seconds of a step between the last two reads; equal on all processes."""
         self._speeds: list[float] = []
 
     def add(self, loss_sum: Tensor, logits: Tensor, labels: Tensor) -> None:
@@ -43,11 +43,11 @@ class Meter:
         self._own_samples += samples
 
     def begin_step(self) -> None:
-        """Stores the sums for `forget_step`."""
+        """Stores the sums, so that `forget_step` can restore them."""
         self._before_step.copy_(self._sums)
 
     def forget_step(self, bad: Tensor) -> None:
-        """Removes what the current step added if `bad` (bool scalar on the device)."""
+        """Restores the sums that `begin_step` stored, if `bad` (bool scalar on the device)."""
         self._sums.copy_(torch.where(bad, self._before_step, self._sums))
 
     def read(self) -> dict[str, float]:

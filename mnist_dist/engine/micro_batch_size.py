@@ -12,8 +12,8 @@ from mnist_dist.engine.train_step import TrainStep
 def find_micro_batch_size(step: TrainStep, plan: EpochPlan) -> int:
     """Returns the largest micro-batch that fits into the memory of every process.
 
-    Starts with the largest share of a batch and halves it as long as memory does not suffice. Leaves weights, buffers
-    and gradients unchanged. Collective: call on every rank.
+    Starts with the largest share of a batch and halves it until it fits. Leaves weights, buffers and gradients
+    unchanged. Collective: call on every rank.
     """
     share = -(-step.batches.batch_size // step.accelerator.num_processes)
 

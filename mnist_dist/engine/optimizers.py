@@ -1,4 +1,4 @@
-"""Builds optimizers by PyTorch's names."""
+"""Builds the optimizers of `torch.optim` by name."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def build_optimizer(parameters: Iterable[torch.nn.Parameter], name: str, *, lr: 
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"unknown optimizer {name!r}; known: {', '.join(sorted(OPTIMIZERS))}")
-    kind, parameters = OPTIMIZERS[name], [parameter for parameter in parameters if parameter.requires_grad]
-    # A fused optimizer is one kernel for all tensors. The speed of small networks depends on the number of calls.
-    if "fused" in inspect.signature(kind).parameters and not {"foreach", "fused"} & keywords.keys():
+    optimizer_class, parameters = OPTIMIZERS[name], [parameter for parameter in parameters if parameter.requires_grad]
+    # A fused optimizer updates all tensors in one kernel. For small networks, the number of kernels limits the speed.
+    if "fused" in inspect.signature(optimizer_class).parameters and not {"foreach", "fused"} & keywords.keys():
         # On a GPU, Adagrad has no fused kernel before about torch 2.10, and SGD with dampening cannot use
         # `fill_momentum`. SGD's fused kernel does not support sharded parameters.
-        devices = ("cpu",) if kind is torch.optim.Adagrad or keywords.get("dampening") else ("cpu", "cuda")
+        devices = ("cpu",) if optimizer_class is torch.optim.Adagrad or keywords.get("dampening") else ("cpu", "cuda")
         supported = (p.device.type in devices and not hasattr(p, "device_mesh") for p in parameters)
         keywords["fused"] = all(supported) and all(p.is_floating_point() for p in parameters)
-    return kind(parameters, lr=lr, **keywords)  # type: ignore[call-arg]  # torch types only the base class's arguments
+    return optimizer_class(parameters, lr=lr, **keywords)  # type: ignore[call-arg]  # torch types the base class only
 
 
 def fill_momentum(optimizer: Optimizer) -> None:

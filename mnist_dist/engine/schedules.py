@@ -1,7 +1,8 @@
 """Learning rate schedules as pure functions of the step; `plateau` also depends on the evaluation losses.
 
 The keywords of a schedule are those of PyTorch's scheduler of that kind. Durations (`step_size`, `T_max`,
-`total_iters`) are in epochs, as in papers. No scheduler is stepped, so several processes cannot step it several times.
+`total_iters`) are in epochs, as in papers. Apart from `plateau`, no PyTorch scheduler is stepped, so the rate does not
+depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ class Span:
         return self.total_steps / self.steps_per_epoch
 
     def epoch_of(self, step: int, interval: str) -> float:
-        """Returns the epochs completed before `step`, with the fraction if the rate changes at every step.
+        """Returns the number of epochs completed before `step`, for a rate that changes once per `interval`.
 
         Args:
-            interval: "step" or "epoch".
+            interval: "step" includes the fraction of the current epoch; "epoch" rounds down.
         """
         return step / self.steps_per_epoch if interval == "step" else step // self.steps_per_epoch
 
@@ -72,7 +73,7 @@ def step_lr(span: Span, *, step_size: int, gamma: float = 0.1) -> Schedule:
 
 
 def cosine(span: Span, *, T_max: float | None = None, eta_min: float = 0.0, interval: Interval = "epoch") -> Schedule:
-    """Returns CosineAnnealingLR: half a cosine from `lr` to `eta_min` over `T_max` epochs (None: the whole run)."""
+    """Returns CosineAnnealingLR: half a cosine from `lr` to `eta_min` over `T_max` epochs (None: the complete run)."""
     lr, period = _require_lr(span), span.epochs if T_max is None else T_max
     _require(period > 0, f"T_max must be above 0 epochs, got {T_max}")
     _require(eta_min >= 0, f"eta_min must be at least 0, got {eta_min}")
@@ -107,7 +108,7 @@ def linear(
 
 
 class Phase(NamedTuple):
-    """A part of a onecycle run, in which rate and momentum each go from a first to a last value."""
+    """A part of a onecycle run, in which rate and momentum each change from a first to a last value."""
 
     end: float
     """The step at which the phase ends."""
@@ -128,7 +129,7 @@ def onecycle(
     final_div_factor: float = 1e4,
     three_phase: bool = False,
 ) -> Schedule:
-    """Returns OneCycleLR over the whole run (Smith and Topin, arXiv 1708.07120); the rate changes at every step.
+    """Returns OneCycleLR over the complete run (Smith and Topin, arXiv 1708.07120); the rate changes at every step.
 
     The first step's rate is `max_lr / div_factor`, or `optimizer.lr` if that is given. The last step's rate is
     the first one divided by `final_div_factor`.
@@ -158,7 +159,7 @@ def onecycle(
 
 
 def _through_phases(phases: list[Phase], anneal_strategy: Annealing, cycle_momentum: bool) -> Schedule:
-    """Returns the schedule that goes through the phases one after the other; together they cover the run."""
+    """Returns the schedule that runs the phases in order. The phases cover the complete run."""
 
     def value_at(step: int, values: Callable[[Phase], tuple[float, float]]) -> float:
         start = 0.0

@@ -42,7 +42,7 @@ class StepSettings:
     """Largest norm of the gradient; None: no clipping."""
     label_smoothing: float = 0.0
     micro_batch_size: int | None = None
-    """Samples per forward and backward pass; None: the whole share of this process."""
+    """Samples per forward and backward pass; None: all samples of this process."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What happens after a gradient that is not finite: raise `NotFinite`, or continue with the next step."""
 
@@ -78,7 +78,7 @@ def count_micro_batches(largest_share: int, micro_batch_size: int | None) -> int
 
 
 class TrainStep:
-    """Computes this process's share of a global batch and makes the update of the whole batch.
+    """Computes the gradient of this process's share of a global batch, then makes the update of the global batch.
 
     The loss is the mean over the *global* batch. Data parallel averages gradients over the processes, so each process
     multiplies its summed loss by world_size / batch size. The result is exact for shares of unequal size too.
@@ -149,7 +149,7 @@ class TrainStep:
         self.meter.count_step(len(self.rows(plan, index)))
 
     def compute(self, plan: EpochPlan, index: int, step: int) -> None:
-        """Does the device's work of a step. It can be captured and replayed if the guard is on the device."""
+        """Computes a step on the device. Can be captured and replayed if the guard is on the device."""
         self.meter.begin_step()
         before = [buffer.clone() for buffer in self._buffers]
         self.optimizer.zero_grad()
@@ -228,7 +228,7 @@ class TrainStep:
         return self.batches.rows(plan, index, rank=rank, world_size=world_size)
 
     def _micro_batches(self, rows: Tensor, largest_share: int) -> tuple[Tensor, ...]:
-        """Splits rows into micro-batches: equally many on all processes where the forward pass is collective."""
+        """Splits rows into micro-batches. Their number is equal on all processes if the forward pass is collective."""
         count = count_micro_batches(largest_share, self.micro_batch_size)
         return rows.tensor_split(count if self.communicates_in_forward else min(count, len(rows)))
 
@@ -285,7 +285,7 @@ class TrainStep:
     # --- gradients that are not finite ----------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Raises NotFinite if a step since the last check had a bad gradient and the run stops at one.
+        """Raises NotFinite if a step since the last check had a bad gradient and on_nonfinite is "stop".
 
         Waits for the device. Call it before weights, gradients or counters are used: no step after the bad one has
         changed them.
@@ -293,7 +293,7 @@ class TrainStep:
         if self.accelerator.scaler is not None:
             if self.on_nonfinite == "stop" and self.accelerator.scaler.get_scale() < 1:
                 self.accelerator.scaler.update(1.0)
-                raise NotFinite(self._last_step)  # every skipped step had a bad gradient; the last one stands for all
+                raise NotFinite(self._last_step)  # all skipped steps had a bad gradient; this names the last one
         elif self.on_nonfinite == "stop" and self._bad:
             step = self._last_step - int(self._step_count - self._first_bad)
             self._bad.zero_()
@@ -312,7 +312,7 @@ class TrainStep:
         if self.guard_is_on_device or self._bad:
             self._first_bad.copy_(torch.where(self._bad & (self._first_bad < 0), self._step_count, self._first_bad))
         if self.guard_is_on_device:
-            self.optimizer.found_inf = self._found_inf.copy_(self._bad)  # type: ignore[attr-defined]  # torch reads it but declares it nowhere
+            self.optimizer.found_inf = self._found_inf.copy_(self._bad)  # type: ignore[attr-defined]  # torch reads this attribute but does not declare it
         elif self._bad:
             self.optimizer.zero_grad()
         else:
@@ -331,7 +331,7 @@ class TrainStep:
         """Returns (rank, sample indices) for each rank that has samples with a non-finite loss at `step`.
 
         Collective: call on every rank. Samples are evaluated one by one, with batch norm in eval mode, so that one bad
-        image does not spoil the loss of its whole batch.
+        image does not make the losses of other images non-finite.
         """
         epoch, index = divmod(step, self.batches.steps_per_epoch)
         plan = self.batches.plan(epoch, self.accelerator.device)

@@ -1,1 +1,1 @@
-"""`mnist-dist export`: one file that works without this package."""
+"""`mnist-dist export`: writes a trained network as one file that works without this package."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from mnist_dist.distributed.devices import device_name
 from mnist_dist.errors import Problem, RecipeError
 from mnist_dist.export.exporter import export
-from mnist_dist.export.verify import Form
+from mnist_dist.export.verify import NEAR_TIE, Form, disagreements
 from mnist_dist.run.reader import open_run
 from mnist_dist.run.tables import table_console
 
@@ -29,16 +29,21 @@ BATCH = 256
 
 
 def show(forms: list[Form], images: Tensor) -> None:
-    """Prints size, accuracy and speed of each form as a table. The times are of uint8 `images` (N, 1, 28, 28)."""
+    """Prints size, accuracy and speed of each form. The times are those of `images`, uint8 (N, 1, 28, 28)."""
     table = Table("format", "KB", "accuracy", "agrees with PyTorch", "1 image", f"{len(images)} images", box=None)
     table.title, table.title_justify = f"times: median, {device_name(torch.device('cpu'))}", "left"
     for column in table.columns[1:]:
         column.justify = "right"
     for form in forms:
         same = int((form.predictions == forms[0].predictions).sum())
+        ties = disagreements(forms[0], form)[1]
         times = [f"{1e3 * form.seconds(part):,.3f} ms" for part in (images[:1], images)]
         agreement = f"{same:,} of {len(form.predictions):,}"
+        agreement += f" + {ties:,} near-tie{'s' * (ties > 1)}" if ties else ""
         table.add_row(form.name, f"{form.size / 1000:,.1f}", f"{form.accuracy:.2f} %", agreement, *times)
+    if any(disagreements(forms[0], form)[1] for form in forms):
+        table.caption = f"near-tie: the two classes differ by less than {NEAR_TIE:g} in probability"
+        table.caption_justify = "left"
     table_console(highlight=False).print(table)
 
 

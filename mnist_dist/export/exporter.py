@@ -1,4 +1,4 @@
-"""Exports a run: writes its network as one file, verifies the file on the test set, then moves it to its place."""
+"""Exports a run: writes its network as one file, verifies the file on the test set, then gives it its final name."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import torch
 from mnist_dist.data import Dataset
 from mnist_dist.distributed.devices import choose_threads
 from mnist_dist.distributed.launcher import launched_world
+from mnist_dist.engine.files import fsync_path, rename_flushed
 from mnist_dist.errors import Kind, Problem, RecipeError
 from mnist_dist.export.onnx import onnx_session, write_onnx
 from mnist_dist.export.page import VERSION, build_page, load_runtime
@@ -38,7 +39,7 @@ class Source:
     about: dict[str, Any]
     """The metadata of the weights file: model, classes, mean and std of the data, …"""
     data: Dataset
-    """Its test set is complete: no limit of the recipe makes the verification smaller."""
+    """The test set is complete: the recipe's limits do not apply to the verification."""
     network: Form
     """The network in PyTorch, as measured on the test set."""
 
@@ -158,17 +159,18 @@ def _write_page(source: Source, program: Any, made: Path, runtime: dict[str, byt
 
 @contextmanager
 def _staged(output: Path) -> Iterator[Path]:
-    """Gives a path in a temporary folder next to `output`; moves the file there to `output` if no error occurs."""
+    """Yields a path in a temporary folder next to `output`; renames the file to `output` if no error occurs."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
         made = Path(folder) / output.name
         yield made
-        made.replace(output)
+        fsync_path(made)
+        rename_flushed(made, output)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hides the exporters' notes for developers. The table and the exceptions tell the user what matters."""
+    """Hides the exporters' messages for developers. The user reads the table and the exceptions."""
     with warnings.catch_warnings(), redirect_stdout(StringIO()):
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)

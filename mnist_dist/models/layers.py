@@ -1,4 +1,4 @@
-"""Parts of several networks: dropout that is fast on a CPU, and a check of constructor arguments."""
+"""What several networks share: dropout that is fast on a CPU, and a check of constructor arguments."""
 
 import math
 from typing import Any
@@ -78,7 +78,7 @@ def draw_bernoulli_positions(count: int, p: float) -> Tensor:
 
 
 def bound_zeros(count: int, p: float) -> int:
-    """Returns a number of successes that `count` trials exceed about once in 10¹⁴ times: eight standard deviations."""
+    """Returns a bound of the number of successes in `count` trials, exceeded about once in 10¹⁴ times (8 sigma)."""
     return int(count * p + 8 * math.sqrt(count * p) + 16)
 
 
@@ -95,7 +95,7 @@ def zero_and_scale(values: Tensor, positions: Tensor, scale: float, memory_forma
 
 
 class ZeroAndScale(torch.autograd.Function):
-    """`zero_and_scale` with its gradient. Saves only the positions for the backward pass, no mask of all elements."""
+    """`zero_and_scale` with its gradient. Saves the positions for the backward pass, not a mask of all elements."""
 
     @staticmethod
     def forward(

@@ -24,7 +24,7 @@ def plot_confusion_matrix(matrix: Any, path: str | Path, *, classes: Sequence[st
         matrix: int (C, C), number of images by truth (row) and prediction (column).
         path: the PNG to write.
         classes: the C names of the classes.
-        title: of the figure.
+        title: the title of the figure.
 
     Raises:
         ValueError: the matrix is not C × C for the C names in `classes`.

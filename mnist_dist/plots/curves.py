@@ -24,7 +24,7 @@ def plot_training_history(metrics: Metrics, path: str | Path, *, title: str, eva
             (nats), "train/accuracy" (percent) and "train/lr"; evaluation lines hold "epoch", "eval/loss" and
             "eval/accuracy". Either kind may be missing. Values that are not finite are ignored.
         path: the PNG to write.
-        title: of the figure.
+        title: the title of the figure.
         eval_name: the split of the evaluation lines, for the legend.
     """
     figure = style.new_figure(8, 8.5, title)
@@ -36,8 +36,8 @@ def plot_training_history(metrics: Metrics, path: str | Path, *, title: str, eva
     loss.set_ylabel("loss (nats)")
 
     curves = [series(metrics, "epoch", f"{split}/accuracy") for split in ("train", "eval")]
-    _draw_curves(accuracy, curves, ["training", eval_name + _best(*curves[1])])
-    _focus(accuracy, [values for _, values in curves if values.size])
+    _draw_curves(accuracy, curves, ["training", eval_name + _describe_best(*curves[1])])
+    _set_accuracy_range(accuracy, [values for _, values in curves if values.size])
     accuracy.set_ylabel("accuracy (%)")
 
     epochs, rates = series(metrics, "epoch", "train/lr")
@@ -60,7 +60,14 @@ def plot_per_batch_loss(metrics: Metrics, path: str | Path, *, title: str) -> Pa
     steps, losses = series(metrics, "step", "train/loss")
     around = max(2, len(losses) // 60)
     if losses.size:
-        axes.plot(steps, losses, color=style.SKY, linewidth=0.8, marker=_point(losses), label="each logged interval")
+        axes.plot(
+            steps,
+            losses,
+            color=style.SKY,
+            linewidth=0.8,
+            marker=_marker_of_one_point(losses),
+            label="each logged interval",
+        )
         mean = running_mean(losses, around)
         axes.plot(steps, mean, color=style.VERMILLION, linewidth=2, label=f"mean of {2 * around + 1} intervals")
         axes.legend()
@@ -90,7 +97,7 @@ def running_mean(values: np.ndarray, around: int) -> np.ndarray:
 
 def _draw_curves(axes: Axes, curves: list[tuple[np.ndarray, np.ndarray]], names: Sequence[str | None]) -> None:
     looks: list[dict[str, Any]] = [
-        {"color": style.BLUE, "linewidth": 1, "marker": _point(curves[0][0])},
+        {"color": style.BLUE, "linewidth": 1, "marker": _marker_of_one_point(curves[0][0])},
         {"color": style.VERMILLION, "linestyle": "--", "marker": "o"},
     ]
     for (x, y), name, look in zip(curves, names, looks, strict=False):
@@ -102,7 +109,7 @@ def _draw_curves(axes: Axes, curves: list[tuple[np.ndarray, np.ndarray]], names:
         axes.legend()
 
 
-def _point(values: np.ndarray) -> str:
+def _marker_of_one_point(values: np.ndarray) -> str:
     return "o" if len(values) == 1 else ""  # a line with one point is invisible
 
 
@@ -110,15 +117,15 @@ def _plain_number(value: float, position: int | None = None) -> str:
     return f"{value:g}"
 
 
-def _best(epochs: np.ndarray, accuracies: np.ndarray) -> str:
+def _describe_best(epochs: np.ndarray, accuracies: np.ndarray) -> str:
     if not accuracies.size:
         return ""
     best = int(accuracies.argmax())
     return f" (best {accuracies[best]:.2f} % at epoch {epochs[best]:g})"
 
 
-def _focus(axes: Axes, curves: list[np.ndarray]) -> None:
-    """Sets the y range (percent) by the bulk of each curve. The legend states how many points are outside."""
+def _set_accuracy_range(axes: Axes, curves: list[np.ndarray]) -> None:
+    """Sets the y range (percent) to that of most points. The legend states how many points are outside."""
     if not curves:
         return
     lowest, high = min(float(curve.min()) for curve in curves), max(float(curve.max()) for curve in curves)

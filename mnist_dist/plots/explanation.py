@@ -14,7 +14,7 @@ from torch import Tensor
 from mnist_dist.plots import style
 
 MOST_MAPS, COLUMNS = 16, 8
-GAP = 0.08  # inches, as the lengths below
+GAP = 0.08  # inches, like the lengths below
 PITCH = style.TILE + GAP
 ACROSS = COLUMNS * PITCH - GAP
 LARGE = 252 / style.DPI  # nine dots for each of 28 pixels
@@ -39,7 +39,7 @@ def plot_explanation(
         top: names and probabilities, the most probable class first.
         maps: layer -> feature maps (C, H, W), of which the first 16 are drawn.
         path: the PNG to write.
-        title: of the figure.
+        title: the title of the figure.
     """
     rows = {name: math.ceil(min(len(each), MOST_MAPS) / COLUMNS) for name, each in maps.items()}
     height = HEAD + sum(0.35 + PITCH * count + 0.1 for count in rows.values())

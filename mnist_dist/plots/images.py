@@ -43,7 +43,7 @@ class Predictions:
         pictures, truth, scores = style.as_array(images), style.as_array(labels), style.as_array(probabilities)
         if not 0 < len(pictures) == len(truth) == len(scores):
             lengths = f"{len(pictures)}, {len(truth)} and {len(scores)}"
-            raise ValueError(f"images, labels and probabilities must have one length, at least 1: {lengths}")
+            raise ValueError(f"images, labels and probabilities must have the same length, at least 1: {lengths}")
         return cls(pictures[:, 0], truth, scores.argmax(axis=1), scores.max(axis=1), classes)
 
     def mistakes(self) -> np.ndarray:
@@ -72,12 +72,12 @@ class Predictions:
 
 @style.house_style()
 def plot_predictions(predictions: Predictions, path: str | Path, *, title: str, count: int = 36) -> Path:
-    """Draws images at equal distances in the set, each below its prediction, then the most confident mistakes.
+    """Draws evenly spaced images of the set with their predictions above them, then the most confident mistakes.
 
     Args:
-        predictions: of a set of images.
+        predictions: the predictions for a set of images.
         path: the PNG to write.
-        title: of the figure.
+        title: the title of the figure.
         count: number of images, six per row. A third of the rows, at least one, shows mistakes.
     """
     columns = 6
@@ -107,14 +107,16 @@ def plot_augmented_samples(originals: Any, augmented: Any, path: str | Path, *, 
         originals: (N, 1, 28, 28), grey levels 0..255.
         augmented: as `originals`.
         path: the PNG to write.
-        title: of the figure.
+        title: the title of the figure.
 
     Raises:
         ValueError: the shapes differ, or there is no image.
     """
     before, after = style.as_array(originals), style.as_array(augmented)
     if before.shape != after.shape or not len(before):
-        raise ValueError(f"originals and augmented need equal shapes, with an image: {before.shape}, {after.shape}")
+        raise ValueError(
+            f"originals and augmented need equal shapes and at least one image: {before.shape}, {after.shape}"
+        )
     columns, indent, pitch = min(10, len(before)), 1.0, style.TILE + 0.08
     block = 2 * pitch + 0.2
     width = max(4.5, indent + columns * pitch + style.MARGIN)

@@ -103,6 +103,7 @@ def draw_tile(axes: Axes, x: float, y: float, image: np.ndarray, side: float = T
 
 def write_png(figure: Figure, path: str | Path) -> Path:
     """Writes the figure as PNG under a temporary name, then renames it; creates the folder. Returns the path."""
+    # Not by `engine.files`: plots is a lower layer and must not import engine. No flush: a picture can be drawn again.
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{path.name}.{os.getpid()}")

@@ -1,4 +1,4 @@
-"""The differences between two recipes, and whether a run can resume with the other recipe."""
+"""Describes the differences between two recipes, and refuses to resume a run with a recipe that does not fit."""
 
 from __future__ import annotations
 
@@ -30,10 +30,11 @@ def refuse_changes(old: Recipe, new: Recipe, allowed: bool) -> str:
     """
     changes = describe_changes(old, new)
     if fixed := [change for change in changes if change.startswith(FIXED_KEYS)]:
-        hint = "the checkpoint does not fit this recipe; name a new folder, or start from its weights: model.init_from"
+        hint = "the checkpoint does not fit this recipe; name a new folder with --run-dir, or start from the weights: "
+        hint += "model.init_from=RUN and a new folder"
         return "\n".join([*fixed, hint])
     if changes and not allowed:
-        return "\n".join([*changes, "name a new folder, or add --allow-recipe-change"])
+        return "\n".join([*changes, "name a new folder with --run-dir, or add --allow-recipe-change"])
     return ""
 
 

@@ -1,4 +1,4 @@
-"""Checks of a recipe. Each yields findings: a dotted key, what is wrong with its value, and the kind of problem."""
+"""Checks a recipe. Each check yields findings: a dotted key, what is wrong with its value, and the kind of problem."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pydantic import ConfigDict, TypeAdapter
 from mnist_dist.data import Augmentation
 from mnist_dist.engine import optimizers, schedules
 from mnist_dist.errors import Kind, did_you_mean, unknown_key
-from mnist_dist.models import build_model, find_builder, is_code
+from mnist_dist.models import build_model, find_builder, is_code, set_by_trainer
 from mnist_dist.recipe.schema import DistillSection, ModelSection, OptimizerSection, Recipe, ScheduleSection, Section
 
 Finding = tuple[str, str, Kind]
@@ -45,7 +45,7 @@ def check_schema(values: dict[str, Any]) -> Iterator[Finding]:
 
 
 def _dotted(location: tuple[int | str, ...]) -> str:
-    """Returns the location of a pydantic error as a dotted key, without the member of a union that was tried."""
+    """Returns the location of a pydantic error as a dotted key, without the union members that pydantic appends."""
     depth = next((depth for depth in range(len(location)) if _section(location[:depth]) is None), len(location))
     return ".".join(str(part) for at, part in enumerate(location) if at < depth or isinstance(part, int))
 
@@ -71,13 +71,14 @@ _PLAIN_WORDS = {
     r"a valid dictionary.*": "a section with keys of its own",
     r"greater than or equal to": "at least",
     r"less than or equal to": "at most",
+    r"greater than": "more than",
     r"(Tuple|List) should have at most (\d+).*": r"a list of \2",
     r"Field required": "a longer list",
 }
 """Pattern in a message of pydantic -> plain words."""
 
 _RANGE_ERRORS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number", "int_too_big"}
-"""Types of pydantic errors about a value of the right type."""
+"""Types of pydantic errors for a value of the right type that is out of range."""
 
 
 def _mismatch(errors: list[Any], given: Any) -> tuple[str, Kind]:
@@ -100,7 +101,7 @@ def _mismatch(errors: list[Any], given: Any) -> tuple[str, Kind]:
 
 
 def _kind_of_name(error: ValueError) -> Kind:
-    """Returns the kind of a model name's problem: no such model, a package is missing, or a module that fails."""
+    """Returns the kind of a model name's problem: no such model, a missing package, or a failed import."""
     if error.__cause__ is None:
         return "unknown"
     return "missing" if isinstance(error.__cause__, ImportError) else "model"
@@ -127,7 +128,7 @@ OPEN_SECTIONS: dict[str, tuple[type[Section], Callable[[str], Callable[..., Any]
     "optimizer": (OptimizerSection, optimizers.OPTIMIZERS.__getitem__, "params"),
     "schedule": (ScheduleSection, schedules.SCHEDULES.__getitem__, "span"),
 }
-"""Open section -> its schema, name -> class or function, and the argument that the program itself fills in."""
+"""Open section -> its schema, name -> class or function, and the argument that the program sets itself."""
 
 
 def takes_any_keyword(builder: Callable[..., Any]) -> bool:
@@ -157,11 +158,14 @@ def check_keywords(import_code: bool, values: dict[str, Any]) -> Iterator[Findin
                 continue
             builder = find(name)
             named, takes_any = keywords_of(section, builder), takes_any_keyword(builder)
-        except Exception:  # check_schema has refused the section, or only building the object can tell
+        except Exception:  # check_schema reports the section, or building the object does
             continue
         own = {key: value for key, value in given.items() if key not in reserved and value is not None}
+        filled_in = set_by_trainer(name) if section == "model" else {}
         for key, value in own.items():
-            if key in named:
+            if key in filled_in:
+                yield f"{section}.{key}", filled_in[key], "conflict"
+            elif key in named:
                 for mismatch in _check_type(named[key].annotation, value):
                     yield f"{section}.{key}", *mismatch
             elif not takes_any:
@@ -183,7 +187,7 @@ def keyword_type(annotation: Any) -> TypeAdapter[Any]:
 
 def _check_type(annotation: Any, value: Any) -> Iterator[tuple[str, Kind]]:
     try:
-        # JSON: its arrays are valid for lists and tuples alike.
+        # As JSON, because a JSON array is valid for a list and for a tuple.
         keyword_type(annotation).validate_json(json.dumps(value), strict=True)
     except pydantic.ValidationError as error:
         yield _mismatch(error.errors(), value)
@@ -219,10 +223,10 @@ def check_combinations(recipe: Recipe, build_network: bool = True) -> Iterator[F
 
 def _check_sizes(recipe: Recipe) -> Iterator[Finding]:
     if isinstance(recipe.micro_batch_size, int) and recipe.micro_batch_size > recipe.batch_size:
-        message = f"{recipe.micro_batch_size} is more than the batch_size of {recipe.batch_size}"
+        message = f"expected at most the batch_size, {recipe.batch_size}; got {recipe.micro_batch_size}"
         yield "micro_batch_size", message, "conflict"
     if recipe.logical_shards and recipe.logical_shards > recipe.batch_size:
-        message = f"{recipe.logical_shards} is more than the batch_size of {recipe.batch_size}"
+        message = f"expected at most the batch_size, {recipe.batch_size}; got {recipe.logical_shards}"
         yield "logical_shards", message, "conflict"
     if recipe.logical_shards and recipe.sync_batchnorm:
         message = "logical_shards computes batch norm per shard; remove one of the two keys"
@@ -232,13 +236,13 @@ def _check_sizes(recipe: Recipe) -> Iterator[Finding]:
 def _check_training(recipe: Recipe) -> Iterator[Finding]:
     """Builds the optimizer and the schedule."""
     optimizer, schedule = recipe.optimizer, recipe.schedule
-    kind, parameter = optimizers.OPTIMIZERS[optimizer.name], torch.nn.Parameter(torch.zeros(2, 2))
+    optimizer_class, parameter = optimizers.OPTIMIZERS[optimizer.name], torch.nn.Parameter(torch.zeros(2, 2))
     build: Callable[..., Any] = partial(optimizers.build_optimizer, [parameter], optimizer.name, lr=optimizer.lr or 0.1)
-    yield from _attempt("optimizer", optimizer.keywords, build, f"; see torch.optim.{kind.__name__}")[1]
+    yield from _attempt("optimizer", optimizer.keywords, build, f"; see torch.optim.{optimizer_class.__name__}")[1]
     build = partial(schedules.build_schedule, schedule.name, lr=optimizer.lr, steps_per_epoch=10, total_steps=100)
     built, findings = _attempt("schedule", schedule.keywords, build)
     yield from findings
-    if built and built.momentum_at and not {"momentum", "betas"} & inspect.signature(kind).parameters.keys():
+    if built and built.momentum_at and not {"momentum", "betas"} & inspect.signature(optimizer_class).parameters.keys():
         yield "schedule.cycle_momentum", f"{optimizer.name} has no momentum to cycle; set this key to false", "conflict"
 
 
@@ -247,7 +251,7 @@ def _attempt(
 ) -> tuple[Any, list[Finding]]:
     """Builds an object; after an error that names a keyword builds it again without the keyword.
 
-    So one bad value does not hide another.
+    This finds several bad values at once.
 
     Returns:
         The object, None if it cannot be built; and the findings.
@@ -259,12 +263,12 @@ def _attempt(
             return build(**left), findings
         except Exception as error:  # constructors of PyTorch and other packages raise errors of many types
             message = str(error)
-            if "meta " in message:  # it reads values of weights, which have no memory here
+            if "meta " in message:  # it reads the values of weights, which a meta tensor does not have
                 return None, findings
-            # The keyword that the message names first; of elastic and elastic_sigma, the longer.
+            # The keyword that the message names first. elastic_sigma precedes elastic, which is a part of its name.
             named = sorted((key for key in left if key in message), key=lambda key: (message.index(key), -len(key)))
             key = named[0] if named else None
-            if key or not findings:  # without a key, the error may only be due to a removed keyword
+            if key or not findings:  # an error without a key may be caused by the removal of a keyword
                 kind = _kind_of(section, message, named)
                 findings.append((f"{section}.{key}" if key else section, f"{message}{hint}", kind))
             if not key:
@@ -276,7 +280,7 @@ def _kind_of(section: str, message: str, named: list[str]) -> Kind:
     """Returns the kind of an error raised by a constructor.
 
     Args:
-        named: keywords of the recipe that the message contains, e.g. elastic_sigma and elastic.
+        named: keywords of the recipe that the message contains. With elastic_sigma it also contains elastic.
     """
     if "unexpected keyword" in message:
         return "unknown"
@@ -287,7 +291,7 @@ def _kind_of(section: str, message: str, named: list[str]) -> Kind:
 
 
 def check_freeze(patterns: list[str], names: list[str]) -> Iterable[Finding]:
-    """Finds patterns of `model.freeze` that match no parameter, and a network without a parameter left to train.
+    """Finds patterns of `model.freeze` that match no parameter, and a network whose parameters are all frozen.
 
     Args:
         names: of the network's parameters.

@@ -1,16 +1,16 @@
-"""Recipe files: YAML with the line of every key, overrides, the bundled recipes and their head comments."""
+"""Reads recipe files (YAML, with the line of every key), applies overrides, finds bundled recipes and their notes."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from mnist_dist.engine.files import read_regular
+from mnist_dist.engine.files import expand_path, read_regular, write_atomically
 from mnist_dist.errors import Kind, Problem, RecipeError, did_you_mean
 
 # --- the origin of a key ------------------------------------------------------------------------------------------
@@ -18,7 +18,7 @@ from mnist_dist.errors import Kind, Problem, RecipeError, did_you_mean
 
 @dataclass
 class Origins:
-    """Where each key of a recipe was written. Recipes that differ only in their origins are equal."""
+    """Stores where each key of a recipe was written. Recipes that differ only in their origins are equal."""
 
     source: str = field(default="the recipe", compare=False)
     """The recipe's file, for keys that are not in it."""
@@ -37,7 +37,7 @@ class Origins:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads YAML 1.2 scalars: `1e-3` is a float, `no` is text, `010` is ten."""
+    """Reads YAML 1.2 scalars: `1e-3` is a float, `no` is text, `010` is ten. Python's `None` is null."""
 
 
 class Dumper(yaml.SafeDumper):
@@ -62,10 +62,11 @@ for _kind, _pattern, _first in [
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("int", r"[-+]?[0-9]+", "-+0123456789"),
     ("float", _NUMBER, "-+0123456789."),
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("null", r"~|null|Null|NULL|None|", ["~", "n", "N", ""]),
 ]:
     for _class in (_Loader, Dumper):
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(rf"^(?:{_pattern})$"), list(_first))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile(r"^<<$"), ["<"])
 
 
 def parse(text: str, where: Callable[[int | None], str], key: str = "") -> tuple[Any, dict[str, str]]:
@@ -79,7 +80,7 @@ def parse(text: str, where: Callable[[int | None], str], key: str = "") -> tuple
         The value, and the location of each dotted key in it.
 
     Raises:
-        RecipeError: the text is not YAML, or contains what a recipe cannot contain.
+        RecipeError: the text is not YAML, or contains a value that a recipe cannot contain.
     """
     places: dict[str, str] = {}
     try:
@@ -89,7 +90,7 @@ def parse(text: str, where: Callable[[int | None], str], key: str = "") -> tuple
             return None, places
         _locate_keys(node, where, places)
         return loader.construct_document(node), places
-    except Exception as error:  # PyYAML fails in many ways where an explicit tag does not fit
+    except Exception as error:  # PyYAML raises errors of many types for a wrong explicit tag
         mark = getattr(error, "problem_mark", None)
         parts = [getattr(error, "context", None), getattr(error, "problem", None)]
         problem = " ".join(filter(None, parts)) or str(error).partition("\n")[0]
@@ -120,6 +121,8 @@ def _locate_keys(
     if len(places) > MOST_KEYS:  # a few aliases of aliases would make billions
         refuse(node, f"a recipe has at most {MOST_KEYS:,} keys and list entries")
     kind = node.tag.removeprefix("tag:yaml.org,2002:")
+    if kind == "map":
+        node.value = list(_merged(node, refuse, (*ancestors, node)))
     if kind not in ("null", "bool", "int", "float", "str", "seq", "map"):
         refuse(node, f"a recipe cannot contain {kind!r}; it contains text, numbers, true, false, lists and sections")
     if node in ancestors:
@@ -128,15 +131,43 @@ def _locate_keys(
         name, value = child if kind == "map" else (child, child)
         inner = f"{path}.{name.value if kind == 'map' else index}".lstrip(".")
         if kind == "map" and not name.tag.endswith(":str"):
-            refuse(name, "a key is text; quote it if you mean this text")
+            refuse(name, "a key must be text; put it in quotes")
         if inner in places:
             refuse(name, f"{inner} is given twice, here and at {places[inner]}; remove one")
         places[inner] = where(name.start_mark.line + 1)
         _locate_keys(value, where, places, inner, (*ancestors, node))
 
 
+def _merged(
+    node: yaml.Node, refuse: Callable[[yaml.Node, str], None], ancestors: tuple[yaml.Node, ...]
+) -> Iterator[tuple[yaml.Node, yaml.Node]]:
+    """Yields the keys and values of a mapping with those that its merge keys, `<<: *base`, add.
+
+    A key of the mapping itself wins, then the first section that is merged.
+
+    Args:
+        refuse: raises yaml.MarkedYAMLError for a node.
+        ancestors: the nodes around the mapping, and itself.
+    """
+    own = [pair for pair in node.value if not pair[0].tag.endswith(":merge")]
+    yield from own
+    seen = {name.value for name, _ in own}
+    for _, value in (pair for pair in node.value if pair[0].tag.endswith(":merge")):
+        # A section that is listed twice adds nothing, and a few aliases of aliases would make billions.
+        for base in dict.fromkeys(value.value) if isinstance(value, yaml.SequenceNode) else [value]:
+            if not isinstance(base, yaml.MappingNode):
+                refuse(base, "`<<` merges a section or a list of sections, e.g. `<<: *base`")
+            if base in ancestors:
+                refuse(base, "a section or list contains itself")
+            base.value = list(_merged(base, refuse, (*ancestors, base)))  # merged once, however often it is named
+            for name, inner in base.value:
+                if name.value not in seen:
+                    seen.add(name.value)
+                    yield name, inner
+
+
 def read_recipe(path: Path) -> tuple[dict[str, Any], Origins]:
-    """Reads the keys and values of a recipe file, unchecked, and where each was written.
+    """Reads the keys and values of a recipe file without a check, and the origin of each key.
 
     Raises:
         RecipeError: the file cannot be read or is not a YAML mapping.
@@ -155,8 +186,17 @@ def read_recipe(path: Path) -> tuple[dict[str, Any], Origins]:
     raise RecipeError([Problem(str(path), "", problem, kind)])
 
 
-def apply_overrides(values: dict[str, Any], origins: Origins, words: Iterable[str]) -> Iterator[Problem]:
-    """Writes `key=value` words into `values` and `origins`; yields a problem for each word that it cannot read."""
+def apply_overrides(
+    values: dict[str, Any], origins: Origins, words: Iterable[str], names: Mapping[str, str]
+) -> Iterator[Problem]:
+    """Writes `key=value` words into `values` and `origins`; yields a problem for each word that it cannot read.
+
+    A section that is given as a mapping, `optimizer={lr: 0.01}`, changes the keys that it names and leaves the others.
+    If it names another class, `optimizer={name: adam}`, it replaces the section, whose keys belong to the old class.
+
+    Args:
+        names: open section -> the default of its key `name`.
+    """
     here = "command line"
     for word in words:
         key, equals, text = word.partition("=")
@@ -172,11 +212,20 @@ def apply_overrides(values: dict[str, Any], origins: Origins, words: Iterable[st
         target, path = values, ""
         for section in sections:
             path = f"{path}.{section}".lstrip(".")
-            if not isinstance(target.get(section), dict):  # if the key takes a value, the schema refuses the section
+            if not isinstance(target.get(section), dict):  # where the schema has a value, it refuses the section
                 target[section], origins.places[path] = {}, here
             target = target[section]
-        target[last] = value
+        target[last] = _changed(target.get(last), value, names.get(key))
         origins.places |= {key: here} | {f"{key}.{inner}": here for inner in places}
+
+
+def _changed(old: Any, new: Any, default_name: str | None = None) -> Any:
+    """Returns the new value; a mapping with the keys of the old mapping that it does not name."""
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return new
+    if new.get("name") is not None and new["name"] != old.get("name", default_name):
+        return new
+    return old | {key: _changed(old.get(key), value) for key, value in new.items()}
 
 
 # --- finding recipes ----------------------------------------------------------------------------------------------
@@ -201,9 +250,9 @@ def find_recipe(name: str | Path) -> Path:
     """Returns the file at a path, else the bundled recipe of that name, with or without `.yaml`.
 
     Raises:
-        RecipeError: there is neither.
+        RecipeError: there is no such file and no such bundled recipe.
     """
-    path, bundled = Path(name), bundled_recipes()
+    path, bundled = expand_path(name), bundled_recipes()
     stem = path.as_posix().removesuffix(".yaml")
     try:
         if path.is_file():
@@ -231,4 +280,4 @@ def recipe_notes(path: Path) -> dict[str, str]:
 def note_measured(path: Path, measured: str) -> None:
     """Writes a result into the line `# measured: …` of a recipe's head comment."""
     text = path.read_text(encoding="utf-8")
-    path.write_text(re.sub(r"(?m)^# measured: .*$", f"# measured: {measured}", text), encoding="utf-8")
+    write_atomically(path, re.sub(r"(?m)^# measured: .*$", f"# measured: {measured}", text))

@@ -1,4 +1,4 @@
-"""All recipe keys as data, read from the schema, and the keywords of open sections, read from signatures."""
+"""Lists all recipe keys, read from the schema, and the keywords of open sections, read from signatures."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _key(name: str, field: FieldInfo) -> Key:
 
 
 def _simplify(values: Any) -> Any:
-    """Rewrites what pydantic writes in several ways, so that old and new versions of pydantic give one text."""
+    """Rewrites a JSON Schema of pydantic, so that old and new versions of pydantic give the same text."""
     if isinstance(values, list):
         return [_simplify(each) for each in values]
     if not isinstance(values, dict):
@@ -153,7 +153,7 @@ def type_text(values: dict[str, Any]) -> str:
 
 
 def range_text(values: dict[str, Any]) -> str:
-    """Returns range or choices of a JSON Schema's values, e.g. `≥ 1`; empty if there are none."""
+    """Returns the range or the choices of a JSON Schema's values, e.g. `≥ 1`; empty if there are none."""
     if "enum" in values:
         return ", ".join(as_yaml(each) for each in values["enum"])
     if values.get("type") == "array" and "items" in values:

@@ -8,7 +8,7 @@ from typing import Any
 
 from mnist_dist.engine import optimizers
 from mnist_dist.errors import RecipeError
-from mnist_dist.recipe.checks import check_code, check_combinations, check_keywords, check_schema
+from mnist_dist.recipe.checks import OPEN_SECTIONS, check_code, check_combinations, check_keywords, check_schema
 from mnist_dist.recipe.file import apply_overrides, find_recipe, read_recipe
 from mnist_dist.recipe.schema import Recipe
 
@@ -27,7 +27,7 @@ def load_recipe(name: str | Path, *overrides: str, import_code: bool = True) -> 
     """
     path = find_recipe(name)
     values, origins = read_recipe(path)
-    problems = list(apply_overrides(values, origins, overrides))
+    problems = list(apply_overrides(values, origins, overrides, _default_names()))
     if values.get("name") is None:
         values["name"] = path.stem
     checks = (check_schema, partial(check_code, import_code), partial(check_keywords, import_code))
@@ -39,6 +39,12 @@ def load_recipe(name: str | Path, *overrides: str, import_code: bool = True) -> 
         raise RecipeError(problems)
     recipe._origins = origins
     return recipe
+
+
+def _default_names() -> dict[str, str]:
+    """Returns open section -> the default of its key `name`."""
+    names = {section: schema.model_fields["name"] for section, (schema, _, _) in OPEN_SECTIONS.items()}
+    return {section: field.default for section, field in names.items() if not field.is_required()}
 
 
 def _resolve(values: dict[str, Any], faulty: set[str]) -> Recipe:

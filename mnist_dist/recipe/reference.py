@@ -1,4 +1,4 @@
-"""The reference of all recipe keys, made from the schema: `--explain KEY`, a JSON Schema and Markdown tables.
+"""Generates the reference of all recipe keys from the schema: `--explain KEY`, a JSON Schema, Markdown tables.
 
 `python -m mnist_dist.recipe.reference` rewrites configs/recipe.schema.json and the tables in configs/README.md.
 """
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from mnist_dist.engine.files import write_atomically
 from mnist_dist.errors import Problem, RecipeError, unknown_key
 from mnist_dist.recipe.checks import OPEN_SECTIONS, takes_any_keyword
 from mnist_dist.recipe.file import configs_folder
@@ -86,8 +87,8 @@ def _explain_section(key: Key) -> str:
 
 
 def _open_note(section: str) -> str:
-    what = "network" if section == "model" else section
-    return f"Further keys of `{section}` are the keywords of the {what} that `{section}.name` selects"
+    selected = "network" if section == "model" else section
+    return f"Further keys of `{section}` are the keywords of the {selected} that `{section}.name` selects"
 
 
 def _list_keywords(section: str, name: str) -> str:
@@ -121,7 +122,7 @@ def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 def json_schema() -> dict[str, Any]:
-    """Returns the JSON Schema (draft 2020-12) of a recipe file, for editors: keys complete, typos are underlined."""
+    """Returns the JSON Schema (draft 2020-12) of a recipe file, with which editors complete keys and mark typos."""
     comment = f"Made by python -m mnist_dist.recipe.reference with torch {torch_version()}; do not edit."
     head = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -132,7 +133,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def torch_version() -> str:
-    """Returns major and minor version of torch, which decide which optimizers and keywords there are."""
+    """Returns major and minor version of torch, on which the set of optimizers and keywords depends."""
     return ".".join(torch.__version__.split(".")[:2])
 
 
@@ -211,7 +212,7 @@ def schema_text() -> str:
 def _compact_json(value: Any, depth: int = 0) -> str:
     """Returns JSON with every object and list on one line if it fits into `WIDTH` columns."""
     line = json.dumps(value, ensure_ascii=False)
-    if depth + len(line) < WIDTH - 20 or not isinstance(value, dict | list):  # 20: the key before it
+    if depth + len(line) < WIDTH - 20 or not isinstance(value, dict | list):  # 20: space for the key before the value
         return line
     names = [f"{json.dumps(name)}: " for name in value] if isinstance(value, dict) else [""] * len(value)
     inner = value.values() if isinstance(value, dict) else value
@@ -224,12 +225,12 @@ def _compact_json(value: Any, depth: int = 0) -> str:
 def write_reference(folder: Path) -> list[Path]:
     """Writes the JSON Schema and, if README.md has the marks, the tables. Returns the files written."""
     written = [folder / SCHEMA_FILE]
-    written[0].write_text(schema_text(), encoding="utf-8")
+    write_atomically(written[0], schema_text())
     page = folder / "README.md"
     if page.is_file() and all(mark in page.read_text(encoding="utf-8") for mark in MARKS):
         before, _, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
         after = rest.partition(MARKS[1])[2]
-        page.write_text(f"{before}{MARKS[0]}\n{markdown_reference()}\n{MARKS[1]}{after}", encoding="utf-8")
+        write_atomically(page, f"{before}{MARKS[0]}\n{markdown_reference()}\n{MARKS[1]}{after}")
         written.append(page)
     return written
 

@@ -1,8 +1,8 @@
 """The schema of a recipe: every key with its type, default, range and meaning.
 
-The docstring below each key is its reference: `train --explain KEY`, configs/recipe.schema.json and the table in
-configs/README.md are made from it. The packages below (data, models, engine, …) never import this module: they take
-plain keywords.
+The docstring below each key is its reference: `train --explain KEY`, configs/recipe.schema.json and the tables in
+configs/README.md are generated from it. The packages below (data, models, engine, …) never import this module: they
+take plain keywords.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-# What pydantic's JSON Schema cannot know: values that a validator changes or checks.
+# JSON Schemas of values that a validator changes or checks: pydantic cannot derive them.
 _TEXT_OR_LIST = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "null"}]}
 _TEXT_OR_NULL = {"anyOf": [{"type": "string"}, {"type": "null"}]}
 _POWERS_OF_TWO = {"type": "integer", "enum": [2**exponent for exponent in range(11)]}
@@ -61,7 +61,7 @@ _MODEL_NAMES = {"type": "string", "anyOf": [{"type": "string", "enum": list(MODE
 class Section(BaseModel):
     """A section of a recipe.
 
-    It is strict: 2.5 is not an int, "3" is not a number, and an unknown key is an error. It is frozen.
+    It is strict: 2.5 is not an int, "3" is not a number, and an unknown key is an error. It cannot be changed.
     """
 
     model_config = ConfigDict(
@@ -121,12 +121,13 @@ class ScheduleSection(OpenSection):
 
 
 class AugmentSection(Section):
-    """Random changes of the training images, drawn again for every image in every epoch."""
+    """Random changes of the training images, with new random numbers for every image in every epoch."""
 
     rotation: Annotated[float, Field(ge=0, le=180)] = 0.0
     """Largest rotation, in degrees; the angle is uniform in ±`rotation`."""
     translation: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Largest shift along x and along y, as a fraction of the image's side; uniform in ±, rounded to whole pixels."""
+    """Largest shift along x and along y, as a fraction of the image's side; uniform in ±`translation`, rounded to whole
+    pixels."""
     scale: Annotated[tuple[AboveZero, AboveZero], Strict(False)] | None = None  # YAML has lists, not tuples
     """Zoom factor: uniform in [lowest, highest]. Null: no zoom."""
     shear: Annotated[float, Field(ge=0, lt=90)] = 0.0
@@ -147,23 +148,25 @@ class AugmentSection(Section):
 
 
 class DataSection(Section):
-    """The data set, its parts, and the augmentation."""
+    """The data set, which of its images are used, and their augmentation."""
 
     dataset: Literal[tuple(DATASETS)] = "mnist"  # type: ignore[valid-type]  # made at run time for pydantic
     """The data set. `digits` comes with scikit-learn and `synthetic` is generated: neither needs a download."""
     root: str | None = None
     """Folder that holds `MNIST/raw`; missing files are downloaded into it. Null: the environment variable
-    MNIST_DIST_DATA, else `./data`. Does not change the result."""
+    MNIST_DIST_DATA, else `./data`. `~` and `$VAR` are replaced. Does not change the result."""
     split: Literal["balanced", "byclass", "bymerge", "letters", "digits", "mnist"] | None = None
     """Split of EMNIST; only for `dataset: emnist`. Null: `balanced`."""
     validation: Annotated[int, Field(ge=0)] = 0
-    """Number of training images to hold out: the last ones of the training set. Evaluations during training then use
-    them, and the test set is evaluated once, at the end. 0: evaluations use the test set."""
+    """Number of training images to hold out: the last ones of the training set; of a set that is sorted by class, an
+    equal share of every class by a fixed seed. Evaluations during training then use them, and the test set is
+    evaluated once, at the end. 0: evaluations use the test set."""
     limit_train: Positive | None = None
-    """Use only the first images of the training set, at most this many, counted without the `validation` images. Null:
-    all."""
+    """Use only the first images of the training set, at most this many, counted without the `validation` images; of a
+    set that is sorted by class, an equal share of every class by a fixed seed. Null: all."""
     limit_test: Positive | None = None
-    """Use only the first images of the test set, at most this many. Null: all."""
+    """Use only the first images of the test set, at most this many; of a set that is sorted by class, an equal share
+    of every class by a fixed seed. Null: all."""
     augment: AugmentSection = AugmentSection()
     """Random changes of the training images."""
 
@@ -205,7 +208,7 @@ class EngineSection(Section):
     cudnn_benchmark: bool = True
     """Let cuDNN time its kernels at the start and use the fastest (GPU only). No effect with `deterministic: true`."""
     hang_seconds: AboveZero = 60.0
-    """Seconds without progress after which a run of several processes names the process that hangs and ends. Long steps
+    """Seconds without progress after which a run of several processes reports the hanging process and ends. Long steps
     raise the limit. Does not change the result."""
 
 
@@ -216,7 +219,8 @@ class DDPSection(Section):
     """Precision in which gradients are sent between processes. `none`: the precision of the gradients. No effect with
     `logical_shards` or FSDP."""
     find_unused_parameters: bool = False
-    """Set to true for a network that does not use all its parameters in every step. Costs a search per step."""
+    """Set to true for a network that does not use all its parameters in every step. Every step then searches for unused
+    parameters, which takes time."""
 
 
 class CheckpointSection(Section):
@@ -272,8 +276,8 @@ class Recipe(Section):
     epochs: Positive = 1
     """Number of passes over the training set."""
     max_steps: Positive | None = None
-    """Largest number of updates; the run ends here if the epochs are not over. Schedules span the shorter run. Null:
-    no limit."""
+    """Largest number of updates; the run ends here if the epochs are not over. Schedules then cover the shorter run.
+    Null: no limit."""
     batch_size: Positive = 128
     """Images per update, summed over all processes."""
     micro_batch_size: Positive | Literal["auto"] | None = None
@@ -300,7 +304,7 @@ class Recipe(Section):
     """If a gradient is not finite: `stop` ends the run before the update and names the cause; `skip` skips the
     update."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay per step of an exponential moving average of the weights, which is then evaluated and saved instead of the
+    """Decay per step of an exponential moving average of the weights, which is evaluated and saved instead of the
     trained weights. Null: no average."""
     compile: bool | Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = False
     """Compile the network with `torch.compile`: true, or one of its modes. Changes rounding and, on a GPU, the random
@@ -316,7 +320,7 @@ class Recipe(Section):
     model: ModelSection
     """The network."""
     data: DataSection = DataSection()
-    """The data set, its parts, and the augmentation."""
+    """The data set, which of its images are used, and their augmentation."""
     distill: DistillSection = DistillSection()
     """Learning from trained networks."""
     optimizer: OptimizerSection = OptimizerSection()

@@ -17,12 +17,13 @@ from mnist_dist.distributed.devices import choose_threads
 from mnist_dist.distributed.launcher import launched_world
 from mnist_dist.engine.evaluation import Evaluation
 from mnist_dist.engine.evaluation import evaluate as evaluate_module
+from mnist_dist.engine.files import write_atomically
 from mnist_dist.errors import Problem, RecipeError
 from mnist_dist.recipe.loading import load_recipe
 from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.build import load_data
 from mnist_dist.run.kernels import set_determinism, set_kernels
-from mnist_dist.run.model_setup import to_device
+from mnist_dist.run.model_trial import to_device
 from mnist_dist.run.reader import Run
 
 CALIBRATION_BINS = 15
@@ -120,7 +121,7 @@ def write_report(path: Path, result: dict[str, Any]) -> None:
         RecipeError: the file cannot be written.
     """
     try:
-        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_atomically(path, json.dumps(result, indent=2) + "\n")
     except OSError as error:
         message = f"{path} cannot be written: {error.strerror}"
         raise RecipeError([Problem("command line", "--json", message, "unwritable")]) from error

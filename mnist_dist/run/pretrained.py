@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from mnist_dist.data import Images
 from mnist_dist.engine.checkpoint import load_weights
+from mnist_dist.engine.files import expand_path
 from mnist_dist.errors import Kind, RecipeError
 from mnist_dist.models import CodeRefused
 from mnist_dist.recipe.schema import Recipe
@@ -31,7 +33,7 @@ def load_initial_weights(recipe: Recipe, module: nn.Module) -> list[str]:
     """
     if recipe.model.init_from is None:
         return []
-    path = Path(recipe.model.init_from)
+    path = expand_path(recipe.model.init_from, partial(recipe.problem, "model.init_from"))
     path = RunFolder(path).last if path.is_dir() else path
     given, about = _read_weights(recipe, path)
     origin, own = printable(about.get("model", "an unnamed network"))[:100], module.state_dict()
@@ -82,7 +84,8 @@ def load_teachers(recipe: Recipe, data: Images, allow_code: Iterable[str] = ()) 
             allowed.
     """
     teachers = []
-    for folder in recipe.distill.teachers or []:
+    for written in recipe.distill.teachers or []:
+        folder = expand_path(written, partial(recipe.problem, "distill.from"))
         try:
             teacher = load_run(folder, "last", (*allow_code, recipe.model.name))
             _, known = teacher.model, tuple(teacher.about["classes"])

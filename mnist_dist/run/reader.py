@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mnist_dist.engine.checkpoint import load_weights
-from mnist_dist.engine.files import read_regular
+from mnist_dist.engine.files import expand_path, read_regular
 from mnist_dist.errors import Kind, Problem, RecipeError
 from mnist_dist.models import CodeRefused, check_description, rebuild_model
 from mnist_dist.recipe.changes import HARMLESS_KEYS, flatten
@@ -238,7 +238,8 @@ def load_run(folder: str | Path, weights: str = "best", allow_code: str | Iterab
     Raises:
         FileNotFoundError: `folder` is not a run folder.
     """
-    run = Run(RunFolder(Path(folder)), weights, (allow_code,) if isinstance(allow_code, str) else tuple(allow_code))
+    allowed = (allow_code,) if isinstance(allow_code, str) else tuple(allow_code)
+    run = Run(RunFolder(expand_path(folder)), weights, allowed)
     if not run.folder.recipe.is_file():
         raise FileNotFoundError(f"{folder} is not a run folder: it has no recipe.yaml")
     return run

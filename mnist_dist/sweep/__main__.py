@@ -1,7 +1,8 @@
-"""The command `sweep`: hyperparameter search, `mnist-dist sweep lenet5 optimizer.lr=0.001,0.01 batch_size=64,128`.
+"""The command `sweep` searches hyperparameters: `mnist-dist sweep lenet5 optimizer.lr=0.001,0.01 batch_size=64,128`.
 
-It also reads a W&B sweep file and searches as `wandb agent` would, without a server. Every trial is a process and a run
-folder of its own. Trials are compared by held-out training images, so the test set does not influence the choice.
+It also reads a W&B sweep file and searches as `wandb agent` would, without a server. Every trial has its own process
+and run folder. Trials are compared by their accuracy on held-out training images, so the test set does not influence
+the choice.
 """
 
 from __future__ import annotations

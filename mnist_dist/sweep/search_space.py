@@ -1,4 +1,4 @@
-"""The trials of a search: a grid or random draws, from the command line or a W&B sweep file."""
+"""Reads the trials of a search from the command line or a W&B sweep file: a grid or random draws."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import random
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,7 +43,7 @@ def read_words(recipe: str, words: list[str], count: int | None) -> Sweep:
     """Returns the grid of all overrides with several values, `key=a,b,c`.
 
     Args:
-        count: most trials; None for all.
+        count: largest number of trials; None for all.
 
     Raises:
         RecipeError: no key has several values, or a value cannot be parsed.
@@ -66,6 +66,7 @@ def read_words(recipe: str, words: list[str], count: int | None) -> Sweep:
 # --- from a W&B sweep file ----------------------------------------------------------------------------------------
 
 KNOWN = ("program", "method", "metric", "parameters", "command", "run_cap", "name", "description", "project", "entity")
+"""Keys of a W&B sweep file that are accepted."""
 METRICS = ({"name": "eval/accuracy"}, {"name": "eval/accuracy", "goal": "maximize"})
 
 
@@ -74,11 +75,11 @@ def read_file(path: Path, words: list[str], count: int | None, seed: int) -> Swe
 
     Args:
         words: overrides that all trials share.
-        count: most trials; None for the file's run_cap.
+        count: largest number of trials; None for the file's run_cap.
         seed: of a random search.
 
     Raises:
-        RecipeError: lists everything in the file that needs W&B's server or is wrong.
+        RecipeError: with every problem of the file, also every setting that needs W&B's server.
     """
     values, origins = read_recipe(path)
     problems = _check_keys(path, values, origins)
@@ -122,19 +123,31 @@ def _check_keys(path: Path, values: dict[str, Any], origins: Origins) -> list[Pr
 
 
 def _read_parameters(values: dict[str, Any], origins: Origins) -> dict[str, Any]:
-    """Returns, per recipe key, the values of a grid, or for a random search a function that draws one."""
+    """Returns for each recipe key the values of a grid; for a random search, a function that draws one value."""
     spaces = values.get("parameters")
     if not isinstance(spaces, dict) or not spaces:
         raise _refuse(origins, "parameters", "expected a mapping of recipe keys to the values to try", "missing")
     read = _draw if values.get("method") == "random" else _values
     draws: dict[str, Any] = {}
     problems: list[Problem] = []
-    for key, space in spaces.items():
-        refuse = partial(_refuse, origins, f"parameters.{key}")
+    for path, key, space in _flatten("parameters", "", spaces):
+        refuse = partial(_refuse, origins, path)
+        if key in draws:
+            problems += refuse(f"{key} is given twice; remove one", "conflict").problems
         draws[key] = _collect(problems, partial(read, space, refuse))
     if problems:
         raise RecipeError(problems)
     return draws
+
+
+def _flatten(path: str, prefix: str, spaces: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """Yields place in the file, recipe key and values of each parameter; `parameters` may be nested, as in W&B."""
+    for name, space in spaces.items():
+        inner = space.get("parameters") if isinstance(space, dict) else None
+        if isinstance(inner, dict) and inner and len(space) == 1:
+            yield from _flatten(f"{path}.{name}.parameters", f"{prefix}{name}.", inner)
+        else:
+            yield f"{path}.{name}", f"{prefix}{name}", space
 
 
 def _read_count(values: dict[str, Any], origins: Origins, count: int | None) -> int | None:
@@ -182,7 +195,7 @@ def _grid(values: dict[str, list[Any]]) -> list[Choice]:
 
 
 def _random(draws: dict[str, Callable[[random.Random], Any]], count: int, seed: int) -> list[Choice]:
-    """Returns up to `count` different draws, a function of the seed. A longer search starts with the shorter one."""
+    """Returns up to `count` different draws, as a function of the seed. A larger `count` only adds draws."""
     generator = random.Random(seed)
     drawn = [{key: draw(generator) for key, draw in draws.items()} for _ in range(count)]
     return [each for index, each in enumerate(drawn) if each not in drawn[:index]]
@@ -227,5 +240,5 @@ def _draw(space: Any, refuse: Refuse) -> Callable[[random.Random], Any]:
 
 
 def _short(value: float, low: float, high: float) -> float:
-    """Rounds to four digits, which keeps the name of the trial's folder readable."""
+    """Rounds to four significant digits, so that the name of the trial's folder is short."""
     return min(max(float(f"{value:.4g}"), low), high)

@@ -1,4 +1,4 @@
-"""The result of a search: trials ranked in a table, and the files sweep.json and sweep.md."""
+"""Writes the result of a search: a table of ranked trials, and the files sweep.json and sweep.md."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def describe_best(sweep: Sweep, rows: list[dict[str, Any]]) -> str:
     best = ranked(rows)[0]
     if "failed" in best:
         return "every trial failed"
-    # The recipe and the sweep file's command may hold images out too; the last override applies.
+    # The recipe or the sweep file may also hold images out. The last override counts, so this one comes last.
     words = [*sweep.words, *(override(*pair) for pair in best["values"].items()), "data.validation=0"]
     return (
         f"best: {best['trial']}, {best['eval.best.accuracy']:.2f} % of the validation images "

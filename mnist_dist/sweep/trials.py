@@ -1,4 +1,4 @@
-"""The trials of a search: one run folder and one process each."""
+"""Plans and trains the trials of a search, each in its own run folder and process."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from mnist_dist.run.folder import RunFolder
 from mnist_dist.sweep.search_space import Choice, Sweep
 
 VALIDATION = 5000
-"""Training images held out to compare trials, if the recipe holds none out; at most a sixth of all."""
+"""Number of training images to hold out if the recipe holds none out; at most a sixth of all."""
 
 # --- planning -----------------------------------------------------------------------------------------------------
 
@@ -49,10 +49,10 @@ def plan(sweep: Sweep, directory: Path) -> list[Trial]:
     """Returns the trials, each with its resolved recipe and its folder.
 
     Raises:
-        RecipeError: the recipe of a trial is wrong, or its folder holds a trial of another recipe.
+        RecipeError: the recipe of a trial has a problem, or its folder holds a trial of another recipe.
     """
     if "data.validation" in sweep.choices[0]:
-        message = "cannot be searched, because trials are compared by their validation images"
+        message = "cannot be searched, because trials are compared by their accuracy on the validation images"
         raise RecipeError([Problem("the search", "data.validation", message, "conflict")])
     shared = _shared_overrides(sweep)
     trials: list[Trial] = []
@@ -77,7 +77,7 @@ def _shared_overrides(sweep: Sweep) -> list[str]:
         unlimited = base.model_copy(update={"data": base.data.model_copy(update={"limit_train": None})})
         size = len(load_data(unlimited, launched_world()).train)
         shared.append(f"data.validation={min(VALIDATION, size // 6)}")
-        print(f"{shared[0]}: these training images are held out; trials are compared by them, not by the test set")
+        print(f"{shared[0]}: trials are compared by accuracy on these held-out training images, not on the test set")
     if base.tracking.wandb.group is None:
         shared += [override("tracking.wandb.group", sweep.name), "tracking.wandb.job_type=sweep"]
     return shared
@@ -92,9 +92,9 @@ def _check_folder(folder: RunFolder, recipe: Recipe) -> None:
     if not folder.recipe.is_file():
         return
     existing = load_recipe(folder.recipe, import_code=False)
-    precision = recipe.mixed_precision or existing.mixed_precision  # a run writes the precision that its launcher gave
+    precision = recipe.mixed_precision or existing.mixed_precision  # a run stores its launcher's precision
     if changes := describe_changes(existing, recipe.model_copy(update={"mixed_precision": precision})):
-        listed = "\n".join([*changes, "name another --run-dir"])
+        listed = "\n".join([*changes, "name another folder with --run-dir"])
         message = f"{folder.path} holds a trial of another recipe:\n{listed}"
         raise RecipeError([Problem("command line", "--run-dir", message, "exists")])
 
@@ -124,9 +124,10 @@ def trial_names(choices: list[Choice]) -> list[str]:
 
 
 def train_trial(sweep: Sweep, trial: Trial, log: Path) -> int:
-    """Trains a trial in a process of its own, whose output goes to `log`; returns its exit code.
+    """Trains a trial in its own process, whose output is written to `log`; returns its exit code.
 
-    SIGTERM and SIGUSR1 are passed on to the process, so that it saves and stops too; the code is PREEMPTED then.
+    SIGTERM and SIGUSR1 are passed on to the process, so that it saves a checkpoint and stops. The exit code is then
+    PREEMPTED.
 
     Raises:
         RecipeError: the command cannot be started.
@@ -156,7 +157,7 @@ def train_trial(sweep: Sweep, trial: Trial, log: Path) -> int:
         try:
             code = process.wait()
             return PREEMPTED if received else code
-        except KeyboardInterrupt:  # the terminal sends Ctrl-C to the trial too, which then saves
+        except KeyboardInterrupt:  # the terminal sends Ctrl-C to the trial too; wait until it has saved a checkpoint
             process.wait()
             raise
         finally:
@@ -165,7 +166,7 @@ def train_trial(sweep: Sweep, trial: Trial, log: Path) -> int:
 
 
 def result(trial: Trial, log: Path) -> dict[str, Any]:
-    """Returns the trial's row for the table: name and values, with its figures or with `failed` and the reason."""
+    """Returns the trial's row for the table: name, values, and its figures, or `failed` with the reason."""
     row: dict[str, Any] = {"trial": trial.name, "values": trial.choice}
     if not trial.folder.is_done:
         return row | {"failed": _failure_reason(log)}

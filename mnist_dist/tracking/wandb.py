@@ -19,7 +19,7 @@ from accelerate.utils import patch_environment
 from torch import Tensor
 
 INIT_SECONDS = 30
-"""An online run that does not reach the server in this time is logged offline."""
+"""Seconds. An online run that does not reach the server in this time is logged offline."""
 
 PACKAGE = Path(__file__).parent.parent
 
@@ -114,7 +114,7 @@ class WandbTracker(WandBTracker):
         self.run.define_metric("*", step_metric="step")
         for metric, goal in (("eval/accuracy", "max"), ("eval/loss", "min")):
             self.run.define_metric(metric, step_metric="step", summary=goal)
-        # Writes no line. The first call of `log` imports modules; it must not slow the first steps.
+        # Logs nothing. The first call of `log` imports modules; here it cannot slow the first training steps.
         self.run.log({}, commit=False)
 
     def _save_code(self) -> None:
@@ -191,7 +191,7 @@ class WandbTracker(WandBTracker):
 
         Args:
             files: what `load_run` needs.
-            alias: of the version, e.g. best.
+            alias: the alias of the version, e.g. best.
             about: its metadata.
         """
 
@@ -228,11 +228,11 @@ class WandbTracker(WandBTracker):
             self._guard("finish", lambda: self.run.finish(exit_code=exit_code))
         elif getattr(self, "run", None):
             # The failure has been reported. An open W&B run would receive the next training of this process.
-            with suppress(Exception), self._data_here():
+            with suppress(Exception), self._upload_data_in_run_folder():
                 self.run.finish(exit_code=exit_code)
 
-    def _data_here(self) -> AbstractContextManager[None]:
-        """Has wandb keep data for the upload in the run folder: the home folder may be full or read-only."""
+    def _upload_data_in_run_folder(self) -> AbstractContextManager[None]:
+        """Makes wandb keep data for the upload in the run folder: the home folder may be full or read-only."""
         return patch_environment(WANDB_DATA_DIR=os.environ.get("WANDB_DATA_DIR", self._directory / "wandb"))
 
     def _timed(self, action: str, call: Callable[[], Any]) -> None:
@@ -249,9 +249,9 @@ class WandbTracker(WandBTracker):
         if not self._alive:
             return
         try:
-            with self._data_here():
+            with self._upload_data_in_run_folder():
                 call()
-        except Exception as error:  # wandb raises many kinds, from its own errors to broken pipes
+        except Exception as error:  # wandb raises errors of many kinds, e.g. its own and broken pipes
             self._alive = False
             self._notify(f"wandb could not {action} ({_first_line(error)}); training continues without it")
 

@@ -1,4 +1,4 @@
-"""launch/gpu_report.sh, with a `python` that only writes down its arguments."""
+"""Runs launch/gpu_report.sh with a replacement for `python` that only writes its arguments to a file."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_the_report_continues_after_a_part_that_fails_and_names_it(tmp_path):
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--rehearse", "--no"]])
-def test_an_unknown_option_is_not_taken_for_a_folder(words, tmp_path):
+def test_an_unknown_option_is_not_used_as_a_folder(words, tmp_path):
     done = report(tmp_path, *words)
     assert done.returncode == 2 and "launch/gpu_report.sh [--rehearse]" in done.stderr
     assert not (tmp_path / "calls").exists()

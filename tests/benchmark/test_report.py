@@ -41,7 +41,10 @@ def test_the_picture_of_a_sweep_has_a_line_for_every_loop(values, scale, tmp_pat
     figures: list[Any] = []
     monkeypatch.setattr(sweep_plot.style, "write_png", lambda figure, path: figures.append(figure) or path)
     speed = {"median": 30.0, "min": 20.0, "max": 35.0}
-    speeds = [dict.fromkeys("abcdefghij", speed), {"a": speed}]  # more loops than looks; nine are missing at the second
+    speeds = [
+        dict.fromkeys("abcdefghij", speed),
+        {"a": speed},
+    ]  # more loops than LOOKS; the second value has one
     sweep_plot.plot_sweep(values, speeds, tmp_path / "a.png", key="batch_size", title="a")
     [axes] = figures[0].axes
     assert (axes.get_xscale(), axes.get_yscale()) == (scale, "log")

@@ -120,7 +120,7 @@ class Cluster:
             _run("ip", "-n", node, "link", "set", "lo", "up")
 
     def _start(self, name: str, enter: list[str], *daemon: str) -> None:
-        """Starts a daemon under a host name of its own, which only this daemon and its children see."""
+        """Starts a daemon with its own host name, which only this daemon and its children see."""
         script = f"mount --bind {self.root}/hosts /etc/hosts && hostname {name} && exec {' '.join(daemon)}"
         _run(*enter, "sh", "-c", script, env=self.environment())
 
@@ -136,7 +136,7 @@ class Cluster:
                     os.kill(int(pid), signal.SIGKILL)
 
     def processes(self) -> list[str]:
-        """Returns the command lines of all processes on the nodes, slurmd and its step managers left out."""
+        """Returns the command lines of all processes on the nodes, without slurmd and its step managers."""
         found = []
         for node in NODES:
             for pid in _run("ip", "netns", "pids", node).split():
@@ -172,7 +172,7 @@ class Cluster:
         return int(self.run("sbatch", "--parsable", *words, **variables).split(";")[0])
 
     def state(self, job: int) -> dict[str, str]:
-        """Returns what `scontrol show job` says: JobState, Restarts, ExitCode, Reason, …"""
+        """Returns the fields that `scontrol show job` prints: JobState, Restarts, ExitCode, Reason, …"""
         words = self.run("scontrol", "-o", "show", "job", str(job)).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
@@ -194,7 +194,7 @@ class Cluster:
         raise AssertionError(f"not within {seconds:g} s: {what}\n{json.dumps(logs, indent=2)}")
 
     def wait_for_state(self, job: int, *states: str, seconds: float = 240) -> dict[str, str]:
-        """Waits until a job is in one of the states; returns its facts."""
+        """Waits until a job is in one of the states; returns its fields."""
         self.wait_for(lambda: self.state(job)["JobState"] in states, f"job {job} {' or '.join(states)}", seconds)
         return self.state(job)
 

@@ -76,13 +76,13 @@ def assert_same(run_dir: Path, undisturbed: Path, log: Path) -> None:
 
 
 def step_of(run_dir: Path) -> int:
-    """The last step that metrics.jsonl tells of; 0 without one."""
+    """The last step in metrics.jsonl; 0 if there is none."""
     metrics = run_dir / "metrics.jsonl"
     lines = metrics.read_text().splitlines(keepends=True) if metrics.is_file() else []
     return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
 
 
-def test_two_nodes_end_as_one_process_without_slurm(cluster, undisturbed, tmp_path):
+def test_two_nodes_end_with_the_bytes_of_one_process_without_slurm(cluster, undisturbed, tmp_path):
     run_dir = tmp_path / "run"
     job = train(cluster, run_dir)
     assert cluster.wait_for_state(job, "COMPLETED", "FAILED")["JobState"] == "COMPLETED"
@@ -92,7 +92,7 @@ def test_two_nodes_end_as_one_process_without_slurm(cluster, undisturbed, tmp_pa
 
 
 @pytest.mark.parametrize("moment", range(MOMENTS))
-def test_a_preempted_job_is_requeued_and_ends_in_the_same_bytes(cluster, undisturbed, tmp_path, moment):
+def test_a_preempted_job_is_requeued_and_ends_with_the_same_bytes(cluster, undisturbed, tmp_path, moment):
     """SLURM sends SIGUSR1 to the batch script at a random moment, the first second and the end of the run included."""
     run_dir, log = tmp_path / "run", tmp_path / "run.log"
     step = [0, STEPS, *random.Random(moment).sample(range(1, STEPS), 1)][min(moment, 2)]
@@ -108,7 +108,7 @@ def test_a_preempted_job_is_requeued_and_ends_in_the_same_bytes(cluster, undistu
     assert "Traceback" not in log.read_text()
 
 
-def test_a_dead_node_s_job_is_requeued_and_completed(cluster, undisturbed, tmp_path):
+def test_the_job_of_a_dead_node_is_requeued_and_completed(cluster, undisturbed, tmp_path):
     run_dir, log = tmp_path / "run", tmp_path / "run.log"
     job = train(cluster, run_dir, words=[*WORDS, "engine.hang_seconds=20"])
     cluster.wait_for(lambda: step_of(run_dir) >= 20, "step 20")
@@ -119,7 +119,7 @@ def test_a_dead_node_s_job_is_requeued_and_completed(cluster, undisturbed, tmp_p
     assert_same(run_dir, undisturbed, log)
 
 
-def test_an_array_trains_a_seed_a_task(cluster, tmp_path):
+def test_an_array_trains_one_seed_per_task(cluster, tmp_path):
     job = train(cluster, tmp_path / "run", "--array=0-1", "--nodes=1", words=[*WORDS, "epochs=1"])
     for task in (0, 1):
         cluster.wait_for(lambda task=task: (tmp_path / f"run-seed{task}" / "summary.json").is_file(), f"seed {task}")

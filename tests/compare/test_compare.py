@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mnist_dist import load_recipe
 from mnist_dist.compare import __main__ as compare
+from mnist_dist.compare import table as run_table
 from mnist_dist.compare.table import MARKS, SHORT_COLUMNS, to_markdown
 from mnist_dist.run.reader import RunReader
 from mnist_dist.tracking import JSONLReader
@@ -147,18 +149,50 @@ def test_a_new_markdown_file_holds_the_marks_and_the_table(tmp_path, kept):
         f"{SELECTION.format('lenet5, lenet_6')}\n{MARKS[1]}\n",
     ],
 )
-def test_a_page_whose_marks_do_not_fit_is_left_as_it_is(tmp_path, kept, refused, content):
+def test_a_page_with_wrong_marks_is_refused_and_not_changed(tmp_path, kept, refused, content):
     page = tmp_path / "page.md"
     page.write_text(content)
     assert refused(lambda: compare.main([str(kept), "--markdown", str(page)])) == [("--markdown", "missing")]
     assert page.read_text() == content
 
 
+# --- head comments of recipes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "measured"),
+    [
+        ([summary(epochs=10.0, last=99.4), summary(epochs=1.0, last=97.0)], "99.40"),
+        ([summary(epochs=15.0, last=99.5), summary(epochs=30.0, last=99.7)], "99.50"),
+        ([summary(last=99.5, seed=0), summary(last=99.7, seed=1), summary(last=90.0, device="H200")], "99.60 ± 0.14"),
+        ([summary(last=99.5), summary(last=99.6, device="H200")], "99.60"),
+        ([summary(last=99.5), summary(last=99.6, device="H200"), summary(last=99.55)], "99.55"),
+    ],
+    ids=["nearly all epochs", "the recipe's epochs", "more seeds", "newer", "repeated"],
+)
+def test_the_measured_line_prefers_all_epochs_then_more_seeds_then_newer_runs(tmp_path, monkeypatch, rows, measured):
+    notes = {}
+    monkeypatch.setattr(run_table, "note_measured", lambda path, text: notes.update({path.stem: text}))
+    (tmp_path / "kept.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert compare.main([str(tmp_path / "kept.jsonl"), "--recipes"]) == 0
+    assert notes["model_v3_onecycle"].startswith(f"{measured} % last epoch")
+
+
+def test_the_measured_line_prefers_runs_without_overrides(tmp_path, monkeypatch):
+    notes = {}
+    monkeypatch.setattr(run_table, "note_measured", lambda path, text: notes.update({path.stem: text}))
+    for name, words, last in (("a", [], 99.4), ("b", ["optimizer.lr=0.5"], 99.9)):
+        path = write_run(tmp_path / name, recipe={"name": "debug"}, last=last)
+        (path / "recipe.yaml").write_text(load_recipe("debug", *words).to_yaml())
+    assert compare.main([str(tmp_path), "--recipes", "--no-html"]) == 0
+    assert notes["debug"].startswith("99.40 % last epoch")
+
+
 # --- run folders --------------------------------------------------------------------------------------------------
 
 
 def lines(count: int, start: int = 0) -> str:
-    """Lines of metrics.jsonl, ten of training to one of evaluation: a tenth of an epoch each."""
+    """Lines of metrics.jsonl: a training line for each tenth of an epoch, an evaluation line for each epoch."""
     found = []
     for step in range(start + 1, start + count + 1):
         rates = {"train/lr": 0.1 / step, "train/images_per_second": 5000.0 + step}
@@ -202,7 +236,7 @@ def test_runs_of_one_recipe_share_a_row_and_other_overrides_are_another_row(tmp_
 
 
 @pytest.mark.parametrize("status", ["running", "failed", "preempted"])
-def test_an_unfinished_run_is_a_row_of_its_own_with_its_latest_values(tmp_path, status):
+def test_an_unfinished_run_is_a_separate_row_with_its_latest_values(tmp_path, status):
     write_run(tmp_path / "done")
     write_run(tmp_path / "later", status=status, steps=20, recipe={"seed": 1})
     finished, unfinished = compared(tmp_path)
@@ -211,7 +245,7 @@ def test_an_unfinished_run_is_a_row_of_its_own_with_its_latest_values(tmp_path, 
     assert (cell(unfinished, "last epoch"), cell(unfinished, "images/s")) == ("99.02", "5,020")
 
 
-def test_the_status_mentions_a_long_silence(tmp_path):
+def test_the_status_mentions_a_long_time_without_output(tmp_path):
     path = write_run(tmp_path / "run", status="running")
     for file in path.iterdir():
         os.utime(file, (0, 1e9))

@@ -38,7 +38,7 @@ HOSTILE = [
 
 @pytest.fixture
 def look(browser) -> Iterator[Callable[..., Any]]:
-    """Opens a page. At the end its console must be empty, with no request except to where the page came from."""
+    """Opens a page. At the end its console must be empty, and it must not have sent a request to another address."""
     unwanted, contexts = [], []
 
     def open_page(address: str, **more: Any) -> Any:
@@ -94,7 +94,7 @@ def drawn(page: Any) -> set[str]:
     return {Path(name).name for name in page.locator(".run").evaluate_all("all => all.map(g => g.dataset.run)")}
 
 
-def test_it_shows_the_measurements(look, address):
+def test_the_page_shows_the_measurements(look, address):
     page = look(address)
     recipes = [text.splitlines()[0] for text in column(page, "recipe")]
     assert recipes == ["debug", "wide optimizer.lr=0.01", "deep", "wide optimizer.lr=0.1"]
@@ -113,7 +113,7 @@ def test_it_shows_the_measurements(look, address):
     pictures.evaluate_all("all => Promise.all(all.map(image => image.decode()))")  # raises for a broken one
 
 
-def test_it_sorts_by_click_and_by_key_with_missing_values_last(look, address):
+def test_the_page_sorts_by_click_and_by_key_with_missing_values_last(look, address):
     page = look(address)
     header, button = page.locator("th[data-column=parameters]"), page.locator("th[data-column=parameters] button")
     assert header.get_attribute("aria-sort") == "none"
@@ -156,7 +156,7 @@ def test_the_legend_hides_runs_and_the_switches_change_scale_and_rows(look, addr
     assert drawn(page) == {"real", "lower", "stopped", "wide-1"}
     page.locator("#legend button", has_text="deep").dblclick()
     assert drawn(page) == {"stopped"}
-    page.locator("#legend button", has_text="deep").dblclick()  # it is alone already: all are drawn again
+    page.locator("#legend button", has_text="deep").dblclick()  # only this run was drawn: now all are drawn again
     assert len(drawn(page)) == 5
     path = "document.querySelector('.run .line').getAttribute('d')"
     before = page.evaluate(path)
@@ -166,7 +166,7 @@ def test_the_legend_hides_runs_and_the_switches_change_scale_and_rows(look, addr
     assert page.locator("#table tbody tr").count() == 5 and set(column(page, "n")) == {"1"}
 
 
-def test_seeds_share_a_look_and_recipes_do_not(look, address):
+def test_seeds_share_colour_and_dashes_and_recipes_do_not(look, address):
     looks: dict[str, set] = {}
     read = (
         "all => all.map(g => [g.dataset.run, g.getAttribute('style') + g.firstChild.getAttribute('stroke-dasharray')])"
@@ -187,7 +187,7 @@ def test_the_pointer_shows_the_nearest_value(look, address):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_fits_a_phone(look, tmp_path, scheme):
+def test_the_page_fits_a_phone(look, tmp_path, scheme):
     for number, name in enumerate(HOSTILE):
         write_run(tmp_path / "runs" / ("long_" * 20 + str(number)), recipe={"name": name + "x" * 90})
     values = compare.Comparison([tmp_path / "runs"]).page_values(Page(embedded))
@@ -200,7 +200,7 @@ def test_it_fits_a_phone(look, tmp_path, scheme):
     assert len(widths) == 6 and min(widths) > 300
 
 
-def test_no_name_breaks_it(look, tmp_path):
+def test_every_name_is_shown_as_text(look, tmp_path):
     for seed, name in enumerate(HOSTILE):
         write_run(tmp_path / "runs" / name.replace("/", "∕"), recipe={"name": name, "seed": seed})
     write_run(Path(os.fsdecode(os.fsencode(tmp_path / "runs") + b"/not-utf8-\xff")))
@@ -313,7 +313,7 @@ def ask(url: str, path: str, host: str = "") -> tuple[int, bytes]:
         return error.code, error.read()
 
 
-def test_the_server_answers_this_machine_only_with_the_page_only(runs):
+def test_the_server_answers_only_this_machine_and_serves_only_the_page(runs):
     with serving(runs) as url:
         port = url.rpartition(":")[2].rstrip("/")
         assert url.startswith("http://127.0.0.1:")

@@ -120,7 +120,7 @@ def test_different_weights_after_training_are_a_warning():
 # --- Weights & Biases ---------------------------------------------------------------------------------------------
 
 
-def test_the_wandb_server_answers_or_a_note_says_that_it_does_not(monkeypatch):
+def test_wandb_is_ok_if_its_server_answers_and_a_note_otherwise(monkeypatch):
     def check() -> Finding:
         [finding] = checks.check_wandb(Ranks(launched_world()))
         return finding

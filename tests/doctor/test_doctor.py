@@ -1,4 +1,4 @@
-"""The command `doctor`: a fit world passes, and a fault on one rank is reported with this rank."""
+"""The command `doctor`: healthy processes pass, and a fault on one rank is reported with this rank."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def rows_of(rows: list[dict], check: str, verdict: str | None = None) -> list[di
     return [row for row in rows if row["check"] == check and verdict in (None, row["verdict"])]
 
 
-def test_a_fit_process(tmp_path, capsys):
+def test_a_healthy_process(tmp_path, capsys):
     started = time.monotonic()
     code, rows = examine(tmp_path)
     output = capsys.readouterr().out
@@ -201,7 +201,7 @@ def examine_two(tmp_path: Path, on_rank_1: str = "pass", on_both: str = "", no_t
     return [process.returncode for process in processes], output, rows
 
 
-def test_two_fit_processes_print_one_table(tmp_path):
+def test_two_healthy_processes_print_one_table(tmp_path):
     codes, output, rows = examine_two(tmp_path, no_training=False)
     assert codes == [0, 0], output
     assert output.count("verdict") == 1 and output.count("fit to train") == 1

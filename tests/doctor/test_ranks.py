@@ -1,4 +1,4 @@
-"""Actions on all ranks: every rank learns the results and errors of all, even if a rank raises or dies."""
+"""Actions on all ranks: every rank learns the results and errors of all, even if a rank raises or is killed."""
 
 from __future__ import annotations
 

@@ -209,7 +209,7 @@ def plain_network() -> nn.Module:
     "words",
     [
         {},
-        {"checks": (8, 9, 17)},  # in the middle of a replay, and just before and after its end
+        {"checks": (8, 9, 17)},  # reads in the middle of a replay, and just before and after its end
         {"batch_size": 20, "steps": 30, "optimizer": "adam", "ema": True},  # steps wait when the short batch comes
         {"first": 5, "keywords": {"momentum": 0.9, "nesterov": True}},
     ],

@@ -95,7 +95,7 @@ def test_the_teacher_does_not_change_and_has_no_dropout(accelerator):
 
 
 @pytest.mark.parametrize(("world_size", "batch_size", "index"), [(2, 32, 0), (3, 39, 2), (7, 77, 1)])
-def test_the_mean_gradient_over_processes_is_that_of_the_whole_batch(world_size, batch_size, index):
+def test_the_mean_gradient_over_processes_is_that_of_the_global_batch(world_size, batch_size, index):
     def share(rank: int, world_size: int, micro_batch_size: int | None) -> torch.Tensor:
         module, distillation = lenet(), distillation_from(teacher_of("ms_ran", 1), weight=0.9, temperature=2)
         keywords = {"batch_size": batch_size, "micro_batch_size": micro_batch_size, "distillation": distillation}
@@ -188,8 +188,8 @@ def test_a_teacher_of_other_classes_is_refused(teachers, tmp_path, monkeypatch):
     ten_classes = DATASETS["synthetic"]
 
     def seven_classes(root, split, download):
-        parts = ten_classes(root, split, download)
-        return tuple(replace(part, labels=part.labels % 7, classes=tuple("abcdefg")) for part in parts)
+        splits = ten_classes(root, split, download)
+        return tuple(replace(each, labels=each.labels % 7, classes=tuple("abcdefg")) for each in splits)
 
     monkeypatch.setitem(DATASETS, "synthetic", seven_classes)
     problem = problem_of(load_recipe("debug", f"distill.from={teachers}/a"), tmp_path / "run")

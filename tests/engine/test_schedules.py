@@ -70,7 +70,7 @@ def test_cosine_is_cosineannealinglr(keywords):
 
 
 @pytest.mark.parametrize("interval", ["epoch", "step"])
-def test_cosine_covers_the_whole_run_without_t_max(interval):
+def test_cosine_covers_the_complete_run_without_t_max(interval):
     schedule, explicit = build("cosine", interval=interval), build("cosine", T_max=EPOCHS, interval=interval)
     assert [schedule.lr_at(s) for s in range(TOTAL_STEPS)] == [explicit.lr_at(s) for s in range(TOTAL_STEPS)]
     # max_steps can end a run in the middle of an epoch.

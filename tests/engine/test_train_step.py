@@ -1,4 +1,4 @@
-"""A training step equals a plain step on the whole global batch, with micro-batches and with several processes."""
+"""A training step equals a plain step on the global batch, also with micro-batches and with several processes."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -136,10 +136,10 @@ def test_a_step_equals_the_plain_pytorch_step(accelerator, label_smoothing, clip
 
 @pytest.mark.parametrize("micro_batch_size", [1, 7, 32])
 def test_micro_batches_do_not_change_the_update(accelerator, micro_batch_size):
-    module, whole = lenet(), lenet()
-    train(make_step(accelerator, whole, label_smoothing=0.1, clip_grad_norm=1.0))
+    module, unsplit = lenet(), lenet()
+    train(make_step(accelerator, unsplit, label_smoothing=0.1, clip_grad_norm=1.0))
     train(make_step(accelerator, module, label_smoothing=0.1, clip_grad_norm=1.0, micro_batch_size=micro_batch_size))
-    assert_close(weights(module), weights(whole))
+    assert_close(weights(module), weights(unsplit))
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 5])
@@ -188,12 +188,12 @@ def test_the_meter_counts_every_sample_once(accelerator):
     [(2, 32, 0), (3, 32, 1), (5, 32, 2), (7, 32, 0), (7, 80, 0), (3, 39, 2), (7, 77, 1)],
 )
 @pytest.mark.parametrize("micro_batch_size", [None, 4])
-def test_the_mean_gradient_over_processes_is_that_of_the_whole_batch(world_size, batch_size, index, micro_batch_size):
+def test_the_mean_gradient_over_processes_is_that_of_the_global_batch(world_size, batch_size, index, micro_batch_size):
     alone = lenet()
-    whole = make_step(FakeProcess(0, 1), alone, batch_size=batch_size, label_smoothing=0.1)
-    plan = whole.batches.plan(0)
-    whole(plan, index, 0)
-    expected, figures = gradient(alone), whole.meter._sums
+    one_process = make_step(FakeProcess(0, 1), alone, batch_size=batch_size, label_smoothing=0.1)
+    plan = one_process.batches.plan(0)
+    one_process(plan, index, 0)
+    expected, figures = gradient(alone), one_process.meter._sums
 
     total, sums = torch.zeros_like(expected), torch.zeros_like(figures)
     for rank in range(world_size):
@@ -348,7 +348,7 @@ def test_fp16_stops_once_the_scale_is_below_1(on_nonfinite):
 
 
 @pytest.mark.parametrize("clip_grad_norm", [None, 0.01, 1e6])
-def test_grad_norm_is_that_of_the_whole_gradient_before_clipping(accelerator, clip_grad_norm):
+def test_grad_norm_is_that_of_the_complete_gradient_before_clipping(accelerator, clip_grad_norm):
     module, plain = lenet(), lenet()
     module.features[0].weight.requires_grad_(False)
     plain.features[0].weight.requires_grad_(False)

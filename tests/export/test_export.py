@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import math
+import os
 import shutil
 import sys
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +26,7 @@ from mnist_dist.data.pictures import read_picture
 from mnist_dist.engine.checkpoint import save_weights
 from mnist_dist.errors import RecipeError, RunError
 from mnist_dist.export import __main__ as export
-from mnist_dist.export import exporter, quantize
+from mnist_dist.export import exporter, quantize, verify
 from mnist_dist.export import page as draw_page
 
 pytest_plugins = ["tests.browser"]
@@ -170,6 +173,35 @@ def test_a_file_that_disagrees_is_never_left(run_dir, known_onnx, tmp_path, monk
     assert (tmp_path / "file").read_text() == "an older file"
 
 
+def form_of(probabilities):
+    """The form of a network or file that gives these probabilities, one row for each image."""
+    probabilities = torch.tensor(probabilities)
+    return verify.Form("onnx", 1000, 90.0, probabilities.argmax(dim=1), probabilities, lambda images: probabilities)
+
+
+SURE = [[0.9, 0.06, 0.04]] * 9_999
+
+
+def test_a_near_tie_does_not_forbid_an_export_and_is_counted(capsys):
+    network, file = form_of([*SURE, [0.400001, 0.4, 0.199999]]), form_of([*SURE, [0.4, 0.400001, 0.199999]])
+    verify.check_agreement(network, file, ["a", "b", "c"])
+    export.show([network, file], torch.zeros(2, 1, 28, 28, dtype=torch.uint8))
+    assert "9,999 of 10,000 + 1 near-tie" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("network", "file"),
+    [
+        ([0.40002, 0.4, 0.19998], [0.4, 0.40002, 0.19998]),  # a difference of 2e-5
+        ([0.400001, 0.4, 0.199999], [0.2, 0.2, 0.6]),  # a near-tie, but the file predicts a third class
+        ([0.9, 0.06, 0.04], [0.400001, 0.4000011, 0.199999]),  # a near-tie in the file alone
+    ],
+)
+def test_any_other_disagreement_forbids_an_export(network, file):
+    with pytest.raises(RunError, match="1 of 10,000"):
+        verify.check_agreement(form_of([*SURE, network]), form_of([*SURE, file]), ["a", "b", "c"])
+
+
 NETS = """
 import torch
 from torch import nn
@@ -264,21 +296,84 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(run_dir, m
     assert [(each.key, each.kind) for each in refused.value.problems] == [("--format", "missing")]
 
 
-def test_without_network_and_cache_the_message_names_the_option(run_dir, tmp_path, monkeypatch, refused):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(draw_page, "URL", (tmp_path / "absent.tgz").as_uri())
-    problems = refused(lambda: export.main([str(run_dir), "--format", "page"]))
-    assert problems == [("--onnxruntime-web", "missing")]
+# --- onnxruntime-web ------------------------------------------------------------------------------------------------
 
 
-def test_a_damaged_cached_archive_is_downloaded_again(archive, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(draw_page, "URL", archive.as_uri())
-    cached = tmp_path / "mnist_dist" / draw_page.ARCHIVE
-    cached.parent.mkdir()
-    cached.write_bytes(b"half of it")
-    assert draw_page.load_runtime()["wasm"].startswith(b"\0asm")
-    assert cached.read_bytes() == archive.read_bytes() and len(list(cached.parent.iterdir())) == 1
+@pytest.fixture
+def npm(tmp_path, monkeypatch):
+    """Returns a function that puts a stub of the npm client first in PATH; the cache of the archive is empty.
+
+    The stub writes its arguments to the file `arguments`, and runs the given shell command.
+    """
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+
+    def write(command):
+        stub = tmp_path / "bin" / "npm"
+        stub.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > "{tmp_path}/arguments"\n{command}\n')
+        stub.chmod(0o755)
+
+    return write
+
+
+@pytest.fixture
+def small_archive(tmp_path, monkeypatch):
+    """An archive with the two files that a page needs, for which the checksum is set."""
+    path = tmp_path / "small.tgz"
+    with tarfile.open(path, "w:gz") as made:
+        for name in draw_page.FILES.values():
+            entry = tarfile.TarInfo(f"package/dist/{name}")
+            entry.size = len(name)
+            made.addfile(entry, io.BytesIO(name.encode()))
+    monkeypatch.setattr(draw_page, "SHA512", base64.b64encode(hashlib.sha512(path.read_bytes()).digest()).decode())
+    return path
+
+
+@pytest.mark.parametrize("old", [None, b"half of it"])
+def test_the_npm_client_fetches_the_archive_once_into_the_cache(npm, small_archive, tmp_path, old):
+    npm(f'cp "{small_archive}" {draw_page.ARCHIVE}')
+    cached = draw_page.cached_archive()
+    if old:
+        cached.parent.mkdir(parents=True)
+        cached.write_bytes(old)
+    runtime = draw_page.load_runtime()
+    assert runtime == {key: name.encode() for key, name in draw_page.FILES.items()}
+    assert (tmp_path / "arguments").read_text().split()[:2] == ["pack", f"onnxruntime-web@{draw_page.VERSION}"]
+    assert list(cached.parent.iterdir()) == [cached] and cached.read_bytes() == small_archive.read_bytes()
+    npm("exit 1")
+    assert draw_page.load_runtime() == runtime
+
+
+@pytest.mark.parametrize(
+    ("command", "kind", "words"),
+    [
+        (None, "missing", ["npm"]),
+        ("echo no such host >&2; exit 7", "missing", ["no such host"]),
+        ("exit 0", "missing", [draw_page.ARCHIVE]),
+        (f"echo other > {draw_page.ARCHIVE}", "damaged", ["SHA-512"]),
+    ],
+    ids=["not installed", "fails", "gives no file", "gives another file"],
+)
+def test_an_archive_that_npm_cannot_fetch_is_refused(run_dir, npm, tmp_path, monkeypatch, command, kind, words):
+    if command is None:
+        monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    else:
+        npm(command)
+    with pytest.raises(RecipeError) as refused:
+        export.main([str(run_dir), "--format", "page"])
+    [problem] = refused.value.problems
+    assert (problem.key, problem.kind) == ("--onnxruntime-web", kind)
+    if kind == "missing":
+        words = [*words, draw_page.PACK_COMMAND, f"--onnxruntime-web {draw_page.ARCHIVE}"]
+    assert all(word in problem.message for word in words)
+    assert not draw_page.cached_archive().exists()
+
+
+def test_a_file_is_used_without_the_npm_client(npm, small_archive, tmp_path):
+    npm("exit 1")
+    assert draw_page.load_runtime(small_archive)["wasm"] == draw_page.FILES["wasm"].encode()
+    assert not (tmp_path / "arguments").exists()
 
 
 # --- the page -------------------------------------------------------------------------------------------------------
@@ -286,11 +381,12 @@ def test_a_damaged_cached_archive_is_downloaded_again(archive, tmp_path, monkeyp
 
 @pytest.fixture(scope="module")
 def archive():
-    try:
-        if not draw_page.cached_archive().is_file():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("npm_config_fetch_retries", "0")  # without a network the test is skipped soon
+        try:
             draw_page.load_runtime()
-    except OSError as error:
-        pytest.skip(f"onnxruntime-web is not cached and cannot be downloaded: {error}")
+        except OSError as error:
+            pytest.skip(f"onnxruntime-web is not cached and npm cannot fetch it: {error}")
     return draw_page.cached_archive()
 
 

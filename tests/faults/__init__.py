@@ -1,1 +1,1 @@
-"""Kills, signals and damages runs, and compares what they end in: `python -m tests.faults --kills 200`."""
+"""Kills, signals and damages runs, and compares their results: `python -m tests.faults --kills 200`."""

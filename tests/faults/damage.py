@@ -19,7 +19,7 @@ from mnist_dist.run.folder import RunFolder
 
 @dataclass
 class Scene:
-    """A run folder with at least three checkpoints, and what must follow from the damage."""
+    """A run folder with at least three checkpoints, and the expected result of the damage."""
 
     run_dir: Path
     chance: random.Random
@@ -48,7 +48,7 @@ class Scene:
         path.write_bytes(content)
 
     def write_manifest(self, files: dict[str, list[object]] | None = None) -> None:
-        """Writes a manifest with these entries; without them, one that fits the state as it is now."""
+        """Writes a manifest with these entries; without them, one that fits the current state."""
         content = self.state.read_bytes()
         fitting: dict[str, list[object]] = {STATE: [len(content), hashlib.sha256(content).hexdigest()]}
         step = int(self.newest.name.removeprefix("step-"))
@@ -243,7 +243,7 @@ def _(scene: Scene) -> None:
     scene.named = []  # no run needs it, and it must not prevent the next checkpoint
 
 
-@kind("several", "strange names beside it")
+@kind("several", "strange names next to it")
 def _(scene: Scene) -> None:
     for name in ("step-", "step-x", "step-9.5", "step-²", "step--1", ".step-9", "step-9.tmp", ".DS_Store"):
         scene.newest.with_name(name).mkdir()

@@ -51,14 +51,14 @@ def command(run_dir: Path, world_size: int = 1, *words: str, module: str = "mnis
 
 
 def start(line: list[str], **variables: str) -> processes.Process:
-    """Starts a training process without a launcher, in a session of its own; stdout and stderr are one stream."""
+    """Starts a training process without a launcher, in a new session; stdout and stderr are one stream."""
     environment = os.environ | VARIABLES | variables
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return processes.popen(line, cwd=REPOSITORY, env=environment, **pipes)
 
 
 def start_launcher(line: list[str], **variables: str) -> subprocess.Popen[str]:
-    """Starts a launcher and its processes in a session of their own; stdout and stderr are one stream."""
+    """Starts a launcher and its processes in a new session; stdout and stderr are one stream."""
     # A shell lets a background process ignore Ctrl-C, and its children inherit that.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -111,7 +111,7 @@ def wait_for_step(run_dir: Path, step: int, process: processes.Process | subproc
 def bytes_of(run_dir: Path) -> dict[str, Any]:
     """Returns all that must be equal: weights, metrics, figures of the summary, every value of each checkpoint.
 
-    Times are left out.
+    Without times.
     """
     folder = RunFolder(run_dir)
     found: dict[str, Any] = {path.name: path.read_bytes() for path in (folder.last, folder.best)}
@@ -129,7 +129,7 @@ def bytes_of(run_dir: Path) -> dict[str, Any]:
 def checkpoint_bytes(path: Path) -> dict[str, Any]:
     """Returns the values of a checkpoint, each by its path in the state.
 
-    Times are left out, and so is the length of metrics.jsonl, which depends on the times.
+    Without times, and without the length of metrics.jsonl, which depends on the times.
     """
     state = load_checkpoint(path)
     for key in ("metrics_bytes", "train_seconds"):

@@ -215,7 +215,7 @@ class Watched:
         """Waits until every process has ended and returns what they printed.
 
         Raises:
-            subprocess.TimeoutExpired: a process is left after so many seconds.
+            subprocess.TimeoutExpired: a process still runs after that number of seconds.
         """
         deadline = time.monotonic() + seconds
         output, _ = self.process.communicate(timeout=seconds)  # the workers write into the same pipe
@@ -321,7 +321,7 @@ def ask_to_stop(run: Watched, number: signal.Signals, chance: random.Random, tri
     word = status_of(run.run_dir)
     detail = f"{number.name}{whom} in {where.phase} (step {where.step}): exit {code}, {word}, {seconds:.1f} s"
     trial.blows.append(Blow("TERM, INT, USR1", where.phase, f"{number.name}{whom}: exit {code}, {word}", detail))
-    # torchrun has an exit code of its own.
+    # torchrun has its own exit code.
     saved = word == "preempted" and (code == PREEMPTED or run.world_size > 1)
     at_its_end = word == "done" and code == 0
     assert saved or at_its_end or not where.in_the_loop, f"{detail}:\n{output}"

@@ -1,4 +1,4 @@
-"""The pictures show the right numbers, their texts fit, and the caller's matplotlib settings stay as they are."""
+"""The pictures show the right numbers, their texts fit, and the caller's matplotlib settings do not change."""
 
 from __future__ import annotations
 

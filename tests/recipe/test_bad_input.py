@@ -115,7 +115,7 @@ def assert_problem(problems: list[Problem], where: str | int | None, key: str, k
     """Asserts that there is one problem, with these properties and these words in its message.
 
     Args:
-        where: a line of my.yaml; None for my.yaml as a whole; or the location itself.
+        where: a line of my.yaml; None for my.yaml itself; or the location itself.
     """
     [problem] = problems
     location = where if isinstance(where, str) else "my.yaml" if where is None else f"my.yaml:{where}"
@@ -217,8 +217,9 @@ def test_unknown_key(refused_recipe, case):
     "case",
     [
         ("name: ms_ran\n  widht: 8", 3, "model.widht", "unknown", "'width'"),
-        ("name: ms_ran\n  num_classes: 8", 3, "model.num_classes", "unknown", "name, freeze, init_from, width"),
+        ("name: ms_ran\n  num_classes: 8", 3, "model.num_classes", "conflict", "set by the trainer"),
         ("name: lenet5\n  width: 8", 3, "model.width", "unknown", "name, freeze"),
+        ("name: torchvision/resnet18\n  weights: DEFAULT", 3, "model.weights", "conflict", "set by the trainer"),
         ("name: torchvision/resnet18\n  widht: 8", 3, "model.widht", "unknown"),
     ],
     ids=lambda case: case[0],
@@ -727,20 +728,20 @@ def flipped(content: bytes, position: int) -> bytes:
 @pytest.mark.parametrize(
     ("name", "damage", "words"),
     [
-        (IMAGES, lambda whole: whole[: len(whole) // 2], [f"{IMAGES}.gz"]),
-        (IMAGES, lambda whole: flipped(whole, 1000), [f"{IMAGES}.gz"]),
-        (LABELS, lambda whole: flipped(whole, 20), [f"{LABELS}.gz"]),
-        (IMAGES, lambda whole: flipped(whole, -6), [f"{IMAGES}.gz"]),
-        (IMAGES, lambda whole: b"", [f"{IMAGES}.gz"]),
-        (IMAGES, lambda whole: b"<html>Not found</html>", [f"{IMAGES}.gz"]),
-        (IMAGES, lambda whole: gzip.compress(b"\x08\x08\x08\x03" + bytes(100)), [f"{IMAGES}.gz"]),
-        (IMAGES, lambda whole: gzip.compress(b"\x00\x00\x07\x03" + bytes(100)), [f"{IMAGES}.gz"]),
-        (IMAGES, lambda whole: gzip.compress(b"\x00\x00\x08\x03" + bytes(3)), [f"{IMAGES}.gz"]),
-        (IMAGES, lambda whole: gzip.compress(gzip.decompress(whole)[:-5]), [f"{IMAGES}.gz"]),
-        (LABELS, lambda whole: packed(np.zeros(19)), ["20 images", "19 labels"]),
-        (LABELS, lambda whole: packed(np.full(20, 10)), ["10 to 10", "0 to 9"]),
-        (LABELS, lambda whole: packed(np.zeros((20, 3))), []),
-        (IMAGES, lambda whole: packed(np.zeros((20, 32, 32))), ["28×28"]),
+        (IMAGES, lambda content: content[: len(content) // 2], [f"{IMAGES}.gz"]),
+        (IMAGES, lambda content: flipped(content, 1000), [f"{IMAGES}.gz"]),
+        (LABELS, lambda content: flipped(content, 20), [f"{LABELS}.gz"]),
+        (IMAGES, lambda content: flipped(content, -6), [f"{IMAGES}.gz"]),
+        (IMAGES, lambda content: b"", [f"{IMAGES}.gz"]),
+        (IMAGES, lambda content: b"<html>Not found</html>", [f"{IMAGES}.gz"]),
+        (IMAGES, lambda content: gzip.compress(b"\x08\x08\x08\x03" + bytes(100)), [f"{IMAGES}.gz"]),
+        (IMAGES, lambda content: gzip.compress(b"\x00\x00\x07\x03" + bytes(100)), [f"{IMAGES}.gz"]),
+        (IMAGES, lambda content: gzip.compress(b"\x00\x00\x08\x03" + bytes(3)), [f"{IMAGES}.gz"]),
+        (IMAGES, lambda content: gzip.compress(gzip.decompress(content)[:-5]), [f"{IMAGES}.gz"]),
+        (LABELS, lambda content: packed(np.zeros(19)), ["20 images", "19 labels"]),
+        (LABELS, lambda content: packed(np.full(20, 10)), ["10 to 10", "0 to 9"]),
+        (LABELS, lambda content: packed(np.zeros((20, 3))), []),
+        (IMAGES, lambda content: packed(np.zeros((20, 32, 32))), ["28×28"]),
     ],
 )
 def test_damaged_data(refused_recipe, name, damage, words):

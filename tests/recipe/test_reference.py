@@ -47,13 +47,13 @@ def test_every_key_has_a_meaning(key):
 
 
 @pytest.mark.parametrize("key", VALUES, ids=lambda key: key.name)
-def test_a_key_that_takes_null_says_what_null_means(key):
+def test_a_key_that_takes_null_explains_null(key):
     types = type_text(key.values).split(" or ")
     assert ("null" in types) == ("Null" in key.meaning)
 
 
 @pytest.mark.parametrize("section", [Recipe, *(key.section for key in SECTIONS)], ids=lambda section: section.__name__)
-def test_every_section_has_a_docstring_of_its_own(section):
+def test_every_section_has_its_own_docstring(section):
     assert section.__doc__ and section.__doc__ != Section.__doc__
 
 
@@ -123,7 +123,7 @@ def test_an_open_section_lists_the_keywords_of_each_name(section):
         ("model.width", [["ms_ran", "int", "default", "32"], ["mnistnet", "int", "default", "32"]]),
     ],
 )
-def test_a_keyword_lists_what_takes_it(key, rows):
+def test_a_keyword_lists_the_names_that_take_it(key, rows):
     lines = [line.split() for line in explain(key).splitlines()]
     assert lines[0] == [key]
     assert not [row for row in rows if row not in [line[: len(row)] for line in lines]]
@@ -281,7 +281,7 @@ def test_files_are_written_between_the_marks(tmp_path: Path):
     assert page.read_text(encoding="utf-8") == f"before\n{MARKS[0]}\n{markdown_reference()}\n{MARKS[1]}\nafter\n"
 
 
-def test_a_page_without_marks_is_left_alone(tmp_path: Path):
+def test_a_page_without_marks_is_not_changed(tmp_path: Path):
     page = tmp_path / "README.md"
     page.write_text("no marks\n", encoding="utf-8")
     assert write_reference(tmp_path) == [tmp_path / SCHEMA_FILE]

@@ -22,7 +22,7 @@ def total_of(text, name):
 
 
 class Net(nn.Module):
-    """Layers defined in another order than called, a tuple as output, a shared layer, and a parameter of its own."""
+    """Layers in another order than called, a tuple as output, a shared layer, and a parameter outside all layers."""
 
     def __init__(self):
         super().__init__()
@@ -83,7 +83,7 @@ def test_a_layer_with_several_rows_per_image_counts_them_all():
     assert rows["2"] == ["Linear", "(7N, 4, 5)", "145", f"{28 * 28 * 5:,}"]
 
 
-def test_mode_hooks_weights_and_random_numbers_stay_as_they_are():
+def test_mode_hooks_weights_and_random_numbers_are_unchanged():
     model = Net().train()
     model.features.eval()
     seen = []

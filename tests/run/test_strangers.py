@@ -33,7 +33,7 @@ from mnist_dist import (
 )
 from mnist_dist.compare.__main__ import main as compare_main
 from mnist_dist.data.pictures import read_picture
-from mnist_dist.data.sources.mnist import read_idx
+from mnist_dist.data.sources.idx import read_idx
 from mnist_dist.engine.checkpoint import MANIFEST, STATE, _fingerprint, load_checkpoint, load_weights, save_weights
 from mnist_dist.errors import RecipeError
 from mnist_dist.export.__main__ import main as export_main

@@ -25,7 +25,7 @@ def test_a_new_file_holds_the_marks_and_the_text(tmp_path):
     assert (tmp_path / "new.md").read_text() == f"{MARKS[0]}\ntext\n{MARKS[1]}\n"
 
 
-def test_a_file_without_a_pair_of_marks_is_left_as_it_is(tmp_path, refused):
+def test_a_file_without_a_pair_of_marks_is_not_changed(tmp_path, refused):
     path = tmp_path / "page.md"
     for content in ("no marks\n", f"{MARKS[0]}\n", f"{MARKS[1]}\n{MARKS[0]}\n"):
         path.write_text(content)

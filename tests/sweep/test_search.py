@@ -32,7 +32,7 @@ def search(*words: str | Path) -> int:
 
 @pytest.fixture
 def trained(monkeypatch) -> list[str]:
-    """Trains trials in this process, which is faster; holds the names of those that were trained."""
+    """Trains trials in this process, which is faster; returns a list that collects the names of the trained trials."""
     names: list[str] = []
 
     def train_here(searched: sweep.Sweep, trial: trials.Trial, log: Path) -> int:
