@@ -8,13 +8,11 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from mnist_dist.engine.files import expand_path as path
 from mnist_dist.errors import Problem, RecipeError, RunError, safe_output
 
-FAILED = 1
-BAD_INPUT = 2
+FAILED, BAD_INPUT = 1, 2
 RANK_0_SECONDS = 30.0
 """Other ranks wait this long before they print an error. Rank 0 prints first, and the launcher then ends the others."""
 
@@ -118,8 +116,14 @@ def _add_run(parser: Parser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run folder")
 
 
+def _add_code(parser: Parser) -> None:
+    code = "a module from which a run's network may be imported, if you trust both; repeatable"
+    parser.add_argument("--allow-code", metavar="MODULE", action="append", default=[], help=code)
+
+
 def _add_weights(parser: Parser) -> None:
     parser.add_argument("--weights", choices=["last", "best"], default="last", help="last (default) or best weights")
+    _add_code(parser)
 
 
 def _add_data(parser: Parser) -> None:
@@ -143,8 +147,8 @@ def _train(parser: Parser) -> None:
     parser.add_argument("--allow-recipe-change", action="store_true", help="resume although the recipe has changed")
     parser.add_argument("--print-recipe", action="store_true", help="print the resolved recipe and exit")
     parser.add_argument("--list-recipes", action="store_true", help="print the bundled recipes and exit")
-    explain = "print type, default, range and meaning of a recipe key or section and exit"
-    parser.add_argument("--explain", metavar="KEY", help=explain)
+    parser.add_argument("--explain", metavar="KEY", help="print type, default, range and meaning of a key and exit")
+    _add_code(parser)
     _add_overrides(parser)
 
 
@@ -184,19 +188,17 @@ def _ensemble(parser: Parser) -> None:
 def _sweep(parser: Parser) -> None:
     parser.add_argument("sweep", metavar="RECIPE|SWEEP.YAML", help="a recipe, or a W&B sweep file (grid or random)")
     _add_overrides(parser, "recipe keys; key=a,b,c tries each of these values")
-    count = "maximum number of trials (default: the file's run_cap, or all)"
-    parser.add_argument("--count", type=int, metavar="N", help=count)
+    parser.add_argument("--count", type=int, metavar="N", help="most trials (default: the file's run_cap, or all)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of a random search (default: 0)")
     folder = "folder of the search (default: runs/sweeps/<name>); the same command resumes an interrupted search"
     parser.add_argument("--run-dir", type=path, metavar="DIR", help=folder)
 
 
 def _benchmark(parser: Parser) -> None:
-    measurement = parser.add_mutually_exclusive_group(required=True)
-    measurement.add_argument("--recipe", metavar="NAME", help="a path, or the name of a bundled recipe")
-    measurement.add_argument("--time-to-accuracy", metavar="NAME", help="time trainings, also of a reference network")
-    floors = "check files written by --json against the floors for a GPU"
-    measurement.add_argument("--floors", type=path, nargs="+", metavar="FILE", help=floors)
+    group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument("--recipe", metavar="NAME", help="a path, or the name of a bundled recipe")
+    group.add_argument("--time-to-accuracy", metavar="NAME", help="time trainings, also of a reference network")
+    group.add_argument("--floors", type=path, nargs="+", metavar="FILE", help="check files of --json against floors")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="interleaved rounds (default: 7)")
     parser.add_argument("--steps", type=int, default=50, metavar="N", help="steps or calls per round (default: 50)")
     parser.add_argument("--seeds", type=int, default=30, metavar="N", help="seeds of --time-to-accuracy (default: 30)")
@@ -212,8 +214,7 @@ def _benchmark(parser: Parser) -> None:
 
 
 def _compare(parser: Parser) -> None:
-    runs = "run folders, folders of run folders, or files written by --keep"
-    parser.add_argument("runs", nargs="+", type=path, metavar="RUN", help=runs)
+    parser.add_argument("runs", nargs="+", type=path, metavar="RUN", help="run folders, folders of them, --keep files")
     parser.add_argument("--html", type=path, metavar="FILE", help="where to write the page (default: compare.html)")
     parser.add_argument("--no-html", action="store_true", help="write no page")
     parser.add_argument("--live", action="store_true", help="serve the page on this machine and follow running runs")
@@ -225,7 +226,7 @@ def _compare(parser: Parser) -> None:
 
 def _doctor(parser: Parser) -> None:
     folder = "the folder whose file system is checked (default: ./runs); the check leaves no file"
-    parser.add_argument("--run-dir", type=path, default=Path("runs"), metavar="DIR", help=folder)
+    parser.add_argument("--run-dir", type=path, default="runs", metavar="DIR", help=folder)
     parser.add_argument("--world-size", type=int, metavar="N", help="expected number of processes")
     _add_json(parser, "the table")
     parser.add_argument("--write-reference", action="store_true", help="write new reference losses instead of checking")
@@ -240,8 +241,7 @@ def _export(parser: Parser) -> None:
     formats = "torch: a torch.export archive; onnx, onnx-int8: ONNX files; page: one HTML file to draw digits in"
     parser.add_argument("--format", required=True, choices=list(EXPORT_ENDINGS), help=formats)
     _add_weights(parser)
-    output = "the file to write (default: RUN/export/<weights> with the format's ending)"
-    parser.add_argument("--output", type=path, metavar="FILE", help=output)
+    parser.add_argument("--output", type=path, metavar="FILE", help="a file (default: RUN/export/<weights>.<ending>)")
     runtime = "for the format page: npm's archive of onnxruntime-web (default: the npm client fetches it once)"
     parser.add_argument("--onnxruntime-web", type=path, metavar="FILE.tgz", help=runtime)
     _add_overrides(parser, "recipe keys, e.g. data.root=/data")

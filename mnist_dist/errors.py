@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator
@@ -25,7 +26,12 @@ Kind = Literal[
     "world",  # another number of processes than expected
     "model",  # a network that cannot be built, run or trained
     "usage",  # command-line arguments that do not fit together
+    "code",  # a file names Python code that the user has not allowed
 ]
+
+
+CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that control a terminal or the direction of text, or that no encoding can write."""
 
 
 @dataclass(frozen=True)

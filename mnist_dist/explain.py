@@ -147,7 +147,9 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns exit code 0. Exit code 2 means: no such run, weights, picture or layers."""
     arguments = parse("explain", argv)
     output = arguments.output or Path(arguments.run, "plots", f"explain_{arguments.picture.stem}.png")
-    run = open_run(arguments.run, arguments.weights)
+    run = open_run(arguments.run, arguments.weights, arguments.allow_code)
+    if arguments.output is None:
+        run.folder.refuse_output(output)
     try:
         picture = prepare_picture(arguments.picture, run.geometry)
     except ValueError as error:

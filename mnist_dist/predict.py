@@ -13,6 +13,7 @@ if __name__ == "__main__":
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
@@ -22,12 +23,15 @@ from mnist_dist.run.reader import find_runs, load_run, open_run
 from mnist_dist.run.tables import printable
 
 
-def predict_digit(path: str | Path, run: str | Path | None = None) -> tuple[str, float]:
+def predict_digit(
+    path: str | Path, run: str | Path | None = None, allow_code: str | Iterable[str] = ()
+) -> tuple[str, float]:
     """Classifies the digit (or letter, or garment) in a picture file.
 
     Args:
         path: a picture file.
         run: a run folder; None for the newest finished run below ./runs.
+        allow_code: see `load_run`.
 
     Returns:
         The name of the likeliest class and its probability (0 to 1).
@@ -36,7 +40,8 @@ def predict_digit(path: str | Path, run: str | Path | None = None) -> tuple[str,
         FileNotFoundError: there is no such run.
         ValueError: the picture cannot be read.
     """
-    found = predict_picture(load_run(_newest_run() if run is None else run, "last"), Path(path))
+    opened = load_run(_newest_run() if run is None else run, "last", allow_code)
+    found = predict_picture(opened, Path(path))
     return found["digit"], found["confidence"]
 
 
@@ -53,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     Exit code 2 means: no such run or weights.
     """
     arguments = parse("predict", argv)
-    run = open_run(arguments.run, arguments.weights)
+    run = open_run(arguments.run, arguments.weights, arguments.allow_code)
     paths = [path for given in arguments.pictures for path in _files(given)]
     found, failed = [], len(paths) == 0
     for path in paths:

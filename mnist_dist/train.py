@@ -13,6 +13,7 @@ if __name__ == "__main__":
 import sys
 import time
 import types
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,7 @@ def train(
     resume: str = "auto",
     allow_recipe_change: bool = False,
     world_size: int | None = None,
+    allow_code: Iterable[str] = (),
 ) -> dict[str, Any]:
     """Trains a recipe in a run folder. Collective: call on every rank.
 
@@ -128,6 +130,7 @@ def train(
         resume: "auto": resume the run in `run_dir`; "never": refuse such a folder; else a run or checkpoint to start.
         allow_recipe_change: resume although the recipe has changed.
         world_size: the expected number of processes; None for the number that the launcher was asked for, if known.
+        allow_code: modules from which the networks of `distill.from` may be imported; see `load_run`.
 
     Returns:
         The values of summary.json; if a signal stopped the run, only `status` ("preempted") and `step`.
@@ -144,9 +147,8 @@ def train(
     dataset = load_data(recipe, state)
     prepared = run_on_all_ranks(state, lambda: prepare_model(recipe, dataset, state.num_processes, state.device))
     recipe, module = prepared.recipe, prepared.module
-    teachers = run_on_all_ranks(state, lambda: load_teachers(recipe, dataset.train))
-    # A checkpoint holds all weights, and the file of model.init_from may be gone when the run resumes.
-    resumes = has_checkpoint(run_dir, resume, state)
+    teachers = run_on_all_ranks(state, lambda: load_teachers(recipe, dataset.train, allow_code))
+    resumes = has_checkpoint(run_dir, resume, state)  # a checkpoint holds all weights; model.init_from may be gone
     notes = [] if resumes else run_on_all_ranks(state, lambda: load_initial_weights(recipe, module))
     folder = open_folder(recipe, run_dir, state, resume, allow_recipe_change)
     with folder.failed_on_error(state.is_main_process):
@@ -209,6 +211,7 @@ def main(argv: list[str] | None = None) -> int:
         resume=arguments.resume,
         allow_recipe_change=arguments.allow_recipe_change,
         world_size=arguments.world_size,
+        allow_code=arguments.allow_code,
     )
     launched_world().destroy_process_group()
     return PREEMPTED if result.get("status") == "preempted" else 0

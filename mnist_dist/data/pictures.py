@@ -16,6 +16,9 @@ from torch import Tensor
 from mnist_dist.data.figures import find_figure
 from mnist_dist.data.geometry import Geometry
 
+PROGRAMS = ("EPS", "WMF")
+"""Formats that Pillow has another program draw."""
+
 MOST_PIXELS = 100_000_000
 """Larger pictures are refused, because they would fill the memory."""
 
@@ -67,6 +70,8 @@ def _open(path: str | Path) -> Image.Image:
         with Image.open(path) as file:
             if file.width * file.height > MOST_PIXELS:
                 raise ValueError(f"too many pixels: {file.width:,}×{file.height:,}; at most {MOST_PIXELS:,}")
+            if file.format in PROGRAMS:
+                raise ValueError(f"{file.format} files are programs; save the picture as PNG or JPEG")
             return ImageOps.exif_transpose(file)
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise ValueError(error.strerror) from error

@@ -123,7 +123,8 @@ def find_builder(name: str) -> Builder:
 
     Args:
         name: a key of `MODELS`, `torchvision/<name>`, `timm/<name>`, or `my_package.nets:MyNet`, which is imported from
-            the current directory or an installed package.
+            the current directory or an installed package. Only a person may give such a path, never a file that a
+            command reads: see `mnist_dist.models.foreign`.
 
     Raises:
         ValueError: there is no such network; the message names similar ones.
@@ -224,7 +225,11 @@ def _with_whole_patches(name: str, model: nn.Module, side: int = 28) -> nn.Modul
 
 
 def imported_builder(path: str) -> Builder:
-    """Returns the class or function at `package.module:Name`."""
+    """Returns the network class at `package.module:Name`, or the function that this module defines.
+
+    Raises:
+        ValueError: the module cannot be imported, or has neither.
+    """
     module_name, _, attribute = path.partition(":")
     here = str(Path.cwd())
     if here not in sys.path:
@@ -242,4 +247,9 @@ def imported_builder(path: str) -> Builder:
         raise ValueError(
             f"model {path!r}: {module_name!r} has no class or function {attribute!r}{did_you_mean(attribute, known)}"
         )
+    is_network = inspect.isclass(builder) and issubclass(builder, nn.Module)
+    if not is_network and not (inspect.isfunction(builder) and builder.__module__ == module_name):
+        # The name may be any callable that the module imports, e.g. a function that runs a program.
+        message = "expected a subclass of torch.nn.Module, or a function that the module itself defines"
+        raise ValueError(f"model {path!r}: {message}, got {attribute}") from TypeError(attribute)
     return builder

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from mnist_dist.engine.files import expand_path, write_atomically
+from mnist_dist.engine.files import expand_path, read_regular, write_atomically
 from mnist_dist.errors import Kind, Problem, RecipeError, did_you_mean
 
 # --- the origin of a key ------------------------------------------------------------------------------------------
@@ -44,8 +44,19 @@ class Dumper(yaml.SafeDumper):
     """Writes YAML; quotes text that YAML 1.1 or 1.2 would read as another type."""
 
 
+MOST_BYTES, MOST_KEYS = 1_000_000, 10_000
+"""The size of the largest recipe that is read: bytes of its file, keys and list entries together."""
+
+
+def _whole_number(node: yaml.Node) -> int:
+    """Returns the value of a whole number. No float can hold one of 309 digits, and computing with one is slow."""
+    if len(node.value) > 300:
+        raise yaml.MarkedYAMLError(problem="a number of more than 300 digits", problem_mark=node.start_mark)
+    return int(node.value)
+
+
 _Loader.yaml_implicit_resolvers = {}
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: _whole_number(node))
 _NUMBER = r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
 for _kind, _pattern, _first in [
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
@@ -107,6 +118,8 @@ def _locate_keys(
     def refuse(node: yaml.Node, problem: str) -> None:
         raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
 
+    if len(places) > MOST_KEYS:  # a few aliases of aliases would make billions
+        refuse(node, f"a recipe has at most {MOST_KEYS:,} keys and list entries")
     kind = node.tag.removeprefix("tag:yaml.org,2002:")
     if kind == "map":
         node.value = list(_merged(node, refuse, (*ancestors, node)))
@@ -140,12 +153,14 @@ def _merged(
     yield from own
     seen = {name.value for name, _ in own}
     for _, value in (pair for pair in node.value if pair[0].tag.endswith(":merge")):
-        for base in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+        # A section that is listed twice adds nothing, and a few aliases of aliases would make billions.
+        for base in dict.fromkeys(value.value) if isinstance(value, yaml.SequenceNode) else [value]:
             if not isinstance(base, yaml.MappingNode):
                 refuse(base, "`<<` merges a section or a list of sections, e.g. `<<: *base`")
             if base in ancestors:
                 refuse(base, "a section or list contains itself")
-            for name, inner in _merged(base, refuse, (*ancestors, base)):
+            base.value = list(_merged(base, refuse, (*ancestors, base)))  # merged once, however often it is named
+            for name, inner in base.value:
                 if name.value not in seen:
                     seen.add(name.value)
                     yield name, inner
@@ -159,7 +174,8 @@ def read_recipe(path: Path) -> tuple[dict[str, Any], Origins]:
     """
     kind: Kind = "syntax"
     try:
-        values, places = parse(path.read_text(encoding="utf-8"), lambda line: f"{path}:{line}" if line else str(path))
+        text = read_regular(path, MOST_BYTES).decode()
+        values, places = parse(text, lambda line: f"{path}:{line}" if line else str(path))
         if isinstance(values, dict):
             return values, Origins(str(path), places)
         problem = "not a recipe: expected keys with values, e.g. `epochs: 10`"

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from mnist_dist.data import DATASETS, Augmentation
 from mnist_dist.engine import optimizers, schedules
 from mnist_dist.errors import Kind, Problem
-from mnist_dist.models import MODELS, find_builder
+from mnist_dist.models import MODELS, find_builder, is_code
 from mnist_dist.recipe.file import Dumper, Origins
 
 # --- types of values ----------------------------------------------------------------------------------------------
@@ -36,6 +36,12 @@ def _power_of_two(count: int) -> int:
     if count & (count - 1):
         raise ValueError(f"expected a power of two, got {count}; try {1 << (count.bit_length() - 1)}")
     return count
+
+
+def _model_name(name: str) -> str:
+    if not is_code(name):  # a dotted path is imported only if a person named it: see `load_recipe`
+        find_builder(name)
+    return name
 
 
 def _as_list(value: Any) -> Any:
@@ -86,7 +92,7 @@ class OpenSection(Section):
 class ModelSection(OpenSection):
     """The network, and the weights it starts from."""
 
-    name: Annotated[str, AfterValidator(lambda name: find_builder(name) and name), WithJsonSchema(_MODEL_NAMES)]
+    name: Annotated[str, AfterValidator(_model_name), WithJsonSchema(_MODEL_NAMES)]
     """The network: a name of this package (`ms_ran`, `resnet18`, `simple_cnn`, …), `torchvision/<name>`,
     `timm/<name>`, or your own class or function as `package.module:Name`."""
     freeze: list[str] = []

@@ -43,7 +43,7 @@ def load_evaluation_data(run: Run, *overrides: str, split: str = "test") -> tupl
         RecipeError: the data cannot be read, the run has no validation images, or the data has another number of
             classes than the network.
     """
-    recipe = load_recipe(run.folder.recipe, *overrides)
+    recipe = load_recipe(run.folder.recipe, *overrides, import_code=False)
     dataset = load_data(recipe, launched_world())
     if split == "validation" and not dataset.has_validation:
         message = "this run has no validation images (data.validation is 0); use --split test"

@@ -72,12 +72,44 @@ class RunFolder:
             return
         if not self.recipe.is_file():
             raise refusal(f"{self.path} is not empty and is not a run folder; name a new folder", "exists")
+        if links := sorted(entry.name for entry in self.path.iterdir() if self.leaves(entry)):
+            message = f"{self.path} has links out of the folder, through which a run would write: {', '.join(links)}"
+            raise refusal(f"{message}; put the files themselves into the folder", "unsupported")
         if resume == "never":
             raise refusal(f"{self.path} holds a run, and a run is never overwritten; name a new folder", "exists")
         if self.is_done:
             raise refusal(f"the run in {self.path} is done; name a new folder for another run", "exists")
-        if changes := refuse_changes(load_recipe(self.recipe), recipe, allow_recipe_change):
+        if changes := refuse_changes(load_recipe(self.recipe, import_code=False), recipe, allow_recipe_change):
             raise refusal(f"the run in {self.path} was started with another recipe:\n{changes}", "conflict")
+
+    def leaves(self, path: Path) -> bool:
+        """Returns whether a path in this folder leads out of it through a link. The folder itself may be a link."""
+        try:
+            return not path.resolve().is_relative_to(self.path.resolve())
+        except (OSError, RuntimeError):  # links in a circle
+            return True
+
+    def refuse_link(self, path: Path) -> Path:
+        """Returns a path in this folder.
+
+        Raises:
+            ValueError: the path leads out of the folder through a link. A run folder may come from a stranger, whose
+                link would show, or overwrite, a file of the user's own.
+        """
+        if self.leaves(path):
+            raise ValueError(f"{path} is a link out of the run folder; put the file itself into the folder")
+        return path
+
+    def refuse_output(self, path: Path) -> Path:
+        """Returns a path in this folder that a command writes because the user named no other.
+
+        Raises:
+            RecipeError: the path leads out of the folder through a link.
+        """
+        if self.leaves(path):
+            message = f"{path} is a link out of the run folder; name a file with --output"
+            raise RecipeError([Problem("command line", "--output", message, "unsupported")])
+        return path
 
     @contextmanager
     def failed_on_error(self, writes: bool) -> Iterator[None]:

@@ -97,20 +97,35 @@ def find_checkpoint(source: str, recipe: Recipe, allow_recipe_change: bool) -> t
     for candidate in candidates:
         try:
             state = load_checkpoint(candidate)
+            _check_position(candidate, state)
             break
         except ValueError as error:
             problems.append(str(error))
     else:
         raise refusal("\n".join(problems), "damaged")
     origin = RunFolder(candidate.absolute().parent.parent)
-    if origin.recipe.is_file() and (changes := refuse_changes(load_recipe(origin.recipe), recipe, allow_recipe_change)):
-        raise refusal(f"{candidate} belongs to a run of another recipe:\n{changes}", "conflict")
+    if origin.recipe.is_file():
+        given = load_recipe(origin.recipe, import_code=False)
+        if changes := refuse_changes(given, recipe, allow_recipe_change):
+            raise refusal(f"{candidate} belongs to a run of another recipe:\n{changes}", "conflict")
     return origin, state
+
+
+def _check_position(path: Path, state: dict[str, Any]) -> None:
+    """Checks the values of a checkpoint that become a path and a position in a file.
+
+    Raises:
+        ValueError: the checkpoint may come from a stranger, and one of the values is of another type.
+    """
+    progress = state.get("progress") if isinstance(state, dict) else None
+    numbers = [progress.get("step") if isinstance(progress, dict) else None, state.get("metrics_bytes", 0)]
+    if any(type(each) is not int or each < 0 for each in numbers):
+        raise ValueError(f"{path} is damaged: it does not say at which step it was written")
 
 
 def adopt(folder: RunFolder, origin: RunFolder, state: dict[str, Any], keep: int) -> None:
     """Copies another run's checkpoint, and its metrics up to that step, into a new folder."""
-    if origin.metrics.is_file():
+    if origin.metrics.is_file() and not origin.leaves(origin.metrics):
         write_atomically(folder.metrics, origin.metrics.read_bytes()[: state.get("metrics_bytes", 0)])
     state = {key: value for key, value in state.items() if key != "wandb_id"}  # the new run is a new W&B run
     save_checkpoint(folder.checkpoints, state["progress"]["step"], state, keep=keep)

@@ -92,7 +92,7 @@ def _check_folder(folder: RunFolder, recipe: Recipe) -> None:
     """
     if not folder.recipe.is_file():
         return
-    existing = load_recipe(folder.recipe)
+    existing = load_recipe(folder.recipe, import_code=False)
     precision = recipe.mixed_precision or existing.mixed_precision  # a run stores its launcher's precision
     if changes := describe_changes(existing, recipe.model_copy(update={"mixed_precision": precision})):
         listed = "\n".join([*changes, "name another folder with --run-dir"])

@@ -6,6 +6,7 @@ A file may be plain or gzip-packed, whatever its name. Its folder may be read-on
 from __future__ import annotations
 
 import gzip
+import io
 import math
 import re
 import zlib
@@ -23,6 +24,9 @@ TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">
 GZIP = b"\x1f\x8b"
 """The first two bytes of gzip data."""
 
+MOST_BYTES = 2**31
+"""The largest number of bytes that the values of a packed file may take, unpacked."""
+
 AGAIN = "a published data set can be downloaded again into another folder, with data.root"
 
 # --- reading ------------------------------------------------------------------------------------------------------
@@ -37,9 +41,11 @@ def read_idx(path: Path) -> Tensor:
     content = path.read_bytes()
     try:
         if content.startswith(GZIP):
-            content = gzip.decompress(content)
+            content = _unpack(content)
     except (EOFError, OSError, zlib.error) as error:
         raise _damaged(path, f"its gzip data is broken: {error}") from error
+    except ValueError as error:
+        raise _damaged(path, str(error)) from error
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in TYPES or not 1 <= content[3] <= 4:
         raise _damaged(path, f"it starts with {content[:4]!r}, which is no header of an IDX file")
     dtype, dimensions = np.dtype(TYPES[content[2]]), content[3]
@@ -51,6 +57,26 @@ def read_idx(path: Path) -> Tensor:
         raise _damaged(path, f"its header states {states}, which take {expected:,} bytes, but it has {found:,} bytes")
     values = np.frombuffer(content, dtype, offset=start).reshape(shape)
     return torch.from_numpy(values.astype(dtype.newbyteorder("=")))
+
+
+def _unpack(data: bytes) -> bytes:
+    """Returns the content of a gzip-packed IDX file: at most a byte more than its header states.
+
+    A few packed bytes can hold more than the memory can.
+
+    Raises:
+        ValueError: the header states more than MOST_BYTES.
+    """
+    with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+        head = file.read(4)
+        if len(head) < 4 or head[:2] != b"\0\0" or head[2] not in TYPES or not 1 <= head[3] <= 4:
+            return head
+        sizes = file.read(4 * head[3])
+        shape = [int.from_bytes(sizes[at : at + 4], "big") for at in range(0, len(sizes), 4)]
+        stated = math.prod(shape) * np.dtype(TYPES[head[2]]).itemsize
+        if stated > MOST_BYTES:
+            raise ValueError(f"its header states {stated:,} bytes, and at most {MOST_BYTES:,} are read")
+        return head + sizes + file.read(stated + 1)
 
 
 def _damaged(path: Path, message: str) -> ValueError:
