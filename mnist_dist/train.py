@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 from mnist_dist.cli import answer_early, is_main_process, parser_of, run_command
+from mnist_dist.distributed.signals import PREEMPTED, Interrupts, exit_on_signals
 
 if __name__ == "__main__":
-    answer_early("train")  # before the imports below load torch
+    exit_on_signals()  # before the imports below load torch
+    answer_early("train")
 
 import sys
 import time
@@ -20,12 +22,12 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from rich.table import Table
+from torch import nn
 
 from mnist_dist.data import Images
 from mnist_dist.distributed.collectives import run_on_all_ranks
 from mnist_dist.distributed.devices import choose_threads
 from mnist_dist.distributed.launcher import check_size, launched_world
-from mnist_dist.distributed.signals import PREEMPTED, Interrupts
 from mnist_dist.distributed.watchdog import Watchdog
 from mnist_dist.engine.evaluation import Interrupted
 from mnist_dist.engine.files import expand_path, write_atomically
@@ -39,11 +41,13 @@ from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.build import build_components, check_world, load_data
 from mnist_dist.run.checkpointing import Checkpointer
 from mnist_dist.run.components import Progress, TrainingComponents
+from mnist_dist.run.folder import RunFolder
 from mnist_dist.run.model_setup import prepare_model
 from mnist_dist.run.model_summary import summarize_model
+from mnist_dist.run.plan import Plan
 from mnist_dist.run.pretrained import load_initial_weights, load_teachers
 from mnist_dist.run.provenance import git_commit, versions
-from mnist_dist.run.resume import components_state, has_checkpoint, load_newest, open_folder
+from mnist_dist.run.resume import components_state, finished_results, has_checkpoint, load_newest, open_folder
 from mnist_dist.run.summary import finish_run, open_trackers, show_notes, stop_run
 from mnist_dist.run.tables import table_console
 
@@ -51,14 +55,18 @@ from mnist_dist.run.tables import table_console
 
 
 def fit(
-    recipe: Recipe, components: TrainingComponents, held_out: Images, checkpointer: Checkpointer, progress: Progress
+    recipe: Recipe,
+    components: TrainingComponents,
+    held_out: Images,
+    checkpointer: Checkpointer,
+    progress: Progress,
+    interrupts: Interrupts | None = None,
 ) -> bool:
     """Trains from `progress` to the last step. Returns False if a signal stopped it earlier, after a checkpoint."""
-    accelerator, batches = components.accelerator, components.batches
-    update, meter = components.update, components.meter
-    plan = batches.plan(progress.step // batches.steps_per_epoch, accelerator.device)
+    accelerator, batches, update = components.accelerator, components.batches, components.update
+    meter, plan = components.meter, batches.plan(progress.step // batches.steps_per_epoch, accelerator.device)
     watchdog = Watchdog(accelerator, recipe.engine.hang_seconds, update.clock, checkpointer.mark_failed)
-    with Interrupts(accelerator) as interrupts, watchdog:
+    with interrupts or Interrupts(accelerator) as interrupts, watchdog:
 
         def asked_to_stop() -> bool:
             watchdog.beat(progress.step)
@@ -95,10 +103,8 @@ def fit(
             # Log. Between two log lines nothing waits for the device.
             logged = progress.step % recipe.log_every == 0 or components.evaluation_is_due(progress, recipe.eval_every)
             if logged:
-                rates = {
-                    "train/lr": components.schedule.lr_at(progress.step - 1),
-                    "train/grad_norm": update.grad_norm(),
-                }
+                lr = components.schedule.lr_at(progress.step - 1)
+                rates = {"train/lr": lr, "train/grad_norm": update.grad_norm()}
                 accelerator.log({"step": progress.step, "epoch": components.epoch(progress), **meter.read(), **rates})
                 interrupts.set_interval(meter.seconds_per_step)
 
@@ -125,7 +131,6 @@ def train(
     """Trains a recipe in a run folder. Collective: call on every rank.
 
     Args:
-        recipe: from `load_recipe`.
         run_dir: a new folder, or the folder of a run to resume; None for runs/<recipe>/<date-time>.
         resume: "auto": resume the run in `run_dir`; "never": refuse such a folder; else a run or checkpoint to start.
         allow_recipe_change: resume although the recipe has changed.
@@ -133,7 +138,7 @@ def train(
         allow_code: modules from which the networks of `distill.from` may be imported; see `load_run`.
 
     Returns:
-        The values of summary.json; if a signal stopped the run, only `status` ("preempted") and `step`.
+        The values of summary.json, also of a run that was done before; after a signal only `status` and `step`.
 
     Raises:
         RecipeError: the user made a mistake; nothing was trained or written.
@@ -144,17 +149,18 @@ def train(
     state = _join_world(world_size)
     precision = check_world(recipe, state)
     recipe = recipe.model_copy(update={"mixed_precision": precision})  # a resume under another launcher sees the change
+    if results := finished_results(recipe, run_dir, state, resume):
+        return results
     dataset = load_data(recipe, state)
     prepared = run_on_all_ranks(state, lambda: prepare_model(recipe, dataset, state.num_processes, state.device))
     recipe, module = prepared.recipe, prepared.module
     teachers = run_on_all_ranks(state, lambda: load_teachers(recipe, dataset.train, allow_code))
     resumes = has_checkpoint(run_dir, resume, state)  # a checkpoint holds all weights; model.init_from may be gone
     notes = [] if resumes else run_on_all_ranks(state, lambda: load_initial_weights(recipe, module))
-    folder = open_folder(recipe, run_dir, state, resume, allow_recipe_change)
-    with folder.failed_on_error(state.is_main_process):
-        if state.is_main_process:
-            write_atomically(folder.model_summary, summarize_model(module) + "\n")
-        checkpoint, problems = load_newest(folder, state)
+    interrupts, images = Interrupts(state), len(dataset.train)
+    with interrupts, open_folder(recipe, run_dir, state, resume, allow_recipe_change, images, interrupts) as folder:
+        _write_model_summary(folder, module, state)
+        checkpoint, problems = load_newest(folder, state, Plan.of(recipe, images))
         if resumes and not checkpoint:  # every checkpoint was damaged: the run starts again
             notes = run_on_all_ranks(state, lambda: load_initial_weights(recipe, module))
         components = build_components(recipe, precision, dataset.train, module, teachers)  # sets determinism globally
@@ -168,11 +174,16 @@ def train(
             components.meter.resume()
             seconds = {"setup_seconds": round(time.perf_counter() - started, 3)}
             checkpointer.start(checkpoint.get("train_seconds", 0.0))
-            if not fit(recipe, components, dataset.held_out.to(state.device), checkpointer, progress):
+            if not fit(recipe, components, dataset.held_out.to(state.device), checkpointer, progress, interrupts):
                 return stop_run(folder, components, progress, console)
             seconds["train_seconds"] = checkpointer.train_seconds()
             checkpointer.save_last()
-            return finish_run(folder, recipe, components, progress, dataset, console, seconds | code)
+            return finish_run(folder, recipe, components, progress, dataset, console, seconds | code, interrupts)
+
+
+def _write_model_summary(folder: RunFolder, module: nn.Module, state: PartialState) -> None:
+    if state.is_main_process:
+        write_atomically(folder.model_summary, summarize_model(module) + "\n")
 
 
 def _join_world(world_size: int | None) -> PartialState:
@@ -186,7 +197,7 @@ def _join_world(world_size: int | None) -> PartialState:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command. Returns exit code 0, or 75 if a signal stopped the run after a checkpoint."""
+    """Runs the command. Returns exit code 0, or 75 if a signal stopped the run: the same command resumes it."""
     parser = parser_of("train")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.list_recipes:

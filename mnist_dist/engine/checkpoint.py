@@ -111,7 +111,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
             load_checkpoint(final)
             return final
         except ValueError:
-            _remove(final)
+            remove(final)
     staged.mkdir()
     try:
         content = io.BytesIO()
@@ -125,11 +125,12 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
         shutil.rmtree(staged, ignore_errors=True)
         raise
     for old in list_checkpoints(folder)[:-keep]:
-        _remove(old)
+        remove(old)
     return final
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Removes a checkpoint, or whatever else has its name."""
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 

@@ -19,6 +19,7 @@ from mnist_dist.engine.checkpoint import save_weights
 from mnist_dist.engine.cuda_graph import CapturedStep
 from mnist_dist.engine.evaluation import Evaluation, evaluate
 from mnist_dist.engine.metrics import Meter
+from mnist_dist.engine.optimizers import add_missing_state
 from mnist_dist.engine.schedules import Schedule
 from mnist_dist.engine.train_step import TrainStep
 from mnist_dist.recipe.schema import Recipe
@@ -95,6 +96,8 @@ class TrainingComponents:
         optimizer = self.update.optimizer
         self.module.load_state_dict(shard_model_state(state["model"], self.module))
         optimizer.load_state_dict(shard_optimizer_state(state["optimizer"], optimizer))
+        # With a scaler, Accelerate wraps the optimizer.
+        add_missing_state(getattr(optimizer, "optimizer", optimizer))
         if self.update.average and state["average"]:
             self.update.average.load_state_dict(state["average"])
         elif self.update.average:  # the checkpoint's recipe had no averaged weights: averaging starts here

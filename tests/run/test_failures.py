@@ -162,7 +162,7 @@ def test_a_full_disk_is_reported_and_the_last_checkpoint_stays_valid(tmp_path):
     assert "Traceback" not in full.stderr
     [last] = list_checkpoints(run_dir / "checkpoints")
     assert "state.pt" in full.stderr and os.strerror(errno.EFBIG) in full.stderr and str(last) in full.stderr
-    assert load_checkpoint(last)["progress"]["step"] == 2
+    assert load_checkpoint(last)["progress"]["step"] == 3
     assert not list(run_dir.glob("**/*.staged"))
 
 
