@@ -94,7 +94,6 @@ def test_logical_shards_do_not_change_integer_buffers(tmp_path):
     assert tables and all(int(table.max()) == 168 for table in tables)
 
 
-@pytest.mark.pictures
 def test_home_and_variables_in_every_path_are_replaced(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("WHERE", str(tmp_path))
@@ -110,6 +109,7 @@ def test_home_and_variables_in_every_path_are_replaced(tmp_path, monkeypatch):
     assert not (tmp_path / "~").exists() and not (tmp_path / "$WHERE").exists()
 
 
+@pytest.mark.pictures
 def test_a_run_folder_holds_all_files_of_a_run(tmp_path):
     recipe = load_recipe("lenet5", *TINY, "epochs=2", "optimizer.lr=0.02")
     summary = train(recipe, tmp_path / "run")
