@@ -98,7 +98,11 @@ def test_the_error_names_the_damaged_file(tmp_path, name):
     assert "delete" not in str(caught.value), "the file may be the user's own"
 
 
-@pytest.mark.parametrize(("name", "content"), [("plain_named_packed.gz", FILE), ("packed_named_plain", PACKED_FILE)])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("plain_named_packed.gz", FILE), ("packed_named_plain", PACKED_FILE)],
+    ids=["plain", "packed"],  # the packed bytes hold the time
+)
 def test_the_content_and_not_the_name_says_whether_a_file_is_packed(tmp_path, name, content):
     path = tmp_path / name
     path.write_bytes(content)
