@@ -16,13 +16,12 @@ from rich.text import Text
 
 from mnist_dist.compare.page import as_written, differing_keys
 from mnist_dist.engine.files import write_atomically
-from mnist_dist.engine.precision import PRECISION_NAMES
 from mnist_dist.errors import Problem, RecipeError, did_you_mean
 from mnist_dist.recipe.changes import flatten
 from mnist_dist.recipe.file import bundled_recipes, note_measured, recipe_notes
 from mnist_dist.recipe.loading import load_recipe
 from mnist_dist.run.reader import RunReader, numbers
-from mnist_dist.run.tables import fill_between_marks, markdown_table, markdown_text, printable, table_console
+from mnist_dist.run.tables import fill_between_marks, markdown_table, table_console
 
 MARKS = ("<!-- results: made by mnist_dist.compare -->", "<!-- end of results -->")
 """The lines before and after a table in a Markdown file. If the first line is
@@ -90,8 +89,7 @@ class Measured:
         if self.run and not self.is_finished:
             return self.run.name
         keys = ("recipe", "epochs", "mixed_precision", "world_size", "device")
-        # repr: a stranger's summary may hold lists.
-        return self.run and self.run.key, *(repr(self.summary.get(key)) for key in (keys[2:] if self.run else keys))
+        return self.run and self.run.key, *(self.summary.get(key) for key in (keys[2:] if self.run else keys))
 
 
 @dataclass(frozen=True)
@@ -137,15 +135,14 @@ class Row:
             "images/s": (mean_and_deviation(speeds, ",.0f"), self.mean("images_per_second")),
             "time": ("" if seconds is None else _time(seconds), seconds),
             "world size": ("" if world is None else f"{world:g}", world),
-            "precision": (PRECISION_NAMES.get(precision, precision), None),
+            "precision": ({"no": "fp32"}.get(precision, precision), None),
             "device": (device, None),
             "ran on": (f"{world} × {device}" if world and world > 1 else device, None),
             "commit": (", ".join(dict.fromkeys(filter(None, commits))), None),
             "status": (", ".join(dict.fromkeys(statuses)), None),
             "verdict": (self.verdict(), None),
         }
-        plain = {name: (printable(text), value) for name, (text, value) in texts.items()}
-        return {name: (text, (text or None) if value is None else value) for name, (text, value) in plain.items()}
+        return {name: (text, (text or None) if value is None else value) for name, (text, value) in texts.items()}
 
     def verdict(self) -> str:
         """Compares the claimed accuracy with the means of the last and of the best epochs.
@@ -247,7 +244,7 @@ def to_markdown(rows: list[Row], columns: Sequence[str] = COLUMNS, folder: Path 
     """
     lines = []
     for row in rows:
-        cells = {column: markdown_text(text) for column, (text, _) in row.cells().items()}
+        cells = {column: text for column, (text, _) in row.cells().items()}
         cells["recipe"] = _linked(row, cells["recipe"], folder)
         lines.append(tuple(cells[column] for column in columns))
     return markdown_table([tuple(columns), *lines])
