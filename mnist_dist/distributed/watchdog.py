@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch.distributed as dist
@@ -26,6 +27,9 @@ PATIENCE_IN_STEPS = 10
 
 FIRST_STEPS = 3
 """The first steps may take `PATIENCE_IN_STEPS` times the limit: they choose kernels, compile and allocate."""
+
+LAST_WORDS_SECONDS = 10.0
+"""The message and the callback may take this long before the process ends without them."""
 
 COLLECTIVE_FILES = re.compile("distributed_c10d|_fully_shard")
 """Files of PyTorch in which a process waits for other processes."""
@@ -41,7 +45,7 @@ class Watchdog:
     Args:
         seconds: without a beat for this time and for ten times the longest step, all processes end with exit code 1.
         clock: knows whether this process waits for the gradients of other processes.
-        on_timeout: called on the reporting rank before the processes end.
+        on_timeout: called on the reporting rank before the processes end, whether it returns, raises or hangs.
     """
 
     def __init__(
@@ -78,11 +82,15 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._end.wait(self._period):
-            self._publish()
+            with suppress(Exception):  # the store ends with rank 0; the limit on the time counts nevertheless
+                self._publish()
             patience = PATIENCE_IN_STEPS * (self._seconds if self._beats < FIRST_STEPS else self._longest)
             if time.monotonic() - self._last_beat < max(self._seconds, patience):
                 continue
-            reports = self._collect()
+            try:
+                reports = self._collect()
+            except Exception:
+                reports = []
             if not self._end.is_set() and not any(each["saving"] and each["alive"] for each in reports):
                 self._end_processes(reports)
 
@@ -121,13 +129,30 @@ class Watchdog:
         return {rank: json.loads(self._store.get(str(rank))) for rank in ranks}
 
     def _end_processes(self, reports: list[dict[str, Any]]) -> None:
-        """Prints the reports on the lowest rank that is alive, then ends this process. Never returns."""
-        if self._rank == min(each["rank"] for each in reports if each["alive"]):
-            print(describe(reports, time.monotonic() - self._last_beat), file=sys.stderr, flush=True)
-            self._on_timeout()
+        """Prints the reports on the lowest rank that is alive, then ends this process. Never returns.
+
+        Args:
+            reports: of all ranks; empty if the store cannot be reached.
+        """
+        if not reports or self._rank == min(each["rank"] for each in reports if each["alive"]):
+            # In a thread: whatever the callback raises, or if it hangs on the disk on which the run hangs.
+            last_words = threading.Thread(target=self._last_words, args=(reports,), daemon=True)
+            last_words.start()
+            last_words.join(LAST_WORDS_SECONDS)
         else:
             time.sleep(2)  # when one process ends, a launcher ends the others: the reporting rank has to finish first
         os._exit(1)
+
+    def _last_words(self, reports: list[dict[str, Any]]) -> None:
+        seconds = time.monotonic() - self._last_beat
+        if reports:
+            print(describe(reports, seconds), file=sys.stderr, flush=True)
+            self._on_timeout()
+        else:  # nothing is known of the other ranks
+            cause = "rank 0 is gone, or no longer reachable"
+            print(
+                f"mnist_dist: rank {self._rank}: no progress for {seconds:.0f} s; {cause}", file=sys.stderr, flush=True
+            )
 
 
 def describe(reports: list[dict[str, Any]], seconds: float) -> str:
