@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from mnist_dist.data import Dataset
 from mnist_dist.distributed.collectives import run_on_all_ranks
-from mnist_dist.distributed.devices import choose_threads, device_name
+from mnist_dist.distributed.devices import choose_threads, device_name, synchronize
 from mnist_dist.distributed.launcher import check_size, launched_world
 from mnist_dist.engine.cuda_graph import WARM_UP_STEPS, capture_cuda_graph
 from mnist_dist.engine.optimizers import build_optimizer
@@ -35,7 +35,7 @@ from mnist_dist.run.build import check_world, load_data
 from mnist_dist.run.model_setup import build_module, to_device
 from mnist_dist.run.provenance import git_commit, versions
 
-PRECISIONS = {"no": "fp32", "bf16": "bf16"}
+COMPARED_PRECISIONS = ("no", "bf16")
 """Value of `mixed_precision` that the benchmark measures -> its name in tables."""
 Step = Callable[..., object]
 
@@ -58,7 +58,7 @@ class BenchmarkSetup:
 
     recipe: Recipe
     precision: str
-    """A key of `PRECISIONS`."""
+    """One of `COMPARED_PRECISIONS`."""
     dataset: Dataset
     state: PartialState
 
@@ -74,7 +74,7 @@ class BenchmarkSetup:
         check_size(state)
         choose_threads(state)
         precision = check_world(recipe, state)
-        if precision not in PRECISIONS:
+        if precision not in COMPARED_PRECISIONS:
             problem = recipe.problem if recipe.mixed_precision else partial(Problem, "the launcher")
             message = f"the benchmark compares fp32 and bf16 only, not {precision}; use mixed_precision=no or bf16"
             raise RecipeError([problem("mixed_precision", message, "unsupported")])
@@ -150,8 +150,7 @@ class BenchmarkSetup:
 
     def synchronize(self) -> None:
         """Waits until the device has finished its work."""
-        if self.state.device.type == "cuda":
-            torch.cuda.synchronize(self.state.device)
+        synchronize(self.state.device)
 
     def time_steps(self, step: Step, batches: Iterator[Any], count: int) -> float:
         """Returns the seconds of `count` steps. Each step is called with the items of the next batch."""

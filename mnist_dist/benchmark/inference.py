@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mnist_dist.benchmark.baselines import PRECISIONS, BenchmarkSetup, captured, fastest_kernels, median_and_range
+from mnist_dist.benchmark.baselines import BenchmarkSetup, captured, fastest_kernels, median_and_range
+from mnist_dist.engine.precision import PRECISION_NAMES
 from mnist_dist.errors import Problem, RecipeError, RunError
 from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.model_setup import build_module
@@ -85,7 +86,7 @@ def _measure_batch(
 
 def torch_backends(setup: BenchmarkSetup, images: Tensor) -> dict[str, Call]:
     """Returns the ways in which PyTorch can compute the logits of `images` on this device, by name."""
-    module, precision = setup.module().eval(), PRECISIONS[setup.precision]
+    module, precision = setup.module().eval(), PRECISION_NAMES[setup.precision]
 
     def call_of(network: Any) -> Call:
         @torch.inference_mode()

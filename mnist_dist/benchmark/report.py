@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.table import Table
 
-from mnist_dist.benchmark.baselines import PRECISIONS
+from mnist_dist.engine.precision import PRECISION_NAMES
 from mnist_dist.errors import Problem, RecipeError
 from mnist_dist.run.tables import markdown_table, table_console
 
@@ -51,7 +51,7 @@ def _training_rows(result: dict[str, Any]) -> Rows:
 def title_of(result: dict[str, Any]) -> str:
     """Returns the title of a result's table: recipe, kind of measurement, precision and device."""
     kind = ", inference" if "ms_per_call" in result else f" {result['sweep']}" if "sweep" in result else ""
-    return f"{result['recipe']}{kind}, {PRECISIONS[result['mixed_precision']]}, {result['device']}"
+    return f"{result['recipe']}{kind}, {PRECISION_NAMES[result['mixed_precision']]}, {result['device']}"
 
 
 def circumstances(result: dict[str, Any]) -> str:

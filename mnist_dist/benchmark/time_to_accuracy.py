@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from mnist_dist.benchmark.baselines import PRECISIONS, BenchmarkSetup, training_step
+from mnist_dist.benchmark.baselines import BenchmarkSetup, training_step
 from mnist_dist.data import Dataset, Images
+from mnist_dist.engine.precision import PRECISION_NAMES
 from mnist_dist.engine.train_step import NotFinite
 from mnist_dist.errors import Problem, RecipeError, RunError
 from mnist_dist.models import count_parameters
@@ -223,7 +224,7 @@ def print_lines(result: dict[str, Any]) -> None:
 
 def to_markdown(result: dict[str, Any], command: str) -> str:
     """Returns a section of a Markdown file: the summary, the command that repeats it, and versions."""
-    precision = PRECISIONS[result["mixed_precision"]]
+    precision = PRECISION_NAMES[result["mixed_precision"]]
     heading = f"\n### {result['recipe']}, {result['epochs']} epoch(s), {precision}, {result['device']}\n\n"
     commit = str(result["git_commit"])[:12]
     origin = f"`{command}`, {result['date']}, torch {result['versions']['torch']}, commit {commit}.\n\n"

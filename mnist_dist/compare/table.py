@@ -16,6 +16,7 @@ from rich.text import Text
 
 from mnist_dist.compare.page import as_written, differing_keys
 from mnist_dist.engine.files import write_atomically
+from mnist_dist.engine.precision import PRECISION_NAMES
 from mnist_dist.errors import Problem, RecipeError, did_you_mean
 from mnist_dist.recipe.changes import flatten
 from mnist_dist.recipe.file import bundled_recipes, note_measured, recipe_notes
@@ -135,7 +136,7 @@ class Row:
             "images/s": (mean_and_deviation(speeds, ",.0f"), self.mean("images_per_second")),
             "time": ("" if seconds is None else _time(seconds), seconds),
             "world size": ("" if world is None else f"{world:g}", world),
-            "precision": ({"no": "fp32"}.get(precision, precision), None),
+            "precision": (PRECISION_NAMES.get(precision, precision), None),
             "device": (device, None),
             "ran on": (f"{world} × {device}" if world and world > 1 else device, None),
             "commit": (", ".join(dict.fromkeys(filter(None, commits))), None),

@@ -51,3 +51,9 @@ def processor() -> str:
     text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else ""
     found = re.search(r"(?m)^model name\s*:\s*(.+)$", text)
     return re.sub(r"\s*(\((R|TM)\)|CPU.*|@.*|Processor)", "", found[1]).strip() if found else platform.machine()
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until a GPU has finished its work. A CPU has finished when a call returns."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

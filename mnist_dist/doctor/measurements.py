@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mnist_dist.data import Batches, Dataset, load_dataset
+from mnist_dist.distributed.devices import synchronize
 from mnist_dist.doctor.ranks import Ranks
 from mnist_dist.engine.optimizers import build_optimizer
 from mnist_dist.engine.schedules import set_rates
@@ -32,12 +33,6 @@ from mnist_dist.run.kernels import set_kernels
 from mnist_dist.run.model_setup import build_module, to_device
 
 # --- the machine --------------------------------------------------------------------------------------------------
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits until a GPU has finished its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def free_space(device: torch.device, run_dir: Path) -> dict[str, int]:
