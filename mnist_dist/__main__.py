@@ -7,6 +7,7 @@ from importlib import import_module
 from importlib.util import find_spec
 
 from mnist_dist.cli import COMMANDS, parse, run_command
+from mnist_dist.distributed.signals import exit_on_signals
 from mnist_dist.errors import Problem, RecipeError, did_you_mean
 
 
@@ -34,6 +35,8 @@ def main(argv: list[str] | None = None) -> int:
         message = f"unknown command{did_you_mean(command, COMMANDS) or '; known: ' + ', '.join(COMMANDS)}"
         raise RecipeError([Problem("command line", command, message, "unknown")])
     parse(command, rest)  # handles --help and a wrong argument before torch is imported
+    if command == "train":
+        exit_on_signals()  # before torch is imported
     name = f"mnist_dist.{command}"
     is_package = (spec := find_spec(name)) is not None and spec.submodule_search_locations is not None
     return import_module(f"{name}.__main__" if is_package else name).main(rest)

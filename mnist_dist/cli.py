@@ -8,12 +8,11 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
-from mnist_dist.errors import Problem, RecipeError, RunError
+from mnist_dist.engine.files import expand_path as path
+from mnist_dist.errors import Problem, RecipeError, RunError, safe_output
 
-FAILED = 1
-BAD_INPUT = 2
+FAILED, BAD_INPUT = 1, 2
 RANK_0_SECONDS = 30.0
 """Other ranks wait this long before they print an error. Rank 0 prints first, and the launcher then ends the others."""
 
@@ -72,6 +71,7 @@ def answer_early(command: str) -> None:
         sys.exit(code)
 
 
+@safe_output()
 def run_command(main: Callable[[], int]) -> int:
     """Runs a command's `main`. Prints an error that the user can act on as one screen on stderr.
 
@@ -101,7 +101,7 @@ def _print_error(error: Exception, code: int) -> int:
 
 def is_main_process() -> bool:
     """Returns whether this is rank 0 according to the launcher's environment, before a process group exists."""
-    names = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
+    names = ("RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
     return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
 
 
@@ -116,8 +116,14 @@ def _add_run(parser: Parser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run folder")
 
 
+def _add_code(parser: Parser) -> None:
+    code = "a module from which a run's network may be imported, if you trust both; repeatable"
+    parser.add_argument("--allow-code", metavar="MODULE", action="append", default=[], help=code)
+
+
 def _add_weights(parser: Parser) -> None:
     parser.add_argument("--weights", choices=["last", "best"], default="last", help="last (default) or best weights")
+    _add_code(parser)
 
 
 def _add_data(parser: Parser) -> None:
@@ -125,7 +131,7 @@ def _add_data(parser: Parser) -> None:
 
 
 def _add_json(parser: Parser, content: str) -> None:
-    parser.add_argument("--json", type=Path, metavar="FILE", help=f"also write {content} to FILE")
+    parser.add_argument("--json", type=path, metavar="FILE", help=f"also write {content} to FILE")
 
 
 # --- the commands -------------------------------------------------------------------------------------------------
@@ -134,15 +140,15 @@ def _add_json(parser: Parser, content: str) -> None:
 def _train(parser: Parser) -> None:
     parser.add_argument("--recipe", metavar="NAME", help="a path, or the name of a bundled recipe")
     folder = "a new folder, or the folder of a run to resume (default: runs/<recipe>/<date-time>)"
-    parser.add_argument("--run-dir", metavar="DIR", help=folder)
+    parser.add_argument("--run-dir", type=path, metavar="DIR", help=folder)
     resume = "auto (default): resume the run in --run-dir; never: refuse a used folder; PATH: new run from a checkpoint"
     parser.add_argument("--resume", metavar="auto|never|PATH", default="auto", help=resume)
     parser.add_argument("--world-size", type=int, metavar="N", help="stop if the number of processes is not N")
     parser.add_argument("--allow-recipe-change", action="store_true", help="resume although the recipe has changed")
     parser.add_argument("--print-recipe", action="store_true", help="print the resolved recipe and exit")
     parser.add_argument("--list-recipes", action="store_true", help="print the bundled recipes and exit")
-    explain = "print type, default, range and meaning of a recipe key or section and exit"
-    parser.add_argument("--explain", metavar="KEY", help=explain)
+    parser.add_argument("--explain", metavar="KEY", help="print type, default, range and meaning of a key and exit")
+    _add_code(parser)
     _add_overrides(parser)
 
 
@@ -157,16 +163,16 @@ def _evaluate(parser: Parser) -> None:
 
 def _predict(parser: Parser) -> None:
     _add_run(parser)
-    parser.add_argument("pictures", nargs="+", type=Path, metavar="IMAGE|FOLDER", help="image files, or folders")
+    parser.add_argument("pictures", nargs="+", type=path, metavar="IMAGE|FOLDER", help="image files, or folders")
     _add_weights(parser)
     parser.add_argument("--json", action="store_true", help="print a JSON list instead of lines")
 
 
 def _explain(parser: Parser) -> None:
     _add_run(parser)
-    parser.add_argument("picture", type=Path, metavar="IMAGE", help="an image file")
+    parser.add_argument("picture", type=path, metavar="IMAGE", help="an image file")
     parser.add_argument("--layers", nargs="+", metavar="NAME", help="layers to draw (default: up to 6 convolutions)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="a PNG (default: RUN/plots/explain_IMAGE.png)")
+    parser.add_argument("--output", type=path, metavar="FILE", help="a PNG (default: RUN/plots/explain_IMAGE.png)")
     _add_weights(parser)
 
 
@@ -176,56 +182,51 @@ def _ensemble(parser: Parser) -> None:
     _add_data(parser)
     _add_json(parser, "the report")
     keep = "append the ensemble's summary to this file of JSON lines; not with --data, --weights or key=value"
-    parser.add_argument("--keep", type=Path, metavar="FILE", help=keep)
+    parser.add_argument("--keep", type=path, metavar="FILE", help=keep)
 
 
 def _sweep(parser: Parser) -> None:
     parser.add_argument("sweep", metavar="RECIPE|SWEEP.YAML", help="a recipe, or a W&B sweep file (grid or random)")
     _add_overrides(parser, "recipe keys; key=a,b,c tries each of these values")
-    count = "maximum number of trials (default: the file's run_cap, or all)"
-    parser.add_argument("--count", type=int, metavar="N", help=count)
+    parser.add_argument("--count", type=int, metavar="N", help="most trials (default: the file's run_cap, or all)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of a random search (default: 0)")
     folder = "folder of the search (default: runs/sweeps/<name>); the same command resumes an interrupted search"
-    parser.add_argument("--run-dir", type=Path, metavar="DIR", help=folder)
+    parser.add_argument("--run-dir", type=path, metavar="DIR", help=folder)
 
 
 def _benchmark(parser: Parser) -> None:
-    measurement = parser.add_mutually_exclusive_group(required=True)
-    measurement.add_argument("--recipe", metavar="NAME", help="a path, or the name of a bundled recipe")
-    measurement.add_argument("--time-to-accuracy", metavar="NAME", help="time trainings, also of a reference network")
-    floors = "check files written by --json against the floors for a GPU"
-    measurement.add_argument("--floors", type=Path, nargs="+", metavar="FILE", help=floors)
+    group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument("--recipe", metavar="NAME", help="a path, or the name of a bundled recipe")
+    group.add_argument("--time-to-accuracy", metavar="NAME", help="time trainings, also of a reference network")
+    group.add_argument("--floors", type=path, nargs="+", metavar="FILE", help="check files of --json against floors")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="interleaved rounds (default: 7)")
     parser.add_argument("--steps", type=int, default=50, metavar="N", help="steps or calls per round (default: 50)")
     parser.add_argument("--seeds", type=int, default=30, metavar="N", help="seeds of --time-to-accuracy (default: 30)")
-    note = "write the result of --time-to-accuracy into the recipe's head comment"
-    parser.add_argument("--note", action="store_true", help=note)
+    parser.add_argument("--note", action="store_true", help="write the result into the recipe's head comment")
     parser.add_argument("--sweep", metavar="KEY=a,b,c", help="measure with each of these values of a recipe key")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="picture of the sweep (default: sweep.png)")
+    parser.add_argument("--plot", type=path, metavar="FILE", help="picture of the sweep (default: sweep.png)")
     parser.add_argument("--inference", action="store_true", help="time inference instead of training")
     batches = "batch sizes for --inference (default: 1,32,256,1024)"
     parser.add_argument("--batches", default="1,32,256,1024", metavar="N,…", help=batches)
     _add_json(parser, "the figures")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also append the table to FILE")
+    parser.add_argument("--markdown", type=path, metavar="FILE", help="also append the table to FILE")
     _add_overrides(parser)
 
 
 def _compare(parser: Parser) -> None:
-    runs = "run folders, folders of run folders, or files written by --keep"
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=runs)
-    parser.add_argument("--html", type=Path, metavar="FILE", help="where to write the page (default: compare.html)")
+    parser.add_argument("runs", nargs="+", type=path, metavar="RUN", help="run folders, folders of them, --keep files")
+    parser.add_argument("--html", type=path, metavar="FILE", help="where to write the page (default: compare.html)")
     parser.add_argument("--no-html", action="store_true", help="write no page")
     parser.add_argument("--live", action="store_true", help="serve the page on this machine and follow running runs")
     parser.add_argument("--port", type=int, metavar="N", default=8765, help="port of --live (default: 8765; 0: any)")
-    parser.add_argument("--keep", type=Path, metavar="FILE", help="append the summaries to this file of JSON lines")
-    markdown = "write the table between the two marker comments of this Markdown file"
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help=markdown)
+    parser.add_argument("--keep", type=path, metavar="FILE", help="append the summaries to this file of JSON lines")
+    parser.add_argument("--markdown", type=path, metavar="FILE", help="rewrite the marked tables of a Markdown file")
     parser.add_argument("--recipes", action="store_true", help="write the figures into the recipes' head comments")
 
 
 def _doctor(parser: Parser) -> None:
     folder = "the folder whose file system is checked (default: ./runs); the check leaves no file"
-    parser.add_argument("--run-dir", type=Path, default=Path("runs"), metavar="DIR", help=folder)
+    parser.add_argument("--run-dir", type=path, default="runs", metavar="DIR", help=folder)
     parser.add_argument("--world-size", type=int, metavar="N", help="expected number of processes")
     _add_json(parser, "the table")
     parser.add_argument("--write-reference", action="store_true", help="write new reference losses instead of checking")
@@ -240,10 +241,9 @@ def _export(parser: Parser) -> None:
     formats = "torch: a torch.export archive; onnx, onnx-int8: ONNX files; page: one HTML file to draw digits in"
     parser.add_argument("--format", required=True, choices=list(EXPORT_ENDINGS), help=formats)
     _add_weights(parser)
-    output = "the file to write (default: RUN/export/<weights> with the format's ending)"
-    parser.add_argument("--output", type=Path, metavar="FILE", help=output)
+    parser.add_argument("--output", type=path, metavar="FILE", help="a file (default: RUN/export/<weights>.<ending>)")
     runtime = "for the format page: npm's archive of onnxruntime-web (default: the npm client fetches it once)"
-    parser.add_argument("--onnxruntime-web", type=Path, metavar="FILE.tgz", help=runtime)
+    parser.add_argument("--onnxruntime-web", type=path, metavar="FILE.tgz", help=runtime)
     _add_overrides(parser, "recipe keys, e.g. data.root=/data")
 
 

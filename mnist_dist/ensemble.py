@@ -170,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
             "--keep records the last weights on the members' own test set; leave out --data, --weights and key=value"
         )
         raise RecipeError([Problem("command line", "--keep", message, "conflict")])
-    runs = [open_run(folder, arguments.weights) for folder in folders]
+    runs = [open_run(folder, arguments.weights, arguments.allow_code) for folder in folders]
     result = ensemble(runs, *data, *overrides)
     if launched_world().is_main_process:
         if arguments.json:

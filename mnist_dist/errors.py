@@ -1,12 +1,16 @@
-"""Defines the errors that a user can act on, and hints for unknown words. Does not import torch."""
+"""Errors that a user can act on, hints for unknown words, output that causes no errors. Does not import torch."""
 
 from __future__ import annotations
 
 import difflib
+import os
+import re
+import sys
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Kind = Literal[
     "unknown",  # a key or a name that does not exist
@@ -22,7 +26,12 @@ Kind = Literal[
     "world",  # another number of processes than expected
     "model",  # a network that cannot be built, run or trained
     "usage",  # command-line arguments that do not fit together
+    "code",  # a file names Python code that the user has not allowed
 ]
+
+
+CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that control a terminal or the direction of text, or that no encoding can write."""
 
 
 @dataclass(frozen=True)
@@ -66,3 +75,61 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def unknown_key(key: str, known: Iterable[str]) -> str:
     """Returns the message for a key that is not among the known ones."""
     return "unknown key" + (did_you_mean(key, known) or "; known: " + ", ".join(known))
+
+
+# --- output -------------------------------------------------------------------------------------------------------
+
+
+class SafeStream:
+    """A text stream whose errors end nothing: a pipe closed by `head`, a full disk, a character that it cannot encode.
+
+    After the first error of the file the rest of the output is dropped. A character that the encoding lacks becomes a
+    question mark.
+    """
+
+    def __init__(self, stream: Any):
+        self.stream: Any = stream.stream if isinstance(stream, SafeStream) else stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            try:
+                self.stream.write(text)
+            except UnicodeEncodeError:
+                encoding = self.stream.encoding or "ascii"
+                self.stream.write(text.encode(encoding, "replace").decode(encoding))
+        except (OSError, ValueError):  # ValueError: the file is closed
+            self._drop()
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except (OSError, ValueError):
+            self._drop()
+
+    def _drop(self) -> None:
+        """Points the file at nothing. What is buffered goes there too, so that Python's own flush at exit succeeds."""
+        with suppress(OSError, ValueError):
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            try:
+                os.dup2(nothing, self.stream.fileno())
+                self.stream.flush()
+            finally:
+                os.close(nothing)
+
+
+@contextmanager
+def safe_output() -> Iterator[None]:
+    """Makes stdout and stderr safe streams. Also a decorator."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (stream and SafeStream(stream) for stream in before)
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            if stream:
+                SafeStream(stream).flush()
+        sys.stdout, sys.stderr = before

@@ -65,7 +65,7 @@ def show(result: dict[str, Any]) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns exit code 0. Exit code 2 means: no such run, weights or data."""
     arguments = parse("evaluate", argv)
-    run = open_run(arguments.run, arguments.weights)
+    run = open_run(arguments.run, arguments.weights, arguments.allow_code)
     data = [f"data.dataset={arguments.data}"] if arguments.data else []
     result = evaluate(run, *data, *arguments.overrides, split=arguments.split)
     if launched_world().is_main_process:

@@ -1,6 +1,6 @@
 """Draws what a network's prediction depends on, as one PNG: `python -m mnist_dist.explain runs/mine photo.jpg`.
 
-The PNG shows the picture in the format of MNIST, the three likeliest classes, where more and where less ink would raise
+The PNG shows the picture as the network sees it, the three likeliest classes, where more and where less ink would raise
 the likeliest class's logit, and the feature maps of chosen layers.
 """
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mnist_dist.data import normalize
-from mnist_dist.data.pictures import read_picture
+from mnist_dist.data.pictures import prepare_picture
 from mnist_dist.engine.evaluation import evaluating
 from mnist_dist.errors import Kind, Problem, RecipeError, did_you_mean
 from mnist_dist.run.prediction import predict
@@ -147,15 +147,19 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns exit code 0. Exit code 2 means: no such run, weights, picture or layers."""
     arguments = parse("explain", argv)
     output = arguments.output or Path(arguments.run, "plots", f"explain_{arguments.picture.stem}.png")
-    run = open_run(arguments.run, arguments.weights)
+    run = open_run(arguments.run, arguments.weights, arguments.allow_code)
+    if arguments.output is None:
+        run.folder.refuse_output(output)
     try:
-        picture = read_picture(arguments.picture)
+        picture = prepare_picture(arguments.picture, run.geometry)
     except ValueError as error:
         kind: Kind = "damaged" if arguments.picture.is_file() else "missing"
         raise RecipeError([Problem("command line", printable(arguments.picture), str(error), kind)]) from error
     title = f"{run.about['model']} on {printable(Path(arguments.picture.name))}"
+    if picture.doubts:
+        title += f" (unsure: {', '.join(picture.doubts)})"
     try:
-        print(printable(explain(run, picture, output, arguments.layers, title)))
+        print(printable(explain(run, picture.image, output, arguments.layers, title)))
     except ValueError as error:
         known = {name for name, _ in run.model.named_modules()}
         kind = "model" if known.issuperset(arguments.layers or ()) else "unknown"

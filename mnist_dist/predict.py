@@ -1,7 +1,7 @@
 """Recognizes the digits in picture files: `python -m mnist_dist.predict runs/mine photo.jpg folder/`.
 
-A picture may have any size, colour or transparency, and may be dark on light or light on dark; see
-`mnist_dist.data.pictures`.
+A picture may have any size, colour, bit depth or transparency, and may be dark on light or light on dark. It is
+prepared as the images that the network was trained with; see `mnist_dist.data.pictures`.
 """
 
 from __future__ import annotations
@@ -13,22 +13,25 @@ if __name__ == "__main__":
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
 
-from mnist_dist.data.pictures import read_picture
-from mnist_dist.run.prediction import predict
+from mnist_dist.run.prediction import predict_picture
 from mnist_dist.run.reader import find_runs, load_run, open_run
 from mnist_dist.run.tables import printable
 
 
-def predict_digit(path: str | Path, run: str | Path | None = None) -> tuple[str, float]:
+def predict_digit(
+    path: str | Path, run: str | Path | None = None, allow_code: str | Iterable[str] = ()
+) -> tuple[str, float]:
     """Classifies the digit (or letter, or garment) in a picture file.
 
     Args:
         path: a picture file.
         run: a run folder; None for the newest finished run below ./runs.
+        allow_code: see `load_run`.
 
     Returns:
         The name of the likeliest class and its probability (0 to 1).
@@ -37,7 +40,8 @@ def predict_digit(path: str | Path, run: str | Path | None = None) -> tuple[str,
         FileNotFoundError: there is no such run.
         ValueError: the picture cannot be read.
     """
-    [found] = predict(load_run(_newest_run() if run is None else run, "last"), read_picture(path)[None])
+    opened = load_run(_newest_run() if run is None else run, "last", allow_code)
+    found = predict_picture(opened, Path(path))
     return found["digit"], found["confidence"]
 
 
@@ -54,13 +58,12 @@ def main(argv: list[str] | None = None) -> int:
     Exit code 2 means: no such run or weights.
     """
     arguments = parse("predict", argv)
-    run = open_run(arguments.run, arguments.weights)
+    run = open_run(arguments.run, arguments.weights, arguments.allow_code)
     paths = [path for given in arguments.pictures for path in _files(given)]
     found, failed = [], len(paths) == 0
     for path in paths:
         try:
-            [each] = predict(run, read_picture(path)[None])
-            found.append({"path": printable(path), **each})
+            found.append({"path": printable(path), **predict_picture(run, path)})
         except ValueError as error:
             failed = True
             print(f"mnist_dist: {printable(path)}: {error}", file=sys.stderr)
@@ -70,7 +73,10 @@ def main(argv: list[str] | None = None) -> int:
         console = Console(soft_wrap=True, highlight=False, markup=False)
         for each in found:
             others = ", ".join(f"{other['digit']} {100 * other['confidence']:.1f} %" for other in each["top3"][1:])
-            console.print(f"{each['path']}: {each['digit']}  {100 * each['confidence']:.1f} %  (next: {others})")
+            unsure = f"  unsure: {each['unsure']}" if each["unsure"] else ""
+            console.print(
+                f"{each['path']}: {each['digit']}  {100 * each['confidence']:.1f} %  (next: {others}){unsure}"
+            )
     return FAILED if failed else 0
 
 

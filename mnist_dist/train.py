@@ -6,27 +6,31 @@
 from __future__ import annotations
 
 from mnist_dist.cli import answer_early, is_main_process, parser_of, run_command
+from mnist_dist.distributed.signals import PREEMPTED, Interrupts, exit_on_signals
 
 if __name__ == "__main__":
-    answer_early("train")  # before the imports below load torch
+    exit_on_signals()  # before the imports below load torch
+    answer_early("train")
 
 import sys
 import time
 import types
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from rich.table import Table
+from torch import nn
 
 from mnist_dist.data import Images
 from mnist_dist.distributed.collectives import run_on_all_ranks
 from mnist_dist.distributed.devices import choose_threads
 from mnist_dist.distributed.launcher import check_size, launched_world
-from mnist_dist.distributed.signals import PREEMPTED, Interrupts
 from mnist_dist.distributed.watchdog import Watchdog
 from mnist_dist.engine.evaluation import Interrupted
-from mnist_dist.engine.files import write_atomically
+from mnist_dist.engine.files import expand_path, write_atomically
 from mnist_dist.engine.schedules import set_rates
 from mnist_dist.errors import Problem, RecipeError
 from mnist_dist.models import build_model, count_parameters
@@ -37,11 +41,13 @@ from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.build import build_components, check_world, load_data
 from mnist_dist.run.checkpointing import Checkpointer
 from mnist_dist.run.components import Progress, TrainingComponents
-from mnist_dist.run.model_setup import build_module
+from mnist_dist.run.folder import RunFolder
+from mnist_dist.run.model_setup import prepare_model
 from mnist_dist.run.model_summary import summarize_model
+from mnist_dist.run.plan import Plan
 from mnist_dist.run.pretrained import load_initial_weights, load_teachers
 from mnist_dist.run.provenance import git_commit, versions
-from mnist_dist.run.resume import components_state, has_checkpoint, load_newest, open_folder
+from mnist_dist.run.resume import components_state, finished_results, has_checkpoint, load_newest, open_folder
 from mnist_dist.run.summary import finish_run, open_trackers, show_notes, stop_run
 from mnist_dist.run.tables import table_console
 
@@ -49,14 +55,18 @@ from mnist_dist.run.tables import table_console
 
 
 def fit(
-    recipe: Recipe, components: TrainingComponents, held_out: Images, checkpointer: Checkpointer, progress: Progress
+    recipe: Recipe,
+    components: TrainingComponents,
+    held_out: Images,
+    checkpointer: Checkpointer,
+    progress: Progress,
+    interrupts: Interrupts | None = None,
 ) -> bool:
     """Trains from `progress` to the last step. Returns False if a signal stopped it earlier, after a checkpoint."""
-    accelerator, batches = components.accelerator, components.batches
-    update, meter = components.update, components.meter
-    plan = batches.plan(progress.step // batches.steps_per_epoch, accelerator.device)
+    accelerator, batches, update = components.accelerator, components.batches, components.update
+    meter, plan = components.meter, batches.plan(progress.step // batches.steps_per_epoch, accelerator.device)
     watchdog = Watchdog(accelerator, recipe.engine.hang_seconds, update.clock, checkpointer.mark_failed)
-    with Interrupts(accelerator) as interrupts, watchdog:
+    with interrupts or Interrupts(accelerator) as interrupts, watchdog:
 
         def asked_to_stop() -> bool:
             watchdog.beat(progress.step)
@@ -93,10 +103,8 @@ def fit(
             # Log. Between two log lines nothing waits for the device.
             logged = progress.step % recipe.log_every == 0 or components.evaluation_is_due(progress, recipe.eval_every)
             if logged:
-                rates = {
-                    "train/lr": components.schedule.lr_at(progress.step - 1),
-                    "train/grad_norm": update.grad_norm(),
-                }
+                lr = components.schedule.lr_at(progress.step - 1)
+                rates = {"train/lr": lr, "train/grad_norm": update.grad_norm()}
                 accelerator.log({"step": progress.step, "epoch": components.epoch(progress), **meter.read(), **rates})
                 interrupts.set_interval(meter.seconds_per_step)
 
@@ -118,41 +126,41 @@ def train(
     resume: str = "auto",
     allow_recipe_change: bool = False,
     world_size: int | None = None,
+    allow_code: Iterable[str] = (),
 ) -> dict[str, Any]:
     """Trains a recipe in a run folder. Collective: call on every rank.
 
     Args:
-        recipe: from `load_recipe`.
         run_dir: a new folder, or the folder of a run to resume; None for runs/<recipe>/<date-time>.
-        resume: "auto": resume the run in `run_dir`; "never": refuse such a folder; or a run folder or checkpoint from
-            which a new run starts.
+        resume: "auto": resume the run in `run_dir`; "never": refuse such a folder; else a run or checkpoint to start.
         allow_recipe_change: resume although the recipe has changed.
         world_size: the expected number of processes; None for the number that the launcher was asked for, if known.
+        allow_code: modules from which the networks of `distill.from` may be imported; see `load_run`.
 
     Returns:
-        The values of summary.json; if a signal stopped the run, only `status` ("preempted") and `step`.
+        The values of summary.json, also of a run that was done before; after a signal only `status` and `step`.
 
     Raises:
         RecipeError: the user made a mistake; nothing was trained or written.
         RunError: the run cannot continue: a gradient is not finite, or the disk is full. Saved checkpoints are valid.
     """
+    run_dir, resume = None if run_dir is None else expand_path(run_dir), str(expand_path(resume))
     started, code = time.perf_counter(), {"versions": versions(), "git_commit": git_commit()}
-    state = launched_world()
-    check_size(state, world_size)
-    choose_threads(state)
+    state = _join_world(world_size)
     precision = check_world(recipe, state)
     recipe = recipe.model_copy(update={"mixed_precision": precision})  # a resume under another launcher sees the change
+    if results := finished_results(recipe, run_dir, state, resume):
+        return results
     dataset = load_data(recipe, state)
-    module = run_on_all_ranks(state, lambda: build_module(recipe, dataset, state.num_processes))
-    teachers = run_on_all_ranks(state, lambda: load_teachers(recipe, dataset.train))
-    # A checkpoint holds all weights, and the file of model.init_from may be gone when the run resumes.
-    resumes = has_checkpoint(run_dir, resume, state)
+    prepared = run_on_all_ranks(state, lambda: prepare_model(recipe, dataset, state.num_processes, state.device))
+    recipe, module = prepared.recipe, prepared.module
+    teachers = run_on_all_ranks(state, lambda: load_teachers(recipe, dataset.train, allow_code))
+    resumes = has_checkpoint(run_dir, resume, state)  # a checkpoint holds all weights; model.init_from may be gone
     notes = [] if resumes else run_on_all_ranks(state, lambda: load_initial_weights(recipe, module))
-    folder = open_folder(recipe, run_dir, state, resume, allow_recipe_change)
-    with folder.failed_on_error(state.is_main_process):
-        if state.is_main_process:
-            write_atomically(folder.model_summary, summarize_model(module) + "\n")
-        checkpoint, problems = load_newest(folder, state)
+    interrupts, images = Interrupts(state), len(dataset.train)
+    with interrupts, open_folder(recipe, run_dir, state, resume, allow_recipe_change, images, interrupts) as folder:
+        _write_model_summary(folder, module, state)
+        checkpoint, problems = load_newest(folder, state, Plan.of(recipe, images))
         if resumes and not checkpoint:  # every checkpoint was damaged: the run starts again
             notes = run_on_all_ranks(state, lambda: load_initial_weights(recipe, module))
         components = build_components(recipe, precision, dataset.train, module, teachers)  # sets determinism globally
@@ -161,23 +169,35 @@ def train(
             if checkpoint:
                 components.load_state_dict(components_state(checkpoint))
             console = open_trackers(recipe, components, dataset, folder, checkpoint)
-            show_notes(console, components, [*problems, *notes])
+            show_notes(console, components, [*problems, *prepared.notes, *notes])
             components.accelerator.wait_for_everyone()  # rank 0 starts W&B; the first step must not include that time
             components.meter.resume()
             seconds = {"setup_seconds": round(time.perf_counter() - started, 3)}
             checkpointer.start(checkpoint.get("train_seconds", 0.0))
-            if not fit(recipe, components, dataset.held_out.to(state.device), checkpointer, progress):
+            if not fit(recipe, components, dataset.held_out.to(state.device), checkpointer, progress, interrupts):
                 return stop_run(folder, components, progress, console)
             seconds["train_seconds"] = checkpointer.train_seconds()
             checkpointer.save_last()
-            return finish_run(folder, recipe, components, progress, dataset, console, seconds | code)
+            return finish_run(folder, recipe, components, progress, dataset, console, seconds | code, interrupts)
+
+
+def _write_model_summary(folder: RunFolder, module: nn.Module, state: PartialState) -> None:
+    if state.is_main_process:
+        write_atomically(folder.model_summary, summarize_model(module) + "\n")
+
+
+def _join_world(world_size: int | None) -> PartialState:
+    state = launched_world()
+    check_size(state, world_size)
+    choose_threads(state)
+    return state
 
 
 # --- the command line ---------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command. Returns exit code 0, or 75 if a signal stopped the run after a checkpoint."""
+    """Runs the command. Returns exit code 0, or 75 if a signal stopped the run: the same command resumes it."""
     parser = parser_of("train")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.list_recipes:
@@ -202,6 +222,7 @@ def main(argv: list[str] | None = None) -> int:
         resume=arguments.resume,
         allow_recipe_change=arguments.allow_recipe_change,
         world_size=arguments.world_size,
+        allow_code=arguments.allow_code,
     )
     launched_world().destroy_process_group()
     return PREEMPTED if result.get("status") == "preempted" else 0

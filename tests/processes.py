@@ -344,26 +344,37 @@ def run_ranks(
         subprocess.TimeoutExpired: after `timeout` seconds; all ranks have been killed.
     """
     port, base = free_port(), dict(os.environ if env is None else env)
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": cwd}
-    started = [
-        popen(argv, env=base | {"ACCELERATE_USE_CPU": "true"} | rank_variables(rank, world_size, port), **pipes)
-        for rank in range(world_size)
+    environments = [
+        base | {"ACCELERATE_USE_CPU": "true"} | rank_variables(rank, world_size, port) for rank in range(world_size)
     ]
+    done = run_in_each(environments, argv, cwd=cwd, timeout=timeout)
+    shown = "\n".join(
+        f"rank {rank}: exit code {each.returncode}\n{each.stdout}{each.stderr}" for rank, each in enumerate(done)
+    )
+    assert not any(each.returncode for each in done), shown
+    return done
+
+
+def run_in_each(
+    environments: list[dict[str, str]], argv: list[Any], *, cwd: str | Path | None = None, timeout: float = 300
+) -> list[subprocess.CompletedProcess[str]]:
+    """Runs a Python program once in each environment, all at the same time; returns how each one ended.
+
+    Raises:
+        subprocess.TimeoutExpired: after `timeout` seconds; all processes have been killed.
+    """
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": cwd}
+    started = [popen(argv, env=environment, **pipes) for environment in environments]
     try:
         answers = [process.communicate(timeout=timeout) for process in started]
     finally:
         for process in started:
             if process.poll() is None:
                 process.kill()
-    done = [
+    return [
         subprocess.CompletedProcess(process.args, process.wait(), *answer)
         for process, answer in zip(started, answers, strict=True)
     ]
-    shown = "\n".join(
-        f"rank {rank}: exit code {each.returncode}\n{each.stdout}{each.stderr}" for rank, each in enumerate(done)
-    )
-    assert not any(each.returncode for each in done), shown
-    return done
 
 
 if __name__ == "__main__":

@@ -116,6 +116,8 @@ def check_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         assert launched.module
         assert getattr(launched, "config_file", None) is None or (ROOT / launched.config_file).is_file()
         check_module(launched.training_script, launched.training_script_args, monkeypatch)
+    elif program in ("mpirun", "srun"):
+        check_command(rest[rest.index("python") :], monkeypatch)
     elif program.startswith("launch/"):
         assert os.access(ROOT / program, os.X_OK)
         check_launch_script(program, rest)

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mnist_dist import load_recipe, train
+from mnist_dist import load_recipe, load_run, train
 from mnist_dist.data import load_dataset
+from mnist_dist.engine.checkpoint import load_weights, save_weights
 from mnist_dist.predict import _newest_run, main, predict_digit
+from mnist_dist.run.prediction import predict
 
 
 @pytest.fixture
@@ -38,7 +40,7 @@ def test_photos_of_mnist_digits_are_recognised(mnist_root, tmp_path, capsys):
     capsys.readouterr()  # discards what the training printed
     assert main([str(tmp_path / "run"), str(tmp_path / "photos"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert [set(each) for each in found] == [{"path", "digit", "confidence", "top3"}] * 100
+    assert [set(each) for each in found] == [{"path", "digit", "confidence", "top3", "unsure"}] * 100
     assert sum(each["digit"] == test.classes[label] for each, label in zip(found, test.labels[:100], strict=True)) >= 90
     digit, confidence = predict_digit(tmp_path / "photos" / "000.png", tmp_path / "run")
     assert (digit, confidence) == (found[0]["digit"], found[0]["confidence"])
@@ -51,6 +53,35 @@ def test_bad_pictures_are_named_and_the_others_classified(debug_run, picture, ca
     output = capsys.readouterr()
     assert [path in line for path, line in zip(paths[:2], output.err.splitlines(), strict=True)] == [True, True]
     assert output.out.startswith(f"{picture}: ") and output.out.count("\n") == 1
+
+
+def test_own_test_images_are_predicted_as_in_the_evaluation(tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    words = ["epochs=2", "tracking.plots=false", "tracking.wandb.mode=disabled"]
+    train(load_recipe("quickstart", *words), tmp_path / "run")
+    run, test = load_run(tmp_path / "run", "last"), load_dataset("digits", limit_test=60).test
+    (tmp_path / "own").mkdir()
+    for position, image in enumerate(test.images):
+        Image.fromarray(image[0].numpy()).save(tmp_path / "own" / f"{position:03}.png")
+    capsys.readouterr()
+    assert main([str(tmp_path / "run"), str(tmp_path / "own"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [each["digit"] for each in found] == [each["digit"] for each in predict(run, test.images)]
+
+
+def test_two_figures_are_said_in_the_line_and_in_json(debug_run, tmp_path, capsys):
+    tensors, about = load_weights(debug_run / "last.safetensors")
+    assert about["geometry"]["ground"] == "none"  # the debug run's images are patterns without a ground
+    save_weights(debug_run / "last.safetensors", tensors, {k: v for k, v in about.items() if k != "geometry"})
+    page = Image.new("L", (560, 420), 235)
+    for left in (100, 400):
+        page.paste(30, (left, 100, left + 20, 300))
+    page.save(tmp_path / "two.png")
+    assert main([str(debug_run), str(tmp_path / "two.png"), "--json"]) == 0
+    [found] = json.loads(capsys.readouterr().out)
+    assert found["unsure"].startswith("two figures")
+    assert main([str(debug_run), str(tmp_path / "two.png")]) == 0
+    assert f"unsure: {found['unsure']}" in capsys.readouterr().out
 
 
 def test_lines_and_json_agree(debug_run, picture, capsys):

@@ -20,6 +20,7 @@ from mnist_dist.run.build import build_components, load_data
 from mnist_dist.run.folder import RunFolder
 from mnist_dist.run.model_setup import build_module
 from mnist_dist.tracking import ConsoleTracker, JSONLTracker
+from mnist_dist.train import main
 
 TINY = [
     "data.dataset=synthetic",
@@ -91,6 +92,21 @@ def test_logical_shards_do_not_change_integer_buffers(tmp_path):
     train(recipe, tmp_path / "run")
     tables = [value for name, value in load_run(tmp_path / "run").model.state_dict().items() if name.endswith("_index")]
     assert tables and all(int(table.max()) == 168 for table in tables)
+
+
+def test_home_and_variables_in_every_path_are_replaced(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WHERE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    words = ["--recipe", "debug", "epochs=1", "max_steps=4", "tracking.plots=false"]
+    assert main([*words, "--run-dir=~/first", "checkpoint.every_steps=2"]) == 0
+    assert main([*words, "--run-dir=$WHERE/second", "model.init_from=~/first"]) == 0
+    assert main([*words, "--run-dir=~/third", "distill.from=[~/first, $WHERE/second]"]) == 0
+    assert main([*words, "--run-dir=~/fourth", "--resume=~/first"]) == 0
+    train(load_recipe("~/first/recipe.yaml"), "~/fifth")
+    for name in ("first", "second", "third", "fourth", "fifth"):
+        assert load_run(f"~/{name}").folder.path == tmp_path / name
+    assert not (tmp_path / "~").exists() and not (tmp_path / "$WHERE").exists()
 
 
 @pytest.mark.pictures

@@ -32,7 +32,8 @@ from mnist_dist.engine.optimizers import build_optimizer
 from mnist_dist.errors import Problem, RecipeError
 from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.build import check_world, load_data
-from mnist_dist.run.model_setup import build_module, to_device
+from mnist_dist.run.model_setup import build_module, prepare_model
+from mnist_dist.run.model_trial import to_device
 from mnist_dist.run.provenance import git_commit, versions
 
 COMPARED_PRECISIONS = ("no", "bf16")
@@ -88,8 +89,8 @@ class BenchmarkSetup:
                 "training images"
             )
             raise RecipeError([recipe.problem("batch_size", message, "conflict")])
-        run_on_all_ranks(state, lambda: build_module(recipe, dataset))
-        return cls(recipe, precision, dataset, state)
+        prepared = run_on_all_ranks(state, lambda: prepare_model(recipe, dataset, state.num_processes, state.device))
+        return cls(prepared.recipe, precision, dataset, state)
 
     def in_default_layout(self) -> BenchmarkSetup:
         """Returns the same setup with PyTorch's default memory layout of images, which tutorials use."""

@@ -32,9 +32,12 @@ from mnist_dist.compare.table import (
     print_table,
     write_tables,
 )
-from mnist_dist.engine.files import write_atomically
+from mnist_dist.engine.files import read_regular, write_atomically
 from mnist_dist.errors import Kind, Problem, RecipeError
 from mnist_dist.run.reader import RunReader, find_runs, is_summary
+
+MOST_KEPT = 2**28
+"""Bytes of the largest file of kept summaries that is read."""
 
 # --- the runs -----------------------------------------------------------------------------------------------------
 
@@ -97,12 +100,12 @@ class Comparison:
 def _read_kept(path: Path) -> list[Measured]:
     found = []
     try:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(read_regular(path, MOST_KEPT).decode().splitlines(), 1):
             values = json.loads(line)
             if not is_summary(values):
                 raise ValueError(f"line {number} is not the summary of a run")
             found.append(Measured(values))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         message = f"not a file of kept summaries: {error}\ngive run folders, or a file written by --keep"
         raise _problem(str(path), message, "damaged") from error
     return found

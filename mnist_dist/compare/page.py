@@ -21,6 +21,8 @@ from typing import Any
 from PIL import Image
 
 from mnist_dist.plots import style
+from mnist_dist.run.folder import RunFolder
+from mnist_dist.run.reader import LARGEST
 
 COLOURS = (style.BLUE, style.VERMILLION, style.GREEN, style.PURPLE, style.ORANGE, style.SKY)
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "14 4")
@@ -32,6 +34,8 @@ POINTS = 300
 
 PICTURES = {"confusion_matrix.png": "Confusion matrix", "misclassified.png": "Most confident mistakes"}
 PICTURE_WIDTH = 900
+MOST_PIXELS = 50_000_000
+"""A picture with more pixels is left out: a small file can claim very many."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,9 @@ class Page:
         finished = [run for run in members if run.accuracy is not None]
         best = max(finished, key=lambda run: run.accuracy or 0.0, default=None)
         if best:
-            urls = [(title, self._picture_url(best.plots / name)) for name, title in PICTURES.items()]
+            folder = RunFolder(best.plots.parent)
+            paths = {title: best.plots / name for name, title in PICTURES.items()}
+            urls = [(title, "" if folder.leaves(path) else self._picture_url(path)) for title, path in paths.items()]
             pictures = [(title, url) for title, url in urls if url]
         return {
             "label": members[0].label,
@@ -138,7 +144,8 @@ def curves(lines: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[float], l
     for name in CURVES:
         pairs = [(line.get("epoch"), line[name]) for line in lines if name in line]
         numbers = [(x, y) for x, y in pairs if isinstance(x, int | float) and isinstance(y, int | float)]
-        points = [(x, y) for x, y in numbers if math.isfinite(x)]
+        # JSON can hold whole numbers that no float can hold, and floats whose sum is none.
+        points = [(x, y if y != y or abs(y) < LARGEST else math.inf) for x, y in numbers if abs(x) < LARGEST]
         size = math.ceil(len(points) / POINTS) or 1
         pieces = [points[start : start + size] for start in range(0, len(points), size)]
         means = [math.fsum(y for _, y in piece) / len(piece) for piece in pieces]
@@ -153,8 +160,10 @@ def _short(value: float) -> float:
 
 
 def embedded(path: Path) -> str:
-    """Returns a PNG as a data URL, scaled down; an empty text if the file is missing or damaged."""
-    with suppress(OSError, ValueError, SyntaxError), Image.open(path) as image:
+    """Returns a PNG as a data URL, scaled down; an empty text if the file is missing, damaged or too large."""
+    with suppress(Exception), Image.open(path, formats=["PNG"]) as image:  # Pillow's exceptions are of many types
+        if image.width * image.height > MOST_PIXELS:
+            return ""
         smaller = image.convert("RGB")
         smaller.thumbnail((PICTURE_WIDTH, 4 * PICTURE_WIDTH))
         file = io.BytesIO()

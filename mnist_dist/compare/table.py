@@ -22,7 +22,7 @@ from mnist_dist.recipe.changes import flatten
 from mnist_dist.recipe.file import bundled_recipes, note_measured, recipe_notes
 from mnist_dist.recipe.loading import load_recipe
 from mnist_dist.run.reader import RunReader, numbers
-from mnist_dist.run.tables import fill_between_marks, markdown_table, table_console
+from mnist_dist.run.tables import fill_between_marks, markdown_table, markdown_text, printable, table_console
 
 MARKS = ("<!-- results: made by mnist_dist.compare -->", "<!-- end of results -->")
 """The lines before and after a table in a Markdown file. If the first line is
@@ -90,7 +90,8 @@ class Measured:
         if self.run and not self.is_finished:
             return self.run.name
         keys = ("recipe", "epochs", "mixed_precision", "world_size", "device")
-        return self.run and self.run.key, *(self.summary.get(key) for key in (keys[2:] if self.run else keys))
+        # repr: a stranger's summary may hold lists.
+        return self.run and self.run.key, *(repr(self.summary.get(key)) for key in (keys[2:] if self.run else keys))
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,8 @@ class Row:
             "status": (", ".join(dict.fromkeys(statuses)), None),
             "verdict": (self.verdict(), None),
         }
-        return {name: (text, (text or None) if value is None else value) for name, (text, value) in texts.items()}
+        plain = {name: (printable(text), value) for name, (text, value) in texts.items()}
+        return {name: (text, (text or None) if value is None else value) for name, (text, value) in plain.items()}
 
     def verdict(self) -> str:
         """Compares the claimed accuracy with the means of the last and of the best epochs.
@@ -245,7 +247,7 @@ def to_markdown(rows: list[Row], columns: Sequence[str] = COLUMNS, folder: Path 
     """
     lines = []
     for row in rows:
-        cells = {column: text for column, (text, _) in row.cells().items()}
+        cells = {column: markdown_text(text) for column, (text, _) in row.cells().items()}
         cells["recipe"] = _linked(row, cells["recipe"], folder)
         lines.append(tuple(cells[column] for column in columns))
     return markdown_table([tuple(columns), *lines])

@@ -31,7 +31,7 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, rows: slice) -> Images:
+    def __getitem__(self, rows: slice | Tensor) -> Images:
         return replace(self, images=self.images[rows], labels=self.labels[rows])
 
     def to(self, device: torch.device | str) -> Images:

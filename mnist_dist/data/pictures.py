@@ -1,12 +1,11 @@
-"""Reads picture files into the format of MNIST.
+"""Reads picture files and prepares them as images like those of a training set.
 
-MNIST scales a figure into 20×20 pixels and puts its centre of mass into the centre of 28×28 (LeCun et al.,
-"Gradient-based learning applied to document recognition", 1998). The same is done here to a picture of any size, colour
-or transparency, dark on light or light on dark.
+A picture may have any size, colour, bit depth or transparency, and may be dark on light or light on dark.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,32 +13,66 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from mnist_dist.data.images import SIDE
+from mnist_dist.data.figures import find_figure
+from mnist_dist.data.geometry import Geometry
 
-INK_SIDE = 20
-"""Pixels of the longer side of the figure. export/draw.html computes the same with the same constants."""
-
-FAINT = 0.2
-"""Fraction of the strongest ink. Weaker pixels are paper, shadow or noise and do not count for the figure's extent."""
-
-LEAST_CONTRAST = 16
-"""Grey levels between background and strongest ink; blank paper has less."""
+PROGRAMS = ("EPS", "WMF")
+"""Formats that Pillow has another program draw."""
 
 MOST_PIXELS = 100_000_000
 """Larger pictures are refused, because they would fill the memory."""
 
 
-def read_picture(path: str | Path) -> Tensor:
-    """Reads a picture file in the format of MNIST: uint8 (1, 28, 28), a bright figure on a dark ground.
+FULL_SCALES = (255, 1023, 4095, 65535)
+"""Largest grey levels of 8, 10, 12 and 16 bits."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A picture as a network's input.
+
+    Attributes:
+        image: uint8 (1, 28, 28), like the images of the training set.
+        doubts: short reasons why a prediction may be wrong; empty if the figure is clear.
+    """
+
+    image: Tensor
+    doubts: tuple[str, ...]
+
+
+def prepare_picture(path: str | Path, geometry: Geometry | None = None) -> Prepared:
+    """Reads a picture file and prepares it as the training set's images are.
+
+    Args:
+        path: the file.
+        geometry: of the training set; None for MNIST's.
 
     Raises:
         ValueError: the file cannot be read, is no picture, or is damaged, blank or too large; the message names which.
     """
+    geometry, grey = geometry or Geometry(), _read_grey(_open(path))
+    if geometry.fits(grey):
+        return Prepared(torch.from_numpy(np.round(grey).astype(np.uint8))[None], ())
+    if geometry.ground == "none":
+        return Prepared(geometry.fill(grey), ())
+    figure = find_figure(grey)
+    return Prepared(geometry.place(figure.ink), figure.doubts)
+
+
+def read_picture(path: str | Path, geometry: Geometry | None = None) -> Tensor:
+    """Reads a picture file as uint8 (1, 28, 28); see `prepare_picture`."""
+    return prepare_picture(path, geometry).image
+
+
+def _open(path: str | Path) -> Image.Image:
+    """Returns the picture in a file, upright and with its pixels read."""
     try:
         with Image.open(path) as file:
             if file.width * file.height > MOST_PIXELS:
                 raise ValueError(f"too many pixels: {file.width:,}×{file.height:,}; at most {MOST_PIXELS:,}")
-            picture = ImageOps.exif_transpose(file)
+            if file.format in PROGRAMS:
+                raise ValueError(f"{file.format} files are programs; save the picture as PNG or JPEG")
+            return ImageOps.exif_transpose(file)
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise ValueError(error.strerror) from error
     except Image.DecompressionBombError as error:
@@ -47,17 +80,71 @@ def read_picture(path: str | Path) -> Tensor:
     except ValueError:
         raise
     except Exception as error:  # Pillow raises exceptions of many types for damaged files
+        if kind := _unread_kind(path):
+            raise ValueError(f"{kind} is not read; save the picture as PNG or JPEG") from error
         raise ValueError("not a picture, or a damaged one") from error
-    return _to_mnist(_extract_ink(_read_grey(picture)))
+
+
+SIGNATURES = (
+    (0, b"%PDF", "PDF"),
+    (0, b"\xff\x0a", "JPEG XL"),
+    (0, b"\0\0\0\x0cJXL ", "JPEG XL"),
+    (0, b"\x76\x2f\x31\x01", "OpenEXR"),
+    (0, b"gimp xcf", "XCF"),
+    (0, b"\x93NUMPY", "a NumPy array"),
+    (0, b"\x89HDF", "HDF5"),
+    (0, b"PK\x03\x04", "a ZIP archive"),
+    (0, b"\x1f\x8b", "a gzip archive"),
+    (0, b"\0\0\x08\x03", "IDX"),
+    (128, b"DICM", "DICOM"),
+    (8, b"CR\x02", "a camera's raw file"),
+    (0, b"FUJIFILMCCD-RAW", "a camera's raw file"),
+    (0, b"\x1aE\xdf\xa3", "a video"),
+)
+"""Position, bytes and name of formats that Pillow does not read."""
+
+
+def _unread_kind(path: str | Path) -> str | None:
+    """Returns the name of a well-known format that is not read, by the first bytes of the file."""
+    with Path(path).open("rb") as file:
+        start = file.read(512)
+    if start[4:8] == b"ftyp":  # the ISO base media file format, ISO/IEC 14496-12
+        brands = {start[at : at + 4] for at in (8, *range(16, min(int.from_bytes(start[:4], "big"), 512), 4))}
+        if brands & {b"avif", b"avis"}:
+            return "AVIF"
+        if brands & {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}:
+            return "HEIC"
+        return "a camera's raw file" if b"crx " in brands else "a video"
+    if b"<svg" in start.lower():
+        return "SVG"
+    if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        return "HTML"
+    return next((name for at, magic, name in SIGNATURES if start[at : at + len(magic)] == magic), None)
 
 
 def _read_grey(picture: Image.Image) -> np.ndarray:
     """Returns the grey levels 0 to 255 of a picture, float32 (height, width)."""
     if picture.has_transparency_data:
         picture = _fill_transparency(picture.convert("RGBA"))
-    if picture.mode.startswith("I"):  # 16 bits per pixel, which Pillow's conversion would clip at 255
-        return np.asarray(picture).astype(np.float32) / np.float32(257)
+    if picture.mode[0] in "IF":  # more than 8 bits per pixel, which Pillow's conversion would clip at 255
+        return _scale_levels(np.asarray(picture).astype(np.float64), fractions=picture.mode[0] == "F")
     return np.asarray(picture.convert("RGB").convert("L"), dtype=np.float32)
+
+
+def _scale_levels(levels: np.ndarray, fractions: bool) -> np.ndarray:
+    """Scales integer or floating-point levels to 0 to 255, float32.
+
+    A file does not say what white is. White is the smallest usual scale that holds the file's largest level.
+    """
+    known = np.isfinite(levels)
+    if not known.any():
+        raise ValueError("the picture has no finite pixel")
+    levels = np.where(known, levels, np.median(levels[known]))
+    levels = levels - min(0.0, float(levels.min()))
+    largest = float(levels.max())
+    scales = (1, *FULL_SCALES) if fractions else FULL_SCALES
+    white = next((each for each in scales if largest <= 1.001 * each), largest)
+    return (levels * (255 / white)).astype(np.float32)
 
 
 def _fill_transparency(picture: Image.Image) -> Image.Image:
@@ -68,36 +155,3 @@ def _fill_transparency(picture: Image.Image) -> Image.Image:
     grey = np.asarray(picture.convert("RGB").convert("L"), dtype=np.float32)
     is_dark = (grey * opacity).sum() < 127.5 * opacity.sum()
     return Image.alpha_composite(Image.new("RGBA", picture.size, "white" if is_dark else "black"), picture)
-
-
-def _extract_ink(grey: np.ndarray) -> np.ndarray:
-    """Returns the distance of each pixel from the background; the background is the median grey level of the border.
-
-    Ink is darker or lighter than the background, whichever there is more of. The other is glare or shadow.
-    """
-    border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
-    background = float(np.median(border))
-    darker, lighter = np.clip(background - grey, 0, None), np.clip(grey - background, 0, None)
-    return darker if darker.sum() > lighter.sum() else lighter
-
-
-def _to_mnist(ink: np.ndarray) -> Tensor:
-    """Scales the figure into 20×20 pixels and centres its mass in 28×28."""
-    strongest = float(ink.max())
-    if strongest < LEAST_CONTRAST:
-        raise ValueError("the picture is blank")
-    ink = np.clip(ink / strongest, 0, 1)
-    rows, columns = np.nonzero(ink.max(axis=1) > FAINT)[0], np.nonzero(ink.max(axis=0) > FAINT)[0]
-    figure = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    scale = INK_SIDE / max(figure.shape)
-    size = (max(1, round(figure.shape[1] * scale)), max(1, round(figure.shape[0] * scale)))
-    small = Image.fromarray((255 * figure).astype(np.uint8)).resize(size, Image.Resampling.LANCZOS)
-    values = np.asarray(small, dtype=np.float64)
-    if not values.any():
-        raise ValueError("the picture shows only specks, no figure")
-    weights = values / values.sum()
-    centre = [(weights.sum(axis=1 - axis) * np.arange(values.shape[axis])).sum() for axis in (0, 1)]
-    canvas = np.zeros((SIDE, SIDE), dtype=np.uint8)
-    top, left = (int(np.clip(round((SIDE - 1) / 2 - centre[axis]), 0, SIDE - values.shape[axis])) for axis in (0, 1))
-    canvas[top : top + values.shape[0], left : left + values.shape[1]] = values
-    return torch.from_numpy(canvas)[None]

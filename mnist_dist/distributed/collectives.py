@@ -2,35 +2,53 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Callable
 from typing import TypeVar
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from mnist_dist.errors import RecipeError
+from mnist_dist.errors import Problem, RecipeError, RunError
 
 T = TypeVar("T")
 
 
 def run_on_all_ranks(state: PartialState, action: Callable[[], T]) -> T:
-    """Runs `action` on every rank; a RecipeError on one rank is raised on all. Collective: call on every rank.
+    """Runs `action` on every rank; an exception on one rank ends it on all. Collective: call on every rank.
 
     Returns:
         What `action` returns on this rank.
 
     Raises:
         RecipeError: with the problems of the first rank that raised one. No rank waits for a rank that has failed.
+        RunError: another rank raised any other exception; the message names the rank and the exception. The failed
+            rank itself raises its own exception.
     """
-    result, problems = None, None
+    result, failure = None, None
     try:
         result = action()
-    except RecipeError as error:
-        problems = error.problems
-    found = next((each for each in gather_object([problems]) if each), None)
-    if found:
-        raise RecipeError(found)
-    return result  # type: ignore[return-value]  # None only if a problem was raised
+    except BaseException as error:  # Ctrl-C and SystemExit would leave the other ranks waiting as well
+        failure = error
+    reports = gather_object([_report(state, failure)])
+    if problems := next((problems for problems, _ in reports if problems), None):
+        raise RecipeError(problems) from failure
+    if failure is not None:
+        raise failure
+    if messages := [message for _, message in reports if message]:
+        raise RunError("\n  ".join([*messages, "all ranks end"]))
+    return result  # type: ignore[return-value]  # None only if a rank failed
+
+
+def _report(state: PartialState, failure: BaseException | None) -> tuple[list[Problem] | None, str]:
+    """Returns what the other ranks are told of an exception: its problems, or a message."""
+    if isinstance(failure, RecipeError):
+        return failure.problems, ""
+    if failure is None:
+        return None, ""
+    where = f"rank {state.process_index} ({socket.gethostname()}, pid {os.getpid()})"
+    return None, f"{where} failed: {type(failure).__name__}: {failure}"
 
 
 def count_nodes(state: PartialState) -> int:

@@ -6,7 +6,7 @@ import os
 import platform
 import re
 import sys
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import psutil
 import torch
@@ -18,6 +18,7 @@ from mnist_dist.distributed.launcher import launched_by_accelerate, launcher_arg
 def choose_threads(state: PartialState) -> None:
     """Gives a process on the CPU an equal share of the cores of its machine, unless the user set the number of threads.
 
+    The cores are those that the affinity and the CPU quota of the process's control groups allow.
     The user sets the number with OMP_NUM_THREADS or `accelerate launch --num_cpu_threads_per_process`. If neither is
     given, `accelerate launch` and torchrun set OMP_NUM_THREADS=1 for their processes, which leaves most cores idle. So
     under a launcher this function reads the launcher's own environment instead of the environment of this process.
@@ -31,8 +32,56 @@ def choose_threads(state: PartialState) -> None:
     if "OMP_NUM_THREADS" in set_by_user or any("num_cpu_threads" in word for word in launcher_arguments()):
         return
     usable = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    cores = min(usable, psutil.cpu_count(logical=False) or usable)
+    cores = min(usable, psutil.cpu_count(logical=False) or usable, cpu_quota() or usable)
     torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))))
+
+
+def cpu_quota(root: Path = Path("/")) -> int | None:
+    """Returns the number of whole CPUs, at least 1, whose time the control groups of this process allow; None for all.
+
+    A container of a cluster often sees all cores of its machine, but is stopped when it has used its share of their
+    time. A group above may allow less than the group of the process, so all of them count.
+
+    Args:
+        root: the root of the file system, for tests.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    quotas = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:  # version 2: "0::/group"
+            mounts, read = ["sys/fs/cgroup", "sys/fs/cgroup/unified"], _read_quota_v2
+        elif "cpu" in controllers.split(","):  # version 1: "4:cpu,cpuacct:/group"
+            mounts, read = [f"sys/fs/cgroup/{controllers}", "sys/fs/cgroup/cpu"], _read_quota_v1
+        else:
+            continue
+        group = PurePosixPath(path.lstrip("/"))
+        folders = [root / mount / each for mount in mounts for each in (group, *group.parents)]
+        quotas += [quota for folder in folders if (quota := read(folder))]
+    return max(1, int(min(quotas))) if quotas else None
+
+
+def _read_quota_v2(folder: Path) -> float | None:
+    """Returns the number of CPUs in cpu.max, "QUOTA PERIOD" or "max PERIOD"; None if there is no limit or no file."""
+    try:
+        quota, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
+        return int(quota) / int(period)
+    except (OSError, ValueError):
+        return None
+
+
+def _read_quota_v1(folder: Path) -> float | None:
+    """Returns the number of CPUs in cpu.cfs_quota_us, in which -1 is no limit; None if there is no limit or no file."""
+    try:
+        quota, period = (
+            int((folder / f"cpu.cfs_{name}_us").read_text(encoding="utf-8")) for name in ("quota", "period")
+        )
+        return quota / period if quota > 0 else None
+    except (OSError, ValueError):
+        return None
 
 
 def device_name(device: torch.device) -> str:

@@ -14,16 +14,53 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.commands.config.config_args import default_config_file
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import parse_flag_from_env, patch_environment
 
+from mnist_dist.distributed.world import ADDRESS, TORCH, read_world, step_size
 from mnist_dist.errors import Problem, RecipeError
 
 
 def launched_world() -> PartialState:
-    """Returns the processes and the device that the launcher gave. The first call starts the process group."""
+    """Returns the processes and the device that the launcher gave. The first call starts the process group.
+
+    Processes on CPUs communicate by gloo. A world of one process has no group.
+
+    Raises:
+        RecipeError: the launcher's variables describe a world that this process cannot join.
+    """
+    if PartialState._shared_state:
+        return PartialState()
+    world = read_world(os.environ)
+    size = int(world.get("WORLD_SIZE", 1))
+    for name in (*TORCH, *ADDRESS):
+        if not os.environ.get(name, "0").strip():
+            del os.environ[name]  # Accelerate and torch read an empty variable as a number
+    os.environ.update(world)
     # Accelerator reads this variable, PartialState alone does not: two CPU processes would be two worlds of size 1.
     # The meter sums in float64, which Apple's GPUs do not support: a Mac trains on its CPU.
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or torch.backends.mps.is_available())
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or torch.backends.mps.is_available()
+    cpu = cpu or (size > 1 and not torch.accelerator.is_available())
+    backend = {"backend": "gloo"} if cpu and size > 1 else {}
+    try:
+        # Accelerate would choose the number of threads, with a warning. `choose_threads` does that.
+        with patch_environment(OMP_NUM_THREADS=torch.get_num_threads()):
+            state = PartialState(cpu=cpu, **backend)
+    except (RuntimeError, ValueError, OSError) as error:
+        PartialState._reset_state()
+        if size == 1:
+            raise
+        raise RecipeError([_unjoined(world, f"{type(error).__name__}: {error}")]) from error
+    if size > 1 and state.num_processes != size:
+        raise RecipeError([_unjoined(world, f"{state.device.type} processes found no way to communicate")])
+    return state
+
+
+def _unjoined(world: dict[str, str], cause: str) -> Problem:
+    """Returns the problem of a process that its world does not reach."""
+    address = f"{world['MASTER_ADDR']}:{world['MASTER_PORT']}"
+    message = f"rank {world['RANK']} cannot join the world of {world['WORLD_SIZE']} processes at {address}\n{cause}\n"
+    message += "check that rank 0 runs on that host, that the port is free there, and that no firewall closes it"
+    return Problem("the launcher", "MASTER_ADDR", message, "world")
 
 
 # --- the number of processes --------------------------------------------------------------------------------------
@@ -73,14 +110,11 @@ def _requested_size() -> tuple[int | None, str]:
             return int(number), name
     for variable in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         # If mpirun or srun started torchrun, these variables count the torchrun processes, not the ranks.
-        if variable in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+        if os.environ.get(variable, "").isdecimal() and "TORCHELASTIC_RUN_ID" not in os.environ:
             return int(os.environ[variable]), variable
-    if (
-        "SLURM_STEP_ID" in os.environ
-        and "WORLD_SIZE" not in os.environ
-        and "ACCELERATE_MIXED_PRECISION" not in os.environ
-    ):
-        return int(os.environ.get("SLURM_NTASKS", "1")), "SLURM_NTASKS"
+    step = step_size(os.environ)
+    if step and "WORLD_SIZE" not in os.environ and "ACCELERATE_MIXED_PRECISION" not in os.environ:
+        return step
     return None, ""
 
 
@@ -116,7 +150,9 @@ def launch_settings() -> dict[str, str]:
         settings["launcher"] = "accelerate launch"
     elif "TORCHELASTIC_RUN_ID" in os.environ:
         settings["launcher"] = "torchrun"
-    elif "SLURM_STEP_ID" in os.environ:
+    elif "OMPI_COMM_WORLD_SIZE" in os.environ or "MPI_LOCALNRANKS" in os.environ:
+        settings["launcher"] = "mpirun"
+    elif step_size(os.environ):
         settings["launcher"] = "srun"
     words = launcher_arguments()
     files = [after for word, after in itertools.pairwise(words) if word in ("--config_file", "--config-file")]

@@ -1,4 +1,7 @@
-"""Turns SIGTERM, SIGINT and SIGUSR1 into a stop request that all ranks see at the same step."""
+"""Turns SIGTERM, SIGINT and SIGUSR1 into a stop request that all ranks see at the same step.
+
+Imports torch only when ranks exchange a request: a command installs `exit_on_signals` before it imports torch.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,10 @@ import sys
 import threading
 import time
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from accelerate import Accelerator
+if TYPE_CHECKING:
+    from accelerate import Accelerator, PartialState
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -33,31 +36,55 @@ LAUNCHER_DIED = signal.SIGUSR1
 """The kernel sends this signal when the launcher dies. Not SIGTERM: this signal never counts as a second request."""
 
 
+def exit_on_signals() -> None:
+    """Makes a signal end this process at once with exit code 75, until `Interrupts` handles signals.
+
+    For the command line before the run folder is opened: nothing has been written that a checkpoint must save.
+    """
+    for number in SIGNALS:
+        signal.signal(number, _exit_preempted)
+    _request_signal_when_launcher_dies()
+
+
+def _exit_preempted(number: int, frame: FrameType | None) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, b"mnist_dist: stop requested before the run began. Rerun the same command to start it.\n")
+    os._exit(PREEMPTED)
+
+
 class Interrupts:
     """Handles signals inside the context: the first one requests a stop, a second one ends the process at once.
 
-    The handlers only set a flag. The training loop reads it with `stop_requested` between two steps.
+    The handlers only set a flag. The training loop reads it with `stop_requested` between two steps. Contexts of the
+    same object may be nested: the outermost one installs and removes the handlers.
     """
 
-    def __init__(self, accelerator: Accelerator):
-        self._accelerator = accelerator
+    def __init__(self, world: Accelerator | PartialState):
+        self._world = world
         self._requested = False
         self._requested_at = 0.0
         self._calls = 0
         self._interval = 1
+        self._depth = 0
         self._previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupts:
-        if threading.current_thread() is threading.main_thread():  # other threads cannot set handlers
+        self._depth += 1
+        if self._depth == 1 and threading.current_thread() is threading.main_thread():  # only it can set handlers
             self._previous_handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
             _request_signal_when_launcher_dies()
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        self._depth -= 1
+        if self._depth:
+            return
         for number, handler in self._previous_handlers.items():
             # A launcher that dies may send the signal once per thread, while this process still writes its last files.
             echo = self._requested and number == LAUNCHER_DIED and _has_launcher()
-            signal.signal(number, signal.SIG_IGN if echo else handler)
+            # The command has nothing left to do but exit with the code that its STATUS stands for.
+            ended = handler is _exit_preempted and error is None
+            signal.signal(number, signal.SIG_IGN if echo or ended else handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if not self._requested:
@@ -78,13 +105,32 @@ class Interrupts:
 
         Collective: call on every rank equally often. Only one call per interval communicates, the others return False.
         """
-        if self._accelerator.num_processes == 1:
+        if self._world.num_processes == 1:
             return self._requested
         self._calls += 1
         if self._calls % self._interval:
             return False
-        requested = torch.tensor(int(self._requested), device=self._accelerator.device)
-        return bool(self._accelerator.reduce(requested, reduction="sum"))
+        import torch
+        from accelerate.utils import reduce
+
+        requested = torch.tensor(int(self._requested), device=self._world.device)
+        return bool(reduce(requested, reduction="sum"))
+
+    @property
+    def requested_here(self) -> bool:
+        """Whether this rank has received a stop request; the other ranks may not know of it."""
+        return self._requested
+
+    def exit_before_start(self) -> None:
+        """Ends the process if this rank has received a stop request. For the time before the run folder is opened.
+
+        Raises:
+            KeyboardInterrupt: the process is a Python program that called `train`.
+        """
+        if self._requested and self._previous_handlers.get(signal.SIGTERM) is _exit_preempted:
+            _exit_preempted(signal.SIGTERM, None)
+        if self._requested:
+            raise KeyboardInterrupt
 
 
 def _has_launcher() -> bool:

@@ -30,7 +30,8 @@ from mnist_dist.recipe.loading import load_recipe
 from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.build import build_components
 from mnist_dist.run.kernels import set_kernels
-from mnist_dist.run.model_setup import build_module, to_device
+from mnist_dist.run.model_setup import build_module
+from mnist_dist.run.model_trial import to_device
 
 # --- the machine --------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,20 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from mnist_dist.engine.files import fsync_path, rename_flushed, write_atomically, write_flushed
+from mnist_dist.engine.files import (
+    check_regular,
+    fsync_path,
+    read_regular,
+    rename_flushed,
+    write_atomically,
+    write_flushed,
+)
 
 # --- weights ------------------------------------------------------------------------------------------------------
+
+
+MOST_WEIGHTS = 2**34
+"""Bytes of the largest weights file that is read. A sparse file may claim terabytes and take no space on the disk."""
 
 
 def save_weights(path: Path, state: dict[str, Tensor], about: dict[str, Any]) -> None:
@@ -52,9 +64,12 @@ def load_weights(path: Path, *, foreign: bool = False) -> tuple[dict[str, Tensor
         ValueError: the file is damaged or was not written by `save_weights`.
     """
     try:
+        check_regular(path, MOST_WEIGHTS)
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             about = {} if foreign and "about" not in metadata else json.loads(metadata["about"])
+            if not isinstance(about, dict):
+                raise ValueError("its description is not a JSON object")
             return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118 - not a dict
     except FileNotFoundError:
         raise
@@ -65,6 +80,8 @@ def load_weights(path: Path, *, foreign: bool = False) -> tuple[dict[str, Tensor
 # --- checkpoints --------------------------------------------------------------------------------------------------
 
 STATE, MANIFEST = "state.pt", "manifest.json"
+MOST_STATE, MOST_MANIFEST = 2**37, 2**20
+"""Bytes of the largest files that are read."""
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
@@ -94,7 +111,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
             load_checkpoint(final)
             return final
         except ValueError:
-            _remove(final)
+            remove(final)
     staged.mkdir()
     try:
         content = io.BytesIO()
@@ -108,11 +125,12 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
         shutil.rmtree(staged, ignore_errors=True)
         raise
     for old in list_checkpoints(folder)[:-keep]:
-        _remove(old)
+        remove(old)
     return final
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Removes a checkpoint, or whatever else has its name."""
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
@@ -130,14 +148,26 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             gives the reason.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = json.loads(read_regular(path / MANIFEST, MOST_MANIFEST))
+        check_regular(path / STATE, MOST_STATE)
         if path.name != f"step-{manifest['step']}":
             raise ValueError(f"it was written as step-{manifest['step']}")
         if manifest["files"][STATE] != _fingerprint(path / STATE):
             raise ValueError(f"size or SHA-256 of {STATE} differs from {MANIFEST}")
+        _refuse_compression(path / STATE)
         return torch.load(path / STATE, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling raises a different error for each kind of damage
         raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def _refuse_compression(path: Path) -> None:
+    """Raises ValueError for an archive that unpacks to more bytes than it has: `torch.save` compresses nothing."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError("its content is compressed, which a checkpoint never is")
+    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise ValueError("its content is larger than the file")
 
 
 def newest_checkpoint(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:

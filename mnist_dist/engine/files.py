@@ -1,10 +1,44 @@
-"""Writes files atomically: a reader never sees half a file, and a finished file survives a power failure."""
+"""Reads and writes files, and expands the paths that users write.
+
+A file is written atomically: a reader never sees half a file. A file that comes from a stranger is read only if it is a
+regular file of a bounded size.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
+import re
+import stat
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+
+from mnist_dist.errors import Kind, Problem, RecipeError
+
+
+def read_regular(path: Path, most: int) -> bytes:
+    """Returns the content of a regular file. A pipe or a device could have no end.
+
+    Args:
+        most: the largest size, in bytes.
+
+    Raises:
+        OSError: the file cannot be read, is not a regular file, or is larger.
+    """
+    check_regular(path, most)
+    return path.read_bytes()
+
+
+def check_regular(path: Path, most: int) -> None:
+    """Raises OSError unless the path is a regular file, or a link to one, of at most `most` bytes."""
+    found = path.stat()
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    if found.st_size > most:
+        raise OSError(errno.EFBIG, f"larger than {most:,} bytes", str(path))
 
 
 def write_atomically(path: Path, content: bytes | memoryview | str) -> None:
@@ -61,3 +95,26 @@ def fsync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def expand_path(path: str | Path, problem: Callable[[str, Kind], Problem] | None = None) -> Path:
+    """Returns a path that a user wrote, with `~`, `~user`, `$VAR` and `${VAR}` replaced.
+
+    A shell leaves them as they are inside a word such as `data.root=~/data`, and so does YAML.
+
+    Args:
+        problem: message and kind -> the problem of the key that holds the path; None for one on the command line.
+
+    Raises:
+        RecipeError: a variable is not set, or a user is unknown, and no file has that very name.
+    """
+    expanded = os.path.expandvars(os.path.expanduser(path))  # noqa: PTH111  # Path's raises for an unknown user
+    left = re.search(r"^~[^/]*|\$(\w+|\{[^}]*\})", expanded)
+    if left is None or os.path.lexists(expanded):
+        return Path(expanded)
+    if left[0].startswith("~"):
+        message = f"{left[0]} is no user's home folder"
+    else:
+        message = f"the environment variable {left[0].strip('${}')} is not set"
+    build = problem or (lambda message, kind: Problem("command line", str(path), message, kind))
+    raise RecipeError([build(f"{path}: {message}", "missing")])

@@ -23,6 +23,8 @@ class Meter:
         self._steps = 0
         self._before_step = torch.zeros_like(self._sums)
         self._started = time.perf_counter()
+        self._steps_before, self._seconds_before = 0, 0.0
+        """Steps since the last read, and their duration by rank 0's clock, that a resumed run made before."""
         self._own_samples = 0
         self.own_seconds = 0.0
         """Seconds of training in this process, without the time before a resume."""
@@ -56,16 +58,17 @@ class Meter:
         Waits for the device. Collective: call on every rank.
         """
         own = self._sums.tolist()  # waits for the device, so the clock below includes its work
-        seconds = time.perf_counter() - self._started if self._accelerator.is_main_process else 0.0
+        seconds = self._seconds_unread() if self._accelerator.is_main_process else 0.0
         seen_by = [0.0] * self._accelerator.num_processes
         seen_by[self._accelerator.process_index] = own[2]
         row = torch.tensor([*own, seconds, *seen_by], dtype=torch.float64, device=self._accelerator.device)
         loss, correct, seen, seconds, *seen_by = self._accelerator.reduce(row, reduction="sum").tolist()
         self._speeds = [each / seconds for each in seen_by]
-        self.own_seconds += seconds
+        self.own_seconds += seconds - self._seconds_before
         self._epoch_sums = [old + new for old, new in zip(self._epoch_sums, (loss, correct, seen), strict=True)]
         self.train_seconds += seconds
-        self.seconds_per_step = seconds / max(self._steps, 1)
+        self.seconds_per_step = seconds / max(self._steps + self._steps_before, 1)
+        self._steps_before, self._seconds_before = 0, 0.0
         self._sums.zero_()
         self.resume()
         seen_or_one = max(seen, 1.0)  # all steps since the last read may have been skipped
@@ -111,9 +114,24 @@ class Meter:
         self._started = time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the sums of all processes that have not been read yet. Collective: call on every rank."""
-        sums = self._accelerator.gather(self._sums[None])
-        return {"sums": sums.tolist(), "epoch_sums": self._epoch_sums, "train_seconds": self.train_seconds}
+        """Returns the sums of all processes that have not been read yet, with their steps and duration.
+
+        Collective: call on every rank.
+        """
+        sums = self._accelerator.gather(self._sums[None]).tolist()  # waits for the device
+        steps = self._steps + self._steps_before
+        # Without a step since the last read, the time was spent on an evaluation.
+        seconds = self._seconds_unread() if self._steps else self._seconds_before
+        return {
+            "sums": sums,
+            "steps": steps,
+            "seconds": seconds,
+            "epoch_sums": self._epoch_sums,
+            "train_seconds": self.train_seconds,
+        }
+
+    def _seconds_unread(self) -> float:
+        return time.perf_counter() - self._started + self._seconds_before
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores the sums: each process its own, or rank 0 their total if the number of processes has changed."""
@@ -123,3 +141,5 @@ class Meter:
             sums = torch.cat([sums.sum(dim=0, keepdim=True), torch.zeros(world_size - 1, 3, dtype=torch.float64)])
         self._sums.copy_(sums[rank])
         self._epoch_sums, self.train_seconds = state["epoch_sums"], state["train_seconds"]
+        # Earlier versions did not save the last two.
+        self._steps_before, self._seconds_before = state.get("steps", 0), state.get("seconds", 0.0)

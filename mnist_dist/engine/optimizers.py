@@ -55,4 +55,29 @@ def fill_momentum(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
         if isinstance(optimizer, torch.optim.SGD) and group["fused"] and group["momentum"] and not group["dampening"]:
             for parameter in group["params"]:
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+                if optimizer.state[parameter].get("momentum_buffer") is None:
+                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+def add_missing_state(optimizer: Optimizer) -> None:
+    """Adds zeros for the state that the settings need and a loaded checkpoint lacks, e.g. RMSprop's new momentum.
+
+    A stand-in with the same settings makes one step with a gradient of zeros; its state has every key.
+    """
+    for group in optimizer.param_groups:
+        settings = {key: value for key, value in group.items() if key != "params"}
+        settings |= {key: False for key in ("foreach", "fused", "capturable") if key in settings}
+        settings["lr"] = 0.0
+        for parameter in group["params"]:
+            loaded = optimizer.state.get(parameter)
+            if not loaded:  # the first step creates all of it
+                continue
+            stand_in = torch.zeros_like(parameter).requires_grad_()
+            stand_in.grad = torch.zeros_like(stand_in)
+            other = type(optimizer)([stand_in])  # type: ignore[call-arg]  # not the base class
+            other.param_groups[0].update(settings)
+            other.step()
+            for key, value in other.state[stand_in].items():
+                if loaded.get(key) is None and isinstance(value, torch.Tensor):
+                    loaded[key] = torch.zeros_like(value)
+    fill_momentum(optimizer)

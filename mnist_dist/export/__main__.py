@@ -55,9 +55,9 @@ def main(argv: list[str] | None = None) -> int:
         RunError: the file fails its verification.
     """
     arguments = parse("export", argv)
-    run = open_run(arguments.run, arguments.weights)
+    run = open_run(arguments.run, arguments.weights, arguments.allow_code)
     name = arguments.weights + EXPORT_ENDINGS[arguments.format]
-    output = arguments.output or run.folder.path / "export" / name
+    output = arguments.output or run.folder.refuse_output(run.folder.path / "export" / name)
     if output.is_dir():
         message = f"{output} is a folder; name a file"
         raise RecipeError([Problem("command line", "--output", message, "unwritable")])

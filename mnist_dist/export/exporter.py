@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from mnist_dist.data import Dataset
+from mnist_dist.data.geometry import read_geometry
 from mnist_dist.distributed.devices import choose_threads
 from mnist_dist.distributed.launcher import launched_world
 from mnist_dist.engine.files import fsync_path, rename_flushed
@@ -115,7 +116,7 @@ def _check_requirements(form: str, archive: Path | None) -> dict[str, bytes]:
 
 def _load_source(run: Run, deployed: Deployed, overrides: tuple[str, ...]) -> Source:
     """Loads the data, checks that the network fits it and can be exported, and measures the network."""
-    recipe = load_recipe(run.folder.recipe, *overrides, "data.limit_test=null")
+    recipe = load_recipe(run.folder.recipe, *overrides, "data.limit_test=null", import_code=False)
     data, about = load_data(recipe, launched_world()), run.about
     if len(data.test.classes) != len(about["classes"]):
         message = f"{recipe.data.dataset} has {len(data.test.classes)} classes, the network {len(about['classes'])}"
@@ -153,7 +154,9 @@ def _write_page(source: Source, program: Any, made: Path, runtime: dict[str, byt
     fp32 = made.with_name(f"{made.name}.fp32")
     [form] = _write_onnx(source, program, fp32)
     caption = f"{source.recipe.name}: {form.accuracy:.2f} % of {len(source.data.test):,} test images correct"
-    made.write_text(build_page(fp32.read_bytes(), source.about["classes"], caption, runtime), encoding="utf-8")
+    geometry = read_geometry(source.about)
+    page = build_page(fp32.read_bytes(), source.about["classes"], caption, runtime, geometry)
+    made.write_text(page, encoding="utf-8")
     return [replace(form, name="onnx inside the page", size=made.stat().st_size)]
 
 

@@ -15,9 +15,11 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from mnist_dist.data.geometry import Geometry
 from mnist_dist.engine.files import fsync_path, rename_flushed
 
 PACKAGE = "onnxruntime-web"
@@ -110,7 +112,9 @@ def _unpack(data: bytes) -> dict[str, bytes]:
         return {name: file.read() for name, file in found.items() if file is not None}  # None: a folder
 
 
-def build_page(model: bytes, classes: Sequence[str], caption: str, runtime: dict[str, bytes]) -> str:
+def build_page(
+    model: bytes, classes: Sequence[str], caption: str, runtime: dict[str, bytes], geometry: Geometry
+) -> str:
     """Returns the HTML of the page.
 
     Args:
@@ -118,9 +122,11 @@ def build_page(model: bytes, classes: Sequence[str], caption: str, runtime: dict
         classes: the names of the classes, in the order of the probabilities.
         caption: a line about the network.
         runtime: the result of `load_runtime`.
+        geometry: how the training set places its figures.
     """
     parts = {name: _packed(data) for name, data in {**runtime, "model": model}.items()}
     parts["classes"] = json.dumps(list(classes)).replace("<", "\\u003c")
+    parts["geometry"] = json.dumps(asdict(geometry))
     parts["caption"] = html.escape(caption)
     parts["version"] = VERSION
     template = Path(__file__).with_name("draw.html").read_text(encoding="utf-8")

@@ -3,11 +3,12 @@
 import importlib
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from mnist_dist.errors import did_you_mean
@@ -42,18 +43,48 @@ MODELS: dict[str, Builder] = {
 }
 
 
+_RANDOM_WEIGHTS = "a network starts with random weights; for others use model.init_from"
+
+SET_BY_TRAINER: dict[str, dict[str, str]] = {
+    "": {"num_classes": "the number of classes of the data"},
+    "torchvision/": {"weights": _RANDOM_WEIGHTS},
+    "timm/": {
+        "in_chans": "the images have one channel",
+        "pretrained": _RANDOM_WEIGHTS,
+        "checkpoint_path": _RANDOM_WEIGHTS,
+    },
+}
+"""Beginning of a network's name -> the keywords that the trainer gives it, and why."""
+
+
+def set_by_trainer(name: str) -> dict[str, str]:
+    """Returns the keywords of a network that a recipe cannot set, each with a message of one line."""
+    reasons = {
+        keyword: reason
+        for beginning, keywords in SET_BY_TRAINER.items()
+        if name.startswith(beginning)
+        for keyword, reason in keywords.items()
+    }
+    return {keyword: f"{keyword} is set by the trainer ({reason}); remove it" for keyword, reason in reasons.items()}
+
+
 def build_model(name: str, /, *, num_classes: int = 10, **keywords: Any) -> nn.Module:
     """Builds a network with random weights. Input: float (N, 1, 28, 28). Output: (N, num_classes).
 
     Args:
         name: see `find_builder`.
-        num_classes: number of classes. A user's own class receives it only if its signature has this argument.
+        num_classes: number of classes. A user's own class receives it only if its signature has this argument. Such a
+            class may return a mapping or an object with `logits` instead of the logits; the network returned here then
+            returns its logits.
         keywords: further arguments of the network.
 
     Raises:
         ValueError: the name, a keyword or a value is wrong; the message lists the known names or keywords.
     """
     builder = find_builder(name)
+    for keyword, message in set_by_trainer(name).items():
+        if keyword in keywords:
+            raise ValueError(f"model {name!r}: {message}")
     signature = inspect.signature(builder)
     if "num_classes" in signature.parameters:
         keywords["num_classes"] = num_classes
@@ -72,7 +103,19 @@ def build_model(name: str, /, *, num_classes: int = 10, **keywords: Any) -> nn.M
     model = builder(**keywords)
     if not isinstance(model, nn.Module):
         raise ValueError(f"model {name!r}: expected a torch.nn.Module, got {type(model).__name__}")
+    if ":" in name and not isinstance(model, torch.jit.ScriptModule):  # TorchScript returns tensors, and has no hooks
+        model.register_forward_hook(_take_logits)  # a wrapper would change the names in the state_dict
     return model
+
+
+def _take_logits(module: nn.Module, inputs: Any, output: Any) -> Any:
+    """Returns the logits of an output that holds them, as those of Hugging Face's networks do; None for any other.
+
+    A tuple is left as it is, with or without names: it may hold further outputs that a loss should use.
+    """
+    if isinstance(output, torch.Tensor | tuple):
+        return None
+    return output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
 
 
 def find_builder(name: str) -> Builder:
@@ -80,7 +123,8 @@ def find_builder(name: str) -> Builder:
 
     Args:
         name: a key of `MODELS`, `torchvision/<name>`, `timm/<name>`, or `my_package.nets:MyNet`, which is imported from
-            the current directory or an installed package.
+            the current directory or an installed package. Only a person may give such a path, never a file that a
+            command reads: see `mnist_dist.models.foreign`.
 
     Raises:
         ValueError: there is no such network; the message names similar ones.
@@ -151,17 +195,41 @@ def timm_builder(name: str) -> Builder:
         if "img_size" not in settings:
             # Only networks for one image size have this argument, and timm has no list of them.
             with suppress(TypeError):
-                return timm.create_model(name, img_size=28, **settings)
+                return _with_whole_patches(name, timm.create_model(name, img_size=28, **settings))
         try:
-            return timm.create_model(name, **settings)
+            return _with_whole_patches(name, timm.create_model(name, **settings))
         except TypeError as error:
             raise ValueError(f"model 'timm/{name}': {error}") from error
 
     return build
 
 
+def _with_whole_patches(name: str, model: nn.Module, side: int = 28) -> nn.Module:
+    """Returns the network, unless it cuts images into patches that leave out the last rows and columns.
+
+    Raises:
+        ValueError: the patch size does not divide the side of the images.
+    """
+    embedding = getattr(model, "patch_embed", None)
+    cut = getattr(embedding, "proj", None)
+    if not isinstance(cut, nn.Conv2d) or cut.stride != cut.kernel_size or getattr(embedding, "dynamic_img_pad", False):
+        return model
+    if any(side % size for size in cut.kernel_size) and cut.padding == (0, 0):
+        height, width = cut.kernel_size
+        fitting = ", ".join(str(size) for size in range(2, side) if side % size == 0)
+        raise ValueError(
+            f"model 'timm/{name}': patches of {height}×{width} pixels do not cover an image of {side}×{side}; "
+            f"set model.patch_size to one of {fitting}"
+        )
+    return model
+
+
 def imported_builder(path: str) -> Builder:
-    """Returns the class or function at `package.module:Name`."""
+    """Returns the network class at `package.module:Name`, or the function that this module defines.
+
+    Raises:
+        ValueError: the module cannot be imported, or has neither.
+    """
     module_name, _, attribute = path.partition(":")
     here = str(Path.cwd())
     if here not in sys.path:
@@ -179,4 +247,9 @@ def imported_builder(path: str) -> Builder:
         raise ValueError(
             f"model {path!r}: {module_name!r} has no class or function {attribute!r}{did_you_mean(attribute, known)}"
         )
+    is_network = inspect.isclass(builder) and issubclass(builder, nn.Module)
+    if not is_network and not (inspect.isfunction(builder) and builder.__module__ == module_name):
+        # The name may be any callable that the module imports, e.g. a function that runs a program.
+        message = "expected a subclass of torch.nn.Module, or a function that the module itself defines"
+        raise ValueError(f"model {path!r}: {message}, got {attribute}") from TypeError(attribute)
     return builder

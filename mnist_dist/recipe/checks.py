@@ -17,7 +17,7 @@ from pydantic import ConfigDict, TypeAdapter
 from mnist_dist.data import Augmentation
 from mnist_dist.engine import optimizers, schedules
 from mnist_dist.errors import Kind, did_you_mean, unknown_key
-from mnist_dist.models import build_model, find_builder
+from mnist_dist.models import build_model, find_builder, is_code, set_by_trainer
 from mnist_dist.recipe.schema import DistillSection, ModelSection, OptimizerSection, Recipe, ScheduleSection, Section
 
 Finding = tuple[str, str, Kind]
@@ -107,6 +107,20 @@ def _kind_of_name(error: ValueError) -> Kind:
     return "missing" if isinstance(error.__cause__, ImportError) else "model"
 
 
+# --- a network of the user's own ----------------------------------------------------------------------------------
+
+
+def check_code(import_code: bool, values: dict[str, Any]) -> Iterator[Finding]:
+    """Imports the class or function that `model.name` names by a dotted path, if it may be imported."""
+    section = values.get("model")
+    name = section.get("name") if isinstance(section, dict) else None
+    if import_code and isinstance(name, str) and is_code(name):
+        try:
+            find_builder(name)
+        except ValueError as error:
+            yield "model.name", str(error), _kind_of_name(error)
+
+
 # --- keywords of open sections ------------------------------------------------------------------------------------
 
 OPEN_SECTIONS: dict[str, tuple[type[Section], Callable[[str], Callable[..., Any]], str]] = {
@@ -130,19 +144,28 @@ def keywords_of(section: str, builder: Callable[..., Any]) -> dict[str, inspect.
     return {name: each for name, each in named.items() if name not in (filled_in, *schema.model_fields)}
 
 
-def check_keywords(values: dict[str, Any]) -> Iterator[Finding]:
-    """Compares the keywords in open sections with the signature that takes them: names, types, required keywords."""
+def check_keywords(import_code: bool, values: dict[str, Any]) -> Iterator[Finding]:
+    """Compares the keywords in open sections with the signature that takes them: names, types, required keywords.
+
+    Args:
+        import_code: a dotted path in `model.name` may be imported; if not, its keywords are not compared.
+    """
     for section, (schema, find, _) in OPEN_SECTIONS.items():
         given, reserved = values.get(section, {}), schema.model_fields
         try:
             name = given.get("name", reserved["name"].default)
+            if section == "model" and is_code(name) and not import_code:
+                continue
             builder = find(name)
             named, takes_any = keywords_of(section, builder), takes_any_keyword(builder)
         except Exception:  # check_schema reports the section, or building the object does
             continue
         own = {key: value for key, value in given.items() if key not in reserved and value is not None}
+        filled_in = set_by_trainer(name) if section == "model" else {}
         for key, value in own.items():
-            if key in named:
+            if key in filled_in:
+                yield f"{section}.{key}", filled_in[key], "conflict"
+            elif key in named:
                 for mismatch in _check_type(named[key].annotation, value):
                     yield f"{section}.{key}", *mismatch
             elif not takes_any:
@@ -175,8 +198,12 @@ def _check_type(annotation: Any, value: Any) -> Iterator[tuple[str, Kind]]:
 # --- combinations of values ---------------------------------------------------------------------------------------
 
 
-def check_combinations(recipe: Recipe) -> Iterator[Finding]:
-    """Finds values that exclude each other. Builds optimizer, schedule and network once, without memory for weights."""
+def check_combinations(recipe: Recipe, build_network: bool = True) -> Iterator[Finding]:
+    """Finds values that exclude each other. Builds optimizer, schedule and network once, without memory for weights.
+
+    Args:
+        build_network: False for the recipe in a run folder: a stranger's keywords may ask for a million layers.
+    """
     yield from _check_sizes(recipe)
     if recipe.data.split is not None and recipe.data.dataset != "emnist":
         yield "data.split", f"only emnist has splits, not {recipe.data.dataset}; remove this key", "conflict"
@@ -185,7 +212,8 @@ def check_combinations(recipe: Recipe) -> Iterator[Finding]:
     yield from _attempt("data.augment", recipe.data.augment.model_dump(), Augmentation)[1]
     yield from _check_training(recipe)
     model = recipe.model
-    if ":" not in model.name:  # a user's own class may have side effects: it is built only once, later
+    # A user's own class may have side effects: it is built only once, later.
+    if build_network and not is_code(model.name):
         with torch.device("meta"):
             module, findings = _attempt("model", model.keywords, partial(build_model, model.name))
         yield from findings

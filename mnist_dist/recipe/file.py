@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from mnist_dist.engine.files import write_atomically
+from mnist_dist.engine.files import expand_path, read_regular, write_atomically
 from mnist_dist.errors import Kind, Problem, RecipeError, did_you_mean
 
 # --- the origin of a key ------------------------------------------------------------------------------------------
@@ -37,24 +37,36 @@ class Origins:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads YAML 1.2 scalars: `1e-3` is a float, `no` is text, `010` is ten."""
+    """Reads YAML 1.2 scalars: `1e-3` is a float, `no` is text, `010` is ten. Python's `None` is null."""
 
 
 class Dumper(yaml.SafeDumper):
     """Writes YAML; quotes text that YAML 1.1 or 1.2 would read as another type."""
 
 
+MOST_BYTES, MOST_KEYS = 1_000_000, 10_000
+"""The size of the largest recipe that is read: bytes of its file, keys and list entries together."""
+
+
+def _whole_number(node: yaml.Node) -> int:
+    """Returns the value of a whole number. No float can hold one of 309 digits, and computing with one is slow."""
+    if len(node.value) > 300:
+        raise yaml.MarkedYAMLError(problem="a number of more than 300 digits", problem_mark=node.start_mark)
+    return int(node.value)
+
+
 _Loader.yaml_implicit_resolvers = {}
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: _whole_number(node))
 _NUMBER = r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
 for _kind, _pattern, _first in [
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("int", r"[-+]?[0-9]+", "-+0123456789"),
     ("float", _NUMBER, "-+0123456789."),
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("null", r"~|null|Null|NULL|None|", ["~", "n", "N", ""]),
 ]:
     for _class in (_Loader, Dumper):
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(rf"^(?:{_pattern})$"), list(_first))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile(r"^<<$"), ["<"])
 
 
 def parse(text: str, where: Callable[[int | None], str], key: str = "") -> tuple[Any, dict[str, str]]:
@@ -106,7 +118,11 @@ def _locate_keys(
     def refuse(node: yaml.Node, problem: str) -> None:
         raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
 
+    if len(places) > MOST_KEYS:  # a few aliases of aliases would make billions
+        refuse(node, f"a recipe has at most {MOST_KEYS:,} keys and list entries")
     kind = node.tag.removeprefix("tag:yaml.org,2002:")
+    if kind == "map":
+        node.value = list(_merged(node, refuse, (*ancestors, node)))
     if kind not in ("null", "bool", "int", "float", "str", "seq", "map"):
         refuse(node, f"a recipe cannot contain {kind!r}; it contains text, numbers, true, false, lists and sections")
     if node in ancestors:
@@ -122,6 +138,34 @@ def _locate_keys(
         _locate_keys(value, where, places, inner, (*ancestors, node))
 
 
+def _merged(
+    node: yaml.Node, refuse: Callable[[yaml.Node, str], None], ancestors: tuple[yaml.Node, ...]
+) -> Iterator[tuple[yaml.Node, yaml.Node]]:
+    """Yields the keys and values of a mapping with those that its merge keys, `<<: *base`, add.
+
+    A key of the mapping itself wins, then the first section that is merged.
+
+    Args:
+        refuse: raises yaml.MarkedYAMLError for a node.
+        ancestors: the nodes around the mapping, and itself.
+    """
+    own = [pair for pair in node.value if not pair[0].tag.endswith(":merge")]
+    yield from own
+    seen = {name.value for name, _ in own}
+    for _, value in (pair for pair in node.value if pair[0].tag.endswith(":merge")):
+        # A section that is listed twice adds nothing, and a few aliases of aliases would make billions.
+        for base in dict.fromkeys(value.value) if isinstance(value, yaml.SequenceNode) else [value]:
+            if not isinstance(base, yaml.MappingNode):
+                refuse(base, "`<<` merges a section or a list of sections, e.g. `<<: *base`")
+            if base in ancestors:
+                refuse(base, "a section or list contains itself")
+            base.value = list(_merged(base, refuse, (*ancestors, base)))  # merged once, however often it is named
+            for name, inner in base.value:
+                if name.value not in seen:
+                    seen.add(name.value)
+                    yield name, inner
+
+
 def read_recipe(path: Path) -> tuple[dict[str, Any], Origins]:
     """Reads the keys and values of a recipe file without a check, and the origin of each key.
 
@@ -130,7 +174,8 @@ def read_recipe(path: Path) -> tuple[dict[str, Any], Origins]:
     """
     kind: Kind = "syntax"
     try:
-        values, places = parse(path.read_text(encoding="utf-8"), lambda line: f"{path}:{line}" if line else str(path))
+        text = read_regular(path, MOST_BYTES).decode()
+        values, places = parse(text, lambda line: f"{path}:{line}" if line else str(path))
         if isinstance(values, dict):
             return values, Origins(str(path), places)
         problem = "not a recipe: expected keys with values, e.g. `epochs: 10`"
@@ -141,8 +186,17 @@ def read_recipe(path: Path) -> tuple[dict[str, Any], Origins]:
     raise RecipeError([Problem(str(path), "", problem, kind)])
 
 
-def apply_overrides(values: dict[str, Any], origins: Origins, words: Iterable[str]) -> Iterator[Problem]:
-    """Writes `key=value` words into `values` and `origins`; yields a problem for each word that cannot be parsed."""
+def apply_overrides(
+    values: dict[str, Any], origins: Origins, words: Iterable[str], names: Mapping[str, str]
+) -> Iterator[Problem]:
+    """Writes `key=value` words into `values` and `origins`; yields a problem for each word that it cannot read.
+
+    A section that is given as a mapping, `optimizer={lr: 0.01}`, changes the keys that it names and leaves the others.
+    If it names another class, `optimizer={name: adam}`, it replaces the section, whose keys belong to the old class.
+
+    Args:
+        names: open section -> the default of its key `name`.
+    """
     here = "command line"
     for word in words:
         key, equals, text = word.partition("=")
@@ -161,8 +215,17 @@ def apply_overrides(values: dict[str, Any], origins: Origins, words: Iterable[st
             if not isinstance(target.get(section), dict):  # where the schema has a value, it refuses the section
                 target[section], origins.places[path] = {}, here
             target = target[section]
-        target[last] = value
+        target[last] = _changed(target.get(last), value, names.get(key))
         origins.places |= {key: here} | {f"{key}.{inner}": here for inner in places}
+
+
+def _changed(old: Any, new: Any, default_name: str | None = None) -> Any:
+    """Returns the new value; a mapping with the keys of the old mapping that it does not name."""
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return new
+    if new.get("name") is not None and new["name"] != old.get("name", default_name):
+        return new
+    return old | {key: _changed(old.get(key), value) for key, value in new.items()}
 
 
 # --- finding recipes ----------------------------------------------------------------------------------------------
@@ -189,7 +252,7 @@ def find_recipe(name: str | Path) -> Path:
     Raises:
         RecipeError: there is no such file and no such bundled recipe.
     """
-    path, bundled = Path(name), bundled_recipes()
+    path, bundled = expand_path(name), bundled_recipes()
     stem = path.as_posix().removesuffix(".yaml")
     try:
         if path.is_file():

@@ -2,39 +2,49 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mnist_dist.engine import optimizers
 from mnist_dist.errors import RecipeError
-from mnist_dist.recipe.checks import check_combinations, check_keywords, check_schema
+from mnist_dist.recipe.checks import OPEN_SECTIONS, check_code, check_combinations, check_keywords, check_schema
 from mnist_dist.recipe.file import apply_overrides, find_recipe, read_recipe
 from mnist_dist.recipe.schema import Recipe
 
 
-def load_recipe(name: str | Path, *overrides: str) -> Recipe:
+def load_recipe(name: str | Path, *overrides: str, import_code: bool = True) -> Recipe:
     """Reads a recipe, applies the overrides, and checks all values.
 
     Args:
         name: a path, or the name of a bundled recipe.
         overrides: `key=value` words with dotted keys, e.g. "optimizer.lr=0.05".
+        import_code: the user named this recipe, so the class or function in `model.name` may be imported. False for
+            the recipe in a run folder, which may come from a stranger: its network is neither imported nor built.
 
     Raises:
         RecipeError: with all problems found.
     """
     path = find_recipe(name)
     values, origins = read_recipe(path)
-    problems = list(apply_overrides(values, origins, overrides))
+    problems = list(apply_overrides(values, origins, overrides, _default_names()))
     if values.get("name") is None:
         values["name"] = path.stem
-    for check in (check_schema, check_keywords):
+    checks = (check_schema, partial(check_code, import_code), partial(check_keywords, import_code))
+    for check in checks:
         problems += [origins.problem(*finding) for finding in check(values)]
     recipe = _resolve(values, {problem.key.partition(".")[0] for problem in problems})
-    problems += [origins.problem(*finding) for finding in check_combinations(recipe)]
+    problems += [origins.problem(*finding) for finding in check_combinations(recipe, import_code)]
     if problems:
         raise RecipeError(problems)
     recipe._origins = origins
     return recipe
+
+
+def _default_names() -> dict[str, str]:
+    """Returns open section -> the default of its key `name`."""
+    names = {section: schema.model_fields["name"] for section, (schema, _, _) in OPEN_SECTIONS.items()}
+    return {section: field.default for section, field in names.items() if not field.is_required()}
 
 
 def _resolve(values: dict[str, Any], faulty: set[str]) -> Recipe:

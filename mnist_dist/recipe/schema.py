@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from mnist_dist.data import DATASETS, Augmentation
 from mnist_dist.engine import optimizers, schedules
 from mnist_dist.errors import Kind, Problem
-from mnist_dist.models import MODELS, find_builder
+from mnist_dist.models import MODELS, find_builder, is_code
 from mnist_dist.recipe.file import Dumper, Origins
 
 # --- types of values ----------------------------------------------------------------------------------------------
@@ -36,6 +36,12 @@ def _power_of_two(count: int) -> int:
     if count & (count - 1):
         raise ValueError(f"expected a power of two, got {count}; try {1 << (count.bit_length() - 1)}")
     return count
+
+
+def _model_name(name: str) -> str:
+    if not is_code(name):  # a dotted path is imported only if a person named it: see `load_recipe`
+        find_builder(name)
+    return name
 
 
 def _as_list(value: Any) -> Any:
@@ -86,7 +92,7 @@ class OpenSection(Section):
 class ModelSection(OpenSection):
     """The network, and the weights it starts from."""
 
-    name: Annotated[str, AfterValidator(lambda name: find_builder(name) and name), WithJsonSchema(_MODEL_NAMES)]
+    name: Annotated[str, AfterValidator(_model_name), WithJsonSchema(_MODEL_NAMES)]
     """The network: a name of this package (`ms_ran`, `resnet18`, `simple_cnn`, …), `torchvision/<name>`,
     `timm/<name>`, or your own class or function as `package.module:Name`."""
     freeze: list[str] = []
@@ -148,17 +154,19 @@ class DataSection(Section):
     """The data set. `digits` comes with scikit-learn and `synthetic` is generated: neither needs a download."""
     root: str | None = None
     """Folder that holds `MNIST/raw`; missing files are downloaded into it. Null: the environment variable
-    MNIST_DIST_DATA, else `./data`. Does not change the result."""
+    MNIST_DIST_DATA, else `./data`. `~` and `$VAR` are replaced. Does not change the result."""
     split: Literal["balanced", "byclass", "bymerge", "letters", "digits", "mnist"] | None = None
     """Split of EMNIST; only for `dataset: emnist`. Null: `balanced`."""
     validation: Annotated[int, Field(ge=0)] = 0
-    """Number of training images to hold out: the last ones of the training set. Evaluations during training then use
-    them, and the test set is evaluated once, at the end. 0: evaluations use the test set."""
+    """Number of training images to hold out: the last ones of the training set; of a set that is sorted by class, an
+    equal share of every class by a fixed seed. Evaluations during training then use them, and the test set is
+    evaluated once, at the end. 0: evaluations use the test set."""
     limit_train: Positive | None = None
-    """Use only the first images of the training set, at most this many, counted without the `validation` images. Null:
-    all."""
+    """Use only the first images of the training set, at most this many, counted without the `validation` images; of a
+    set that is sorted by class, an equal share of every class by a fixed seed. Null: all."""
     limit_test: Positive | None = None
-    """Use only the first images of the test set, at most this many. Null: all."""
+    """Use only the first images of the test set, at most this many; of a set that is sorted by class, an equal share
+    of every class by a fixed seed. Null: all."""
     augment: AugmentSection = AugmentSection()
     """Random changes of the training images."""
 
@@ -232,16 +240,17 @@ class WandbSection(Section):
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     """`auto`: the environment variable WANDB_MODE, else online with credentials (`wandb login`) and offline without."""
-    project: str = "mnist_dist"
-    """Project that the run belongs to."""
+    project: str | None = None
+    """Project that the run belongs to. Null: the environment variable WANDB_PROJECT, else `mnist_dist`."""
     entity: str | None = None
-    """User or team that owns the project. Null: the default of the account."""
+    """User or team that owns the project. Null: WANDB_ENTITY, else the default of the account."""
     group: str | None = None
-    """Group of the run. Null: the recipe's `name`, so that runs with different seeds are grouped."""
-    job_type: str = "train"
-    """Job type of the run; a filter on the project page."""
+    """Group of the run. Null: WANDB_RUN_GROUP, else the recipe's `name`, so that runs with different seeds are
+    grouped."""
+    job_type: str | None = None
+    """Job type of the run; a filter on the project page. Null: WANDB_JOB_TYPE, else `train`."""
     tags: list[str] = []
-    """Tags of the run."""
+    """Tags of the run. Empty: those of WANDB_TAGS, separated by commas."""
     histograms: bool = False
     """Log histograms of all weights and of the last step's gradients at each evaluation."""
 

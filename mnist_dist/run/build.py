@@ -1,6 +1,6 @@
 """Builds the components of a run from its recipe, on every process of the launcher's world.
 
-The order is: `check_world`, `load_data`, `model_setup.build_module`, `build_components`. All mistakes that a user can
+The order is: `check_world`, `load_data`, `model_setup.prepare_model`, `build_components`. All mistakes that a user can
 correct are found on the way, by all processes together, before anything is trained or written.
 """
 
@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.state import AcceleratorState
@@ -27,6 +28,7 @@ from mnist_dist.distributed.sync_batchnorm import synchronize_batch_norm
 from mnist_dist.engine.cuda_graph import STEPS_A_REPLAY, CapturedStep, capture_obstacle
 from mnist_dist.engine.distillation import Distillation
 from mnist_dist.engine.ema import MovingAverage
+from mnist_dist.engine.files import expand_path
 from mnist_dist.engine.metrics import Meter
 from mnist_dist.engine.micro_batch_size import find_micro_batch_size
 from mnist_dist.engine.optimizers import build_optimizer, fill_momentum
@@ -37,7 +39,7 @@ from mnist_dist.errors import Problem, RecipeError
 from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.components import TrainingComponents
 from mnist_dist.run.kernels import set_determinism, set_kernels
-from mnist_dist.run.model_setup import to_device
+from mnist_dist.run.model_trial import to_device
 from mnist_dist.run.reader import Run
 
 # --- the world and the data ---------------------------------------------------------------------------------------
@@ -93,9 +95,10 @@ def _uses_fsdp(world_size: int) -> bool:
 def load_data(recipe: Recipe, state: PartialState) -> Dataset:
     """Reads the data on every process. Collective: call on every rank.
 
-    The first process of each node downloads what is missing; the others wait for it.
+    Rank 0 downloads what is missing. After it the first process of each node does so: on a node that shares the folder
+    with rank 0, nothing is missing any more. The others wait.
     """
-    root = recipe.data.root or os.environ.get("MNIST_DIST_DATA", "data")
+    root = data_root(recipe)
     sizes = {key: getattr(recipe.data, key) for key in ("split", "validation", "limit_train", "limit_test")}
 
     def load(download: bool) -> Dataset:
@@ -104,8 +107,17 @@ def load_data(recipe: Recipe, state: PartialState) -> Dataset:
         except (ValueError, ImportError, OSError) as error:
             raise RecipeError([_data_problem(recipe, error)]) from error
 
-    first = run_on_all_ranks(state, lambda: load(download=True) if state.is_local_main_process else None)
+    first = run_on_all_ranks(state, lambda: load(download=True) if state.is_main_process else None)
+    first = run_on_all_ranks(state, lambda: first or (load(download=True) if state.is_local_main_process else None))
     return run_on_all_ranks(state, lambda: first or load(download=False))
+
+
+def data_root(recipe: Recipe) -> Path:
+    """Returns the folder of the data: data.root, else the environment variable MNIST_DIST_DATA, else ./data."""
+    if recipe.data.root:
+        return expand_path(recipe.data.root, partial(recipe.problem, "data.root"))
+    named = os.environ.get("MNIST_DIST_DATA") or "data"
+    return expand_path(named, partial(Problem, "the environment", "MNIST_DIST_DATA"))
 
 
 def _data_problem(recipe: Recipe, error: Exception) -> Problem:
@@ -131,7 +143,7 @@ def build_components(
 
     Args:
         precision: as `check_world` returns it.
-        module: the network with its initial weights, as `build_module` returns it.
+        module: the network with its initial weights, as `prepare_model` returns it.
         teachers: runs whose networks the distillation learns from.
     """
     set_determinism(recipe.deterministic)
@@ -251,7 +263,9 @@ def _build_distillation(
     if not teachers:
         return None
     for teacher in teachers:
-        to_device(teacher.model, accelerator.device, channels_last=recipe.engine.channels_last)
+        # A teacher that did not run in channels-last layout when it was trained does not run in it now.
+        channels_last = recipe.engine.channels_last and teacher.recipe.engine.channels_last
+        to_device(teacher.model, accelerator.device, channels_last=channels_last)
     return Distillation(
         [(teacher.model, teacher.about["mean"], teacher.about["std"]) for teacher in teachers],
         weight=recipe.distill.weight,

@@ -15,6 +15,7 @@ from mnist_dist.errors import RunError
 from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.components import Progress, TrainingComponents
 from mnist_dist.run.folder import RunFolder
+from mnist_dist.run.plan import Plan
 from mnist_dist.run.resume import file_bytes
 from mnist_dist.tracking import JSONLTracker, WandbTracker, find_tracker
 
@@ -42,6 +43,7 @@ class Checkpointer:
         """
         self._began = time.perf_counter() - seconds_before
         self._saved_at = self._components.meter.train_seconds
+        self._saved_step = self._progress.step  # a run starts from a checkpoint, or at step 0
 
     def train_seconds(self) -> float:
         """Returns the seconds that all steps so far took, evaluations included.
@@ -57,7 +59,12 @@ class Checkpointer:
         self._components.save_weights(self._folder.best, self._recipe)
 
     def save_last(self) -> None:
-        """Writes last.safetensors. Collective: call on every rank."""
+        """Writes last.safetensors, and the checkpoint of the last step if there is none.
+
+        Collective: call on every rank. Without that checkpoint, an interrupted end of the run would repeat training.
+        """
+        if self._saved_step != self._progress.step:  # early stopping
+            self.save()
         self._components.save_weights(self._folder.last, self._recipe)
 
     def is_due(self, logged: bool) -> bool:
@@ -69,6 +76,8 @@ class Checkpointer:
         """
         rule, seconds = self._recipe.checkpoint, self._components.meter.train_seconds - self._saved_at
         by_steps = rule.every_steps is not None and self._progress.step % rule.every_steps == 0
+        # After the last step always: an interrupted end of the run must not repeat training.
+        by_steps = by_steps or self._progress.step == self._components.total_steps
         return by_steps or (logged and rule.every_minutes is not None and seconds >= 60 * rule.every_minutes)
 
     def save(self) -> None:
@@ -79,8 +88,10 @@ class Checkpointer:
         """
         self._components.update.check()
         state: dict[str, Any] = {"components": self._components.state_dict(), "progress": asdict(self._progress)}
-        self._saved_at = self._components.meter.train_seconds
+        self._saved_at, self._saved_step = self._components.meter.train_seconds, self._progress.step
         state["train_seconds"] = self.train_seconds()
+        batches = self._components.batches
+        state["plan"] = asdict(Plan(batches.num_samples, batches.batch_size, self._components.total_steps))
         if metrics := find_tracker(self._components.accelerator, JSONLTracker):
             state["metrics_bytes"] = metrics.bytes_written()
         if wandb := find_tracker(self._components.accelerator, WandbTracker):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ from accelerate.utils import broadcast
 from torch import nn
 
 from mnist_dist.data import Batches, Images
+from mnist_dist.data.geometry import measure_geometry
 from mnist_dist.distributed.fsdp import shard_model_state, shard_optimizer_state, unshard, unsharded_parameters
 from mnist_dist.engine.checkpoint import save_weights
 from mnist_dist.engine.cuda_graph import CapturedStep
 from mnist_dist.engine.evaluation import Evaluation, evaluate
 from mnist_dist.engine.metrics import Meter
+from mnist_dist.engine.optimizers import add_missing_state
 from mnist_dist.engine.schedules import Schedule
 from mnist_dist.engine.train_step import TrainStep
 from mnist_dist.recipe.schema import Recipe
@@ -94,6 +96,8 @@ class TrainingComponents:
         optimizer = self.update.optimizer
         self.module.load_state_dict(shard_model_state(state["model"], self.module))
         optimizer.load_state_dict(shard_optimizer_state(state["optimizer"], optimizer))
+        # With a scaler, Accelerate wraps the optimizer.
+        add_missing_state(getattr(optimizer, "optimizer", optimizer))
         if self.update.average and state["average"]:
             self.update.average.load_state_dict(state["average"])
         elif self.update.average:  # the checkpoint's recipe had no averaged weights: averaging starts here
@@ -104,7 +108,7 @@ class TrainingComponents:
         self.meter.load_state_dict(state["meter"])
 
     def save_weights(self, path: Path, recipe: Recipe) -> None:
-        """Saves the weights of `eval_model` on rank 0, with what is needed to rebuild the network and normalise images.
+        """Saves the weights of `eval_model` on rank 0, with what is needed to rebuild the network and prepare images.
 
         Collective: call on every rank.
         """
@@ -112,7 +116,9 @@ class TrainingComponents:
         if self.accelerator.is_main_process:
             data = self.update.data
             about = {"recipe": recipe.name, "model": recipe.model.name, "keywords": recipe.model.keywords}
-            save_weights(path, weights, about | {"classes": data.classes, "mean": data.mean, "std": data.std})
+            known = {"classes": data.classes, "mean": data.mean, "std": data.std}
+            geometry = asdict(measure_geometry(data.images))
+            save_weights(path, weights, about | known | {"geometry": geometry})
 
 
 @dataclass

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from mnist_dist.engine.files import write_atomically
 from mnist_dist.errors import Kind, Problem, RecipeError
 from mnist_dist.recipe.changes import refuse_changes
 from mnist_dist.recipe.loading import load_recipe
 from mnist_dist.recipe.schema import Recipe
+from mnist_dist.run.lock import FILE as LOCK
 
 
 @dataclass(frozen=True)
@@ -48,60 +51,118 @@ class RunFolder:
             RecipeError: the folder cannot be created, or it holds something that this run cannot continue.
         """
         try:
-            folder = cls(_create_dated(Path("runs") / recipe.name) if run_dir is None else Path(run_dir))
-            folder.path.mkdir(parents=True, exist_ok=True)
-            folder._refuse_content(recipe, resume, allow_recipe_change)
+            folder = cls.create(run_dir, recipe)
+            folder.refuse_content(recipe, resume, allow_recipe_change)
             # The first file: by it the same command recognises its own folder, whenever the process is killed.
             write_atomically(folder.recipe, recipe.to_yaml())
             folder.plots.mkdir(exist_ok=True)
             folder.set_status("running")
         except OSError as error:
-            where, key = ("the working directory", "runs") if run_dir is None else ("command line", "--run-dir")
-            problem = f"{error.filename or run_dir} cannot be written: {error.strerror}"
-            hint = "name another folder with --run-dir"
-            raise RecipeError([Problem(where, key, f"{problem}; {hint}", "unwritable")]) from error
+            raise unwritable(error, run_dir) from error
         return folder
 
-    def _refuse_content(self, recipe: Recipe, resume: str, allow_recipe_change: bool) -> None:
+    @classmethod
+    def create(cls, run_dir: str | Path | None, recipe: Recipe) -> RunFolder:
+        """Creates the folder if it does not exist, and writes nothing into it.
+
+        Raises:
+            RecipeError: it cannot be created.
+        """
+        try:
+            folder = cls(_create_dated(Path("runs") / recipe.name) if run_dir is None else Path(run_dir))
+            folder.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise unwritable(error, run_dir) from error
+        return folder
+
+    def refuse_content(self, recipe: Recipe, resume: str, allow_recipe_change: bool) -> None:
         """Raises RecipeError if the folder holds something that a run of this recipe must not overwrite."""
 
         def refusal(message: str, kind: Kind) -> RecipeError:
             return RecipeError([Problem("command line", "--run-dir", message, kind)])
 
-        if not {entry.name for entry in self.path.iterdir()} - {self.recipe.name + ".tmp"}:
+        # A process that is killed before the folder is a run folder may leave these.
+        early = (self.recipe.name + ".tmp", LOCK, "." + LOCK)
+        if all(entry.name.startswith(early) for entry in self.path.iterdir()):
             return
         if not self.recipe.is_file():
             raise refusal(f"{self.path} is not empty and is not a run folder; name a new folder", "exists")
+        if links := sorted(entry.name for entry in self.path.iterdir() if self.leaves(entry)):
+            message = f"{self.path} has links out of the folder, through which a run would write: {', '.join(links)}"
+            raise refusal(f"{message}; put the files themselves into the folder", "unsupported")
         if resume == "never":
             raise refusal(f"{self.path} holds a run, and a run is never overwritten; name a new folder", "exists")
-        if self.is_done:
-            raise refusal(f"the run in {self.path} is done; name a new folder for another run", "exists")
-        if changes := refuse_changes(load_recipe(self.recipe), recipe, allow_recipe_change):
+        if changes := refuse_changes(load_recipe(self.recipe, import_code=False), recipe, allow_recipe_change):
             raise refusal(f"the run in {self.path} was started with another recipe:\n{changes}", "conflict")
+
+    def leaves(self, path: Path) -> bool:
+        """Returns whether a path in this folder leads out of it through a link. The folder itself may be a link."""
+        try:
+            return not path.resolve().is_relative_to(self.path.resolve())
+        except (OSError, RuntimeError):  # links in a circle
+            return True
+
+    def refuse_link(self, path: Path) -> Path:
+        """Returns a path in this folder.
+
+        Raises:
+            ValueError: the path leads out of the folder through a link. A run folder may come from a stranger, whose
+                link would show, or overwrite, a file of the user's own.
+        """
+        if self.leaves(path):
+            raise ValueError(f"{path} is a link out of the run folder; put the file itself into the folder")
+        return path
+
+    def refuse_output(self, path: Path) -> Path:
+        """Returns a path in this folder that a command writes because the user named no other.
+
+        Raises:
+            RecipeError: the path leads out of the folder through a link.
+        """
+        if self.leaves(path):
+            message = f"{path} is a link out of the run folder; name a file with --output"
+            raise RecipeError([Problem("command line", "--output", message, "unsupported")])
+        return path
 
     @contextmanager
     def failed_on_error(self, writes: bool) -> Iterator[None]:
-        """Returns a context in which an exception sets the status to `failed`.
+        """Returns a context in which an exception sets the status to `failed`, and Ctrl-C to `preempted`.
 
         Args:
             writes: this is the process that writes the status.
         """
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             with suppress(OSError):
                 if writes:
-                    self.set_status("failed")
+                    self.set_status("preempted" if isinstance(error, KeyboardInterrupt) else "failed")
             raise
+
+    @property
+    def results(self) -> dict[str, Any] | None:
+        """The values of summary.json of a finished run; None if the run has not finished or the file is damaged."""
+        with suppress(OSError, ValueError):
+            if self.status.read_text() == "done\n":
+                values = json.loads(self.summary.read_text(encoding="utf-8"))
+                return values if isinstance(values, dict) else None
+        return None
 
     @property
     def is_done(self) -> bool:
         """Whether the run in the folder has finished."""
-        return self.status.is_file() and self.status.read_text() == "done\n"
+        return self.results is not None
 
     def set_status(self, status: str) -> None:
         """Writes STATUS: one of the words running, done, failed and preempted."""
         write_atomically(self.status, status + "\n")
+
+
+def unwritable(error: OSError, run_dir: str | Path | None) -> RecipeError:
+    """Returns the error for a run folder that cannot be created or written."""
+    where, key = ("the working directory", "runs") if run_dir is None else ("command line", "--run-dir")
+    problem = f"{error.filename or run_dir} cannot be written: {error.strerror}"
+    return RecipeError([Problem(where, key, f"{problem}; name another folder with --run-dir", "unwritable")])
 
 
 def _create_dated(parent: Path) -> Path:

@@ -3,47 +3,123 @@
 from __future__ import annotations
 
 import fnmatch
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
 from mnist_dist.data import Dataset, Images, derive_seed
-from mnist_dist.engine.optimizers import build_optimizer
+from mnist_dist.distributed.launcher import asks_for_fsdp
 from mnist_dist.engine.train_step import count_micro_batches
 from mnist_dist.errors import RecipeError
 from mnist_dist.models import build_model
 from mnist_dist.recipe.checks import check_freeze
 from mnist_dist.recipe.schema import Recipe
+from mnist_dist.run.model_trial import Trial, TrialError, copy_of, keep_random_state, try_network
+
+
+@dataclass(frozen=True)
+class PreparedModel:
+    """A network that can be trained, and what its trial decided."""
+
+    module: nn.Module
+    """The network with initial weights, in training mode, on the CPU."""
+    recipe: Recipe
+    """The recipe, with `engine.channels_last` false if the network does not run in that layout."""
+    notes: list[str]
+    """Notes for the user on what the trial found."""
 
 
 def build_module(recipe: Recipe, dataset: Dataset, world_size: int = 1) -> nn.Module:
+    """Returns the network of `prepare_model`, tried on the CPU."""
+    return prepare_model(recipe, dataset, world_size).module
+
+
+def prepare_model(
+    recipe: Recipe, dataset: Dataset, world_size: int = 1, device: torch.device | None = None
+) -> PreparedModel:
     """Builds the recipe's network with initial weights from the seed, freezes parameters, and tries it on images.
 
     The optimizer does not get the frozen parameters, so nothing changes them, not even weight decay. A batch norm whose
     parameters are all frozen stays in eval mode: it normalises with its running statistics and does not update them, so
     a frozen part of the network computes the same function throughout training.
 
+    Args:
+        world_size: number of processes.
+        device: the device that the run trains on; None for the CPU.
+
     Raises:
         RecipeError: the network cannot be built, does not map (N, 1, 28, 28) to (N, classes), cannot be trained by the
-            optimizer, or cannot train on a single image although a micro-batch of this run has only one.
+            optimizer in the recipe's precision, does not use all its parameters although data parallel needs that, or
+            cannot train on a single image although a micro-batch of this run has only one.
     """
+    device = device or torch.device("cpu")
+    module = _build(recipe, dataset, device)
+    _freeze(recipe, module.train())
+    sharded = asks_for_fsdp() and world_size > 1
+    # Sharded parameters and logical shards reduce their gradients themselves, and tolerate a missing one.
+    reduces = world_size > 1 and not sharded and recipe.logical_shards is None
+    every_parameter = reduces and not recipe.ddp.find_unused_parameters
+    try:
+        trial = try_network(recipe, module, dataset.train, device, sharded=sharded, every_parameter=every_parameter)
+    except TrialError as error:
+        raise RecipeError([recipe.problem(error.key, str(error), "model")]) from error
+    if trial.without_gradient and every_parameter:
+        message = (
+            f"{recipe.model.name} does not use all its parameters in every step; no gradient for "
+            f"{_listed(trial.without_gradient)}\nwith {world_size} processes, set ddp.find_unused_parameters=true, or "
+            "remove these parameters"
+        )
+        raise RecipeError([recipe.problem("ddp.find_unused_parameters", message, "conflict")])
+    _check_single_image(recipe, module, dataset.train, world_size)
+    if trial.layout_failure:
+        engine = recipe.engine.model_copy(update={"channels_last": False})
+        return PreparedModel(module, recipe.model_copy(update={"engine": engine}), _notes(recipe, trial))
+    return PreparedModel(module, recipe, _notes(recipe, trial))
+
+
+def _build(recipe: Recipe, dataset: Dataset, device: torch.device) -> nn.Module:
+    """Builds the network and evaluates it on two images."""
     classes, name = len(dataset.train.classes), recipe.model.name
     torch.manual_seed(derive_seed(recipe.seed))
     try:
         module = build_model(name, num_classes=classes, **recipe.model.keywords)
-        with torch.no_grad():
+        before = [(buffer, buffer.clone()) for buffer in module.buffers() if not is_lazy(buffer)]
+        with keep_random_state(device), torch.no_grad():
             output = module.eval()(dataset.train.normalize(dataset.train.images[:2]))
+            for buffer, value in before:
+                buffer.copy_(value)
     except Exception as error:  # a user's own class may fail in any way
         message = f"{name} cannot be built for 28×28 images of one channel: {type(error).__name__}: {error}"
         raise RecipeError([recipe.problem("model.name", message, "model")]) from error
     if not isinstance(output, torch.Tensor) or output.shape[1:] != (classes,):
         found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         message = f"{name} gives {found} for two images; expected (2, {classes})"
+        if not isinstance(output, torch.Tensor):
+            message += ", or a mapping or an object with such `logits`"
         raise RecipeError([recipe.problem("model.name", message, "model")])
-    _freeze(recipe, module.train())
-    _check_training(recipe, module, dataset.train, world_size)
     return module
+
+
+def _notes(recipe: Recipe, trial: Trial) -> list[str]:
+    """Returns what the user should know about the network: one note for each finding."""
+    notes, name = [], recipe.model.name
+    if trial.layout_failure:
+        notes.append(
+            f"engine.channels_last: {name} does not run in this layout and trains in the contiguous one: "
+            f"{trial.layout_failure}"
+        )
+    if trial.without_gradient:
+        notes.append(f"{name}: no gradient for {_listed(trial.without_gradient)}; these parameters do not train")
+    if trial.blind_region:
+        notes.append(f"{name}: part of the image cannot change the output: {trial.blind_region}")
+    return notes
+
+
+def _listed(names: list[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")
 
 
 def _freeze(recipe: Recipe, module: nn.Module) -> None:
@@ -66,38 +142,22 @@ def _freeze(recipe: Recipe, module: nn.Module) -> None:
             part.eval()
 
 
-def _check_training(recipe: Recipe, module: nn.Module, data: Images, world_size: int) -> None:
-    """Builds the optimizer and runs the network in training mode, on one image too if a micro-batch has only one.
+def _check_single_image(recipe: Recipe, module: nn.Module, data: Images, world_size: int) -> None:
+    """Runs the network in training mode on one image if a micro-batch of this run has only one.
 
     Raises:
-        RecipeError: one of them failed.
+        RecipeError: the network, which can be trained on two images, cannot be trained on one.
     """
-    name, smallest = recipe.model.name, _smallest_micro_batch(recipe, len(data), world_size)
-    key, failure = "optimizer.name", f"{recipe.optimizer.name} cannot train {name}"
+    size, key = _smallest_micro_batch(recipe, len(data), world_size)
+    if size != 1:
+        return
     try:
-        build_optimizer(
-            module.parameters(), recipe.optimizer.name, lr=recipe.optimizer.lr or 0.1, **recipe.optimizer.keywords
-        )
-        key, failure = "model.name", f"{name} cannot be trained"
-        output = _run_in_training_mode(module, data.normalize(data.images[:2]))
-        if not isinstance(output, torch.Tensor):
-            raise TypeError(f"it returns a tensor in evaluation, but {type(output).__name__} in training")
-        if smallest[0] == 1:
-            key = smallest[1]
-            failure = f"{getattr(recipe, key)} gives a process a single image, and {name} cannot be trained on one"
-            _run_in_training_mode(module, data.normalize(data.images[:1]))
+        with keep_random_state(torch.device("cpu")), copy_of(module) as copied, torch.no_grad():
+            copied(data.normalize(data.images[:1]))
     except Exception as error:  # a user's own class may fail in any way
-        raise RecipeError([recipe.problem(key, f"{failure}: {error}", "model")]) from error
-
-
-def _run_in_training_mode(module: nn.Module, images: torch.Tensor) -> object:
-    """Returns the network's output in training mode; leaves its buffers as they were."""
-    before = [buffer.clone() for buffer in module.buffers()]
-    with torch.no_grad():
-        output = module(images)
-        for buffer, value in zip(module.buffers(), before, strict=True):
-            buffer.copy_(value)
-    return output
+        name, value = recipe.model.name, getattr(recipe, key)
+        message = f"{value} gives a process a single image, and {name} cannot be trained on one: {error}"
+        raise RecipeError([recipe.problem(key, message, "model")]) from error
 
 
 def _smallest_micro_batch(recipe: Recipe, samples: int, world_size: int) -> tuple[int, str]:
@@ -116,9 +176,3 @@ def _smallest_micro_batch(recipe: Recipe, samples: int, world_size: int) -> tupl
             key = "micro_batch_size" if count > 1 else "logical_shards" if recipe.logical_shards else "batch_size"
             keys.setdefault(share // count, key)
     return min(keys.items())
-
-
-def to_device(module: nn.Module, device: torch.device, *, channels_last: bool) -> nn.Module:
-    """Moves a network to the device, with its convolutions in channels-last layout if asked for; returns it."""
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return module.to(device, memory_format=layout)  # type: ignore[call-overload]  # torch types it for tensors only

@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mnist_dist.data import normalize
+from mnist_dist.data.pictures import prepare_picture
 from mnist_dist.run.reader import Run
+
+LEAST_CONFIDENCE = 0.7
+"""A prediction of less confidence is marked as unsure."""
+
+
+def predict_picture(run: Run, path: Path) -> dict[str, Any]:
+    """Classifies the picture in a file, prepared as the images that the network was trained with.
+
+    Returns:
+        What `predict` returns for one image; and as `unsure` the reasons why the prediction may be wrong, such as "two
+        figures", or None.
+
+    Raises:
+        ValueError: see `mnist_dist.data.pictures.prepare_picture`.
+    """
+    prepared = prepare_picture(path, run.geometry)
+    [found] = predict(run, prepared.image[None])
+    reasons = [*prepared.doubts, *["low confidence"] * (found["confidence"] < LEAST_CONFIDENCE)]
+    return {**found, "unsure": ", ".join(reasons) or None}
 
 
 @torch.no_grad()

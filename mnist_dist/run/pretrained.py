@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,13 @@ from torch import Tensor, nn
 
 from mnist_dist.data import Images
 from mnist_dist.engine.checkpoint import load_weights
+from mnist_dist.engine.files import expand_path
 from mnist_dist.errors import Kind, RecipeError
+from mnist_dist.models import CodeRefused
 from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.folder import RunFolder
 from mnist_dist.run.reader import Run, load_run
+from mnist_dist.run.tables import printable
 
 # --- initial weights ----------------------------------------------------------------------------------------------
 
@@ -28,10 +33,10 @@ def load_initial_weights(recipe: Recipe, module: nn.Module) -> list[str]:
     """
     if recipe.model.init_from is None:
         return []
-    path = Path(recipe.model.init_from)
+    path = expand_path(recipe.model.init_from, partial(recipe.problem, "model.init_from"))
     path = RunFolder(path).last if path.is_dir() else path
     given, about = _read_weights(recipe, path)
-    origin, own = about.get("model", "an unnamed network"), module.state_dict()
+    origin, own = printable(about.get("model", "an unnamed network"))[:100], module.state_dict()
     fitting = {name for name, value in own.items() if name in given and given[name].shape == value.shape}
     parameters = dict(module.named_parameters())
     if not fitting & parameters.keys():
@@ -66,21 +71,26 @@ def _refusal(recipe: Recipe, message: str, kind: Kind) -> RecipeError:
 # --- teachers -----------------------------------------------------------------------------------------------------
 
 
-def load_teachers(recipe: Recipe, data: Images) -> list[Run]:
+def load_teachers(recipe: Recipe, data: Images, allow_code: Iterable[str] = ()) -> list[Run]:
     """Loads the trained networks of `distill.from`, with their last weights.
 
     Args:
         recipe: the recipe of the student.
         data: the training images; each teacher must know the same classes.
+        allow_code: see `load_run`. The student's own network is allowed too.
 
     Raises:
-        RecipeError: a run or its weights are missing or damaged, or its classes differ.
+        RecipeError: a run or its weights are missing or damaged, its classes differ, or it names code that is not
+            allowed.
     """
     teachers = []
-    for folder in recipe.distill.teachers or []:
+    for written in recipe.distill.teachers or []:
+        folder = expand_path(written, partial(recipe.problem, "distill.from"))
         try:
-            teacher = load_run(folder, "last")
+            teacher = load_run(folder, "last", (*allow_code, recipe.model.name))
             _, known = teacher.model, tuple(teacher.about["classes"])
+        except CodeRefused as error:
+            raise RecipeError([recipe.problem("distill.from", f"{folder}: {error}", "code")]) from error
         except (OSError, ValueError) as error:
             message = f"{error}\ntrain it first"
             message += f": launch/reproduce.sh {recipe.name}" if "runs/reproduce/" in f"{folder}" else ""
@@ -95,4 +105,4 @@ def load_teachers(recipe: Recipe, data: Images) -> list[Run]:
 
 
 def _listed(names: list[str], most: int = 6) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")
+    return ", ".join(map(printable, names[:most])) + (f" and {len(names) - most} more" if names[most:] else "")

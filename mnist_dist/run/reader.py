@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from mnist_dist.data.geometry import Geometry, read_geometry
 from mnist_dist.engine.checkpoint import load_weights
+from mnist_dist.engine.files import expand_path, read_regular
 from mnist_dist.errors import Kind, Problem, RecipeError
-from mnist_dist.models import build_model
+from mnist_dist.models import CodeRefused, check_description, rebuild_model
 from mnist_dist.recipe.changes import HARMLESS_KEYS, flatten
 from mnist_dist.recipe.file import read_recipe
 from mnist_dist.recipe.loading import load_recipe
@@ -25,6 +26,12 @@ from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.folder import RunFolder
 from mnist_dist.run.tables import printable
 from mnist_dist.tracking import JSONLReader
+
+MOST_JSON = 2**24
+"""Bytes of the largest STATUS and summary.json that are read."""
+
+LARGEST = 1e100
+"""Numbers of a larger magnitude are passed over. JSON can hold 1e999, and whole numbers that no float can hold."""
 
 SILENCE = 600.0
 """Seconds without a new line after which the status of a run that is training mentions its silence."""
@@ -75,25 +82,25 @@ class RunReader:
         if stamps == self._stamps:
             return
         self._stamps, self.changes = stamps, self.changes + 1
-        self.lines = self._metrics.read()
+        self.lines = [] if folder.leaves(folder.metrics) else self._metrics.read()
         self._word, self.recipe = "no STATUS", {}
         summary: Any = None
         with suppress(OSError, ValueError):
-            self._word = folder.status.read_text(encoding="utf-8").strip()[:20]
-        with suppress(RecipeError):
-            self.recipe = flatten(read_recipe(folder.recipe)[0])
-        with suppress(OSError, ValueError):
-            summary = json.loads(folder.summary.read_text(encoding="utf-8"))
+            self._word = read_regular(folder.refuse_link(folder.status), MOST_JSON).decode().strip()[:20]
+        with suppress(RecipeError, ValueError):
+            self.recipe = flatten(read_recipe(folder.refuse_link(folder.recipe))[0])
+        with suppress(OSError, ValueError, RecursionError):
+            summary = json.loads(read_regular(folder.refuse_link(folder.summary), MOST_JSON))
         self.is_finished = is_summary(summary)
         self.summary = summary if self.is_finished else self._so_far()
 
     def _so_far(self) -> dict[str, Any]:
         """Returns the values of an unfinished run's summary that its recipe and metrics give."""
-        accuracies = numbers(self.lines, "eval/accuracy")
+        accuracies, seed = numbers(self.lines, "eval/accuracy"), self.recipe.get("seed")
         speeds = numbers(self.lines, "train/images_per_second")
         return {
-            "recipe": str(self.recipe.get("name") or self.folder.path.name).encode(errors="replace").decode(),
-            "seed": self.recipe.get("seed"),
+            "recipe": printable(self.recipe.get("name") or self.folder.path.name),
+            "seed": seed if isinstance(seed, int) else None,
             "epochs": max(numbers(self.lines, "epoch"), default=0),
             "mixed_precision": self.recipe.get("mixed_precision"),
             "images_per_second": speeds[-1] if speeds else None,
@@ -136,9 +143,9 @@ def is_summary(values: Any) -> bool:
 
 
 def numbers(lines: list[dict[str, Any]], key: str) -> list[float]:
-    """Returns the finite numbers that the lines hold under a key, in their order."""
+    """Returns the numbers that the lines hold under a key, in their order, except those too large to compute with."""
     found = [value for line in lines if isinstance(value := line.get(key), int | float)]
-    return [value for value in found if math.isfinite(value)]
+    return [value for value in found if abs(value) < LARGEST]
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
@@ -167,73 +174,104 @@ class Run:
     folder: RunFolder
     weights: str
     """"best" or "last"."""
+    allow_code: tuple[str, ...] = ()
+    """Modules, or paths `package.module:Name`, that the weights file may name as its network."""
 
     @cached_property
     def recipe(self) -> Recipe:
         """The resolved recipe."""
-        return load_recipe(self.folder.recipe)
+        return load_recipe(self.folder.refuse_link(self.folder.recipe), import_code=False)
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl."""
-        return [json.loads(line) for line in self.folder.metrics.read_text(encoding="utf-8").splitlines()]
+        text = self.folder.refuse_link(self.folder.metrics).read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()]
 
     @cached_property
     def summary(self) -> dict[str, Any]:
         """The values of summary.json."""
-        return json.loads(self.folder.summary.read_text(encoding="utf-8"))
+        return json.loads(read_regular(self.folder.refuse_link(self.folder.summary), MOST_JSON))
 
     @cached_property
     def about(self) -> dict[str, Any]:
-        """The description in the weights file: model, its keywords, classes, mean and std of the data."""
-        return load_weights(self.folder.path / f"{self.weights}.safetensors")[1]
+        """The description in the weights file: model, its keywords, classes, mean, std and geometry of the data."""
+        return self._read_weights()[1]
+
+    @cached_property
+    def geometry(self) -> Geometry:
+        """How the training set places its figures.
+
+        Raises:
+            OSError, ValueError: the weights file is missing or damaged.
+        """
+        return read_geometry(self.about)
 
     @cached_property
     def model(self) -> nn.Module:
         """The trained network in eval mode on the CPU; takes normalised float32 (N, channels, height, width).
 
         Raises:
+            CodeRefused: the network is code that `allow_code` does not hold. Nothing was imported.
             OSError, ValueError: the weights file is missing or damaged, or the model's class has changed since.
         """
-        tensors, about = load_weights(self.folder.path / f"{self.weights}.safetensors")
+        tensors, about = self._read_weights()
         try:
-            module = build_model(about["model"], num_classes=len(about["classes"]), **about["keywords"])
-            module.load_state_dict(tensors)
+            module = rebuild_model(about, tensors, self.allow_code)
+        except CodeRefused:
+            raise
         except Exception as error:  # a user's own class may fail in any way
             reason = " ".join(str(error).split())
             raise ValueError(f"{about['model']} cannot be built with its weights: {reason}") from error
         return module.eval()
 
+    def _read_weights(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Returns the tensors and the description in the weights file."""
+        path = self.folder.refuse_link(self.folder.path / f"{self.weights}.safetensors")
+        tensors, about = load_weights(path)
+        try:
+            check_description(about)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        return tensors, about
 
-def load_run(folder: str | Path, weights: str = "best") -> Run:
-    """Opens a run folder.
+
+def load_run(folder: str | Path, weights: str = "best", allow_code: str | Iterable[str] = ()) -> Run:
+    """Opens a run folder. The folder may come from a stranger: it is data, and nothing that it names is imported.
 
     Args:
         folder: the run folder.
         weights: "best" (of the evaluation with the highest accuracy) or "last".
+        allow_code: modules, e.g. "my_nets", from which the run's network may be imported. Networks of this package, of
+            torchvision and of timm need no permission.
 
     Raises:
         FileNotFoundError: `folder` is not a run folder.
     """
-    run = Run(RunFolder(Path(folder)), weights)
+    allowed = (allow_code,) if isinstance(allow_code, str) else tuple(allow_code)
+    run = Run(RunFolder(expand_path(folder)), weights, allowed)
     if not run.folder.recipe.is_file():
         raise FileNotFoundError(f"{folder} is not a run folder: it has no recipe.yaml")
     return run
 
 
-def open_run(folder: str | Path, weights: str) -> Run:
+def open_run(folder: str | Path, weights: str, allow_code: Iterable[str] = ()) -> Run:
     """Opens a run folder that the user named and loads the network.
 
     Args:
         folder: the run folder.
         weights: "best" or "last".
+        allow_code: see `load_run`.
 
     Raises:
-        RecipeError: `folder` is not a run folder, or its weights are missing or damaged.
+        RecipeError: `folder` is not a run folder, its weights are missing or damaged, or they name code that is not
+            allowed.
     """
     try:
-        run = load_run(folder, weights)
-        _ = run.model
+        run = load_run(folder, weights, allow_code)
+        _ = run.model, run.geometry
+    except CodeRefused as error:
+        raise RecipeError([Problem("command line", "--allow-code", f"{folder}: {error}", "code")]) from error
     except (OSError, ValueError) as error:
         kind: Kind = "missing" if isinstance(error, FileNotFoundError) else "damaged"
         raise RecipeError([Problem("command line", str(folder), str(error), kind)]) from error

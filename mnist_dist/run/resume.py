@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,47 +13,126 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from mnist_dist.distributed.collectives import run_on_all_ranks
+from mnist_dist.distributed.signals import Interrupts
 from mnist_dist.engine.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     load_weights,
     newest_checkpoint,
+    remove,
     save_checkpoint,
 )
 from mnist_dist.engine.files import write_atomically
 from mnist_dist.errors import Kind, Problem, RecipeError
-from mnist_dist.recipe.changes import refuse_changes
+from mnist_dist.recipe.changes import describe_changes, refuse_changes
 from mnist_dist.recipe.loading import load_recipe
 from mnist_dist.recipe.schema import Recipe
-from mnist_dist.run.folder import RunFolder
+from mnist_dist.run.folder import RunFolder, unwritable
+from mnist_dist.run.lock import RunLock
+from mnist_dist.run.plan import Plan, converted, refuse_length
 
 # --- the run folder -----------------------------------------------------------------------------------------------
 
 
+@contextmanager
 def open_folder(
-    recipe: Recipe, run_dir: str | Path | None, state: PartialState, resume: str, allow_recipe_change: bool
-) -> RunFolder:
-    """Creates or opens the run folder on rank 0 and returns it on every rank. Collective: call on every rank.
+    recipe: Recipe,
+    run_dir: str | Path | None,
+    state: PartialState,
+    resume: str,
+    allow_recipe_change: bool,
+    num_samples: int,
+    interrupts: Interrupts,
+) -> Iterator[RunFolder]:
+    """Creates or opens the run folder on rank 0 and yields it on every rank. Collective: call on every rank.
 
-    If `resume` names a checkpoint or another run, its checkpoint is copied into the new folder.
+    Inside the context rank 0 holds the lock of the folder, and an exception sets the status to `failed`. If `resume`
+    names a checkpoint or another run, its checkpoint is copied into the new folder.
+
+    Args:
+        num_samples: the number of training images.
+        interrupts: the stop requests; one ends the process while the lock of another machine is watched.
 
     Raises:
         RecipeError: the folder cannot be used, or there is no checkpoint to resume from.
     """
+    with ExitStack() as held:
 
-    def open_on_main() -> RunFolder | None:
-        if not state.is_main_process:
+        def open_on_main() -> RunFolder | None:
+            if not state.is_main_process:
+                return None
+            # The same command again after a kill: the folder's own checkpoints are newer, and the source may be gone.
+            starts_from_source = resume not in ("auto", "never") and not holds_checkpoint(run_dir)
+            source = find_checkpoint(resume, recipe, allow_recipe_change) if starts_from_source else None
+            folder = RunFolder.create(run_dir, recipe)
+            folder.refuse_content(recipe, resume, allow_recipe_change)  # a folder of something else gets no lock
+            refuse_lengths(recipe, num_samples, folder, source[1] if source else None)
+            try:
+                held.enter_context(RunLock(folder.path, interrupts.exit_before_start))
+            except OSError as error:
+                raise unwritable(error, run_dir) from error
+            RunFolder.open(folder.path, recipe, resume, allow_recipe_change)
+            if source:
+                adopt(folder, *source, recipe.checkpoint.keep)
+            return folder
+
+        opened = run_on_all_ranks(state, open_on_main)
+        folder = RunFolder(Path(broadcast_object_list([str(opened.path) if opened else None])[0]))
+        with folder.failed_on_error(state.is_main_process):
+            yield folder
+
+
+def refuse_lengths(recipe: Recipe, num_samples: int, folder: RunFolder, source: dict[str, Any] | None) -> None:
+    """Checks the length of the run against the checkpoint that it will resume from, if there is one.
+
+    Args:
+        num_samples: the number of training images.
+        folder: the run folder.
+        source: the state of another run's checkpoint that the run starts from.
+
+    Raises:
+        RecipeError: no step is left, or the schedule would have been another one.
+    """
+    if source:
+        return refuse_length(recipe, num_samples, source)
+    if not folder.recipe.is_file() or not (
+        folder.is_done or describe_changes(load_recipe(folder.recipe, import_code=False), recipe)
+    ):
+        return None
+    for path in reversed(list_checkpoints(folder.checkpoints)):
+        try:
+            checkpoint = load_checkpoint(path)
+        except ValueError:  # damaged: named later
+            continue
+        return refuse_length(recipe, num_samples, checkpoint, str(folder.path) * folder.is_done)
+    return None
+
+
+def finished_results(
+    recipe: Recipe, run_dir: str | Path | None, state: PartialState, resume: str
+) -> dict[str, Any] | None:
+    """Returns the summary of the run in `run_dir`, and prints a line, if this recipe has finished there.
+
+    Collective: call on every rank.
+
+    Returns:
+        The values of summary.json; None if there is something to train, or something to refuse.
+    """
+
+    def read() -> dict[str, Any] | None:
+        if run_dir is None or resume == "never" or not state.is_main_process:
             return None
-        # The same command again after a kill: the folder's own checkpoints are newer, and the source may be gone.
-        starts_from_source = resume not in ("auto", "never") and not holds_checkpoint(run_dir)
-        source = find_checkpoint(resume, recipe, allow_recipe_change) if starts_from_source else None
-        folder = RunFolder.open(run_dir, recipe, resume, allow_recipe_change)
-        if source:
-            adopt(folder, *source, recipe.checkpoint.keep)
-        return folder
+        folder = RunFolder(Path(run_dir))
+        results = folder.results
+        changed = results is None or describe_changes(load_recipe(folder.recipe, import_code=False), recipe)
+        if changed or results is None:
+            return None
+        split, last, best = (results.get(f"eval.{key}", 0.0) for key in ("split", "last.accuracy", "best.accuracy"))
+        print(f"already done: {split} accuracy {last:.2f} % at the last epoch, best {best:.2f} %; run folder {run_dir}")
+        return results
 
-    opened = run_on_all_ranks(state, open_on_main)
-    return RunFolder(Path(broadcast_object_list([str(opened.path) if opened else None])[0]))
+    results = run_on_all_ranks(state, read)
+    return broadcast_object_list([results])[0]
 
 
 def has_checkpoint(run_dir: str | Path | None, resume: str, state: PartialState) -> bool:
@@ -97,21 +178,38 @@ def find_checkpoint(source: str, recipe: Recipe, allow_recipe_change: bool) -> t
     for candidate in candidates:
         try:
             state = load_checkpoint(candidate)
+            _check_position(candidate, state)
             break
         except ValueError as error:
             problems.append(str(error))
     else:
         raise refusal("\n".join(problems), "damaged")
     origin = RunFolder(candidate.absolute().parent.parent)
-    if origin.recipe.is_file() and (changes := refuse_changes(load_recipe(origin.recipe), recipe, allow_recipe_change)):
-        raise refusal(f"{candidate} belongs to a run of another recipe:\n{changes}", "conflict")
+    if origin.recipe.is_file():
+        given = load_recipe(origin.recipe, import_code=False)
+        if changes := refuse_changes(given, recipe, allow_recipe_change):
+            raise refusal(f"{candidate} belongs to a run of another recipe:\n{changes}", "conflict")
     return origin, state
 
 
+def _check_position(path: Path, state: dict[str, Any]) -> None:
+    """Checks the values of a checkpoint that become a path and a position in a file.
+
+    Raises:
+        ValueError: the checkpoint may come from a stranger, and one of the values is of another type.
+    """
+    progress = state.get("progress") if isinstance(state, dict) else None
+    numbers = [progress.get("step") if isinstance(progress, dict) else None, state.get("metrics_bytes", 0)]
+    if any(type(each) is not int or each < 0 for each in numbers):
+        raise ValueError(f"{path} is damaged: it does not say at which step it was written")
+
+
 def adopt(folder: RunFolder, origin: RunFolder, state: dict[str, Any], keep: int) -> None:
-    """Copies another run's checkpoint, and its metrics up to that step, into a new folder."""
-    if origin.metrics.is_file():
+    """Copies another run's checkpoint with its best weights, and its metrics up to that step, into a new folder."""
+    if origin.metrics.is_file() and not origin.leaves(origin.metrics):
         write_atomically(folder.metrics, origin.metrics.read_bytes()[: state.get("metrics_bytes", 0)])
+    if "best" in state:
+        write_atomically(folder.best, state["best"].numpy().tobytes())
     state = {key: value for key, value in state.items() if key != "wandb_id"}  # the new run is a new W&B run
     save_checkpoint(folder.checkpoints, state["progress"]["step"], state, keep=keep)
 
@@ -119,8 +217,11 @@ def adopt(folder: RunFolder, origin: RunFolder, state: dict[str, Any], keep: int
 # --- the checkpoint of this run -----------------------------------------------------------------------------------
 
 
-def load_newest(folder: RunFolder, state: PartialState) -> tuple[dict[str, Any], list[str]]:
+def load_newest(folder: RunFolder, state: PartialState, plan: Plan | None = None) -> tuple[dict[str, Any], list[str]]:
     """Loads the newest valid checkpoint and restores its best weights. Collective: call on every rank.
+
+    Args:
+        plan: the plan of the run that resumes. A checkpoint of another plan is replaced by a converted one.
 
     Returns:
         The checkpoint's state, equal on all ranks, empty if there is none; and a message for each damaged file.
@@ -128,11 +229,30 @@ def load_newest(folder: RunFolder, state: PartialState) -> tuple[dict[str, Any],
     found: list[Any] = [None]
     if state.is_main_process:
         checkpoint, problems = newest_checkpoint(folder.checkpoints)
+        if checkpoint and plan:
+            checkpoint, message = _convert(folder.checkpoints, checkpoint, plan)
+            problems += [message] if message else []
         if checkpoint and "best" in checkpoint:
             problems += _restore_best(checkpoint.pop("best"), folder.best)
         found = [(checkpoint, problems)]
     checkpoint, problems = broadcast_object_list(found)[0]
     return checkpoint or {}, problems
+
+
+def _convert(folder: Path, checkpoint: dict[str, Any], plan: Plan) -> tuple[dict[str, Any], str]:
+    """Converts a checkpoint to the plan, on the disk too: later steps of the old plan would pass for newer ones.
+
+    The checkpoint that is converted goes last. A process that is killed before leaves all that the next one needs.
+    """
+    state, message = converted(checkpoint, plan)
+    source, target = (folder / f"step-{each['progress']['step']}" for each in (checkpoint, state))
+    if message and target != source:
+        others = [path for path in list_checkpoints(folder) if path != source]
+        for path in others:
+            remove(path)
+        save_checkpoint(folder, state["progress"]["step"], state, keep=sys.maxsize)
+        remove(source)
+    return state, message
 
 
 def components_state(checkpoint: dict[str, Any]) -> dict[str, Any]:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 
 from mnist_dist.data import Batches, Dataset, Images
 from mnist_dist.distributed.collectives import count_nodes
 from mnist_dist.distributed.devices import device_name
 from mnist_dist.distributed.launcher import launch_settings
-from mnist_dist.distributed.signals import PREEMPTED
-from mnist_dist.engine.evaluation import Evaluation
+from mnist_dist.distributed.signals import AGREE_SECONDS, PREEMPTED, Interrupts
+from mnist_dist.engine.evaluation import Evaluation, Interrupted
 from mnist_dist.engine.files import write_atomically
 from mnist_dist.models import count_parameters
 from mnist_dist.recipe.schema import Recipe
@@ -52,23 +55,34 @@ def open_trackers(
     split = "validation" if dataset.has_validation else "test"
     console = ConsoleTracker(components.total_steps, recipe.epochs, split, folder.console, quiet=quiet)
     wandb = recipe.tracking.wandb
+    project = wandb.project or os.environ.get("WANDB_PROJECT") or "mnist_dist"
     mode, reason = resolve_mode(wandb.mode)
     console.header(_header(recipe, components, dataset) | {"wandb": reason, "run folder": str(folder.path)})
     if checkpoint:
         console.message(f"resumed from the checkpoint at step {checkpoint['progress']['step']:,}")
     trackers: list[Any] = [console, JSONLTracker(folder.metrics, checkpoint.get("metrics_bytes", 0))]
     if mode != "disabled":
-        init: dict[str, Any] = wandb.model_dump(include={"entity", "job_type", "tags"})
-        init |= {"mode": mode, "name": f"{recipe.name}-seed{recipe.seed}", "group": wandb.group or recipe.name}
+        init: dict[str, Any] = _wandb_settings(recipe) | {"mode": mode}
         if checkpoint.get("wandb_id"):
             init |= {"id": checkpoint["wandb_id"], "resume": "allow"}
         files = {"directory": folder.path, "recipe": folder.recipe}
-        trackers.append(
-            WandbTracker(wandb.project, **files, notify=console.message, gauges=components.meter.gauges, **init)
-        )
+        trackers.append(WandbTracker(project, **files, notify=console.message, gauges=components.meter.gauges, **init))
     components.accelerator.log_with = trackers
-    components.accelerator.init_trackers(wandb.project, config=recipe.model_dump())
+    components.accelerator.init_trackers(project, config=recipe.model_dump())
     return console
+
+
+def _wandb_settings(recipe: Recipe) -> dict[str, Any]:
+    """Returns keywords for `wandb.init`: the recipe's, else those of W&B's environment variables, else defaults."""
+    wandb, environ = recipe.tracking.wandb, os.environ
+    tags = [tag.strip() for tag in environ.get("WANDB_TAGS", "").split(",") if tag.strip()]
+    return {
+        "entity": wandb.entity or environ.get("WANDB_ENTITY") or None,
+        "name": environ.get("WANDB_NAME") or f"{recipe.name}-seed{recipe.seed}",
+        "group": wandb.group or environ.get("WANDB_RUN_GROUP") or recipe.name,
+        "job_type": wandb.job_type or environ.get("WANDB_JOB_TYPE") or "train",
+        "tags": wandb.tags or tags,
+    }
 
 
 def show_notes(console: ConsoleTracker | None, components: TrainingComponents, notes: Sequence[str]) -> None:
@@ -153,8 +167,12 @@ def finish_run(
     dataset: Dataset,
     console: ConsoleTracker | None,
     facts: dict[str, Any],
+    interrupts: Interrupts,
 ) -> dict[str, Any]:
     """Evaluates the test images, writes the results and closes the trackers. Collective: call on every rank.
+
+    The status becomes "done" as the last act. Until then a signal stops the run as it does in the training loop; the
+    same command resumes from the checkpoint of the last step and comes here again.
 
     Args:
         folder: the run folder; rank 0 writes into it.
@@ -164,17 +182,29 @@ def finish_run(
         dataset: the data of the run.
         console: the console of rank 0; None on the other ranks.
         facts: more values for the summary: durations, versions, commit.
+        interrupts: the stop requests.
 
     Returns:
-        The values of summary.json.
+        The values of summary.json; what `stop_run` returns if a signal stopped the run.
     """
+    interrupts.set_interval(AGREE_SECONDS)  # the test images are few batches: ask at each of them
     # Without a validation part this repeats the last evaluation, for its probabilities. With one, the test images are
     # used here for the first time.
-    test = components.evaluate(dataset.test.to(components.accelerator.device), recipe.eval_batch_size)
+    images = dataset.test.to(components.accelerator.device)
+    try:
+        test = components.evaluate(images, recipe.eval_batch_size, interrupts.stop_requested)
+    except Interrupted:
+        return stop_run(folder, components, progress, console)
     summary = summarize(recipe, components, progress, test if dataset.has_validation else None) | facts
+    finished = True
     if console:
-        _write_results(folder, recipe, components, dataset, test, summary, console)
-    _close(components)
+        finished = _write_results(folder, recipe, components, dataset, test, summary, console, interrupts)
+    if not broadcast_object_list([finished])[0]:
+        return stop_run(folder, components, progress, console)
+    close_trackers(components)  # W&B uploads what it has: a process that is killed before the status will do it again
+    if console:
+        folder.set_status("done")
+    components.accelerator.wait_for_everyone()
     return summary
 
 
@@ -228,9 +258,12 @@ def _write_results(
     test: Evaluation,
     summary: dict[str, Any],
     console: ConsoleTracker,
-) -> None:
-    """Writes summary.json, pictures, W&B artifacts and the status of a finished run. Call on rank 0."""
+    interrupts: Interrupts,
+) -> bool:
+    """Writes summary.json, W&B artifacts and pictures of a finished run; False if a signal came. Call on rank 0."""
     write_atomically(folder.summary, json.dumps(summary, indent=2) + "\n")
+    if interrupts.requested_here:
+        return False
     if wandb := find_tracker(components.accelerator, WandbTracker):
         wandb.summarize(summary)
         data, step = dataset.test, summary["steps"]
@@ -240,27 +273,39 @@ def _write_results(
             about = run.about | {"accuracy": summary[f"eval.{which}.accuracy"], "split": summary["eval.split"]}
             wandb.log_weights([folder.recipe, folder.path / f"{which}.safetensors"], which, about)
     if recipe.tracking.plots:
-        _draw(folder, recipe.name, components.batches, dataset, test, summary["eval.split"])
+        for draw in _pictures(folder, recipe.name, components.batches, dataset, test, summary["eval.split"]):
+            if interrupts.requested_here:
+                return False
+            draw()
+    if interrupts.requested_here:
+        return False
     best = f"best {summary['eval.best.accuracy']:.2f} % at epoch {summary['eval.best.epoch']:g}"
     last = f"{summary['eval.split']} accuracy {summary['eval.last.accuracy']:.2f} % at the last epoch"
     console.message(f"done in {summary['train_seconds']:.1f} s: {last}, {best}")
-    folder.set_status("done")
+    return True
 
 
-def _draw(folder: RunFolder, title: str, batches: Batches, dataset: Dataset, test: Evaluation, eval_name: str) -> None:
-    """Draws all pictures of a run into its plots/ folder."""
+def _pictures(
+    folder: RunFolder, title: str, batches: Batches, dataset: Dataset, test: Evaluation, eval_name: str
+) -> list[Callable[[], object]]:
+    """Returns a function for each picture of a run, which draws it into the folder plots/."""
     from mnist_dist.plots import confusion, curves, images  # matplotlib delays the start of the run
 
     metrics, data = load_run(folder.path).metrics, dataset.test
-    curves.plot_training_history(metrics, folder.plots / "training_history.png", title=title, eval_name=eval_name)
-    curves.plot_per_batch_loss(metrics, folder.plots / "per_batch_loss.png", title=title)
     predictions = images.Predictions.read(data.images, data.labels, test.probabilities, data.classes)
-    images.plot_predictions(predictions, folder.plots / "predictions.png", title=title)
-    images.plot_misclassified(predictions, folder.plots / "misclassified.png", title=title)
-    matrix = folder.plots / "confusion_matrix.png"
-    confusion.plot_confusion_matrix(test.confusion, matrix, classes=data.classes, title=title)
     originals, warped = _augmented_samples(batches, dataset.train)
-    images.plot_augmented_samples(originals, warped, folder.plots / "augmented_samples.png", title=title)
+
+    def picture(plot: Callable[..., object], *content: object, name: str, **settings: object) -> Callable[[], object]:
+        return partial(plot, *content, folder.plots / name, title=title, **settings)
+
+    return [
+        picture(curves.plot_training_history, metrics, name="training_history.png", eval_name=eval_name),
+        picture(curves.plot_per_batch_loss, metrics, name="per_batch_loss.png"),
+        picture(images.plot_predictions, predictions, name="predictions.png"),
+        picture(images.plot_misclassified, predictions, name="misclassified.png"),
+        picture(confusion.plot_confusion_matrix, test.confusion, name="confusion_matrix.png", classes=data.classes),
+        picture(images.plot_augmented_samples, originals, warped, name="augmented_samples.png"),
+    ]
 
 
 def _augmented_samples(batches: Batches, data: Images, count: int = 10) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,24 +10,39 @@ from typing import Any
 from rich.console import Console
 
 from mnist_dist.engine.files import write_atomically
-from mnist_dist.errors import Problem, RecipeError
+from mnist_dist.errors import CONTROLS, Problem, RecipeError
+
+LONGEST = 4_096
+"""Letters of a longer text are left out."""
 
 
 def table_console(**keywords: Any) -> Console:
     """Returns a rich console that never truncates a table. Without a terminal rich would assume 80 columns."""
+    keywords = {"markup": False, **keywords}  # "[red]" may be the name of a class
     console = Console(**keywords)
     return console if console.is_terminal else Console(width=200, **keywords)
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     """Returns rows of cells as a Markdown table. The first row holds the column headings."""
-    heads, *lines = ([cell.replace("|", "\\|") for cell in row] for row in rows)
+    heads, *lines = ([re.sub(r"(?<!\\)\|", r"\|", cell) for cell in row] for row in rows)
     return "\n".join(f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads), *lines))
 
 
-def printable(path: Path) -> str:
-    """Returns a path as text that any console can print. A file name on disk need not be valid text."""
-    return str(path).encode(errors="replace").decode()
+def markdown_text(text: str) -> str:
+    """Returns a stranger's text for a cell of a Markdown table, in which it is neither HTML nor Markdown."""
+    text = re.sub(r"&(?=[#\w])", "&amp;", printable(text))
+    text = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)  # "< 1 ms" begins no tag
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", text)
+
+
+def printable(value: Any) -> str:
+    """Returns a value, e.g. a path, as one line of text that any console can print.
+
+    A file name on disk need not be valid text, and a stranger's text may hold codes that control the terminal.
+    """
+    text = str(value).encode(errors="replace").decode()
+    return CONTROLS.sub("�", text[:LONGEST])
 
 
 def replace_between_marks(path: Path, text: str, marks: tuple[str, str]) -> None:

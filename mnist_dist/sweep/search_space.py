@@ -8,7 +8,7 @@ import math
 import random
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -130,12 +130,24 @@ def _read_parameters(values: dict[str, Any], origins: Origins) -> dict[str, Any]
     read = _draw if values.get("method") == "random" else _values
     draws: dict[str, Any] = {}
     problems: list[Problem] = []
-    for key, space in spaces.items():
-        refuse = partial(_refuse, origins, f"parameters.{key}")
+    for path, key, space in _flatten("parameters", "", spaces):
+        refuse = partial(_refuse, origins, path)
+        if key in draws:
+            problems += refuse(f"{key} is given twice; remove one", "conflict").problems
         draws[key] = _collect(problems, partial(read, space, refuse))
     if problems:
         raise RecipeError(problems)
     return draws
+
+
+def _flatten(path: str, prefix: str, spaces: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """Yields place in the file, recipe key and values of each parameter; `parameters` may be nested, as in W&B."""
+    for name, space in spaces.items():
+        inner = space.get("parameters") if isinstance(space, dict) else None
+        if isinstance(inner, dict) and inner and len(space) == 1:
+            yield from _flatten(f"{path}.{name}.parameters", f"{prefix}{name}.", inner)
+        else:
+            yield f"{path}.{name}", f"{prefix}{name}", space
 
 
 def _read_count(values: dict[str, Any], origins: Origins, count: int | None) -> int | None:

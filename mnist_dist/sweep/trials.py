@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import signal
@@ -78,7 +79,7 @@ def _shared_overrides(sweep: Sweep) -> list[str]:
         size = len(load_data(unlimited, launched_world()).train)
         shared.append(f"data.validation={min(VALIDATION, size // 6)}")
         print(f"{shared[0]}: trials are compared by accuracy on these held-out training images, not on the test set")
-    if base.tracking.wandb.group is None:
+    if base.tracking.wandb.group is None and not os.environ.get("WANDB_RUN_GROUP"):
         shared += [override("tracking.wandb.group", sweep.name), "tracking.wandb.job_type=sweep"]
     return shared
 
@@ -91,7 +92,7 @@ def _check_folder(folder: RunFolder, recipe: Recipe) -> None:
     """
     if not folder.recipe.is_file():
         return
-    existing = load_recipe(folder.recipe)
+    existing = load_recipe(folder.recipe, import_code=False)
     precision = recipe.mixed_precision or existing.mixed_precision  # a run stores its launcher's precision
     if changes := describe_changes(existing, recipe.model_copy(update={"mixed_precision": precision})):
         listed = "\n".join([*changes, "name another folder with --run-dir"])

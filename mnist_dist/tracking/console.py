@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 from accelerate.tracking import GeneralTracker
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mnist_dist.errors import SafeStream
 
 PLAIN_SECONDS = 30.0
 """Without a terminal, the shortest time between two lines of progress."""
@@ -21,8 +24,10 @@ class ConsoleTracker(GeneralTracker):
 
     def __init__(self, total_steps: int, epochs: int, split: str, log_path: Path, *, quiet: bool = False):
         super().__init__()
-        self._console = Console(quiet=quiet)
-        self._log = log_path.open("a", encoding="utf-8")
+        # The run folder is complete without a console, so an error of the terminal or pipe must not end the run.
+        stream: Any = sys.stdout and SafeStream(sys.stdout)
+        self._console = Console(quiet=quiet, file=stream)
+        self._log = log_path.open("a", encoding="utf-8", errors="backslashreplace")  # names of files may be no text
         self._total_steps, self._epochs, self._split = total_steps, epochs, split
         self._progress = Progress(
             TextColumn("epoch {task.fields[epoch]}"),

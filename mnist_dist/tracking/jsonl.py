@@ -59,6 +59,8 @@ class JSONLReader:
 
     def read(self) -> list[dict[str, Any]]:
         """Returns the objects of all complete lines so far; ignores a missing file and lines without an object."""
+        if not self.path.is_file():  # a pipe would have no end
+            return self.lines
         with suppress(OSError), self.path.open("rb") as file:
             file.seek(self._end - len(self._last))
             text = file.read()
@@ -67,7 +69,7 @@ class JSONLReader:
                 text, self.lines, self._end, self._last = file.read(), [], 0, b""
             new = text[len(self._last) : text.rfind(b"\n") + 1].splitlines(keepends=True)
             for line in new:
-                with suppress(ValueError):
+                with suppress(ValueError, RecursionError):
                     values = json.loads(line)
                     self.lines += [values] if isinstance(values, dict) else []
             self._end, self._last = self._end + sum(map(len, new)), new[-1] if new else self._last

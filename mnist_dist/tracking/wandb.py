@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import configparser
+import io
 import netrc
 import os
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, redirect_stderr, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -32,7 +33,7 @@ def resolve_mode(mode: str) -> tuple[str, str]:
     """
     if mode != "auto":
         return mode, f"{mode} (recipe)"
-    requested = os.environ.get("WANDB_MODE")
+    requested = os.environ.get("WANDB_MODE", "").strip().lower()
     if requested in ("online", "offline", "disabled", "dryrun"):
         mode = "offline" if requested == "dryrun" else requested
         return mode, f"{mode} (WANDB_MODE)"
@@ -48,14 +49,37 @@ def server_url() -> str:
     with suppress(configparser.Error, UnicodeDecodeError):
         settings.read(folder / "settings")
     stored = settings.get("default", "base_url", fallback="")
-    return os.environ.get("WANDB_BASE_URL") or stored or "https://api.wandb.ai"
+    return os.environ.get("WANDB_BASE_URL") or stored or _public_server()
+
+
+def _public_server() -> str:
+    """Returns the server that this version of wandb uses by default; `wandb login` stores the key under its host."""
+    try:
+        from wandb.sdk.lib.urls import DEFAULT_BASE_URL
+    except ImportError:  # a version with the older server only
+        return "https://api.wandb.ai"
+    return DEFAULT_BASE_URL
 
 
 def _has_credentials() -> bool:
-    """Returns whether wandb would find credentials. Does not import wandb, which might prompt."""
+    """Returns whether wandb finds credentials for its server, by its own reader, which neither asks nor connects."""
+    try:
+        from wandb.sdk.lib.wbauth import authenticate_session
+    except ImportError:  # another version of wandb: its documented places
+        return _has_stored_key(urlparse(server_url()).netloc)
+    try:
+        # Its warnings about a broken netrc file would stand above the header.
+        with redirect_stderr(io.StringIO()):
+            found = authenticate_session(host=server_url(), source="mnist_dist", prompt=False, update_session=False)
+        return found is not None
+    except Exception:  # a key of an invalid form, or a reader with other arguments
+        return _has_stored_key(urlparse(server_url()).netloc)
+
+
+def _has_stored_key(host: str) -> bool:
+    """Returns whether the environment or a netrc file holds a key for a host, with the port if it has one."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    host = urlparse(server_url()).netloc  # includes the port, as in wandb's entry in .netrc
     for path in filter(None, (os.environ.get("NETRC"), "~/.netrc", "~/_netrc")):
         try:
             if netrc.netrc(Path(path).expanduser()).authenticators(host):
@@ -98,6 +122,10 @@ class WandbTracker(WandBTracker):
         """Training time spent in logging."""
 
     def start(self) -> None:
+        import wandb
+
+        if wandb.run is not None:  # the user's own run: `init` would return it, and `finish` would end it
+            self.init_kwargs["reinit"] = "create_new"
         try:
             super().start()
         except Exception as error:

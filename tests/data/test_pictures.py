@@ -12,7 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from mnist_dist.data.pictures import read_picture
+from mnist_dist.data import load_dataset
+from mnist_dist.data.geometry import Geometry, measure_geometry, read_geometry
+from mnist_dist.data.pictures import prepare_picture, read_picture
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +109,10 @@ def save_specks(path: Path) -> None:
     picture.save(path)
 
 
+def noise_page() -> np.ndarray:
+    return np.random.default_rng(0).normal(200, 8, (300, 400)).clip(0, 255).astype(np.uint8)
+
+
 BAD_PICTURES = {
     "empty.png": (lambda path: path.write_bytes(b""), "damaged"),
     "text.png": (lambda path: path.write_text("a seven"), "damaged"),
@@ -118,6 +124,10 @@ BAD_PICTURES = {
     "absent.png": (lambda path: None, "No such file"),
     "folder.png": (lambda path: path.mkdir(), "directory"),
     "specks.png": (save_specks, "specks"),
+    "photo.heic": (lambda path: path.write_bytes(b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + bytes(99)), "HEIC.*JPEG"),
+    "scan.pdf": (lambda path: path.write_bytes(b"%PDF-1.7\n"), "PDF.*JPEG"),
+    "figure.svg": (lambda path: path.write_text("<svg></svg>"), "SVG"),
+    "noise.png": (lambda path: Image.fromarray(noise_page()).save(path), "blank"),
 }
 """File name -> (function that writes the file, word of the error)."""
 
@@ -129,3 +139,119 @@ def test_the_error_names_what_is_wrong_with_a_file(tmp_path, name):
     write(tmp_path / name)
     with pytest.raises(ValueError, match=word):
         read_picture(tmp_path / name)
+
+
+# --- pictures from cameras and scanners -----------------------------------------------------------------------------
+
+
+def disturbed(name: str, ink: np.ndarray) -> Image.Image:
+    """A page of 420×560 with a figure, ink 0 to 1, under one disturbance."""
+    y, x = np.meshgrid(np.linspace(0, 1, 420), np.linspace(0, 1, 560), indexing="ij")
+    noise = np.random.default_rng(0).normal(0, 1, ink.shape)
+    page = 235 - 205 * ink
+    if name == "specks":
+        for top, left in ((5, 5), (400, 540), (30, 500)):
+            page[top : top + 4, left : left + 4] = 30
+    page = {
+        "side": lambda: page * (1 - 0.35 * x),
+        "corner": lambda: page * (1 - 0.35 * x * y),
+        "vignette": lambda: page * (1 - ((x - 0.5) ** 2 + (y - 0.5) ** 2)),
+        "shadow": lambda: page * np.where(x + 0.2 * y > 0.8, 0.7, 1),
+        "pencil": lambda: 230 - 70 * ink + 5 * noise,
+        "noise": lambda: page + 15 * noise,
+        "chalk": lambda: 60 + 60 * x + 120 * ink + 4 * noise,
+    }.get(name, lambda: page)()
+    if name in ("ten bits", "twelve bits"):
+        return Image.fromarray((page / 255 * (1023 if name == "ten bits" else 4095)).astype(np.uint16))
+    if name == "float":
+        return Image.fromarray((page / 255).astype(np.float32))
+    if name == "int32":
+        return Image.fromarray(page.astype(np.int32))
+    return Image.fromarray(page.clip(0, 255).astype(np.uint8))
+
+
+DISTURBANCES = ["plain", "specks", "side", "corner", "vignette", "shadow", "pencil", "noise", "chalk"]
+DISTURBANCES += ["ten bits", "twelve bits", "int32", "float"]
+
+
+@pytest.mark.parametrize("name", DISTURBANCES)
+def test_light_noise_specks_and_bit_depth_change_little(tmp_path, seven, name):
+    ink = np.zeros((420, 560))
+    ink[100:300, 150:350] = np.asarray(Image.fromarray(seven).resize((200, 200), Image.Resampling.BICUBIC)) / 255
+    Image.fromarray(seven).save(tmp_path / "plain.png")
+    disturbed(name, ink).save(tmp_path / "page.tif")
+    prepared = prepare_picture(tmp_path / "page.tif")
+    images = torch.stack([read_picture(tmp_path / "plain.png"), prepared.image]).flatten(1).float()
+    assert torch.corrcoef(images)[0, 1] > 0.9
+    assert prepared.doubts == ()
+
+
+@pytest.mark.parametrize(
+    ("boxes", "doubts"),
+    [
+        ([(150, 100, 170, 300)], ()),
+        ([(150, 140, 170, 300), (150, 100, 170, 120)], ()),  # an i
+        ([(150, 100, 170, 190), (150, 200, 170, 300)], ()),  # a broken stroke
+        ([(150, 100, 170, 300), (300, 100, 320, 300)], ("two figures",)),
+    ],
+)
+def test_parts_of_a_figure_are_kept_and_a_second_figure_is_a_doubt(tmp_path, boxes, doubts):
+    page = Image.new("L", (560, 420), 235)
+    for box in boxes:
+        page.paste(30, box)
+    page.save(tmp_path / "page.png")
+    prepared = prepare_picture(tmp_path / "page.png")
+    assert prepared.doubts == doubts
+    rows, columns = prepared.image[0].amax(dim=1).nonzero(), prepared.image[0].amax(dim=0).nonzero()
+    assert rows[-1] - rows[0] == 19 and columns[-1] - columns[0] <= 2  # 20 pixels high: all parts of the first figure
+
+
+def test_a_faint_figure_is_a_doubt(tmp_path, seven):
+    Image.fromarray(200 - np.kron(seven, np.ones((10, 10), np.uint8)) // 10).save(tmp_path / "page.png")
+    assert prepare_picture(tmp_path / "page.png").doubts == ("little contrast",)
+
+
+# --- the geometry of a training set ---------------------------------------------------------------------------------
+
+
+def framed(seven: np.ndarray, ground: str) -> torch.Tensor:
+    """Images whose figures fill the frame."""
+    figure = np.asarray(Image.fromarray(seven[5:25, 6:22]).resize((22, 28)))
+    image = np.pad(figure, ((0, 0), (3, 3)))
+    return torch.from_numpy(255 - image if ground == "light" else image).expand(5, 1, 28, 28)
+
+
+@pytest.mark.parametrize("ground", ["dark", "light"])
+def test_the_geometry_of_a_set_whose_figures_fill_the_frame(tmp_path, seven, ground):
+    images = framed(seven, ground)
+    geometry = measure_geometry(images)
+    assert (geometry.ground, geometry.figure, geometry.centre) == (ground, 28, "box")
+    Image.fromarray(images[0, 0].numpy()).save(tmp_path / "own.png")
+    assert torch.equal(read_picture(tmp_path / "own.png", geometry), images[0])
+    Image.fromarray(255 - images[0, 0].numpy()).save(tmp_path / "inverted.png")
+    difference = read_picture(tmp_path / "inverted.png", geometry).int() - images[0].int()
+    assert difference.abs().float().mean() < 8
+
+
+def test_a_set_without_a_ground_keeps_its_images(tmp_path):
+    images = load_dataset("synthetic", limit_test=5).test.images
+    geometry = measure_geometry(images)
+    assert geometry.ground == "none"
+    Image.fromarray(images[0, 0].numpy()).save(tmp_path / "own.png")
+    assert torch.equal(read_picture(tmp_path / "own.png", geometry), images[0])
+
+
+def test_mnists_geometry_is_the_default_and_its_images_are_used_as_they_are(tmp_path, mnist_root):
+    images = load_dataset("mnist", root=mnist_root, limit_test=20)
+    geometry = measure_geometry(images.train.images)
+    assert (geometry.ground, geometry.figure, geometry.centre) == ("dark", 20, "mass")
+    for image in images.test.images:
+        Image.fromarray(image[0].numpy()).save(tmp_path / "own.png")
+        assert torch.equal(read_picture(tmp_path / "own.png"), image)
+
+
+@pytest.mark.parametrize("stored", [None, 5, "mnist", {"figure": 10**9}, {"figure": 20.5}, {"ground": "x"}, {"x": 1}])
+def test_a_damaged_geometry_is_refused(stored):
+    with pytest.raises(ValueError, match="geometry"):
+        read_geometry({"geometry": stored})
+    assert read_geometry({}) == Geometry()

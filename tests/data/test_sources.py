@@ -12,7 +12,8 @@ import torchvision
 from torch import Tensor
 
 from mnist_dist.data import DATASETS, Dataset, Images, load_dataset
-from mnist_dist.data.sources.mnist import read_idx
+from mnist_dist.data.sources import is_sorted_by_class
+from mnist_dist.data.sources.idx import read_idx
 
 TRAIN, TEST = 30, 12
 MNIST_LIKE = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}
@@ -27,7 +28,8 @@ def mnist(mnist_root) -> Dataset:
 
 
 def idx_bytes(array: np.ndarray) -> bytes:
-    kind = {np.dtype("uint8"): 0x08, np.dtype("int32"): 0x0C}[array.dtype]
+    kinds = {"uint8": 0x08, "int8": 0x09, "int16": 0x0B, "int32": 0x0C, "float32": 0x0D, "float64": 0x0E}
+    kind = kinds[array.dtype.name]
     header = struct.pack(f">HBB{array.ndim}I", 0, kind, array.ndim, *array.shape)
     return header + array.astype(array.dtype.newbyteorder(">")).tobytes()
 
@@ -39,11 +41,12 @@ def write_idx(path: Path, array: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
-@pytest.mark.parametrize("dtype", ["uint8", "int32"])
-@pytest.mark.parametrize("shape", [(7,), (5, 8), (3, 4, 6)])
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "int32", "float32", "float64"])
+@pytest.mark.parametrize("shape", [(7,), (5, 8), (3, 4, 6), (2, 3, 4, 5)])
 def test_read_idx_returns_what_was_written(tmp_path, shape, dtype, suffix):
-    limits = np.iinfo(dtype)
-    values = np.random.default_rng(0).integers(limits.min, limits.max, shape, dtype, endpoint=True)
+    random = np.random.default_rng(0)
+    limits = np.iinfo(dtype) if "int" in dtype else None
+    values = random.integers(limits.min, limits.max, shape, dtype, True) if limits else random.random(shape, dtype)
     path = tmp_path / f"values{suffix}"
     write_idx(path, values)
     found = read_idx(path)
@@ -69,7 +72,7 @@ DAMAGED = {
     "first_byte_not_zero": replaced(FILE, 0, 1),
     "unknown_type": replaced(FILE, 2, 0x0D),
     "no_dimensions": replaced(FILE, 3, 0),
-    "four_dimensions": idx_bytes(np.zeros((1, 2, 3, 4), np.uint8)),
+    "five_dimensions": idx_bytes(np.zeros((1, 2, 3, 4, 5), np.uint8)),
     "a_byte_short": FILE[:-1],
     "a_byte_long": FILE + b"\0",
     "more_images_than_bytes": replaced(FILE, 7, 4),
@@ -77,7 +80,6 @@ DAMAGED = {
     "int32_a_byte_short": INT32_FILE[:-1],
     "int32_a_number_short": INT32_FILE[:-4],
     "packed_empty.gz": b"",
-    "packed_not_gzip.gz": FILE,
     "packed_cut.gz": PACKED_FILE[: len(PACKED_FILE) // 2],
     "packed_without_sum.gz": PACKED_FILE[:-8],
     "packed_wrong_sum.gz": replaced(PACKED_FILE, len(PACKED_FILE) - 8, PACKED_FILE[-8] ^ 1),
@@ -93,6 +95,18 @@ def test_the_error_names_the_damaged_file(tmp_path, name):
     with pytest.raises(ValueError, match="damaged") as caught:
         read_idx(path)
     assert str(path) in str(caught.value)
+    assert "delete" not in str(caught.value), "the file may be the user's own"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("plain_named_packed.gz", FILE), ("packed_named_plain", PACKED_FILE)],
+    ids=["plain", "packed"],  # the packed bytes hold the time
+)
+def test_the_content_and_not_the_name_says_whether_a_file_is_packed(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content)
+    assert torch.equal(read_idx(path).flatten(), torch.arange(60, dtype=torch.uint8))
 
 
 def test_any_changed_byte_of_a_packed_file_is_detected(tmp_path):
@@ -202,7 +216,13 @@ def wrong_files() -> dict[str, tuple[str, np.ndarray]]:
     images, truth = "MNIST/raw/train-images-idx3-ubyte", "MNIST/raw/train-labels-idx1-ubyte"
     return {
         "narrow images": (images, np.zeros((TRAIN, 28, 27), np.uint8)),
-        "images of int32": (images, np.zeros((TRAIN, 28, 28), np.int32)),
+        "images of 12 bits": (images, np.full((TRAIN, 28, 28), 4095, np.int16)),
+        "images below 0": (images, np.full((TRAIN, 28, 28), -1, np.int8)),
+        "images that are not whole": (images, np.full((TRAIN, 28, 28), 100.5, np.float32)),
+        "images that are not numbers": (images, np.full((TRAIN, 28, 28), np.nan, np.float32)),
+        "images in colour": (images, np.random.default_rng(0).integers(0, 256, (TRAIN, 28, 28, 3), np.uint8)),
+        "images of two channels": (images, np.zeros((TRAIN, 2, 28, 28), np.uint8)),
+        "labels that are not whole": (truth, labels(TRAIN, 10) + np.float32(0.5)),
         "labels in the image file": (images, labels(TRAIN, 10)),
         "images in the label file": (truth, grey_images(TRAIN, 0)),
         "a black image instead of each label": (truth, np.zeros((TRAIN, 28, 28), np.uint8)),
@@ -216,14 +236,111 @@ def wrong_files() -> dict[str, tuple[str, np.ndarray]]:
 def test_files_that_do_not_match_are_refused(tmp_path, fault):
     stem, content = wrong_files()[fault]
     write_family(tmp_path, family_files("mnist") | {stem: content})
-    with pytest.raises(ValueError, match="MNIST"):
+    with pytest.raises(ValueError, match="MNIST") as caught:
         load_dataset("mnist", root=tmp_path, download=False)
+    if "images" in fault and content.ndim > 2 and "label" not in fault:
+        message = str(caught.value)
+        assert str(tmp_path / stem) in message and content.dtype.name in message and str(content.shape) in message
+
+
+def forms(images: np.ndarray) -> dict[str, np.ndarray]:
+    """Name -> the same images in another form."""
+    return {
+        "int16": images.astype(np.int16),
+        "int32": images.astype(np.int32),
+        "float32": images.astype(np.float32),
+        "float64": images.astype(np.float64),
+        "fractions": images.astype(np.float32) / 255,
+        "a channel first": images[:, None],
+        "a channel last": images[..., None],
+        "three equal channels": images[..., None].repeat(3, axis=3),
+        "rows of pixels": images.reshape(len(images), 784),
+        "float32 with a channel": images[:, None].astype(np.float32),
+    }
+
+
+@pytest.mark.parametrize("form", forms(grey_images(1, 0)))
+@pytest.mark.parametrize("name", ["mnist", "emnist"])
+def test_images_of_another_type_or_shape_are_read(tmp_path, name, form):
+    files = family_files(name, "balanced" if name == "emnist" else None)
+    write_family(tmp_path, files)
+    expected = load_dataset(name, root=tmp_path, download=False)
+    write_family(tmp_path, {stem: forms(array)[form] if array.ndim == 3 else array for stem, array in files.items()})
+    found = load_dataset(name, root=tmp_path, download=False)
+    assert torch.equal(found.train.images, expected.train.images)
+    assert torch.equal(found.test.images, expected.test.images)
+    assert (found.train.mean, found.train.std) == (expected.train.mean, expected.train.std)
+
+
+@pytest.mark.parametrize("form", ["int32", "float32", "column"])
+def test_labels_of_another_type_or_shape_are_read(tmp_path, form):
+    files = family_files("mnist")
+    for stem, array in files.items():
+        if array.ndim == 1:
+            files[stem] = array[:, None] if form == "column" else array.astype(form)
+    write_family(tmp_path, files)
+    assert load_dataset("mnist", root=tmp_path, download=False).train.labels.tolist() == labels(TRAIN, 10).tolist()
 
 
 def test_qmnist_labels_without_columns_are_refused(tmp_path):
     write_family(tmp_path, family_files("qmnist") | {"QMNIST/raw/qmnist-test-labels-idx2-int": labels(TEST, 10)})
     with pytest.raises(ValueError, match="QMNIST"):
         load_dataset("qmnist", root=tmp_path, download=False)
+
+
+# --- finding files ------------------------------------------------------------------------------------------------
+
+OTHER_NAMES = {
+    "a dot": lambda stem: stem.replace("-idx", ".idx"),
+    "a dot, packed": lambda stem: stem.replace("-idx", ".idx") + ".gz",
+    "capitals": lambda stem: stem.upper(),
+    "without the type": lambda stem: stem.removesuffix("-ubyte"),
+    "a folder gzip": lambda stem: f"gzip/{stem}.gz",
+}
+
+
+@pytest.mark.parametrize("spelling", OTHER_NAMES)
+def test_files_of_other_spellings_are_found(tmp_path, spelling):
+    for path, array in family_files("mnist").items():
+        folder, _, stem = path.rpartition("/")
+        write_idx(tmp_path / folder / OTHER_NAMES[spelling](stem), array)
+    assert len(load_dataset("mnist", root=tmp_path, download=False).train) == TRAIN
+
+
+@pytest.mark.parametrize("root", ["", "data", "data/MNIST", "data/MNIST/raw"])
+def test_a_root_too_high_or_too_deep_is_found(tmp_path, monkeypatch, root):
+    def refuse(*args, **keywords):
+        raise AssertionError("a download was started")
+
+    monkeypatch.setattr(torchvision.datasets, "MNIST", refuse)
+    write_family(tmp_path / "data", family_files("mnist"))
+    assert len(load_dataset("mnist", root=tmp_path / root).train) == TRAIN
+
+
+@pytest.mark.parametrize("folder", ["mnist", "MNIST", "fashion-mnist", "FashionMNIST/raw"])
+def test_a_folder_with_the_name_of_the_data_set_is_found_whatever_its_spelling(tmp_path, folder):
+    name = "fashion_mnist" if "ashion" in folder else "mnist"
+    for stem, array in family_files("mnist").items():
+        write_idx(tmp_path / folder / stem.rpartition("/")[2], array)
+    assert len(load_dataset(name, root=tmp_path, download=False).train) == TRAIN
+    assert len(load_dataset(name, root=tmp_path / folder, download=False).train) == TRAIN
+
+
+@pytest.mark.parametrize("name", ["mnist", "kmnist"])
+def test_files_that_may_be_another_data_set_are_named_and_not_read(tmp_path, name):
+    for stem, array in family_files("mnist").items():
+        write_idx(tmp_path / "mine" / stem.rpartition("/")[2], array)
+    with pytest.raises(FileNotFoundError) as caught:
+        load_dataset(name, root=tmp_path / "mine", download=False)
+    assert f"{tmp_path / 'mine'} holds" in str(caught.value)
+    assert str(tmp_path / "mine" / MNIST_LIKE[name] / "raw") in str(caught.value)
+
+
+def test_another_data_set_of_equal_file_names_is_not_read(tmp_path):
+    write_family(tmp_path, family_files("fashion_mnist"))
+    for root in (tmp_path, tmp_path / "FashionMNIST", tmp_path / "FashionMNIST" / "raw"):
+        with pytest.raises(FileNotFoundError):
+            load_dataset("mnist", root=root, download=False)
 
 
 # --- downloading --------------------------------------------------------------------------------------------------
@@ -256,6 +373,32 @@ def test_a_failed_download_names_files_folder_and_reason(tmp_path, monkeypatch, 
         load_dataset("mnist", root=tmp_path)
     assert str(tmp_path / "MNIST" / "raw") in str(caught.value)
     assert "t10k-labels-idx1-ubyte" in str(caught.value)
+
+
+def test_no_other_process_sees_a_download_before_it_is_complete(tmp_path, monkeypatch):
+    files = family_files("mnist")
+    names, seen = list(files), []
+
+    def download(root, download):
+        for count in range(1, len(names) + 1):
+            write_family(Path(root), {name: files[name] for name in names[:count]})
+            seen.append(list((tmp_path / "MNIST").rglob("*")))
+
+    monkeypatch.setattr(torchvision.datasets, "MNIST", download)
+    assert len(load_dataset("mnist", root=tmp_path).test) == TEST
+    assert seen == [[], [], [], []]
+    assert [path.name for path in tmp_path.iterdir()] == ["MNIST"]
+
+
+def test_an_interrupted_download_leaves_nothing(tmp_path, monkeypatch):
+    def download(root, download):
+        write_family(Path(root), dict(list(family_files("mnist").items())[:2]))
+        raise OSError("connection reset")
+
+    monkeypatch.setattr(torchvision.datasets, "MNIST", download)
+    with pytest.raises(FileNotFoundError, match="connection reset"):
+        load_dataset("mnist", root=tmp_path / "data")
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_download_the_error_names_exactly_the_missing_files(tmp_path):
@@ -300,6 +443,50 @@ def test_limits_keep_the_first_images_and_do_not_change_validation(synthetic):
     limited = load_dataset("synthetic", limit_train=5000, limit_test=50)
     assert same(limited.train, synthetic.train)
     assert same(limited.held_out, synthetic.test[:50])
+
+
+def sorted_by_class(name: str = "mnist") -> dict[str, np.ndarray]:
+    """Files of 600 and 200 images, sorted by class; class k has k + 1 shares."""
+    files = {}
+    for stem, count in (("train", 600), ("t10k", 200)):
+        truth = np.sort(np.random.default_rng(0).choice(10, count, p=np.arange(1, 11) / 55)).astype(np.uint8)
+        files[f"MNIST/raw/{stem}-images-idx3-ubyte"] = grey_images(count, 1)
+        files[f"MNIST/raw/{stem}-labels-idx1-ubyte"] = truth
+    return files
+
+
+@pytest.mark.parametrize("direction", [1, -1])
+def test_parts_of_a_set_sorted_by_class_hold_every_class_in_its_share(tmp_path, direction):
+    write_family(tmp_path, {stem: array[::direction] for stem, array in sorted_by_class().items()})
+    whole = load_dataset("mnist", root=tmp_path, download=False)
+    parts = load_dataset("mnist", root=tmp_path, validation=110, limit_train=220, limit_test=55, download=False)
+    for part, of in [(parts.train, whole.train), (parts.held_out, whole.train), (parts.test, whole.test)]:
+        expected = torch.bincount(of.labels).double() * len(part) / len(of)
+        assert (torch.bincount(part.labels, minlength=10) - expected).abs().max() <= 2
+        pairs = {(image.numpy().tobytes(), int(label)) for image, label in zip(of.images, of.labels, strict=True)}
+        assert all((i.numpy().tobytes(), int(y)) in pairs for i, y in zip(part.images, part.labels, strict=True))
+    held_out = {image.numpy().tobytes() for image in parts.held_out.images}
+    assert len(held_out) == 110 and not [i for i in parts.train.images if i.numpy().tobytes() in held_out]
+    again = load_dataset("mnist", root=tmp_path, validation=110, limit_train=220, limit_test=55, download=False)
+    assert same(parts.train, again.train) and same(parts.held_out, again.held_out) and same(parts.test, again.test)
+
+
+def test_a_complete_set_sorted_by_class_keeps_its_order(tmp_path):
+    files = sorted_by_class()
+    write_family(tmp_path, files)
+    dataset = load_dataset("mnist", root=tmp_path, download=False)
+    assert np.array_equal(dataset.train.images[:, 0].numpy(), files["MNIST/raw/train-images-idx3-ubyte"])
+    assert np.array_equal(dataset.test.labels.numpy(), files["MNIST/raw/t10k-labels-idx1-ubyte"])
+
+
+@pytest.mark.parametrize("name", ["digits", "synthetic", "mnist"])
+def test_the_parts_of_the_published_sets_are_their_last_and_first_rows(request, name):
+    if name == "digits":
+        pytest.importorskip("sklearn", reason="scikit-learn, which contains the digits, is not installed")
+    root = request.getfixturevalue("mnist_root") if name == "mnist" else "data"
+    whole = load_dataset(name, root=root, download=False)
+    for part in (whole.train, whole.test):
+        assert not is_sorted_by_class(part.labels)
 
 
 @pytest.mark.parametrize("sizes", [{}, {"limit_train": 5}, {"validation": 4000}, {"limit_test": 3}])

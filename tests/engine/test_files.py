@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mnist_dist.engine.files import rename_flushed, write_atomically, write_flushed
+from mnist_dist.engine.files import expand_path, rename_flushed, write_atomically, write_flushed
 
 
 @pytest.mark.parametrize("content", ["é\n", "é\n".encode(), memoryview("é\n".encode())], ids=["text", "bytes", "view"])
@@ -71,3 +71,34 @@ def test_a_folder_is_renamed_too(tmp_path):
     (tmp_path / "staged").mkdir()
     rename_flushed(tmp_path / "staged", tmp_path / "final")
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
+
+
+# --- paths that users write ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("~", "/home/me"),
+        ("~/data", "/home/me/data"),
+        ("$SCRATCH/data", "/scratch/data"),
+        ("${SCRATCH}", "/scratch"),
+        ("data/$JOB", "data/7"),
+        ("data/~", "data/~"),
+        ("plain", "plain"),
+        ("cost$", "cost$"),
+    ],
+)
+def test_home_and_variables_in_a_path_are_replaced(written, expected, monkeypatch):
+    for name, value in {"HOME": "/home/me", "SCRATCH": "/scratch", "JOB": "7"}.items():
+        monkeypatch.setenv(name, value)
+    assert expand_path(written) == expand_path(Path(written)) == Path(expected)
+
+
+@pytest.mark.parametrize("written", ["$NOT_SET/data", "data/${NOT_SET}", "~nobody-of-that-name/data"])
+def test_a_variable_that_is_not_set_is_refused_unless_a_file_has_the_name(written, tmp_path, monkeypatch, refused):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("NOT_SET", raising=False)
+    assert refused(lambda: expand_path(written)) == [(written, "missing")]
+    Path(written).mkdir(parents=True)
+    assert expand_path(written) == Path(written)

@@ -44,12 +44,17 @@ BLOWS = [
     ],
     [
         (Place("start"), signal.SIGTERM),
+        (Place("start"), signal.SIGINT),
+        (Place("start"), signal.SIGUSR1),
         (Place("start"), KILL),
         (Place("step"), signal.SIGUSR1),
         (Place("evaluation"), KILL),
         (Place("saving", "after the rename, before old ones go"), KILL),
         (Place("step"), signal.SIGINT),
         (Place("ending", "before STATUS is done"), KILL),
+        (Place("ending"), signal.SIGTERM),
+        (Place("ending"), signal.SIGINT),
+        (Place("ending"), signal.SIGUSR1),
     ],
 ]
 
@@ -65,7 +70,8 @@ def undisturbed(tmp_path_factory) -> dict[str, Any]:
 def test_a_run_that_is_killed_and_stopped_several_times_ends_with_the_same_bytes(blows, tmp_path, undisturbed):
     trial = blow_trial(tmp_path, undisturbed, seed=0, world_size=1, blows=blows)
     assert trial.problem is None, str(trial)
-    assert len(trial.blows) == len(blows)
+    # The end is short: the run may be over before a blow at any moment of it, and then no other blow follows.
+    assert len(trial.blows) >= len([place for place, _ in blows if place != Place("ending")])
 
 
 def test_a_run_skips_a_damaged_checkpoint_and_ends_with_the_same_bytes(tmp_path, undisturbed):

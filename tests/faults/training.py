@@ -134,7 +134,8 @@ def checkpoint_bytes(path: Path) -> dict[str, Any]:
     state = load_checkpoint(path)
     for key in ("metrics_bytes", "train_seconds"):
         state.pop(key)
-    state["components"]["meter"].pop("train_seconds")
+    for key in ("train_seconds", "seconds"):
+        state["components"]["meter"].pop(key)
     return dict(_leaves(state, path.name))
 
 

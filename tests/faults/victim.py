@@ -10,6 +10,11 @@ FAULTS_HOLD   "<step> <point>": at the first such point after that many updates,
 
 from __future__ import annotations
 
+from mnist_dist.distributed.signals import exit_on_signals
+
+if __name__ == "__main__":
+    exit_on_signals()  # as mnist_dist.train does before it imports torch
+
 import functools
 import importlib
 import os
@@ -22,7 +27,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mnist_dist.cli import run_command
-from mnist_dist.distributed.signals import Interrupts
 from mnist_dist.engine import checkpoint, files
 from mnist_dist.engine.train_step import TrainStep
 from mnist_dist.run.checkpointing import Checkpointer
@@ -152,29 +156,24 @@ def main() -> int:
     for name in ("save", "save_best", "save_last"):
         victim.during("saving", Checkpointer, name)
 
-    # The phase "start" ends when the signal handlers are installed; "ending" starts when they are removed.
-    fit, update, enter, leave = train.fit, TrainStep.__call__, Interrupts.__enter__, Interrupts.__exit__
+    # The phase "start" ends when the training loop begins; "ending" starts when it ends.
+    fit, update = train.fit, TrainStep.__call__
 
     def fitted(*args: Any) -> bool:
         victim.count(next(each.step for each in args if isinstance(each, Progress)))
-        return fit(*args)
+        victim.leave()
+        victim.enter("step")
+        try:
+            return fit(*args)
+        finally:
+            victim.leave()
+            victim.enter("ending")
 
     def updated(self: TrainStep, plan: Any, index: int, step: int) -> None:
         update(self, plan, index, step)
         victim.count(step + 1)
 
-    def entered(interrupts: Interrupts) -> Interrupts:
-        enter(interrupts)
-        victim.leave()
-        victim.enter("step")
-        return interrupts
-
-    def left(interrupts: Interrupts, *error: object) -> None:
-        victim.leave()
-        victim.enter("ending")
-        leave(interrupts, *error)
-
-    train.fit, TrainStep.__call__, Interrupts.__enter__, Interrupts.__exit__ = fitted, updated, entered, left
+    train.fit, TrainStep.__call__ = fitted, updated
     return run_command(train.main)
 
 

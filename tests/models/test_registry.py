@@ -44,6 +44,29 @@ def test_timm_networks_accept_grey_images():
         find_builder("timm/resnet81")
 
 
+@pytest.mark.parametrize("keywords", [{}, {"patch_size": 5}])
+def test_patches_that_do_not_cover_the_image_are_refused(keywords):
+    pytest.importorskip("timm", reason="timm is not installed: pip install timm")
+    with pytest.raises(ValueError, match=r"patch_size.* 2, 4, 7, 14"):
+        build_model("timm/vit_tiny_patch16_224", depth=1, **keywords)
+
+
+@pytest.mark.parametrize(
+    ("name", "keyword"),
+    [
+        ("torchvision/resnet18", "weights"),
+        ("timm/resnet18", "in_chans"),
+        ("timm/resnet18", "pretrained"),
+        ("timm/resnet18", "checkpoint_path"),
+    ],
+)
+def test_a_keyword_that_the_trainer_sets_is_refused_by_name(name, keyword):
+    if name.startswith("timm/"):
+        pytest.importorskip("timm", reason="timm is not installed: pip install timm")
+    with pytest.raises(ValueError, match=f"{keyword}.*trainer"):
+        build_model(name, **{keyword: "DEFAULT"})
+
+
 def test_without_timm_the_error_names_the_command_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ValueError, match="pip install timm"):

@@ -217,8 +217,9 @@ def test_unknown_key(refused_recipe, case):
     "case",
     [
         ("name: ms_ran\n  widht: 8", 3, "model.widht", "unknown", "'width'"),
-        ("name: ms_ran\n  num_classes: 8", 3, "model.num_classes", "unknown", "name, freeze, init_from, width"),
+        ("name: ms_ran\n  num_classes: 8", 3, "model.num_classes", "conflict", "set by the trainer"),
         ("name: lenet5\n  width: 8", 3, "model.width", "unknown", "name, freeze"),
+        ("name: torchvision/resnet18\n  weights: DEFAULT", 3, "model.weights", "conflict", "set by the trainer"),
         ("name: torchvision/resnet18\n  widht: 8", 3, "model.widht", "unknown"),
     ],
     ids=lambda case: case[0],

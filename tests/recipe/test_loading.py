@@ -55,6 +55,8 @@ def read(text: str) -> object:
         ("12:30", "12:30"),
         ("2026-01-02", "2026-01-02"),
         ("no", "no"),
+        ("none", "none"),
+        ("'None'", "None"),
         ("on", "on"),
         ("Yes", "Yes"),
         ("y", "y"),
@@ -72,6 +74,13 @@ def test_scalars_follow_yaml_1_2(text, value):
     assert type(read(text)) is type(value)
 
 
+def test_none_of_python_is_null():
+    recipe = load(MODEL + "clip_grad_norm: None\n", "optimizer={'lr': None, 'nesterov': True, 'momentum': 0.5}")
+    assert (recipe.clip_grad_norm, recipe.optimizer.keywords) == (None, {"nesterov": True, "momentum": 0.5})
+    assert load(MODEL + "data: {limit_test: 5}\n", "data.limit_test=None").data.limit_test is None
+    assert reload(load(MODEL + "tracking: {wandb: {tags: ['None']}}\n")).tracking.wandb.tags == ["None"]
+
+
 def test_no_is_text_where_text_is_expected():
     recipe = load(MODEL + "mixed_precision: no\nname: on\n")
     assert (recipe.mixed_precision, recipe.name) == ("no", "on")
@@ -81,6 +90,33 @@ def test_whole_number_is_accepted_where_a_number_is_expected():
     recipe = load(MODEL + "clip_grad_norm: 1\noptimizer: {lr: 1}\n")
     assert (recipe.clip_grad_norm, recipe.optimizer.lr) == (1.0, 1.0)
     assert isinstance(recipe.clip_grad_norm, float)
+
+
+@pytest.mark.parametrize(
+    ("text", "optimizer"),
+    [
+        ("optimizer: {<<: {lr: 0.3, momentum: 0.5}, lr: 0.2}", (0.2, {"momentum": 0.5})),
+        ("optimizer: {lr: 0.2, <<: {lr: 0.3, momentum: 0.5}}", (0.2, {"momentum": 0.5})),
+        ("optimizer: {<<: [{lr: 0.2}, {lr: 0.3, momentum: 0.5}]}", (0.2, {"momentum": 0.5})),
+        ("optimizer:\n  <<: {<<: {momentum: 0.5}, lr: 0.2}", (0.2, {"momentum": 0.5})),
+        ("<<: {optimizer: {lr: 0.2}}", (0.2, {})),
+    ],
+)
+def test_merge_keys_add_what_a_section_lacks(text, optimizer):
+    found = load(MODEL + text + "\n").optimizer
+    assert (found.lr, found.keywords) == optimizer
+
+
+def test_merge_keys_take_an_anchor_and_know_its_lines():
+    text = MODEL + "schedule: &base\n  name: step\n  step_size: 2\noptimizer:\n  <<: *base\n  name: sgd\n"
+    with pytest.raises(RecipeError) as found:
+        load(text)
+    assert [(each.key, each.where) for each in found.value.problems] == [("optimizer.step_size", "my.yaml:4")]
+
+
+@pytest.mark.parametrize("text", ["<<: 3", "<<: [3]", "optimizer: &a {<<: *a}", "optimizer: &a {<<: [{<<: *a}]}"])
+def test_merge_keys_of_what_is_no_other_section_are_refused(text, refused):
+    assert [kind for _, kind in refused(lambda: load(MODEL + text + "\n"))] == ["syntax"]
 
 
 def test_windows_line_ends_and_a_byte_order_mark_are_accepted():
@@ -106,6 +142,28 @@ def test_override_keeps_the_rest_of_its_section():
 @pytest.mark.parametrize("section", ["", "data:\n", "data: null\n", "data: {dataset: synthetic}\n"])
 def test_override_creates_a_section_that_the_file_lacks(section):
     assert load(MODEL + section, "data.augment.rotation=5").data.augment.rotation == 5.0
+
+
+@pytest.mark.parametrize("word", ["optimizer={lr: 0.01}", "optimizer={'lr': 0.01}", 'optimizer={"lr": 0.01}'])
+def test_override_by_a_mapping_keeps_the_keys_that_it_does_not_name(word):
+    optimizer = load(MODEL + "optimizer: {name: adam, lr: 0.1, betas: [0.8, 0.9]}\n", word).optimizer
+    assert (optimizer.name, optimizer.lr, optimizer.keywords) == ("adam", 0.01, {"betas": [0.8, 0.9]})
+
+
+def test_override_by_a_mapping_is_merged_at_every_depth():
+    text = MODEL + "data: {dataset: synthetic, augment: {rotation: 5, shear: 2}}\n"
+    data = load(text, "data={validation: 7, augment: {shear: 3}}").data
+    assert (data.dataset, data.validation, data.augment.rotation, data.augment.shear) == ("synthetic", 7, 5, 3)
+
+
+@pytest.mark.parametrize("given", ["", "name: sgd, "])
+def test_override_by_a_mapping_with_the_same_name_keeps_the_keywords(given):
+    optimizer = load(MODEL + f"optimizer: {{{given}momentum: 0.5}}\n", "optimizer={name: sgd, lr: 0.2}").optimizer
+    assert (optimizer.lr, optimizer.keywords) == (0.2, {"momentum": 0.5})
+
+
+def test_override_by_a_mapping_creates_a_section_that_the_file_lacks():
+    assert load(MODEL, "schedule={'name': 'step', 'step_size': 2}").schedule.keywords == {"step_size": 2}
 
 
 def test_override_can_be_a_complete_section():

@@ -1,5 +1,6 @@
 """A recipe that this world, its data or its network cannot train is refused before anything is built."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from mnist_dist import build_model, load_recipe
 from mnist_dist.data import load_dataset
 from mnist_dist.engine.train_step import TrainStep
 from mnist_dist.errors import RecipeError
-from mnist_dist.run.build import build_components, check_world, load_data
+from mnist_dist.run.build import build_components, check_world, data_root, load_data
 from mnist_dist.run.model_setup import build_module
 
 DATASET = load_dataset("synthetic", limit_train=128, limit_test=10)
@@ -91,6 +92,23 @@ def test_data_that_cannot_be_read_is_refused(refused, monkeypatch, accelerator, 
 
     monkeypatch.setattr("mnist_dist.run.build.load_dataset", fail)
     assert refused(lambda: load_data(load_recipe("debug"), PartialState())) == [(key, kind)]
+
+
+@pytest.mark.parametrize("written", ["~/data", "$HOME/data", "${HOME}/data"])
+@pytest.mark.parametrize("place", ["data.root", "MNIST_DIST_DATA"])
+def test_home_and_variables_in_the_data_folder_are_replaced(place, written, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("MNIST_DIST_DATA", written if place == "MNIST_DIST_DATA" else "/elsewhere")
+    assert data_root(load_recipe("lenet5", *([f"data.root={written}"] * (place == "data.root")))) == Path(
+        "/home/me/data"
+    )
+
+
+@pytest.mark.parametrize("place", ["data.root", "MNIST_DIST_DATA"])
+def test_a_data_folder_with_an_unset_variable_is_refused(place, monkeypatch, refused):
+    monkeypatch.setenv("MNIST_DIST_DATA", "$NOT_SET/data")
+    words = ["data.root=$NOT_SET/data"] * (place == "data.root")
+    assert refused(lambda: data_root(load_recipe("lenet5", *words))) == [(place, "missing")]
 
 
 def test_a_validation_set_as_large_as_the_training_set_is_refused(refused, accelerator):

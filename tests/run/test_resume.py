@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import pkgutil
 import shutil
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,12 +17,15 @@ from accelerate import PartialState
 from mnist_dist import load_recipe, load_run, train
 from mnist_dist.distributed.signals import PREEMPTED
 from mnist_dist.engine.checkpoint import load_checkpoint, save_checkpoint
+from mnist_dist.engine.train_step import TrainStep
 from mnist_dist.errors import RecipeError
 from mnist_dist.run.checkpointing import Checkpointer
 from mnist_dist.run.folder import RunFolder
 from mnist_dist.run.resume import load_newest
 from mnist_dist.tracking import JSONLTracker
+from mnist_dist.train import main
 from tests.faults.training import STEPS, command, finish, start, start_launcher, wait_for_step
+from tests.processes import run
 
 
 @pytest.mark.launch
@@ -79,7 +85,7 @@ def test_every_minutes_counts_from_the_resume(tmp_path, monkeypatch):
     monkeypatch.setattr(Checkpointer, "is_due", lambda keep, logged: due.append(is_due(keep, logged)) or due[-1])
     by_time = recipe.checkpoint.model_copy(update={"every_steps": None, "every_minutes": 5.0})
     train(recipe.model_copy(update={"checkpoint": by_time}), tmp_path / "second", resume=str(tmp_path / "old"))
-    assert due == [False] * 4
+    assert due == [False] * 3 + [True]  # a checkpoint of the last step is always due
 
 
 def test_an_old_checkpoint_is_removed_only_after_the_next_is_complete(tmp_path, monkeypatch):
@@ -108,6 +114,7 @@ def test_the_best_weights_are_restored_from_the_checkpoint(tmp_path):
     words = ("data.limit_train=200", "data.limit_test=50", "batch_size=50", "epochs=2", "checkpoint.every_steps=5")
     folder = RunFolder(tmp_path / "run")
     train(load_recipe("debug", *words), folder.path)
+    shutil.rmtree(folder.checkpoints / "step-8")  # of the last step
     content = bytes(load_checkpoint(folder.checkpoints / "step-5")["best"].numpy())
     for damaged, named in ((None, True), (content[:100], True), (content[:-1] + b"?", False), (content, False)):
         folder.best.unlink()
@@ -199,7 +206,7 @@ def test_a_changed_recipe_takes_effect_when_a_run_resumes(tmp_path, before, afte
 
 def test_the_same_command_resumes_although_the_source_of_its_checkpoint_is_gone(tmp_path, monkeypatch):
     words = ("data.limit_train=200", "data.limit_test=50", "batch_size=50", "tracking.wandb.mode=disabled")
-    recipe = load_recipe("debug", *words, "epochs=2", "checkpoint.every_steps=3")
+    recipe = load_recipe("debug", *words, "epochs=2", "checkpoint.every_steps=3", "checkpoint.keep=9")
     train(recipe, tmp_path / "first")
     again = {"run_dir": tmp_path / "second", "resume": str(tmp_path / "first" / "checkpoints" / "step-3")}
     with monkeypatch.context() as patch:
@@ -210,9 +217,105 @@ def test_the_same_command_resumes_although_the_source_of_its_checkpoint_is_gone(
     assert last_weights(tmp_path / "second") == last_weights(tmp_path / "first")
 
 
-def test_a_finished_run_is_not_trained_again(debug_run, refused):
+def test_the_same_command_on_a_finished_run_returns_its_summary(debug_run, refused, capsys):
     recipe = load_recipe(debug_run / "recipe.yaml")
-    assert refused(lambda: train(recipe, debug_run)) == [("--run-dir", "exists")]
+    before = {path: path.stat().st_mtime_ns for path in debug_run.rglob("*")}
+    assert train(recipe, debug_run) == json.loads((debug_run / "summary.json").read_text())
+    [line] = capsys.readouterr().out.splitlines()
+    assert "already done" in line and str(debug_run) in line and "7.81" in line
+    assert {path: path.stat().st_mtime_ns for path in debug_run.rglob("*")} == before
+    harmless = recipe.model_copy(update={"checkpoint": recipe.checkpoint.model_copy(update={"keep": 7})})
+    assert train(harmless, debug_run)["steps"] == 4
+    assert refused(lambda: train(recipe, debug_run, resume="never")) == [("--run-dir", "exists")]
+    other = recipe.model_copy(update={"seed": 5})
+    assert refused(lambda: train(other, debug_run)) == [("--run-dir", "conflict")]
+
+
+def test_the_command_of_a_finished_run_exits_with_0(debug_run, capsys):
+    words = ["--recipe", str(debug_run / "recipe.yaml"), "--run-dir", str(debug_run)]
+    assert main(words) == 0
+    assert "already done" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_a_finished_run_without_its_summary_is_finished_again(debug_run, damage):
+    summary, weights = debug_run / "summary.json", last_weights(debug_run)
+    summary.unlink() if damage == "missing" else summary.write_bytes(summary.read_bytes()[:20])
+    assert train(load_recipe(debug_run / "recipe.yaml"), debug_run)["steps"] == 4
+    assert json.loads(summary.read_text())["steps"] == 4 and last_weights(debug_run) == weights
+
+
+# --- the end of a run ---------------------------------------------------------------------------------------------
+
+
+def once(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """Sends SIGUSR1 to this process at the first call of a function, before it does its work."""
+    owner, _, name = where.rpartition(".")
+    owner = pkgutil.resolve_name(owner)
+    real, sent = getattr(owner, name), []
+
+    def signalled(*arguments, **keywords):
+        if not sent:
+            sent.append(True)
+            signal.raise_signal(signal.SIGUSR1)
+        return real(*arguments, **keywords)
+
+    monkeypatch.setattr(owner, name, signalled)
+
+
+@pytest.mark.pictures
+@pytest.mark.parametrize(
+    ("where", "early_stop"),
+    [
+        ("mnist_dist.run.checkpointing.Checkpointer.save_last", False),
+        ("mnist_dist.run.checkpointing.Checkpointer.save_last", True),
+        ("mnist_dist.run.summary.write_atomically", False),
+        ("mnist_dist.plots.curves.plot_training_history", False),
+        ("mnist_dist.plots.images.plot_augmented_samples", False),
+    ],
+)
+def test_a_signal_at_the_end_stops_the_run_and_the_same_command_ends_it(where, early_stop, tmp_path, monkeypatch):
+    words = ["data.limit_train=200", "data.limit_test=50", "batch_size=50", "epochs=2", "tracking.wandb.mode=disabled"]
+    recipe = load_recipe("debug", *words, *["optimizer.lr=1e-12", "epochs=9", "early_stopping.patience=1"] * early_stop)
+    expected = train(recipe, tmp_path / "undisturbed")
+    with monkeypatch.context() as patch:
+        once(patch, where)
+        assert train(recipe, tmp_path / "run")["status"] == "preempted"
+    assert (tmp_path / "run" / "STATUS").read_text() == "preempted\n"
+    monkeypatch.setattr(TrainStep, "__call__", lambda *arguments: pytest.fail("the training is repeated"))
+    found = train(recipe, tmp_path / "run")
+    assert last_weights(tmp_path / "run") == last_weights(tmp_path / "undisturbed")
+    keys = [key for key in expected if key.startswith(("eval.", "train.", "step", "epoch"))]
+    assert [found[key] for key in keys] == [expected[key] for key in keys]
+    assert (tmp_path / "run" / "STATUS").read_text() == "done\n"
+    assert len(list((tmp_path / "run" / "plots").glob("*.png"))) == 6
+
+
+def test_a_signal_before_the_first_step_is_not_lost(tmp_path, monkeypatch):
+    words = ["data.limit_train=200", "data.limit_test=50", "batch_size=50", "tracking.wandb.mode=disabled"]
+    recipe = load_recipe("debug", *words)
+    with monkeypatch.context() as patch:
+        once(patch, "mnist_dist.train.build_components")
+        assert train(recipe, tmp_path / "run") == {"status": "preempted", "step": 1}
+    assert (tmp_path / "run" / "STATUS").read_text() == "preempted\n"
+    assert train(recipe, tmp_path / "run")["steps"] == 4
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_before_the_run_folder_is_opened_exits_with_75(number):
+    source = f"""
+import os
+from mnist_dist.distributed.signals import exit_on_signals
+exit_on_signals()
+os.kill(os.getpid(), {int(number)})
+"""
+    done = run([sys.executable, "-c", source])
+    assert done.returncode == PREEMPTED and "Traceback" not in done.stderr
+
+
+def test_the_handlers_of_the_command_line_need_no_torch():
+    source = "import sys, mnist_dist.distributed.signals; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", source]).returncode == 0
 
 
 def test_a_checkpoint_of_an_earlier_version_resumes(tmp_path):

@@ -70,6 +70,16 @@ def test_a_random_search_is_a_function_of_its_seed_and_stays_in_the_bounds(tmp_p
     assert all(40 <= count <= 95 for count in decades), decades
 
 
+def test_nested_parameters_are_dotted_keys(tmp_path):
+    nested = {"optimizer": {"parameters": {"lr": {"values": [0.1, 0.2]}}}, "seed": {"values": [1]}}
+    nested["data"] = {"parameters": {"augment": {"parameters": {"rotation": {"value": 5}, "shear": {"value": 1}}}}}
+    fixed = {"data.augment.rotation": 5, "data.augment.shear": 1}
+    expected = [{"optimizer.lr": lr, "seed": 1, **fixed} for lr in (0.1, 0.2)]
+    assert choices(sweep_file(tmp_path, "grid", nested)) == expected
+    drawn_ones = choices(sweep_file(tmp_path, "random", nested, run_cap=30))
+    assert sorted(drawn_ones, key=lambda each: each["optimizer.lr"]) == expected
+
+
 def test_equal_draws_are_one_trial(tmp_path):
     assert len(choices(sweep_file(tmp_path, "random", {"seed": {"values": [1, 2]}}, run_cap=50))) == 2
 
@@ -97,6 +107,15 @@ def test_a_trial_is_named_by_its_values():
         ("grid", {"seed": {"values": []}}, {}, "parameters.seed", "type"),
         ("grid", {"seed": 3}, {}, "parameters.seed", "type"),
         ("grid", {}, {}, "parameters", "missing"),
+        ("grid", {"a": {"parameters": {"b": {"values": 3}}}}, {}, "parameters.a.parameters.b", "type"),
+        ("grid", {"a": {"parameters": {}}}, {}, "parameters.a", "type"),
+        (
+            "grid",
+            {"a.b": {"values": [1]}, "a": {"parameters": {"b": {"value": 1}}}},
+            {},
+            "parameters.a.b",
+            "conflict",
+        ),
         ("random", ONE_SEED, {}, "run_cap", "missing"),
         ("random", ONE_SEED, {"run_cap": "many"}, "run_cap", "type"),
         ("random", ONE_SEED, {"run_cap": 0}, "run_cap", "range"),

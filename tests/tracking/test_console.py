@@ -1,6 +1,16 @@
-"""The console of a run."""
+"""The console of a run, also where its output goes nowhere or cannot show every character."""
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
 
 from mnist_dist.tracking import ConsoleTracker
+
+TRAIN = [sys.executable, "-m", "mnist_dist.train", "epochs=1", "max_steps=4", "log_every=2", "tracking.plots=false"]
 
 
 def test_the_time_left_is_by_the_speed_of_this_process_also_after_a_resume(tmp_path):
@@ -18,3 +28,66 @@ def test_the_time_left_is_by_the_speed_of_this_process_also_after_a_resume(tmp_p
         "step 740/1,000  loss 0.5000  acc 90.00 %  64 images/s  9 min left",
         "step 760/1,000  loss 0.5000  acc 90.00 %  64 images/s  8 min left",
     ]
+
+
+def trained(folder: Path, *words: str, **options: object) -> subprocess.CompletedProcess[str]:
+    command = [*TRAIN, "--recipe", "debug", "--run-dir", str(folder), *words]
+    return subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=300, **options)
+
+
+def assert_done(folder: Path, done: subprocess.CompletedProcess[str]) -> None:
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (folder / "STATUS").read_text().strip() == "done"
+    assert "epoch 1/1" in (folder / "console.log").read_text(encoding="utf-8")
+
+
+def test_a_run_whose_output_pipe_is_closed_trains_on(tmp_path):
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = trained(tmp_path / "run", stdout=writing)
+    finally:
+        os.close(writing)
+    assert_done(tmp_path / "run", done)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_run_whose_output_is_on_a_full_disk_trains_on(tmp_path):
+    with Path("/dev/full").open("w") as full:
+        done = trained(tmp_path / "run", stdout=full)
+    assert_done(tmp_path / "run", done)
+
+
+def test_other_commands_end_quietly_where_nobody_reads():
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "mnist_dist.train", "--list-recipes"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=300)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_characters_that_the_output_lacks_are_replaced_and_the_log_keeps_them(tmp_path):
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = trained(tmp_path / "réseau", "name=réseau", stdout=subprocess.PIPE, env=ascii_only)
+    assert_done(tmp_path / "réseau", done)
+    assert "r?seau" in done.stdout
+    assert "réseau" in (tmp_path / "réseau" / "console.log").read_text(encoding="utf-8")
+    command = [sys.executable, "-m", "mnist_dist.train", "--recipe", "réseau"]
+    refused = subprocess.run(command, capture_output=True, text=True, env=ascii_only, timeout=300)
+    assert refused.returncode == 2
+    assert "Traceback" not in refused.stderr
+
+
+def test_train_called_from_a_script_needs_no_working_stdout(tmp_path, monkeypatch):
+    class Broken(io.StringIO):
+        encoding = "ascii"
+
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Broken())
+    tracker = ConsoleTracker(10, 1, "test", tmp_path / "console.log")
+    tracker.message("réseau \udcff")
+    tracker.finish()
+    assert (tmp_path / "console.log").read_text(encoding="utf-8") == "réseau \\udcff\n"

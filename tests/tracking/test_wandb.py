@@ -268,7 +268,7 @@ def test_a_private_server_is_found_as_wandb_login_stored_it(tmp_path, monkeypatc
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("WANDB_CONFIG_DIR", "~/config")
-    assert (server_url(), resolve_mode("auto")[0]) == ("https://api.wandb.ai", "offline")
+    assert (server_url(), resolve_mode("auto")[0]) == (wandb.Settings().base_url, "offline")
     (tmp_path / "config").mkdir()
     (tmp_path / "config" / "settings").write_text("[default]\nbase_url = http://localhost:8080\n")
     (tmp_path / "logins").write_text("machine localhost:8080\n  login user\n  password key\n")
@@ -278,7 +278,7 @@ def test_a_private_server_is_found_as_wandb_login_stored_it(tmp_path, monkeypatc
     assert (server_url(), resolve_mode("auto")[0]) == ("http://localhost:9090", "offline")
     (tmp_path / "config" / "settings").write_text("no section\n")
     monkeypatch.delenv("WANDB_BASE_URL")
-    assert server_url() == "https://api.wandb.ai"
+    assert server_url() == wandb.Settings().base_url
 
 
 def test_a_failed_run_sends_an_alert_and_is_failed_in_w_and_b(tmp_path, monkeypatch):
@@ -367,3 +367,58 @@ def test_the_dashboard_reports_in_one_line_what_is_missing(capfd, monkeypatch):
     assert module.main(["--entity", "me"]) == 2
     [line] = capfd.readouterr().err.splitlines()
     assert "pip install" in line
+
+
+# --- the user's environment ---------------------------------------------------------------------------------------
+
+
+def test_variables_of_wandb_count_where_the_recipe_is_silent(monkeypatch):
+    from mnist_dist.run.summary import _wandb_settings
+
+    given = {"NAME": "mine", "RUN_GROUP": "g", "TAGS": "a, b", "ENTITY": "team", "JOB_TYPE": "trial"}
+    for name, value in given.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    expected = {"name": "mine", "group": "g", "tags": ["a", "b"], "entity": "team", "job_type": "trial"}
+    assert _wandb_settings(tiny()) == expected
+    words = [f"tracking.wandb.{word}" for word in ("group=h", "tags=[c]", "entity=me", "job_type=sweep")]
+    assert _wandb_settings(tiny(*words)) == {
+        "name": "mine",
+        "group": "h",
+        "tags": ["c"],
+        "entity": "me",
+        "job_type": "sweep",
+    }
+
+
+@pytest.mark.parametrize("mode", ["Online", "OFFLINE", "Disabled"])
+def test_the_mode_of_the_environment_may_be_in_capitals(mode, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", mode)
+    assert resolve_mode("auto")[0] == mode.lower()
+
+
+def test_a_run_of_the_user_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_PROJECT", "from_environment")
+    own = wandb.init(mode="offline", dir=str(tmp_path), project="own")
+    try:
+        train(tiny("epochs=1"), tmp_path / "run")
+        assert wandb.run is own
+        own.log({"still": "open"})
+    finally:
+        own.finish()
+    [folder] = offline_runs(tmp_path / "run")
+    assert Logged(folder).run["project"] == "from_environment"
+
+
+@pytest.mark.parametrize("server", [None, "https://wandb.example.org", "http://localhost:8080"])
+def test_the_key_that_wandb_login_writes_is_found(server, tmp_path, monkeypatch):
+    from wandb.sdk.lib.wbauth import write_netrc_auth
+
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "logins"))
+    if server:
+        monkeypatch.setenv("WANDB_BASE_URL", server)
+    assert resolve_mode("auto")[0] == "offline"
+    write_netrc_auth(host=server or wandb.Settings().base_url, api_key="0123456789" * 4)
+    assert resolve_mode("auto")[0] == "online"

@@ -6,6 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from mnist_dist.data.images import Dataset, Images, grey_level_statistics
 from mnist_dist.data.sources.generated import make_digits, make_synthetic
 from mnist_dist.data.sources.mnist import read_emnist, read_mnist_like, read_qmnist
@@ -45,6 +48,7 @@ def load_dataset(
         validation: number of images at the end of the training set that become the validation set.
         limit_train: maximum number of training images, counted after the validation images are taken away.
         limit_test: maximum number of test images.
+            A set that is sorted by class is brought into `mixed_order` before a part of it is taken.
         download: download missing files into `root`.
 
     Raises:
@@ -67,7 +71,37 @@ def load_dataset(
     # Computed before the set is divided and limited: fewer training images must not change the normalisation.
     mean, std = grey_level_statistics(train.images)
     train, test = (replace(part, mean=mean, std=std) for part in (train, test))
+    if limit_test and is_sorted_by_class(test.labels):
+        test = test[mixed_order(test.labels)]
+    if (validation or limit_train) and is_sorted_by_class(train.labels):
+        train = train[mixed_order(train.labels)]
     test = test[slice(limit_test)]
     held_out = train[slice(len(train) - validation, None)] if validation else test
     train = train[slice(len(train) - validation)][slice(limit_train)]
     return Dataset(train, held_out, test)
+
+
+def is_sorted_by_class(labels: Tensor) -> bool:
+    """Returns whether neighbours are of the same class much more often than by chance."""
+    shares = torch.bincount(labels).double() / max(len(labels), 1)
+    changes = int((labels[1:] != labels[:-1]).sum())
+    return changes < (len(labels) - 1) * float(1 - (shares**2).sum()) / 2
+
+
+def mixed_order(labels: Tensor) -> Tensor:
+    """Returns an order of rows in which every part, from either end, holds all classes in their shares of the set.
+
+    Args:
+        labels: int64 (N,).
+
+    Returns:
+        int64 (N,), a permutation; a function of the labels.
+    """
+    generator = torch.Generator().manual_seed(20_231)
+    place = torch.empty(len(labels), dtype=torch.float64)
+    for label in labels.unique().tolist():
+        rows = (labels == label).nonzero()[:, 0]
+        # The rows of a class, shuffled and spread evenly over the range from 0 to 1.
+        ranks = torch.randperm(len(rows), generator=generator) + torch.rand(1, generator=generator)
+        place[rows] = ranks.double() / len(rows)
+    return place.argsort(stable=True)

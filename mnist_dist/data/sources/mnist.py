@@ -1,22 +1,17 @@
-"""The MNIST family: IDX files, read directly; torchvision downloads missing ones.
-
-The files may be plain or gzip-packed, and their folder may be read-only. torchvision verifies the MD5 of a download; a
-packed file also contains a checksum of its own.
-"""
+"""The MNIST family: IDX files, read directly; torchvision downloads missing ones and verifies their MD5."""
 
 from __future__ import annotations
 
-import gzip
-import zlib
+import os
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from mnist_dist.data.images import SIDE, Images
+from mnist_dist.data.images import Images
+from mnist_dist.data.sources.idx import as_images, as_labels, candidate_folders, find_file, find_files, read_idx
 
 DIGITS = tuple("0123456789")
 """The class names of data sets of digits."""
@@ -36,7 +31,7 @@ def read_mnist_like(class_name: str, root: Path, download: bool) -> tuple[Images
 
     stems = [f"{part}-{content}-ubyte" for part in ("train", "t10k") for content in ("images-idx3", "labels-idx1")]
     folder = root / class_name / "raw"
-    tensors = _read_files(root, folder, stems, download, lambda: torchvision_class()(root, download=True))
+    tensors = _read_files(root, folder, stems, download, lambda to: torchvision_class()(to, download=True))
     classes = DIGITS if class_name == "MNIST" else tuple(torchvision_class().classes)
     return _train_and_test(tensors, classes, folder)
 
@@ -49,9 +44,9 @@ def read_qmnist(root: Path, download: bool) -> tuple[Images, Images]:
     stems = [f"qmnist-{part}-{content}" for part in ("train", "test") for content in contents]
     folder = root / "QMNIST" / "raw"
 
-    def fetch() -> None:
+    def fetch(to: Path) -> None:
         for part in ("train", "test"):
-            datasets.QMNIST(root, what=part, download=True)
+            datasets.QMNIST(to, what=part, download=True)
 
     tensors = _read_files(root, folder, stems, download, fetch)
     # A row of QMNIST's label files has eight columns about the image and its writer; the first is the digit.
@@ -69,67 +64,85 @@ def read_emnist(root: Path, split: str, download: bool) -> tuple[Images, Images]
     contents = ("images-idx3", "labels-idx1")
     stems = [f"emnist-{split}-{part}-{content}-ubyte" for part in ("train", "test") for content in contents]
     folder = root / "EMNIST" / "raw"
-    tensors = _read_files(root, folder, stems, download, lambda: datasets.EMNIST(root, split=split, download=True))
+    tensors = _read_files(root, folder, stems, download, lambda to: datasets.EMNIST(to, split=split, download=True))
     classes = tuple(name for name in datasets.EMNIST.classes_split_dict[split] if name != "N/A")
     # EMNIST stores its images transposed. Its split `letters` numbers the labels from 1.
     first = 1 if split == "letters" else 0
     train_images, train_labels, test_images, test_labels = tensors
-    upright = [train_images.mT, train_labels.long() - first, test_images.mT, test_labels.long() - first]
+    upright = [train_images.mT, train_labels - first, test_images.mT, test_labels - first]
     return _train_and_test(upright, classes, folder)
 
 
 # --- files --------------------------------------------------------------------------------------------------------
 
 
-def read_idx(path: Path) -> Tensor:
-    """Reads an IDX file, plain or gzip-packed: uint8 or int32, of one to three dimensions.
-
-    Raises:
-        ValueError: the file is damaged: no IDX header, broken gzip data, or a size other than its header states.
-    """
-    data = path.read_bytes()
-    try:
-        content = gzip.decompress(data) if path.suffix == ".gz" else data
-        zero, kind, dimensions = int.from_bytes(content[:2], "big"), content[2], content[3]
-        dtype = np.dtype({0x08: "u1", 0x0C: ">i4"}[kind])
-        shape = [int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions)]
-        values = np.frombuffer(content, dtype, offset=4 + 4 * dimensions)
-        if zero != 0 or not 1 <= dimensions <= 3:
-            raise ValueError("no IDX header")
-        return torch.from_numpy(values.reshape(shape).astype(dtype.newbyteorder("=")))
-    except (ValueError, KeyError, IndexError, EOFError, OSError, zlib.error) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it, and the next run downloads it again") from error
-
-
 def _read_files(
-    root: Path, folder: Path, stems: list[str], download: bool, fetch: Callable[[], object]
+    root: Path, folder: Path, stems: list[str], download: bool, fetch: Callable[[Path], object]
 ) -> list[Tensor]:
     """Reads four IDX files: training images, training labels, test images, test labels.
 
     Args:
-        stems: the file names without `.gz`.
-        fetch: downloads the files into `folder`.
+        folder: the published place of the files, `root/NAME/raw`.
+        stems: the published file names without `.gz`.
+        fetch: downloads the files as torchvision does, into `folder` relative to a root that it takes.
+
+    Returns:
+        Images as uint8 (N, 28, 28); labels as int64, of the shape that their file has.
     """
-    if download and not all(_find(folder, stem) for stem in stems):
-        new_folders = [each for each in (folder, folder.parent, root) if not each.exists()]
-        try:
-            fetch()
-        except (OSError, RuntimeError) as error:
-            for each in new_folders:  # torchvision creates its folders before it downloads
-                with suppress(OSError):
-                    each.rmdir()
-            names = ", ".join(stems)
+    name = folder.parent.name
+    folders = candidate_folders(root, name, unmistakable=stems[0].startswith(f"{name.lower()}-"))
+    paths = find_files(folders, stems)
+    if paths is None:
+        failure = _download(root, folder, fetch) if download else ""
+        paths = find_files([folder], stems)
+        if paths is None:
+            missing = ", ".join(stem for stem in stems if find_file(folder, stem) is None)
             raise FileNotFoundError(
-                f"{folder} does not hold all of {names} (plain or .gz), and the download failed: {error}"
-            ) from error
-    paths = [_find(folder, stem) for stem in stems]
-    if missing := [stem for stem, path in zip(stems, paths, strict=True) if path is None]:
-        raise FileNotFoundError(f"{folder} does not hold {', '.join(missing)} (plain or .gz)")
-    return [read_idx(path) for path in paths if path is not None]
+                f"{folder} does not hold {missing} (plain or .gz){failure}{_elsewhere(root, name, stems)}"
+            )
+    contents = [read_idx(path) for path in paths]
+    return [
+        as_images(content, path) if index in (0, 2) else as_labels(content, path)
+        for index, (content, path) in enumerate(zip(contents, paths, strict=True))
+    ]
 
 
-def _find(folder: Path, stem: str) -> Path | None:
-    return next((path for path in (folder / stem, folder / f"{stem}.gz") if path.is_file()), None)
+def _download(root: Path, folder: Path, fetch: Callable[[Path], object]) -> str:
+    """Downloads the files; returns why that failed, with a comma and a blank before it, or an empty string."""
+    new_folders = [each for each in (folder, folder.parent, root) if not each.exists()]
+    try:
+        _fetch_atomically(root, folder, fetch)
+    except (OSError, RuntimeError) as error:
+        for each in new_folders:  # torchvision creates its folders before it downloads
+            with suppress(OSError):
+                each.rmdir()
+        return f", and the download failed: {error}"
+    return ""
+
+
+def _elsewhere(root: Path, name: str, stems: list[str]) -> str:
+    """Returns a line about files of these names in a folder that is not named after the data set; or nothing."""
+    paths = find_files([root, root / "raw"], stems)
+    if paths is None:
+        return ""
+    message = f"{paths[0].parent} holds files of these names, but MNIST, FashionMNIST and KMNIST share the names"
+    return f"\n{message}; if the files are those of {name}, move them to {root / name / 'raw'}"
+
+
+def _fetch_atomically(root: Path, folder: Path, fetch: Callable[[Path], object]) -> None:
+    """Downloads into a temporary folder in `root`, then renames the files: another process never reads half of one.
+
+    Existing files stay as they are.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".download-", dir=root, ignore_cleanup_errors=True) as staged:
+        fetch(Path(staged))
+        folder.mkdir(parents=True, exist_ok=True)
+        for source in sorted((Path(staged) / folder.relative_to(root)).iterdir()):
+            if source.is_file() and not (folder / source.name).exists():
+                with source.open("rb") as file:
+                    os.fsync(file.fileno())  # a power failure after the rename would leave an empty file
+                source.replace(folder / source.name)
 
 
 def _train_and_test(tensors: list[Tensor], classes: tuple[str, ...], folder: Path) -> tuple[Images, Images]:
@@ -139,10 +152,9 @@ def _train_and_test(tensors: list[Tensor], classes: tuple[str, ...], folder: Pat
 
 
 def _pair(images: Tensor, labels: Tensor, classes: tuple[str, ...], folder: Path) -> Images:
-    """Joins images (N, 28, 28) and labels (N,) after checking that they match."""
-    if images.ndim != 3 or images.shape[1:] != (SIDE, SIDE) or images.dtype != torch.uint8:
-        found = f"{images.dtype} {tuple(images.shape)}".removeprefix("torch.")
-        raise ValueError(f"{folder}: expected uint8 images of {SIDE}×{SIDE}, found {found}")
+    """Joins images uint8 (N, 28, 28) and labels int64 (N,) after checking that they match."""
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
     if labels.ndim != 1:
         raise ValueError(f"{folder}: expected one label for each image, found a table of {tuple(labels.shape)}")
     if not len(labels):
@@ -153,4 +165,4 @@ def _pair(images: Tensor, labels: Tensor, classes: tuple[str, ...], folder: Path
         raise ValueError(
             f"{folder}: expected labels from 0 to {len(classes) - 1}, found {labels.min()} to {labels.max()}"
         )
-    return Images(images[:, None].contiguous(), labels.long(), classes)
+    return Images(images[:, None].contiguous(), labels, classes)

@@ -1,0 +1,174 @@
+"""How a training set places its figures: what a picture must look like before the network sees it.
+
+A network recognises figures of the size and position that it was trained with. The geometry is measured on the training
+set and stored with the weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, cast, get_args
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from mnist_dist.data.images import SIDE
+
+FAINT = 0.2
+"""Fraction of the strongest ink. Weaker pixels are paper, shadow or noise and do not count for the figure's extent."""
+
+Ground = Literal["dark", "light", "none"]
+Centre = Literal["mass", "box"]
+
+GROUND_SHARE = 0.9
+"""Fraction of the images whose corners must be alike for the set to have a ground."""
+
+SAMPLE = 2000
+"""Number of training images that are measured, evenly spaced."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The geometry of a training set. The default is MNIST's.
+
+    MNIST scales a figure into 20×20 pixels and puts its centre of mass into the centre of 28×28 (LeCun et al.,
+    "Gradient-based learning applied to document recognition", 1998).
+
+    Attributes:
+        ground: "dark" for bright figures on a dark ground, "light" for the opposite, "none" or "none".
+        figure: pixels of the longer side of the figure, as most images have it.
+        least, most: shortest and longest of these sides; one image in a hundred lies outside.
+        centre: what lies in the centre of the image: the figure's centre of mass, or the centre of its bounding box.
+    """
+
+    ground: Ground = "dark"
+    figure: int = 20
+    least: int = 19
+    most: int = 20
+    centre: Centre = "mass"
+
+    def __post_init__(self) -> None:
+        sizes = (self.least, self.figure, self.most)
+        valid = all(type(each) is int for each in sizes) and 1 <= sizes[0] <= sizes[1] <= sizes[2] <= SIDE
+        if not valid or self.ground not in get_args(Ground) or self.centre not in get_args(Centre):
+            raise ValueError(f"the geometry of the weights is damaged: {asdict(self)}")
+
+    def place(self, ink: np.ndarray) -> Tensor:
+        """Scales a figure, given by its bounding box, to the size of the training set and centres it.
+
+        Args:
+            ink: float (height, width), 0 to 1.
+
+        Returns:
+            uint8 (1, 28, 28), with the ground of the training set.
+
+        Raises:
+            ValueError: nothing is left of the figure after it was scaled.
+        """
+        scale = self.figure / max(ink.shape)
+        size = (max(1, round(ink.shape[1] * scale)), max(1, round(ink.shape[0] * scale)))
+        small = Image.fromarray((255 * ink).astype(np.uint8)).resize(size, Image.Resampling.LANCZOS)
+        values = np.asarray(small, dtype=np.float64)
+        if not values.any():
+            raise ValueError("the picture shows only specks, no figure")
+        weights = values / values.sum()
+        centre = [(length - 1) / 2 for length in values.shape]
+        if self.centre == "mass":
+            centre = [(weights.sum(axis=1 - axis) * np.arange(values.shape[axis])).sum() for axis in (0, 1)]
+        top, left = (
+            int(np.clip(round((SIDE - 1) / 2 - middle), 0, SIDE - length))
+            for middle, length in zip(centre, values.shape, strict=True)
+        )
+        canvas = np.zeros((SIDE, SIDE), dtype=np.uint8)
+        canvas[top : top + values.shape[0], left : left + values.shape[1]] = values
+        return torch.from_numpy(255 - canvas if self.ground == "light" else canvas)[None]
+
+    def fits(self, grey: np.ndarray) -> bool:
+        """Returns whether a picture already looks like an image of the training set, so that it can be used as it is.
+
+        Args:
+            grey: (height, width), 0 to 255.
+        """
+        if grey.shape != (SIDE, SIDE):
+            return False
+        if self.ground == "none":
+            return True
+        image = torch.from_numpy(np.round(grey).astype(np.uint8))[None, None]
+        if _ground(image) != self.ground:
+            return False
+        ink = 255 - image[:, 0] if self.ground == "light" else image[:, 0]
+        [longest], mass, _ = _measure_figures(ink)
+        within = self.least - 1 <= int(longest) <= self.most + 1
+        return within and int(ink.max()) >= 128 and (self.centre == "box" or float(mass.abs().max()) <= 1)
+
+    def fill(self, grey: np.ndarray) -> Tensor:
+        """Scales a whole picture to 28×28, cropped to a square, for a training set without a ground: uint8."""
+        whole = Image.fromarray(np.clip(np.round(grey), 0, 255).astype(np.uint8))
+        return torch.from_numpy(np.array(ImageOps.fit(whole, (SIDE, SIDE), Image.Resampling.BOX)))[None]
+
+
+def measure_geometry(images: Tensor) -> Geometry:
+    """Returns the geometry of a training set.
+
+    Args:
+        images: uint8 (N, 1, 28, 28), on any device.
+    """
+    images = images[:: max(1, len(images) // SAMPLE)][:SAMPLE].cpu()
+    ground = _ground(images)
+    if ground == "none":
+        return Geometry("none", SIDE, SIDE, SIDE, "box")
+    longest, mass, box = _measure_figures(255 - images[:, 0] if ground == "light" else images[:, 0])
+    if not len(longest):
+        return Geometry("none", SIDE, SIDE, SIDE, "box")
+    least, figure, most = (round(float(longest.quantile(level))) for level in (0.005, 0.5, 0.995))
+    centre: Centre = "mass" if float(mass.abs().mean()) <= float(box.abs().mean()) else "box"
+    return Geometry(ground, figure, least, most, centre)
+
+
+def read_geometry(about: dict[str, Any]) -> Geometry:
+    """Returns the geometry in the metadata of a weights file; MNIST's if the file is older than this key.
+
+    Raises:
+        ValueError: the metadata hold no valid geometry.
+    """
+    stored = about.get("geometry", asdict(Geometry()))
+    try:
+        return Geometry(**stored)
+    except TypeError as error:
+        raise ValueError(f"the geometry of the weights is damaged: {stored!r}") from error
+
+
+def _ground(images: Tensor) -> Ground:
+    """Returns the ground of images (N, 1, H, W): what most of their corners are like."""
+    corners = torch.cat([images[..., y, x] for y in (0, -1) for x in (0, -1)], dim=1).float()
+    level = corners.median(dim=1).values
+    shares = {"dark": float((level < 32).float().mean()), "light": float((level > 223).float().mean())}
+    best = max(shares, key=lambda name: shares[name])
+    return cast(Ground, best) if shares[best] >= GROUND_SHARE else "none"
+
+
+def _measure_figures(ink: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Measures the figures of images.
+
+    Args:
+        ink: uint8 (N, H, W), bright figures on a dark ground.
+
+    Returns:
+        Without the blank images, float32: the longer sides in pixels (N,), and how far the centre of mass (N, 2) and
+        the centre of the bounding box (N, 2) lie from the centre of the image.
+    """
+    ink = ink[ink.amax(dim=(1, 2)) > 0].float()
+    inside = ink > FAINT * ink.amax(dim=(1, 2), keepdim=True)
+    sides, masses, boxes = [], [], []
+    for axis in (1, 2):
+        position = torch.arange(ink.shape[axis]).float()
+        used = inside.any(dim=3 - axis)
+        first = torch.where(used, position, torch.inf).amin(dim=1)
+        last = torch.where(used, position, -torch.inf).amax(dim=1)
+        middle = (len(position) - 1) / 2
+        sides.append(last - first + 1)
+        boxes.append((first + last) / 2 - middle)
+        masses.append((ink.sum(dim=3 - axis) * position).sum(dim=1) / ink.sum(dim=(1, 2)) - middle)
+    return torch.stack(sides).amax(dim=0), torch.stack(masses, dim=1), torch.stack(boxes, dim=1)

@@ -1,0 +1,94 @@
+"""A process that hangs is reported with its stack, and all processes end."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.faults.training import VARIABLES
+from tests.processes import Process, free_port, popen, rank_variables, run_in_each
+
+WORDS = ["data.dataset=synthetic", "data.limit_train=320", "data.limit_test=50", "batch_size=64", "log_every=1"]
+WORDS += ["epochs=2", "tracking.wandb.mode=disabled"]
+
+HANGS = """
+import os, signal, sys, time
+from mnist_dist.cli import run_command
+from mnist_dist.engine.train_step import TrainStep
+from mnist_dist.train import main
+
+inputs = TrainStep.inputs
+def patience(self, plan, rows):
+    self.calls = getattr(self, "calls", 0) + 1
+    if self.calls == 6 and self.accelerator.process_index == 1:
+        os.kill(os.getpid(), signal.SIGSTOP) if sys.argv[1] == "frozen" else time.sleep(600)
+    return inputs(self, plan, rows)
+TrainStep.inputs = patience
+sys.exit(run_command(lambda: main(sys.argv[2:])))
+"""
+
+
+@pytest.mark.parametrize("how", ["asleep", "frozen"])
+def test_a_process_that_hangs_is_reported_with_its_stack_and_all_end(how, tmp_path):
+    script, port = tmp_path / "hangs.py", free_port()
+    script.write_text(HANGS)
+    words = [*WORDS, "engine.hang_seconds=4", "tracking.plots=false"]
+    command = [sys.executable, script, how, "--recipe", "lenet5", "--run-dir", tmp_path / "run", *words]
+    ranks: list[Process] = []
+    with (tmp_path / "errors").open("w") as errors:
+        for rank in range(2):
+            variables = os.environ | VARIABLES | rank_variables(rank, 2, port)
+            ranks.append(popen(command, env=variables, stdout=subprocess.DEVNULL, stderr=errors))
+        try:
+            assert ranks[0].wait(timeout=120) == 1
+            if how == "asleep":
+                assert ranks[1].wait(timeout=60) == 1
+        finally:
+            for each in ranks:
+                each.kill()  # a frozen process cannot end itself
+    message = (tmp_path / "errors").read_text()
+    # Of a frozen process only the last published report is known, up to a second old.
+    assert ("is frozen or gone in step" if how == "frozen" else "hangs in step 5") in message
+    assert "rank 1 (" in message and ("hangs.py" in message or how == "frozen")
+    assert "rank 0" in message.splitlines()[-2], "who waits for it"
+    assert (tmp_path / "run" / "STATUS").read_text() == "failed\n"
+
+
+CALLBACK = """
+import sys, time
+from mnist_dist.distributed import watchdog
+from mnist_dist.distributed.gradients import GradientClock
+from mnist_dist.distributed.launcher import launched_world
+
+watchdog.LAST_WORDS_SECONDS, watchdog.PATIENCE_IN_STEPS = 1.0, 1
+state = launched_world()
+
+def fail():
+    print("called", flush=True)
+    if sys.argv[1] == "hangs":
+        time.sleep(600)
+    raise {"disk": OSError(28, "No space left"), "exit": SystemExit(0), "key": KeyboardInterrupt()}[sys.argv[1]]
+
+with watchdog.Watchdog(state, 1.0, GradientClock(), fail):
+    if sys.argv[1] == "store":  # as after the end of rank 0, which holds the store
+        def gone(*arguments):
+            raise RuntimeError("the store is gone")
+        watchdog.dist.PrefixStore.set = gone
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("how", ["disk", "exit", "key", "hangs", "store"])
+def test_the_processes_end_whatever_the_callback_does_and_without_the_store(how):
+    port = free_port()
+    environments = [os.environ | {"ACCELERATE_USE_CPU": "true"} | rank_variables(rank, 2, port) for rank in range(2)]
+    done = run_in_each(environments, [sys.executable, "-c", CALLBACK, how], timeout=90)
+    assert [each.returncode for each in done] == [1, 1]
+    if how == "store":
+        assert all(each.stdout == "" and f"rank {rank}: no progress" in each.stderr for rank, each in enumerate(done))
+    else:
+        assert [each.stdout for each in done] == ["called\n", ""]
+        assert "all processes end" in done[0].stderr
