@@ -187,8 +187,15 @@ class Run:
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """The values of summary.json."""
-        return json.loads(read_regular(self.folder.refuse_link(self.folder.summary), MOST_JSON))
+        """The values of summary.json.
+
+        Raises:
+            OSError, ValueError: the file is missing or damaged.
+        """
+        values = json.loads(read_regular(self.folder.refuse_link(self.folder.summary), MOST_JSON))
+        if not is_summary(values):
+            raise ValueError(f"{self.folder.summary} is not the summary of a run")
+        return values
 
     @cached_property
     def about(self) -> dict[str, Any]:
