@@ -1,13 +1,14 @@
 """The command `evaluate` reproduces the figures of the training's last evaluation exactly."""
 
+import importlib
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torchvision
-from torch import nn
 
 from mnist_dist import load_recipe, load_run, train
 from mnist_dist.data import DATASETS
@@ -108,8 +109,11 @@ def test_a_network_that_changed_after_the_training_is_refused(refused, tmp_path,
     (tmp_path / "net_of_old.py").write_text(source)
     words = ["data.limit_train=64", "data.limit_test=20", "model.name=net_of_old:net"]
     train(load_recipe("debug", *words, *QUIET), tmp_path / "run")
-    monkeypatch.setattr("net_of_old.net", lambda num_classes: nn.Sequential(nn.Flatten(), nn.Linear(784, 99)))
-    assert refused(lambda: main([str(tmp_path / "run")])) == [(str(tmp_path / "run"), "damaged")]
+    (tmp_path / "net_of_old.py").write_text(source.replace("num_classes))", "99))"))
+    monkeypatch.delitem(sys.modules, "net_of_old")
+    importlib.invalidate_caches()
+    words = [str(tmp_path / "run"), "--allow-code", "net_of_old"]
+    assert refused(lambda: main(words)) == [(str(tmp_path / "run"), "damaged")]
 
 
 def test_it_uses_the_kernels_of_the_recipe(debug_run):

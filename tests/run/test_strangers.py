@@ -32,6 +32,7 @@ from mnist_dist import (
     train,
 )
 from mnist_dist.compare.__main__ import main as compare_main
+from mnist_dist.data.geometry import Geometry
 from mnist_dist.data.pictures import read_picture
 from mnist_dist.data.sources.idx import read_idx
 from mnist_dist.engine.checkpoint import MANIFEST, STATE, _fingerprint, load_checkpoint, load_weights, save_weights
@@ -536,8 +537,9 @@ def test_no_text_of_a_run_is_html_markdown_or_a_terminal_code(debug_run, tmp_pat
 
 
 def test_the_page_to_draw_on_shows_names_as_text():
-    page = build_page(b"", [HTML, "b"], HTML, {"script": b"", "wasm": b""})
-    plain = build_page(b"", ["a", "b"], "c", {"script": b"", "wasm": b""})
+    runtime = {"script": b"", "wasm": b""}
+    page = build_page(b"", [HTML, "b"], HTML, runtime, Geometry())
+    plain = build_page(b"", ["a", "b"], "c", runtime, Geometry())
     assert page.count("<script") == plain.count("<script") and "<img src=x" not in page
 
 
