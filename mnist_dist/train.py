@@ -134,7 +134,7 @@ def train(
         run_dir: a new folder, or the folder of a run to resume; None for runs/<recipe>/<date-time>.
         resume: "auto": resume the run in `run_dir`; "never": refuse such a folder; else a run or checkpoint to start.
         allow_recipe_change: resume although the recipe has changed.
-        world_size: the expected number of processes; None for the number that the launcher was asked for, if known.
+        world_size: the expected number of processes; None for the number in the launcher's options, if it is known.
         allow_code: modules from which the networks of `distill.from` may be imported; see `load_run`.
 
     Returns:
@@ -240,7 +240,7 @@ def list_recipes() -> None:
 
 
 class _CallableModule(types.ModuleType):
-    """A module that can be called like `train`: after `from mnist_dist import train` both uses of the name work."""
+    """Makes this module callable like its function `train`: after `from mnist_dist import train` both uses work."""
 
     __call__ = staticmethod(train)
 

@@ -1,4 +1,4 @@
-"""The command lines: every command is listed, prints its help without torch, and refuses wrong arguments."""
+"""Every command is listed, prints its help without importing torch, and refuses wrong arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command `evaluate` reproduces the figures of the training's last evaluation exactly."""
+"""The command `evaluate` reproduces accuracy and loss of the training's last evaluation exactly."""
 
 import importlib
 import json

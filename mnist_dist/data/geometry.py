@@ -1,7 +1,7 @@
-"""How a training set places its figures: what a picture must look like before the network sees it.
+"""Measures the size and position of the figures in a training set, and gives other pictures the same geometry.
 
-A network recognises figures of the size and position that it was trained with. The geometry is measured on the training
-set and stored with the weights.
+A network recognises figures only in the size and position that it was trained with. The geometry is measured on the
+training set and stored with the weights.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor
 from mnist_dist.data.images import SIDE
 
 FAINT = 0.2
-"""Fraction of the strongest ink. Weaker pixels are paper, shadow or noise and do not count for the figure's extent."""
+"""Pixels below this fraction of the strongest ink are paper, shadow or noise. They do not count as part of a figure."""
 
 Ground = Literal["dark", "light", "none"]
 Centre = Literal["mass", "box"]
 
 GROUND_SHARE = 0.9
-"""Fraction of the images whose corners must be alike for the set to have a ground."""
+"""Fraction of the images that must have dark corners, or light ones, for the training set to have a ground."""
 
 SAMPLE = 2000
 """Number of training images that are measured, evenly spaced."""
@@ -37,10 +37,12 @@ class Geometry:
     "Gradient-based learning applied to document recognition", 1998).
 
     Attributes:
-        ground: "dark" for bright figures on a dark ground, "light" for the opposite, "none" or "none".
-        figure: pixels of the longer side of the figure, as most images have it.
-        least, most: shortest and longest of these sides; one image in a hundred lies outside.
-        centre: what lies in the centre of the image: the figure's centre of mass, or the centre of its bounding box.
+        ground: "dark" for bright figures on a dark ground, "light" for dark figures on a light ground, "none" for
+            images without a common ground, such as photos.
+        figure: pixels of the longer side of a figure; the median over the images.
+        least, most: range of these longer sides; one image in a hundred lies outside.
+        centre: which point of the figure lies in the centre of the image: its centre of mass ("mass"), or the centre of
+            its bounding box ("box").
     """
 
     ground: Ground = "dark"
@@ -56,10 +58,10 @@ class Geometry:
             raise ValueError(f"the geometry of the weights is damaged: {asdict(self)}")
 
     def place(self, ink: np.ndarray) -> Tensor:
-        """Scales a figure, given by its bounding box, to the size of the training set and centres it.
+        """Scales a figure to the size of the training set's figures and centres it.
 
         Args:
-            ink: float (height, width), 0 to 1.
+            ink: float (height, width), 0 to 1, cut to the figure's bounding box.
 
         Returns:
             uint8 (1, 28, 28), with the ground of the training set.
@@ -86,7 +88,7 @@ class Geometry:
         return torch.from_numpy(255 - canvas if self.ground == "light" else canvas)[None]
 
     def fits(self, grey: np.ndarray) -> bool:
-        """Returns whether a picture already looks like an image of the training set, so that it can be used as it is.
+        """Returns whether a picture already has the geometry of the training set, so that it can be used unchanged.
 
         Args:
             grey: (height, width), 0 to 255.
@@ -104,7 +106,7 @@ class Geometry:
         return within and int(ink.max()) >= 128 and (self.centre == "box" or float(mass.abs().max()) <= 1)
 
     def fill(self, grey: np.ndarray) -> Tensor:
-        """Scales a whole picture to 28×28, cropped to a square, for a training set without a ground: uint8."""
+        """Crops a picture to a square and scales it to uint8 (1, 28, 28), for a training set without a ground."""
         whole = Image.fromarray(np.clip(np.round(grey), 0, 255).astype(np.uint8))
         return torch.from_numpy(np.array(ImageOps.fit(whole, (SIDE, SIDE), Image.Resampling.BOX)))[None]
 
@@ -141,7 +143,7 @@ def read_geometry(about: dict[str, Any]) -> Geometry:
 
 
 def _ground(images: Tensor) -> Ground:
-    """Returns the ground of images (N, 1, H, W): what most of their corners are like."""
+    """Returns the ground of images (N, 1, H, W): dark or light if nearly all of them have such corners, else none."""
     corners = torch.cat([images[..., y, x] for y in (0, -1) for x in (0, -1)], dim=1).float()
     level = corners.median(dim=1).values
     shares = {"dark": float((level < 32).float().mean()), "light": float((level > 223).float().mean())}

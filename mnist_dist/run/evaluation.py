@@ -67,7 +67,7 @@ def evaluate_run(run: Run, recipe: Recipe, data: Images) -> Evaluation:
     accelerator = Accelerator(mixed_precision=recipe.mixed_precision or "no")
     # A copy, because the caller may still use the run's own network on the CPU.
     module = to_device(copy.deepcopy(run.model), accelerator.device, channels_last=recipe.engine.channels_last)
-    # Other data, too, is normalised with the statistics of the training set.
+    # Every data set is normalised with the statistics of the training set.
     images = Images(data.images, data.labels, data.classes, run.about["mean"], run.about["std"]).to(accelerator.device)
     return evaluate_module(accelerator, module, images, batch_size=recipe.eval_batch_size)
 

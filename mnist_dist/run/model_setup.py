@@ -22,7 +22,7 @@ from mnist_dist.run.model_trial import Trial, TrialError, copy_of, keep_random_s
 
 @dataclass(frozen=True)
 class PreparedModel:
-    """A network that can be trained, and what its trial decided."""
+    """A network that can be trained, and what its trial has found."""
 
     module: nn.Module
     """The network with initial weights, in training mode, on the CPU."""
@@ -33,7 +33,7 @@ class PreparedModel:
 
 
 def build_module(recipe: Recipe, dataset: Dataset, world_size: int = 1) -> nn.Module:
-    """Returns the network of `prepare_model`, tried on the CPU."""
+    """Returns the network that `prepare_model` builds and tries on the CPU."""
     return prepare_model(recipe, dataset, world_size).module
 
 
@@ -170,7 +170,7 @@ def _smallest_micro_batch(recipe: Recipe, samples: int, world_size: int) -> tupl
     for size in batches:
         largest = -(-size // shares)
         for share in (max(1, size // shares), largest):
-            # The number of micro-batches follows from the logical shard's own size, or from the largest share.
+            # Each logical shard chooses its number of micro-batches. Processes agree on that of the largest share.
             sized = share if recipe.logical_shards else largest
             count = min(count_micro_batches(sized, micro if isinstance(micro, int) else None), share)
             key = "micro_batch_size" if count > 1 else "logical_shards" if recipe.logical_shards else "batch_size"

@@ -1,4 +1,4 @@
-"""With a shared folder one process of the world downloads the data; nodes with disks of their own each do."""
+"""In a shared folder, one process of the world downloads the data. With a disk on each node, one process per node."""
 
 from __future__ import annotations
 

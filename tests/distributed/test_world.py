@@ -1,4 +1,4 @@
-"""Every launcher's variables give one world of the right size on CPUs, or are refused before anything is written."""
+"""The variables of each launcher give one world of the right size, or are refused before anything is written."""
 
 from __future__ import annotations
 
@@ -148,13 +148,13 @@ def test_a_local_rank_in_a_world_of_one_gets_an_address():
     assert (world["RANK"], world["MASTER_ADDR"]) == ("0", "127.0.0.1") and int(world["MASTER_PORT"]) > 0
 
 
-def test_complete_variables_of_torch_count_more_than_those_of_the_launcher_of_torchrun():
+def test_complete_variables_of_torch_are_used_even_if_mpirun_or_srun_started_torchrun():
     torchrun = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
     torchrun |= {"MASTER_ADDR": "head", "MASTER_PORT": "29400"}
     assert read_world(TWO_NODES | open_mpi(1, 1) | torchrun) == torchrun
 
 
-def test_a_step_of_srun_on_two_nodes_meets_on_the_first_one():
+def test_the_ranks_of_an_srun_step_on_two_nodes_use_the_first_node_s_address():
     world = read_world(TWO_NODES)
     assert 20000 <= int(world.pop("MASTER_PORT")) < 30000
     expected = {"RANK": "2", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "a07"}
@@ -166,7 +166,7 @@ def test_a_step_of_srun_on_two_nodes_meets_on_the_first_one():
     ("hosts", "first"),
     [("", ""), ("a", "a"), ("a,b", "a"), ("n[3-5],m", "n3"), ("r[01]-x,b", "r01-x"), ("n-[7,9]", "n-7")],
 )
-def test_the_first_host_of_a_list(hosts, first):
+def test_the_first_host_of_a_slurm_host_list(hosts, first):
     assert first_host(hosts) == first
 
 

@@ -1,4 +1,4 @@
-"""A recipe that this world, its data or its network cannot train is refused before anything is built."""
+"""A recipe is refused before anything is built if its world, its data or its network rules out training."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,7 +45,7 @@ def world(num_processes: int, device: str = "cpu") -> SimpleNamespace:
     ],
     ids=str,
 )
-def test_this_world_can_train_the_recipe_or_refuses_it(refused, words, state, key):
+def test_a_recipe_that_this_world_cannot_train_is_refused(refused, words, state, key):
     recipe = load_recipe("debug", *words)
     if key is None:
         assert check_world(recipe, state) == (recipe.mixed_precision or "no")

@@ -1,4 +1,4 @@
-"""A network is tried before training as training will run it: layout, precision, optimizer, number of processes."""
+"""A network is tried before training, with the layout, precision, optimizer and number of processes of the run."""
 
 import random
 import sys
@@ -131,7 +131,7 @@ def test_a_network_that_runs_in_channels_last_keeps_that_layout():
     assert prepared.recipe.engine.channels_last is True and prepared.notes == []
 
 
-def test_a_network_of_timm_with_five_dimensions_falls_back():
+def test_a_network_of_timm_with_five_dimensions_trains_in_contiguous_layout():
     pytest.importorskip("timm", reason="timm is not installed: pip install timm")
     assert prepare("timm/lambda_resnet26t").recipe.engine.channels_last is False
 
@@ -155,7 +155,7 @@ class NeedsFloat32(Flat):
         return output
 
 
-def test_the_precision_is_the_runs(refused):
+def test_the_trial_uses_the_precision_of_the_run(refused):
     assert prepare(NeedsFloat32).notes == []
     assert refused(lambda: prepare(NeedsFloat32, "mixed_precision=bf16")) == [("model.name", "model")]
 
@@ -240,7 +240,7 @@ def test_two_processes_refuse_a_layer_that_is_not_always_called(network):
     assert prepare(network, "logical_shards=2", world_size=2).module.training
 
 
-def test_a_layer_that_is_never_called_is_mentioned(monkeypatch):
+def test_a_note_names_a_layer_that_is_never_called(monkeypatch):
     for world_size, words in [(1, []), (2, ["ddp.find_unused_parameters=true"])]:
         [note] = prepare(HasAnUnusedLayer, *words, world_size=world_size).notes
         assert "spare.weight, spare.bias" in note
@@ -249,7 +249,7 @@ def test_a_layer_that_is_never_called_is_mentioned(monkeypatch):
 
 
 @pytest.mark.parametrize("find", [False, True])
-def test_two_processes_train_an_unused_layer_with_the_key(tmp_path, find):
+def test_two_processes_train_an_unused_layer_only_with_find_unused_parameters(tmp_path, find):
     words = ["--recipe", "debug", f"model={{name: '{__name__}:SkipsALayerByChance'}}", "max_steps=6", *QUIET]
     words += ["--run-dir", str(tmp_path / "run"), f"ddp.find_unused_parameters={find}".lower()]
     with nullcontext() if find else pytest.raises(AssertionError, match=r"ddp\.find_unused_parameters"):
@@ -309,7 +309,7 @@ class StridesOver(nn.Sequential):
 
 
 @pytest.mark.parametrize("network", [StartsAtZero, Pools, Binarizes, StridesOver, "simple_cnn", "mnistnet", "ms_ran"])
-def test_no_part_of_the_image_is_named_where_all_of_it_matters(network):
+def test_no_part_of_the_image_is_named_if_all_of_it_has_an_effect(network):
     assert prepare(network).notes == []
 
 
@@ -366,7 +366,7 @@ def test_a_network_without_logits_is_refused(network):
     assert [(each.key, each.kind) for each in error.value.problems] == [("model.name", "model")]
 
 
-# --- what a trial leaves alone ------------------------------------------------------------------------------------
+# --- what a trial must not change ------------------------------------------------------------------------------------
 
 
 class Stateful(nn.Module):

@@ -1,4 +1,4 @@
-"""Resuming with another recipe: batch size, optimizer, length; and the first figures after a resume."""
+"""Resuming with another recipe: batch size, optimizer, length; and the first speed after a resume."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def last_weights(run_dir):
     return (run_dir / "last.safetensors").read_bytes()
 
 
-def test_an_adopted_checkpoint_says_nothing_of_missing_weights(tmp_path, capsys):
+def test_a_run_from_a_copied_checkpoint_prints_no_message_about_missing_weights(tmp_path, capsys):
     recipe = load_recipe("debug", *SMALL, "batch_size=50", "epochs=2", "checkpoint.every_steps=6")
     train(recipe, tmp_path / "first")
     capsys.readouterr()
@@ -85,7 +85,7 @@ def test_a_finished_run_trains_longer(schedule, tmp_path, refused):
 
 
 @pytest.mark.parametrize("schedule", ["{name: cosine}", "{name: onecycle, max_lr: 0.1}"])
-def test_a_schedule_of_the_whole_run_cannot_be_prolonged(schedule, tmp_path, refused):
+def test_a_run_whose_schedule_depends_on_its_length_is_not_prolonged(schedule, tmp_path, refused):
     words = [*SMALL, "batch_size=50", f"schedule={schedule}"]
     train(load_recipe("debug", *words, "epochs=2"), tmp_path / "run")
     three = load_recipe("debug", *words, "epochs=3")
@@ -93,7 +93,7 @@ def test_a_schedule_of_the_whole_run_cannot_be_prolonged(schedule, tmp_path, ref
     assert (tmp_path / "run" / "STATUS").read_text() == "done\n"
 
 
-def test_the_first_line_after_a_resume_has_a_true_speed(accelerator, monkeypatch):
+def test_the_first_speed_after_a_resume_counts_only_time_since_then(accelerator, monkeypatch):
     now = [100.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     first, second = Meter(accelerator), Meter(accelerator)
