@@ -109,7 +109,8 @@ def test_a_network_that_changed_after_the_training_is_refused(refused, tmp_path,
     words = ["data.limit_train=64", "data.limit_test=20", "model.name=net_of_old:net"]
     train(load_recipe("debug", *words, *QUIET), tmp_path / "run")
     monkeypatch.setattr("net_of_old.net", lambda num_classes: nn.Sequential(nn.Flatten(), nn.Linear(784, 99)))
-    assert refused(lambda: main([str(tmp_path / "run")])) == [(str(tmp_path / "run"), "damaged")]
+    words = [str(tmp_path / "run"), "--allow-code", "net_of_old"]
+    assert refused(lambda: main(words)) == [(str(tmp_path / "run"), "damaged")]
 
 
 def test_it_uses_the_kernels_of_the_recipe(debug_run):
@@ -120,6 +121,21 @@ def test_it_uses_the_kernels_of_the_recipe(debug_run):
         recipe.write_text(text.replace("tf32: convolutions\n", f"tf32: {switch}\n"))
         evaluate(load_run(debug_run, "last"))
         assert torch.backends.cuda.matmul.allow_tf32 == (switch == "on")
+
+
+def test_a_precision_that_the_device_lacks_is_replaced_by_fp32_and_named(debug_run, tmp_path, capsys):
+    recipe, report = debug_run / "recipe.yaml", tmp_path / "report.json"
+    text = recipe.read_text()
+    found = {}
+    for precision in ("no", "bf16", "fp16"):
+        recipe.write_text(text.replace("mixed_precision: 'no'\n", f"mixed_precision: {precision!r}\n"))
+        assert main([str(debug_run), "--json", str(report)]) == 0
+        found[precision] = json.loads(report.read_text()) | {"printed": capsys.readouterr().out}
+    assert [each["precision"] for each in found.values()] == ["fp32", "bf16", "fp32"]
+    assert found["no"]["notes"] == found["bf16"]["notes"] == []
+    [note] = found["fp16"]["notes"]
+    assert "fp32" in note and "fp16" in note and note in found["fp16"]["printed"].splitlines()
+    assert found["fp16"]["loss"] == found["no"]["loss"] != found["bf16"]["loss"]
 
 
 def test_damaged_weights_are_refused(refused, debug_run):
