@@ -48,9 +48,9 @@ def ensemble(runs: list[Run], *overrides: str) -> dict[str, Any]:
         overrides: recipe keys, applied to every member, e.g. `data.dataset=kmnist`.
 
     Returns:
-        What `evaluate` returns but `precision`, for the mean of the probabilities; `members`, for each its `run`, `precision`,
-        `accuracy`, `loss` and `calibration_error`; and `disagreements`, the number of images on which not all members
-        predict the same class.
+        What `evaluate` returns but `precision`, for the mean of the probabilities; `members`, for each its `run`,
+        `precision`, `accuracy`, `loss` and `calibration_error`; and `disagreements`, the number of images on which not
+        all members predict the same class.
 
     Raises:
         RecipeError: there are fewer than two runs, a run is named twice, the runs have different classes or test sets,
