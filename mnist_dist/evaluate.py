@@ -1,7 +1,9 @@
 """Evaluates the network of a run folder: `python -m mnist_dist.evaluate runs/simple_cnn/…`.
 
-Prints accuracy, loss, calibration error, the accuracy of each class and the confusion matrix. On the run's own data the
-figures equal those of its last evaluation, because code, batches and precision are the same.
+Prints accuracy, loss, calibration error, the accuracy of each class and the confusion matrix. On the run's own data and
+on the same kind of device the figures equal those of its last evaluation, because code, batches and precision are the
+same. Another kind of device rounds differently. A device that cannot compute in the run's precision, such as a CPU in
+fp16, evaluates in fp32, and a note says so.
 """
 
 from __future__ import annotations
@@ -17,7 +19,15 @@ from typing import Any
 from rich.table import Table
 
 from mnist_dist.distributed.launcher import launched_world
-from mnist_dist.run.evaluation import evaluate_run, load_evaluation_data, report, write_report
+from mnist_dist.engine.precision import PRECISION_NAMES
+from mnist_dist.run.evaluation import (
+    evaluate_run,
+    evaluation_precision,
+    load_evaluation_data,
+    precision_notes,
+    report,
+    write_report,
+)
 from mnist_dist.run.reader import Run, open_run
 from mnist_dist.run.tables import table_console
 
@@ -32,7 +42,8 @@ def evaluate(run: Run, *overrides: str, split: str = "test") -> dict[str, Any]:
         split: "test", or "validation" for the images that the recipe held out.
 
     Returns:
-        The keys of `mnist_dist.run.evaluation.report`, and `dataset`, `split` and `weights`.
+        The keys of `mnist_dist.run.evaluation.report`, and `dataset`, `split`, `weights`, `precision` ("fp32", "bf16"
+        or "fp16") and `notes`, a list of texts, which say if the precision is not the run's.
 
     Raises:
         RecipeError: the data cannot be read or has another number of classes.
@@ -43,17 +54,21 @@ def evaluate(run: Run, *overrides: str, split: str = "test") -> dict[str, Any]:
         "dataset": recipe.data.dataset,
         "split": split,
         "weights": run.weights,
+        "precision": PRECISION_NAMES[evaluation_precision(recipe)],
+        "notes": precision_notes(recipe),
     }
 
 
 def show(result: dict[str, Any]) -> None:
-    """Prints one line of totals, then a table with accuracy and confusions of each class."""
+    """Prints one line of totals and the notes, then a table with accuracy and confusions of each class."""
     console = table_console()
     console.print(
         f"accuracy {result['accuracy']:.2f} % of {result['images']:,} images ({result['dataset']}, {result['split']}), "
         f"loss {result['loss']:.4f}, calibration error {result['calibration_error']:.4f}, {result['weights']} weights",
         highlight=False,
     )
+    for note in result["notes"]:
+        console.print(note, highlight=False, soft_wrap=True)
     heading = "rows: true class, columns: predicted class"
     table = Table("class", "accuracy", "images", *result["classes"], box=None, title=heading)
     for (name, each), row in zip(result["classes"].items(), result["confusion"], strict=True):

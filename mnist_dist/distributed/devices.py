@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 import psutil
 import torch
 from accelerate import PartialState
+from accelerate.utils import is_bf16_available
 
 from mnist_dist.distributed.launcher import launched_by_accelerate, launcher_arguments, read_proc
 
@@ -100,6 +101,13 @@ def processor() -> str:
     text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else ""
     found = re.search(r"(?m)^model name\s*:\s*(.+)$", text)
     return re.sub(r"\s*(\((R|TM)\)|CPU.*|@.*|Processor)", "", found[1]).strip() if found else platform.machine()
+
+
+def supports_precision(device: torch.device, precision: str) -> bool:
+    """Returns whether Accelerate computes in a precision, a value of `mixed_precision`, on a device."""
+    if precision == "fp16":
+        return device.type != "cpu"  # a CPU would compute in fp32 without a warning
+    return precision != "bf16" or device.type == "cpu" or is_bf16_available(ignore_tpu=True)
 
 
 def synchronize(device: torch.device) -> None:

@@ -20,6 +20,7 @@ from torch import nn
 
 from mnist_dist.data import Batches, Dataset, Images, load_dataset
 from mnist_dist.distributed.collectives import run_on_all_ranks
+from mnist_dist.distributed.devices import device_name, supports_precision
 from mnist_dist.distributed.fsdp import shard_parameters
 from mnist_dist.distributed.gradients import GradientClock, reduce_gradients
 from mnist_dist.distributed.launcher import asks_for_fsdp, check_engine, fsdp_settings
@@ -58,8 +59,10 @@ def check_world(recipe: Recipe, state: PartialState) -> str:
     if precision not in PRECISION_NAMES:
         message = f"{precision} is not supported; use {', '.join(PRECISION_NAMES)}"
         raise RecipeError([problem("mixed_precision", message, "unsupported")])
-    if precision == "fp16" and state.device.type == "cpu":
-        message = "fp16 needs a GPU; on a CPU use bf16 or no"  # a CPU would train in fp32 without a warning
+    if not supports_precision(state.device, precision):
+        message = "fp16 needs a GPU; on a CPU use bf16 or no"
+        if precision == "bf16":
+            message = f"{device_name(state.device)} cannot compute in bf16; use fp16 or no"
         raise RecipeError([problem("mixed_precision", message, "unsupported")])
     if recipe.batch_size < state.num_processes:
         message = f"a global batch of {recipe.batch_size} has too few samples for {state.num_processes} processes"

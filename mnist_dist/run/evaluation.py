@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from mnist_dist.data import Images
-from mnist_dist.distributed.devices import choose_threads
+from mnist_dist.distributed.devices import choose_threads, supports_precision
 from mnist_dist.distributed.launcher import launched_world
 from mnist_dist.engine.evaluation import Evaluation
 from mnist_dist.engine.evaluation import evaluate as evaluate_module
@@ -56,7 +56,7 @@ def load_evaluation_data(run: Run, *overrides: str, split: str = "test") -> tupl
 
 
 def evaluate_run(run: Run, recipe: Recipe, data: Images) -> Evaluation:
-    """Evaluates a run's network on `data`, in the precision and the batches of the recipe.
+    """Evaluates a run's network on `data`, in the batches of the recipe and in `evaluation_precision`.
 
     Collective: call on every rank.
     """
@@ -64,12 +64,32 @@ def evaluate_run(run: Run, recipe: Recipe, data: Images) -> Evaluation:
     set_determinism(recipe.deterministic)
     set_kernels(recipe)
     AcceleratorState._reset_state()  # one process, e.g. a notebook, may evaluate runs of different precisions
-    accelerator = Accelerator(mixed_precision=recipe.mixed_precision or "no")
+    accelerator = Accelerator(mixed_precision=evaluation_precision(recipe))
     # A copy, because the caller may still use the run's own network on the CPU.
     module = to_device(copy.deepcopy(run.model), accelerator.device, channels_last=recipe.engine.channels_last)
     # Every data set is normalised with the statistics of the training set.
     images = Images(data.images, data.labels, data.classes, run.about["mean"], run.about["std"]).to(accelerator.device)
     return evaluate_module(accelerator, module, images, batch_size=recipe.eval_batch_size)
+
+
+def evaluation_precision(recipe: Recipe) -> str:
+    """Returns the precision that a network of the recipe is evaluated in: the recipe's, or "no" (fp32).
+
+    It is fp32 on a device that cannot compute in the recipe's precision; see `precision_notes`.
+    """
+    precision = recipe.mixed_precision or "no"
+    return precision if supports_precision(launched_world().device, precision) else "no"
+
+
+def precision_notes(*recipes: Recipe) -> list[str]:
+    """Returns a note for each precision of the recipes that this device replaces by fp32."""
+    device = launched_world().device.type
+    replaced = {each.mixed_precision for each in recipes if evaluation_precision(each) == "no"} - {"no", None}
+    return [
+        f"evaluated in fp32 instead of {name}, because a {device} device cannot compute in {name}; the figures may "
+        "differ from those of the training"
+        for name in sorted(map(str, replaced))
+    ]
 
 
 def report(evaluation: Evaluation, labels: Tensor, classes: tuple[str, ...]) -> dict[str, Any]:

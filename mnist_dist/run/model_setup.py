@@ -17,7 +17,14 @@ from mnist_dist.errors import RecipeError
 from mnist_dist.models import build_model
 from mnist_dist.recipe.checks import check_freeze
 from mnist_dist.recipe.schema import Recipe
-from mnist_dist.run.model_trial import Trial, TrialError, copy_of, keep_random_state, try_network
+from mnist_dist.run.model_trial import (
+    Trial,
+    TrialError,
+    copy_of,
+    keep_random_state,
+    micro_batch_effects,
+    try_network,
+)
 
 
 @dataclass(frozen=True)
@@ -74,10 +81,11 @@ def prepare_model(
         )
         raise RecipeError([recipe.problem("ddp.find_unused_parameters", message, "conflict")])
     _check_single_image(recipe, module, dataset.train, world_size)
+    notes = _notes(recipe, trial) + _micro_batch_notes(recipe, module, dataset.train, world_size)
     if trial.layout_failure:
         engine = recipe.engine.model_copy(update={"channels_last": False})
-        return PreparedModel(module, recipe.model_copy(update={"engine": engine}), _notes(recipe, trial))
-    return PreparedModel(module, recipe, _notes(recipe, trial))
+        recipe = recipe.model_copy(update={"engine": engine})
+    return PreparedModel(module, recipe, notes)
 
 
 def _build(recipe: Recipe, dataset: Dataset, device: torch.device) -> nn.Module:
@@ -116,6 +124,21 @@ def _notes(recipe: Recipe, trial: Trial) -> list[str]:
     if trial.blind_region:
         notes.append(f"{name}: part of the image cannot change the output: {trial.blind_region}")
     return notes
+
+
+def _micro_batch_notes(recipe: Recipe, module: nn.Module, data: Images, world_size: int) -> list[str]:
+    """Returns a note if the run splits its batches into micro-batches and that changes the result."""
+    size, share = recipe.micro_batch_size, -(-recipe.batch_size // (recipe.logical_shards or world_size))
+    # Whether `auto` splits the batches depends on the memory, which is not known here.
+    if size is None or (isinstance(size, int) and count_micro_batches(share, size) == 1):
+        return []
+    try:
+        effects = micro_batch_effects(module, data)
+    except Exception:  # a network that has no gradient of its input is not refused for that
+        return []
+    if not effects:
+        return []
+    return [f"micro_batch_size: the result depends on it, because {recipe.model.name} {' and '.join(effects)}"]
 
 
 def _listed(names: list[str], most: int = 8) -> str:

@@ -210,6 +210,28 @@ def _refuse_sparse_gradients(module: nn.Module) -> None:
         raise ValueError(f"{message} dense gradients; build the layer with sparse=False")
 
 
+# --- micro-batches ------------------------------------------------------------------------------------------------
+
+
+def micro_batch_effects(module: nn.Module, data: Images) -> list[str]:
+    """Returns why the number of images in a forward pass of training changes the result; empty if it does not.
+
+    Rounding does not count. The network and the random state do not change.
+
+    Args:
+        module: the network in training mode, on the CPU.
+    """
+    with keep_random_state(torch.device("cpu")), copy_of(module) as copied:
+        _fill_zeros(copied)
+        images = torch.randn(2, *data.images.shape[1:], requires_grad=True)
+        before = torch.get_rng_state()
+        output = copied(images)
+        draws = not torch.equal(before, torch.get_rng_state())
+        (gradient,) = torch.autograd.grad((output[0] * torch.randn_like(output[0])).sum(), images, allow_unused=True)
+    effects = ["normalises over the images of a micro-batch (batch norm)"] if gradient[1].any() else []
+    return effects + ["draws random numbers for each micro-batch (dropout)"] * draws
+
+
 # --- the pixels that matter ---------------------------------------------------------------------------------------
 
 

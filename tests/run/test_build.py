@@ -53,6 +53,13 @@ def test_a_recipe_that_this_world_cannot_train_is_refused(refused, words, state,
         assert refused(lambda: check_world(recipe, state)) == [(key, "unsupported")]
 
 
+def test_a_gpu_without_bf16_refuses_it(refused, monkeypatch):
+    monkeypatch.setattr("mnist_dist.distributed.devices.is_bf16_available", lambda ignore_tpu: False)
+    recipe = load_recipe("debug", "mixed_precision=bf16")
+    assert refused(lambda: check_world(recipe, world(1, "mps"))) == [("mixed_precision", "unsupported")]
+    assert check_world(recipe, world(1)) == "bf16"
+
+
 def test_an_unknown_precision_of_the_launcher_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
     with pytest.raises(RecipeError) as error:

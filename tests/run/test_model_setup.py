@@ -313,6 +313,52 @@ def test_no_part_of_the_image_is_named_if_all_of_it_has_an_effect(network):
     assert prepare(network).notes == []
 
 
+class Normalizes(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(784, 10))
+
+
+class Drops(Flat):
+    """Dropout that is no module."""
+
+    def forward(self, images):
+        return super().forward(F.dropout(images, 0.1, self.training))
+
+
+class NormalizesAndDrops(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(Normalizes(), nn.Dropout(0.1))
+
+
+@pytest.mark.parametrize(
+    ("network", "effects"),
+    [
+        (Flat, []),
+        ("lenet5", []),
+        (Normalizes, ["batch norm"]),
+        (Drops, ["dropout"]),
+        (NormalizesAndDrops, ["batch norm", "dropout"]),
+    ],
+)
+@pytest.mark.parametrize(
+    ("words", "world_size", "splits"),
+    [
+        ([], 1, False),
+        (["micro_batch_size=128"], 1, False),
+        (["micro_batch_size=64"], 1, True),
+        (["micro_batch_size=64"], 2, False),
+        (["micro_batch_size=63"], 2, True),
+        (["micro_batch_size=64", "logical_shards=2"], 1, False),
+        (["micro_batch_size=auto"], 1, True),
+    ],
+)
+def test_a_note_says_if_micro_batches_change_the_result(network, effects, words, world_size, splits):
+    notes = [note for note in prepare(network, *words, world_size=world_size).notes if "micro_batch_size" in note]
+    assert len(notes) == (splits and len(effects) > 0)
+    for note in notes:
+        assert [effect for effect in ("batch norm", "dropout") if effect in note] == effects
+
+
 def test_a_region_is_described_by_rows_and_columns():
     mask = torch.zeros(28, 28, dtype=torch.bool)
     mask[2:5] = mask[27] = mask[:, 0] = True
