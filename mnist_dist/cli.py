@@ -23,12 +23,11 @@ class Parser(argparse.ArgumentParser):
     """An argparse parser that raises its errors as `RecipeError`, so that only rank 0 prints them."""
 
     def __init__(self, command: str, description: str, examples: str):
-        super().__init__(
-            prog=f"mnist-dist {command}",
-            description=description,
-            epilog="examples:\n" + examples,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        epilog, style = f"examples:\n{examples}", argparse.RawDescriptionHelpFormatter
+        super().__init__(prog=f"mnist-dist {command}", description=description, epilog=epilog, formatter_class=style)
+
+    def _get_value(self, action: argparse.Action, arg_string: str):  # argparse hides what is wrong with a path
+        return path(arg_string) if action.type is path else super()._get_value(action, arg_string)
 
     def error(self, message: str):  # argparse declares NoReturn
         before_key = "argument |unrecognized arguments: |the following arguments are required: |(?=--)"

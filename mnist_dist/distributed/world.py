@@ -29,6 +29,9 @@ PORTS = range(20000, 30000)
 DEFAULT_PORT = 29500
 """Torch's default port, used if neither the port nor the number of the job is known."""
 
+DERIVED = "derived"
+"""Stands for the variable of a value that no variable gives."""
+
 Variables = dict[str, tuple[str, str]]
 """Torch's name of a variable -> (the launcher's name of it, its value)."""
 
@@ -133,7 +136,7 @@ def _derive_address(environ: Mapping[str, str], found: Variables) -> Variables:
     names = ("SLURM_JOB_ID", "SLURM_STEP_ID") if of_slurm else ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid")
     job = ".".join(environ[name] for name in names if environ.get(name))
     port = PORTS[zlib.crc32(job.encode()) % len(PORTS)] if job else DEFAULT_PORT
-    derived = {"MASTER_ADDR": ("the launcher", host), "MASTER_PORT": ("the launcher", str(port))}
+    derived = {"MASTER_ADDR": (DERIVED, host), "MASTER_PORT": (DERIVED, str(port))}
     return {name: pair for name, pair in derived.items() if pair[1]} | found
 
 
@@ -197,7 +200,7 @@ def _check_numbers(found: Variables) -> Iterator[Problem]:
 
 def _half_set(found: Variables, missing: list[str]) -> Problem:
     """Returns the problem of variables that describe a world incompletely."""
-    given = ", ".join(f"{source}={value}" for source, value in found.values())
+    given = ", ".join(f"{source}={value}" for source, value in found.values() if source != DERIVED)
     what_to_do = "start the processes with torchrun, or let the launcher set RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT"
     alone = ", ".join(source for name, (source, _) in found.items() if name in TORCH)
     message = f"not set, although {given} is set: this process cannot join its world\n{what_to_do}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from mnist_dist.recipe.loading import load_recipe
 from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.build import load_data
 from mnist_dist.run.kernels import set_determinism, set_kernels
-from mnist_dist.run.model_trial import to_device
+from mnist_dist.run.model_trial import copy_of, to_device
 from mnist_dist.run.reader import Run
 
 CALIBRATION_BINS = 15
@@ -65,11 +64,12 @@ def evaluate_run(run: Run, recipe: Recipe, data: Images) -> Evaluation:
     set_kernels(recipe)
     AcceleratorState._reset_state()  # one process, e.g. a notebook, may evaluate runs of different precisions
     accelerator = Accelerator(mixed_precision=evaluation_precision(recipe))
-    # A copy, because the caller may still use the run's own network on the CPU.
-    module = to_device(copy.deepcopy(run.model), accelerator.device, channels_last=recipe.engine.channels_last)
     # Every data set is normalised with the statistics of the training set.
     images = Images(data.images, data.labels, data.classes, run.about["mean"], run.about["std"]).to(accelerator.device)
-    return evaluate_module(accelerator, module, images, batch_size=recipe.eval_batch_size)
+    # A copy, because the caller may still use the run's own network on the CPU.
+    with copy_of(run.model) as copied:
+        module = to_device(copied, accelerator.device, channels_last=recipe.engine.channels_last)
+        return evaluate_module(accelerator, module, images, batch_size=recipe.eval_batch_size)
 
 
 def evaluation_precision(recipe: Recipe) -> str:

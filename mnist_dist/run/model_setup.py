@@ -92,8 +92,10 @@ def _build(recipe: Recipe, dataset: Dataset, device: torch.device) -> nn.Module:
     """Builds the network and evaluates it on two images."""
     classes, name = len(dataset.train.classes), recipe.model.name
     torch.manual_seed(derive_seed(recipe.seed))
+    dtype = torch.get_default_dtype()
     try:
         module = build_model(name, num_classes=classes, **recipe.model.keywords)
+        names = set(module.state_dict())
         before = [(buffer, buffer.clone()) for buffer in module.buffers() if not is_lazy(buffer)]
         with keep_random_state(device), torch.no_grad():
             output = module.eval()(dataset.train.normalize(dataset.train.images[:2]))
@@ -102,6 +104,14 @@ def _build(recipe: Recipe, dataset: Dataset, device: torch.device) -> nn.Module:
     except Exception as error:  # a user's own class may fail in any way
         message = f"{name} cannot be built for 28×28 images of one channel: {type(error).__name__}: {error}"
         raise RecipeError([recipe.problem("model.name", message, "model")]) from error
+    finally:
+        torch.set_default_dtype(dtype)  # a user's own class may set it for the process, and the images are float32
+    if new := sorted(module.state_dict().keys() - names):
+        message = (
+            f"{name} creates {_listed(new)} in its first forward pass, so its weights could not be loaded again\n"
+            "create these layers in __init__; nn.LazyLinear and its relatives infer their size from the first images"
+        )
+        raise RecipeError([recipe.problem("model.name", message, "model")])
     if not isinstance(output, torch.Tensor) or output.shape[1:] != (classes,):
         found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         message = f"{name} gives {found} for two images; expected (2, {classes})"

@@ -118,7 +118,8 @@ def copy_of(module: nn.Module) -> Iterator[nn.Module]:
         copied = copy.deepcopy(module)
     except Exception:  # e.g. the network holds a torch.Generator or a lock
         copied = None
-    if copied is not None:
+    # A copy of a TorchScript module cannot be trained: torch gives it results of `clone` as its parameters.
+    if copied is not None and all(each.is_leaf for each in copied.parameters()):
         yield copied
         return
     parameters = [(each, each.requires_grad, each.detach().clone()) for each in module.parameters()]
@@ -149,6 +150,9 @@ def _train(
     """Trains and evaluates a copy of the network; returns the parameters that receive no gradient in some pass."""
     cannot_step = f"{recipe.optimizer.name} cannot train {recipe.model.name}"
     cannot_train = f"{recipe.model.name} cannot be trained"
+    if recipe.ema_decay is not None:
+        with _refusing("ema_decay", f"averaging weights needs a copy of {recipe.model.name}, which cannot be copied"):
+            copy.deepcopy(module)
     with copy_of(module) as copied:
         with _refusing("model.name", cannot_train):
             to_device(copied, device, channels_last=channels_last)

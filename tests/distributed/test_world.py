@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 
 from mnist_dist import load_run
 from mnist_dist.distributed.world import first_host, read_world
+from mnist_dist.errors import RecipeError
 from tests.distributed.training import WITHOUT_TRACKING
 from tests.processes import ROOT, free_port, run, run_in_each
 
@@ -202,6 +204,13 @@ TWO = {"RANK": "0", "WORLD_SIZE": "2"} | ADDRESS
 )
 def test_a_world_that_cannot_be_joined_is_refused(variables, problems, refused):
     assert refused(lambda: read_world(variables)) == problems
+
+
+def test_the_refusal_lists_no_derived_value_as_set():
+    with pytest.raises(RecipeError) as error:
+        read_world(open_mpi(0, 1) | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"})
+    values = re.findall(r"(\w+)=", error.value.problems[0].message)
+    assert values and all(name.startswith("OMPI_COMM_WORLD_") for name in values)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import random
 import sys
+import threading
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from mnist_dist import load_recipe, load_run, train
 from mnist_dist.data import load_dataset
 from mnist_dist.errors import RecipeError
+from mnist_dist.evaluate import evaluate
 from mnist_dist.run.build import build_components
 from mnist_dist.run.model_setup import PreparedModel, prepare_model
 from mnist_dist.run.model_trial import describe_region
@@ -412,7 +414,83 @@ def test_a_network_without_logits_is_refused(network):
     assert [(each.key, each.kind) for each in error.value.problems] == [("model.name", "model")]
 
 
-# --- what a trial must not change ------------------------------------------------------------------------------------
+class ReturnsAuxiliaryLogits(Flat):
+    def forward(self, images):
+        output = super().forward(images)
+        return {"logits": output, "aux_logits": output} if self.training else output
+
+
+def test_auxiliary_logits_are_refused(refused):
+    assert refused(lambda: prepare(ReturnsAuxiliaryLogits)) == [("model.name", "model")]
+
+
+# --- networks that cannot be copied or loaded again ---------------------------------------------------------------
+
+
+class HoldsALock(Flat):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+
+class HasOldWeightNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.utils.weight_norm(nn.Linear(784, 10))
+
+    def forward(self, images):
+        return self.layer(images.flatten(1))
+
+
+class CreatesALayerInItsFirstPass(Flat):
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = None
+
+    def forward(self, images):
+        if self.second is None:
+            self.second = nn.Linear(10, 10)
+        return self.second(super().forward(images))
+
+
+class SetsTheDefaultType(Flat):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.set_default_dtype(torch.float64)
+
+
+def scripted() -> nn.Module:
+    """A network in TorchScript, which `copy.deepcopy` gives parameters that no optimizer takes."""
+    return torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(784, 10)))
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
+@pytest.mark.parametrize("network", [HoldsALock, HasOldWeightNorm, scripted])
+def test_a_network_that_cannot_be_copied_trains_and_is_evaluated(tmp_path, accelerator, network):
+    trained = train(recipe_of(network, "max_steps=4"), tmp_path / "run")
+    run = load_run(tmp_path / "run", allow_code=__name__)
+    before = [each.clone() for each in run.model.parameters()]
+    assert evaluate(run)["accuracy"] == trained["eval.last.accuracy"]
+    assert all(map(torch.equal, before, run.model.parameters()))
+
+
+def test_averaged_weights_need_a_network_that_can_be_copied(refused):
+    assert prepare(HoldsALock).notes == []
+    assert refused(lambda: prepare(HoldsALock, "ema_decay=0.9")) == [("ema_decay", "model")]
+
+
+def test_a_network_that_grows_in_its_first_pass_is_refused():
+    with pytest.raises(RecipeError, match=r"second\.bias, second\.weight") as error:
+        prepare(CreatesALayerInItsFirstPass)
+    assert [(each.key, each.kind) for each in error.value.problems] == [("model.name", "model")]
+
+
+def test_a_network_does_not_change_the_default_type_of_new_tensors(accelerator):
+    assert prepare(SetsTheDefaultType).module.layer.weight.dtype == torch.float32
+    assert torch.get_default_dtype() == torch.float32
+
+
+# --- what a trial must not change ----------------------------------------------------------------------------------
 
 
 class Stateful(nn.Module):
