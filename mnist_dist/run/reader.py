@@ -24,12 +24,9 @@ from mnist_dist.recipe.changes import HARMLESS_KEYS, flatten
 from mnist_dist.recipe.file import read_recipe
 from mnist_dist.recipe.loading import load_recipe
 from mnist_dist.recipe.schema import Recipe
-from mnist_dist.run.folder import RunFolder
+from mnist_dist.run.folder import MOST_JSON, RunFolder
 from mnist_dist.run.tables import printable
 from mnist_dist.tracking import JSONLReader
-
-MOST_JSON = 2**24
-"""Bytes of the largest STATUS and summary.json that are read."""
 
 LARGEST = 1e100
 """Numbers of a larger magnitude are passed over. JSON can hold 1e999, and whole numbers that no float can hold."""
@@ -191,8 +188,15 @@ class Run:
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """The values of summary.json."""
-        return json.loads(read_regular(self.folder.refuse_link(self.folder.summary), MOST_JSON))
+        """The values of summary.json.
+
+        Raises:
+            OSError, ValueError: the file is missing or damaged.
+        """
+        values = json.loads(read_regular(self.folder.refuse_link(self.folder.summary), MOST_JSON))
+        if not is_summary(values):
+            raise ValueError(f"{self.folder.summary} is not the summary of a run")
+        return values
 
     @cached_property
     def about(self) -> dict[str, Any]:
