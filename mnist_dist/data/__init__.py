@@ -2,7 +2,7 @@
 
 from mnist_dist.data.augment import Augmentation
 from mnist_dist.data.batches import Batches, EpochPlan, derive_seed
-from mnist_dist.data.images import Dataset, Images, normalize
+from mnist_dist.data.images import Dataset, Images, describe_shape, normalize
 from mnist_dist.data.sources import DATASETS, load_dataset
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "EpochPlan",
     "Images",
     "derive_seed",
+    "describe_shape",
     "load_dataset",
     "normalize",
 ]

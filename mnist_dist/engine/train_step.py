@@ -256,7 +256,7 @@ class TrainStep:
             self.meter.add(loss_sum.detach(), logits.detach(), labels)
 
     def inputs(self, plan: EpochPlan, rows: Tensor) -> Tensor:
-        """Returns the augmented and normalised images of `rows`, float32 (n, 1, 28, 28)."""
+        """Returns the augmented and normalised images of `rows`, float32 (n, C, H, W)."""
         images = self.data.images[rows]
         if plan.warps is not None:
             assert self.batches.augmentation is not None

@@ -153,7 +153,8 @@ def build_components(
     set_kernels(recipe)
     accelerator = _build_accelerator(recipe, precision)
     device = accelerator.device
-    batches = Batches(len(train_data), recipe.batch_size, recipe.seed, augmentation=recipe.data.augment.build())
+    side, augmentation = train_data.shape[1], recipe.data.augment.build()
+    batches = Batches(len(train_data), recipe.batch_size, recipe.seed, side, augmentation)
     total_steps = min(recipe.epochs * batches.steps_per_epoch, recipe.max_steps or sys.maxsize)
     schedule = build_schedule(
         recipe.schedule.name,
