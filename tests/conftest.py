@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has runs draw no pictures: drawing takes longer than the run. A test of pictures is marked `pictures`."""
+    """Switches off the pictures of runs, which take longer than the run. A test marked `pictures` draws them."""
     if request.node.get_closest_marker("pictures") is None:
         monkeypatch.setattr("mnist_dist.run.summary._pictures", lambda *arguments: [])
 

@@ -146,7 +146,7 @@ def read_proc(pid: int, file: str) -> list[str]:
 
 
 def launch_settings() -> dict[str, str]:
-    """Returns the launcher's name, configuration file and ACCELERATE_* variables, for the console and the trackers."""
+    """Returns the launcher's name, configuration file and ACCELERATE_* variables, for the console and summary.json."""
     settings = {"launcher": "python"}
     if launched_by_accelerate():
         settings["launcher"] = "accelerate launch"

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 PREEMPTED = 75
-"""Exit code of a run that stopped on request; the same command resumes or starts it.
+"""Exit code of a run that saved a checkpoint and stopped on request, or stopped before it began.
 
-The code is EX_TEMPFAIL of sysexits.h.
+The same command resumes or starts the run. The code is EX_TEMPFAIL of sysexits.h.
 """
 
 ECHO_SECONDS = 2.0

@@ -26,7 +26,7 @@ PATIENCE_IN_STEPS = 10
 """A step may always take this many times the duration of the longest step so far."""
 
 FIRST_STEPS = 3
-"""Number of first steps that may each take `PATIENCE_IN_STEPS` times the limit: they choose kernels and compile."""
+"""Number of first steps with a limit `PATIENCE_IN_STEPS` times as long: they choose kernels, compile and allocate."""
 
 LAST_WORDS_SECONDS = 10.0
 """Time for the message and the callback; after it the process ends even if they have not finished."""

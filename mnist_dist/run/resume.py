@@ -204,7 +204,7 @@ def _check_position(path: Path, state: dict[str, Any]) -> None:
     progress = state.get("progress") if isinstance(state, dict) else None
     numbers = [progress.get("step") if isinstance(progress, dict) else None, state.get("metrics_bytes", 0)]
     if any(type(each) is not int or each < 0 for each in numbers):
-        raise ValueError(f"{path} is damaged: its step or its number of metrics bytes is missing or invalid")
+        raise ValueError(f"{path} is damaged: its step or its metrics_bytes is not a valid number")
 
 
 def adopt(folder: RunFolder, origin: RunFolder, state: dict[str, Any], keep: int) -> None:
