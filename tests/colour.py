@@ -23,14 +23,14 @@ class ColourNet(nn.Sequential):
 
     def __init__(self, num_classes: int = 10) -> None:
         super().__init__(
-            nn.Conv2d(3, 8, 3, padding=1),
+            nn.Conv2d(3, 12, 3, padding=1),
             nn.ReLU(),
             nn.MaxPool2d(2),
-            nn.Conv2d(8, 16, 3, padding=1),
+            nn.Conv2d(12, 64, 3, padding=1),
             nn.ReLU(),
             nn.AdaptiveAvgPool2d(2),
             nn.Flatten(),
-            nn.Linear(64, num_classes),
+            nn.Linear(256, num_classes),
         )
 
 

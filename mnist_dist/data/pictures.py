@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from mnist_dist.data.figures import find_figure
+from mnist_dist.data.form import fit_picture
 from mnist_dist.data.geometry import Geometry
 
 PROGRAMS = ("EPS", "WMF")
@@ -50,13 +51,13 @@ def prepare_picture(path: str | Path, geometry: Geometry | None = None) -> Prepa
         ValueError: the file cannot be read, is not a picture, or is damaged, blank or too large, as the message states.
     """
     geometry = geometry or Geometry()
-    if geometry.shape[0] == 3:
-        return Prepared(geometry.fill_colour(_read_colour(_open(path))), ())
+    if geometry.ground == "none":
+        channels, height, width = geometry.shape
+        picture = convert_picture(_open(path), channels)
+        return Prepared(torch.from_numpy(fit_picture(picture, (height, width), channels, geometry.resize).copy()), ())
     grey = _read_grey(_open(path))
     if geometry.fits(grey):
         return Prepared(torch.from_numpy(np.round(grey).astype(np.uint8))[None], ())
-    if geometry.ground == "none":
-        return Prepared(geometry.fill(grey), ())
     figure = find_figure(grey)
     return Prepared(geometry.place(figure.ink), figure.doubts)
 
@@ -133,14 +134,14 @@ def _read_grey(picture: Image.Image) -> np.ndarray:
     return np.asarray(picture.convert("RGB").convert("L"), dtype=np.float32)
 
 
-def _read_colour(picture: Image.Image) -> Image.Image:
-    """Returns a picture in RGB, on white where it is transparent."""
+def convert_picture(picture: Image.Image, channels: int) -> Image.Image:
+    """Returns a picture in mode L or RGB, on black where it is transparent."""
     if picture.has_transparency_data:
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "black"), picture.convert("RGBA"))
     if picture.mode[0] in "IF":
         grey = _scale_levels(np.asarray(picture).astype(np.float64), fractions=picture.mode[0] == "F")
         picture = Image.fromarray(np.round(grey).astype(np.uint8))
-    return picture.convert("RGB")
+    return picture.convert("L" if channels == 1 else "RGB")
 
 
 def _scale_levels(levels: np.ndarray, fractions: bool) -> np.ndarray:
