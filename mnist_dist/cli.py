@@ -22,13 +22,15 @@ RANK_0_SECONDS = 30.0
 class Parser(argparse.ArgumentParser):
     """An argparse parser that raises its errors as `RecipeError`, so that only rank 0 prints them."""
 
-    def __init__(self, command: str, description: str, examples: str):
+    def __init__(self, command: str):
+        description, add_arguments, examples = COMMANDS[command]
         super().__init__(
             prog=f"mnist-dist {command}",
             description=description,
             epilog="examples:\n" + examples,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        add_arguments(self)
 
     def error(self, message: str):  # argparse declares NoReturn
         before_key = "argument |unrecognized arguments: |the following arguments are required: |(?=--)"
@@ -38,10 +40,7 @@ class Parser(argparse.ArgumentParser):
 
 def parser_of(command: str) -> Parser:
     """Returns the parser of a command, a key of `COMMANDS`."""
-    description, add_arguments, examples = COMMANDS[command]
-    parser = Parser(command, description, examples)
-    add_arguments(parser)
-    return parser
+    return Parser(command)
 
 
 def parse(command: str, argv: list[str] | None = None) -> argparse.Namespace:
@@ -156,6 +155,7 @@ def _evaluate(parser: Parser) -> None:
     _add_run(parser)
     _add_weights(parser)
     parser.add_argument("--split", choices=["test", "validation"], default="test", help="images to use (default: test)")
+    parser.add_argument("--tta", choices=["flip"], help="also evaluate the mean of each image and its mirror image")
     _add_data(parser)
     _add_json(parser, "the report")
     _add_overrides(parser, "recipe keys, e.g. data.root=/data")

@@ -15,7 +15,7 @@ from torch import Tensor
 from mnist_dist.data import Images
 from mnist_dist.distributed.devices import choose_threads
 from mnist_dist.distributed.launcher import launched_world
-from mnist_dist.engine.evaluation import Evaluation
+from mnist_dist.engine.evaluation import Evaluation, Mirrored
 from mnist_dist.engine.evaluation import evaluate as evaluate_module
 from mnist_dist.engine.files import write_atomically
 from mnist_dist.errors import Problem, RecipeError
@@ -55,10 +55,13 @@ def load_evaluation_data(run: Run, *overrides: str, split: str = "test") -> tupl
     return recipe, data
 
 
-def evaluate_run(run: Run, recipe: Recipe, data: Images) -> Evaluation:
+def evaluate_run(run: Run, recipe: Recipe, data: Images, *, mirrored: bool = False) -> Evaluation:
     """Evaluates a run's network on `data`, in the precision and the batches of the recipe.
 
     Collective: call on every rank.
+
+    Args:
+        mirrored: evaluate on the images mirrored from left to right.
     """
     choose_threads(launched_world())
     set_determinism(recipe.deterministic)
@@ -69,6 +72,7 @@ def evaluate_run(run: Run, recipe: Recipe, data: Images) -> Evaluation:
     module = to_device(copy.deepcopy(run.model), accelerator.device, channels_last=recipe.engine.channels_last)
     # Other data, too, is normalised with the statistics of the training set.
     images = Images(data.images, data.labels, data.classes, run.about["mean"], run.about["std"]).to(accelerator.device)
+    module = Mirrored(module) if mirrored else module
     return evaluate_module(accelerator, module, images, batch_size=recipe.eval_batch_size)
 
 
