@@ -139,7 +139,7 @@ class BenchmarkSetup:
     def optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
         """Builds the recipe's optimizer with a constant learning rate."""
         recipe = self.recipe.optimizer
-        return build_optimizer(module.parameters(), recipe.name, lr=recipe.lr or 0.01, **recipe.keywords)
+        return build_optimizer(module, recipe.name, lr=recipe.lr or 0.01, **recipe.keywords)
 
     def autocast(self) -> torch.autocast:
         """Returns the context in which a forward pass runs in the setup's precision."""

@@ -104,10 +104,11 @@ class ModelSection(OpenSection):
 
 
 class OptimizerSection(OpenSection):
-    """The optimizer of `torch.optim`, and its learning rate."""
+    """The optimizer, and its learning rate."""
 
     name: Literal[tuple(sorted(optimizers.OPTIMIZERS))] = "sgd"  # type: ignore[valid-type]  # made at run time for pydantic
-    """A class of `torch.optim`, in lower case."""
+    """A class of `torch.optim`, in lower case; `lion`; or `muon`, which updates hidden matrices and convolutions by
+    Muon and the other parameters by AdamW."""
     lr: AboveZero | None = None
     """Learning rate that the schedule scales; with the schedule `onecycle`, the rate of the first step. Null: the
     optimizer's default in PyTorch; with `onecycle`, `max_lr / div_factor`."""
@@ -117,7 +118,9 @@ class ScheduleSection(OpenSection):
     """The learning rate as a function of the step."""
 
     name: Literal[tuple(schedules.SCHEDULES)] = "constant"  # type: ignore[valid-type]  # made at run time for pydantic
-    """The schedule. Its keywords have the names and defaults of PyTorch's scheduler; durations are in epochs."""
+    """The schedule. Its keywords have the names of PyTorch's scheduler; durations are in epochs. Apart from `onecycle`
+    and `plateau`, every schedule can follow a warm-up: `warmup_epochs`, over which the rate rises linearly from
+    `warmup_start_factor` × `lr` to `lr`. The schedule then begins, and its durations count from there."""
 
 
 class AugmentSection(Section):

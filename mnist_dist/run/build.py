@@ -210,9 +210,7 @@ def _build_network(
     """Moves the network to the device and adds its optimizer, averaged weights and reduction of gradients."""
     module = _distribute_module(recipe, accelerator, module)
     average = None if recipe.ema_decay is None else MovingAverage(module, recipe.ema_decay)
-    optimizer = build_optimizer(
-        module.parameters(), recipe.optimizer.name, lr=schedule.lr_at(0), **recipe.optimizer.keywords
-    )
+    optimizer = build_optimizer(module, recipe.optimizer.name, lr=schedule.lr_at(0), **recipe.optimizer.keywords)
     set_rates(optimizer, schedule, 0)  # the schedule may also set the momentum
     fill_momentum(optimizer)
     if recipe.compile:  # at the first call; parameter names do not change

@@ -14,7 +14,7 @@ from torch import Tensor
 from mnist_dist.data import Images, describe_shape
 from mnist_dist.distributed.devices import choose_threads, supports_precision
 from mnist_dist.distributed.launcher import launched_world
-from mnist_dist.engine.evaluation import Evaluation
+from mnist_dist.engine.evaluation import Evaluation, Mirrored
 from mnist_dist.engine.evaluation import evaluate as evaluate_module
 from mnist_dist.engine.files import write_atomically
 from mnist_dist.errors import Problem, RecipeError
@@ -63,10 +63,13 @@ def check_shape(recipe: Recipe, data: Images, run: Run) -> None:
         raise RecipeError([Problem("command line", "data.dataset", message, "conflict")])
 
 
-def evaluate_run(run: Run, recipe: Recipe, data: Images) -> Evaluation:
+def evaluate_run(run: Run, recipe: Recipe, data: Images, *, mirrored: bool = False) -> Evaluation:
     """Evaluates a run's network on `data`, in the batches of the recipe and in `evaluation_precision`.
 
     Collective: call on every rank.
+
+    Args:
+        mirrored: evaluate on the images mirrored from left to right.
     """
     choose_threads(launched_world())
     set_determinism(recipe.deterministic)
@@ -78,6 +81,7 @@ def evaluate_run(run: Run, recipe: Recipe, data: Images) -> Evaluation:
     # A copy, because the caller may still use the run's own network on the CPU.
     with copy_of(run.model) as copied:
         module = to_device(copied, accelerator.device, channels_last=recipe.engine.channels_last)
+        module = Mirrored(module) if mirrored else module
         return evaluate_module(accelerator, module, images, batch_size=recipe.eval_batch_size)
 
 

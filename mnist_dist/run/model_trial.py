@@ -158,7 +158,7 @@ def _train(
             to_device(copied, device, channels_last=channels_last)
         with _refusing("optimizer.name", cannot_step):
             optimizer = build_optimizer(
-                copied.parameters(), recipe.optimizer.name, lr=recipe.optimizer.lr or 0.1, **recipe.optimizer.keywords
+                copied, recipe.optimizer.name, lr=recipe.optimizer.lr or 0.1, **recipe.optimizer.keywords
             )
         with _refusing("model.name", cannot_train):
             missing = _backward(recipe, copied, data, device, 0)

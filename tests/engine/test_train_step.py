@@ -76,7 +76,7 @@ def make_step(
 ) -> TrainStep:
     """Builds a training step with SGD and momentum 0.9, as `mnist_dist.run.build` does."""
     batches = Batches(NUM_SAMPLES, batch_size, seed, augmentation=augmentation)
-    optimizer = build_optimizer(module.parameters(), "sgd", lr=lr, momentum=0.9, weight_decay=weight_decay)
+    optimizer = build_optimizer(module, "sgd", lr=lr, momentum=0.9, weight_decay=weight_decay)
     fill_momentum(optimizer)
     model = module
     if isinstance(accelerator, Accelerator):
