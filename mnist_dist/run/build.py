@@ -150,7 +150,9 @@ def build_components(
     set_kernels(recipe)
     accelerator = _build_accelerator(recipe, precision)
     device = accelerator.device
-    batches = Batches(len(train_data), recipe.batch_size, recipe.seed, augmentation=recipe.data.augment.build())
+    channels, height, width = train_data.images.shape[1:]
+    augmentation = recipe.data.augment.build()
+    batches = Batches(len(train_data), recipe.batch_size, recipe.seed, (channels, height, width), augmentation)
     total_steps = min(recipe.epochs * batches.steps_per_epoch, recipe.max_steps or sys.maxsize)
     schedule = build_schedule(
         recipe.schedule.name,
@@ -172,7 +174,7 @@ def build_components(
         distillation=_build_distillation(recipe, accelerator, train_data, teachers),
     )
     if recipe.micro_batch_size == "auto":
-        step.micro_batch_size = find_micro_batch_size(step, batches.plan(0, device))
+        step.micro_batch_size = find_micro_batch_size(step, batches.plan(0))
     update, obstacles = _capture(recipe, step, schedule)
     eval_model = network.average.module if network.average else network.module
     notes = _notes(recipe, step) + obstacles

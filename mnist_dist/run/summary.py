@@ -314,9 +314,9 @@ def _augmented_samples(batches: Batches, data: Images, count: int = 10) -> tuple
     Returns:
         Two tensors (count, channels, height, width): uint8, and float32 if there is augmentation.
     """
-    plan = batches.plan(0)
-    rows = plan.order[:count]
+    rows = batches.plan(0).order[:count]
     originals = data.images[rows]
-    if plan.warps is None or batches.augmentation is None:
+    changes = batches.changes(0, rows)
+    if changes is None or batches.augmentation is None:
         return originals, originals
-    return originals, batches.augmentation.apply(originals.float(), plan.warps[rows])
+    return originals, batches.augmentation.apply(originals.float(), changes)
