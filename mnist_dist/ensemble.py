@@ -111,7 +111,7 @@ def summarize_ensemble(runs: list[Run], accuracy: float) -> dict[str, Any]:
     Raises:
         OSError: a member has no summary.json.
     """
-    summaries = [json.loads(run.folder.summary.read_text(encoding="utf-8")) for run in runs]
+    summaries = [run.summary for run in runs]
     kept = ("world_size", "device", "mixed_precision", "versions", "git_commit")
     shared = [key for key in kept if all(each.get(key) == summaries[0].get(key) for each in summaries)]
     names = Counter(each["recipe"] for each in summaries)
@@ -130,13 +130,16 @@ def append_summary(path: Path, runs: list[Run], accuracy: float) -> None:
     """Appends the ensemble's summary to the file of JSON lines that `--keep` names.
 
     Raises:
-        RecipeError: a member has no summary.json, or the file cannot be written.
+        RecipeError: a member has no summary.json or a damaged one, or the file cannot be written.
     """
     try:
         line = json.dumps(summarize_ensemble(runs, accuracy))
     except OSError as error:
         message = f"{error.filename}: {error.strerror}; --keep needs finished runs"
         raise RecipeError([Problem("command line", "--keep", message, "missing")]) from error
+    except (ValueError, KeyError, TypeError) as error:
+        message = f"the summary.json of a member is damaged: {error}"
+        raise RecipeError([Problem("command line", "--keep", message, "damaged")]) from error
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")

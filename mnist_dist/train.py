@@ -159,7 +159,7 @@ def train(
     notes = [] if resumes else run_on_all_ranks(state, lambda: load_initial_weights(recipe, module))
     interrupts, images = Interrupts(state), len(dataset.train)
     with interrupts, open_folder(recipe, run_dir, state, resume, allow_recipe_change, images, interrupts) as folder:
-        _write_model_summary(folder, module, state)
+        _write_model_summary(folder, module, dataset.train.shape, state)
         checkpoint, problems = load_newest(folder, state, Plan.of(recipe, images))
         if resumes and not checkpoint:  # every checkpoint was damaged: the run starts again
             notes = run_on_all_ranks(state, lambda: load_initial_weights(recipe, module))
@@ -181,9 +181,9 @@ def train(
             return finish_run(folder, recipe, components, progress, dataset, console, seconds | code, interrupts)
 
 
-def _write_model_summary(folder: RunFolder, module: nn.Module, state: PartialState) -> None:
+def _write_model_summary(folder: RunFolder, module: nn.Module, shape: tuple[int, ...], state: PartialState) -> None:
     if state.is_main_process:
-        write_atomically(folder.model_summary, summarize_model(module) + "\n")
+        write_atomically(folder.model_summary, summarize_model(module, input_shape=shape) + "\n")
 
 
 def _join_world(world_size: int | None) -> PartialState:

@@ -82,6 +82,9 @@ def test_keep_needs_the_summaries_of_the_members(refused, runs, tmp_path):
     (unfinished / "summary.json").unlink()
     words = [str(unfinished), str(runs / "simple_cnn"), "--keep", str(tmp_path / "kept.jsonl")]
     assert refused(lambda: main(words)) == [("--keep", "missing")]
+    for damaged in ("{", "[1]", '{"recipe": "debug"}', '{"recipe": {}}'):
+        (unfinished / "summary.json").write_text(damaged)
+        assert refused(lambda: main(words)) == [("--keep", "damaged")]
     assert not (tmp_path / "kept.jsonl").exists()
 
 

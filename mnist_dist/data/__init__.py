@@ -2,7 +2,7 @@
 
 from mnist_dist.data.augment import Augmentation
 from mnist_dist.data.batches import Batch, Batches, EpochPlan, derive_seed
-from mnist_dist.data.images import Dataset, Images, normalize
+from mnist_dist.data.images import Dataset, Images, describe_shape, normalize
 from mnist_dist.data.loader import Loader
 from mnist_dist.data.sources import DATASETS, load_dataset
 
@@ -16,6 +16,7 @@ __all__ = [
     "Images",
     "Loader",
     "derive_seed",
+    "describe_shape",
     "load_dataset",
     "normalize",
 ]

@@ -32,7 +32,7 @@ class Prepared:
     """A picture as a network's input.
 
     Attributes:
-        image: uint8 (1, 28, 28), like the images of the training set.
+        image: uint8 (C, H, W), like the images of the training set.
         doubts: short reasons why a prediction may be wrong; empty if the figure is clear.
     """
 
@@ -50,7 +50,10 @@ def prepare_picture(path: str | Path, geometry: Geometry | None = None) -> Prepa
     Raises:
         ValueError: the file cannot be read, is no picture, or is damaged, blank or too large; the message names which.
     """
-    geometry, grey = geometry or Geometry(), _read_grey(_open(path))
+    geometry = geometry or Geometry()
+    if geometry.shape[0] == 3:
+        return Prepared(geometry.fill_colour(_read_colour(_open(path))), ())
+    grey = _read_grey(_open(path))
     if geometry.fits(grey):
         return Prepared(torch.from_numpy(np.round(grey).astype(np.uint8))[None], ())
     if geometry.ground == "none":
@@ -60,7 +63,7 @@ def prepare_picture(path: str | Path, geometry: Geometry | None = None) -> Prepa
 
 
 def read_picture(path: str | Path, geometry: Geometry | None = None) -> Tensor:
-    """Reads a picture file as uint8 (1, 28, 28); see `prepare_picture`."""
+    """Reads a picture file as uint8 (C, H, W); see `prepare_picture`."""
     return prepare_picture(path, geometry).image
 
 
@@ -129,6 +132,16 @@ def _read_grey(picture: Image.Image) -> np.ndarray:
     if picture.mode[0] in "IF":  # more than 8 bits per pixel, which Pillow's conversion would clip at 255
         return _scale_levels(np.asarray(picture).astype(np.float64), fractions=picture.mode[0] == "F")
     return np.asarray(picture.convert("RGB").convert("L"), dtype=np.float32)
+
+
+def _read_colour(picture: Image.Image) -> Image.Image:
+    """Returns a picture in RGB, on white where it is transparent."""
+    if picture.has_transparency_data:
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
+    if picture.mode[0] in "IF":
+        grey = _scale_levels(np.asarray(picture).astype(np.float64), fractions=picture.mode[0] == "F")
+        picture = Image.fromarray(np.round(grey).astype(np.uint8))
+    return picture.convert("RGB")
 
 
 def _scale_levels(levels: np.ndarray, fractions: bool) -> np.ndarray:

@@ -28,6 +28,7 @@ from mnist_dist.export.verify import Deployed, Form, Predictor, check_agreement,
 from mnist_dist.recipe.loading import load_recipe
 from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.build import load_data
+from mnist_dist.run.evaluation import check_shape
 from mnist_dist.run.onnx_export import trace_program
 from mnist_dist.run.reader import Run
 
@@ -121,6 +122,7 @@ def _load_source(run: Run, deployed: Deployed, overrides: tuple[str, ...]) -> So
     if len(data.test.classes) != len(about["classes"]):
         message = f"{recipe.data.dataset} has {len(data.test.classes)} classes, the network {len(about['classes'])}"
         raise RecipeError([Problem("command line", "data.dataset", message, "conflict")])
+    check_shape(recipe, data.test, run)
     refuse_batch_dependence(deployed, data.test.images[:8], about["model"])
     size = (run.folder.path / f"{run.weights}.safetensors").stat().st_size
     network = measure_form("PyTorch", size, deployed, data.test, recipe.eval_batch_size)

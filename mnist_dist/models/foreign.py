@@ -23,6 +23,8 @@ LARGEST_NUMBER = 1_000_000
 LONGEST_TEXT = 1_000
 MOST_VALUES = 1_000
 DEEPEST_NESTING = 8
+MOST_CHANNELS = 64
+LARGEST_SIDE = 4096
 """Limits of a network's keywords in a weights file. Real networks need a small fraction of each."""
 
 BUILD_SECONDS = 120.0
@@ -67,7 +69,7 @@ def check_description(about: Mapping[str, Any]) -> None:
     """Checks types and sizes of the values from which a network is rebuilt.
 
     Args:
-        about: the description in a weights file: `model`, `keywords`, `classes`, `mean` and `std`.
+        about: the description in a weights file: `model`, `keywords`, `classes`, `shape`, `mean`, `std`.
 
     Raises:
         ValueError: a value is missing, of the wrong type or too large; the message names its key.
@@ -86,6 +88,11 @@ def check_description(about: Mapping[str, Any]) -> None:
         values: list[Any] = about[key] if isinstance(about.get(key), list) else [about.get(key)]
         finite = all(type(each) in (int, float) and abs(each) < LARGEST_NUMBER for each in values)
         require(finite and 0 < len(values) <= MOST_VALUES, key, "a finite number or a list of finite numbers")
+    shape = about.get("shape", [1, 28, 28])
+    whole = isinstance(shape, list) and len(shape) == 3 and all(type(each) is int and each > 0 for each in shape)
+    require(whole and shape[0] <= MOST_CHANNELS and max(shape) <= LARGEST_SIDE, "shape", "channels, height and width")
+    numbers = {len(about[key]) if isinstance(about[key], list) else 1 for key in ("mean", "std")}
+    require(numbers <= {1, shape[0]}, "mean", f"one number or {shape[0]}, as the shape says")
     require(isinstance(keywords, dict), "keywords", "a section of keywords")
     require(len(json.dumps(keywords)) <= MOST_VALUES * 20, "keywords", "short")
     _check_values("keywords", keywords)

@@ -150,9 +150,8 @@ def build_components(
     set_kernels(recipe)
     accelerator = _build_accelerator(recipe, precision)
     device = accelerator.device
-    channels, height, width = train_data.images.shape[1:]
     augmentation = recipe.data.augment.build()
-    batches = Batches(len(train_data), recipe.batch_size, recipe.seed, (channels, height, width), augmentation)
+    batches = Batches(len(train_data), recipe.batch_size, recipe.seed, train_data.shape, augmentation)
     total_steps = min(recipe.epochs * batches.steps_per_epoch, recipe.max_steps or sys.maxsize)
     schedule = build_schedule(
         recipe.schedule.name,

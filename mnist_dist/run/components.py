@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from accelerate.utils import broadcast
 from torch import nn
 
 from mnist_dist.data import Batches, Images
-from mnist_dist.data.geometry import measure_geometry
+from mnist_dist.data.geometry import describe_geometry, measure_geometry
 from mnist_dist.distributed.fsdp import shard_model_state, shard_optimizer_state, unshard, unsharded_parameters
 from mnist_dist.engine.checkpoint import save_weights
 from mnist_dist.engine.cuda_graph import CapturedStep
@@ -116,8 +116,8 @@ class TrainingComponents:
         if self.accelerator.is_main_process:
             data = self.update.data
             about = {"recipe": recipe.name, "model": recipe.model.name, "keywords": recipe.model.keywords}
-            known = {"classes": data.classes, "mean": data.mean, "std": data.std}
-            geometry = asdict(measure_geometry(data.images))
+            known = {"classes": data.classes, "shape": data.shape, "mean": data.mean, "std": data.std}
+            geometry = describe_geometry(measure_geometry(data.images))
             save_weights(path, weights, about | known | {"geometry": geometry})
 
 

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
-from mnist_dist.data import Images
+from mnist_dist.data import Images, describe_shape
 from mnist_dist.distributed.devices import choose_threads
 from mnist_dist.distributed.launcher import launched_world
 from mnist_dist.engine.evaluation import Evaluation
@@ -52,7 +52,16 @@ def load_evaluation_data(run: Run, *overrides: str, split: str = "test") -> tupl
     if len(classes) != len(data.classes):
         message = f"{recipe.data.dataset} has {len(data.classes)} classes, but the network has {len(classes)}"
         raise RecipeError([Problem("command line", "data.dataset", message, "conflict")])
+    check_shape(recipe, data, run)
     return recipe, data
+
+
+def check_shape(recipe: Recipe, data: Images, run: Run) -> None:
+    """Raises RecipeError if the images do not have the shape that the run's network takes."""
+    if data.shape != run.shape:
+        message = f"{recipe.data.dataset} has images of {describe_shape(data.shape)}, but the network takes "
+        message += f"{describe_shape(run.shape)}"
+        raise RecipeError([Problem("command line", "data.dataset", message, "conflict")])
 
 
 def evaluate_run(run: Run, recipe: Recipe, data: Images) -> Evaluation:

@@ -10,12 +10,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mnist_dist.engine.files import write_atomically
+from mnist_dist.engine.files import read_regular, write_atomically
 from mnist_dist.errors import Kind, Problem, RecipeError
 from mnist_dist.recipe.changes import refuse_changes
 from mnist_dist.recipe.loading import load_recipe
 from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.lock import FILE as LOCK
+
+MOST_JSON = 2**24
+"""Bytes of the largest STATUS and summary.json that are read."""
 
 
 @dataclass(frozen=True)
@@ -87,13 +90,17 @@ class RunFolder:
             return
         if not self.recipe.is_file():
             raise refusal(f"{self.path} is not empty and is not a run folder; name a new folder", "exists")
-        if links := sorted(entry.name for entry in self.path.iterdir() if self.leaves(entry)):
+        if links := self.links():
             message = f"{self.path} has links out of the folder, through which a run would write: {', '.join(links)}"
             raise refusal(f"{message}; put the files themselves into the folder", "unsupported")
         if resume == "never":
             raise refusal(f"{self.path} holds a run, and a run is never overwritten; name a new folder", "exists")
         if changes := refuse_changes(load_recipe(self.recipe, import_code=False), recipe, allow_recipe_change):
             raise refusal(f"the run in {self.path} was started with another recipe:\n{changes}", "conflict")
+
+    def links(self) -> list[str]:
+        """Returns the names in the folder that lead out of it through a link."""
+        return sorted(entry.name for entry in self.path.iterdir() if self.leaves(entry))
 
     def leaves(self, path: Path) -> bool:
         """Returns whether a path in this folder leads out of it through a link. The folder itself may be a link."""
@@ -143,8 +150,8 @@ class RunFolder:
     def results(self) -> dict[str, Any] | None:
         """The values of summary.json of a finished run; None if the run has not finished or the file is damaged."""
         with suppress(OSError, ValueError):
-            if self.status.read_text() == "done\n":
-                values = json.loads(self.summary.read_text(encoding="utf-8"))
+            if read_regular(self.refuse_link(self.status), MOST_JSON) == b"done\n":
+                values = json.loads(read_regular(self.refuse_link(self.summary), MOST_JSON))
                 return values if isinstance(values, dict) else None
         return None
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from mnist_dist.data import Dataset, Images, derive_seed
+from mnist_dist.data import Dataset, Images, derive_seed, describe_shape
 from mnist_dist.distributed.launcher import asks_for_fsdp
 from mnist_dist.engine.shares import count_micro_batches
 from mnist_dist.errors import RecipeError
@@ -51,7 +51,7 @@ def prepare_model(
         device: the device that the run trains on; None for the CPU.
 
     Raises:
-        RecipeError: the network cannot be built, does not map (N, 1, 28, 28) to (N, classes), cannot be trained by the
+        RecipeError: the network cannot be built, does not map (N, C, H, W) to (N, classes), cannot be trained by the
             optimizer in the recipe's precision, does not use all its parameters although data parallel needs that, or
             cannot train on a single image although a micro-batch of this run has only one.
     """
@@ -92,7 +92,8 @@ def _build(recipe: Recipe, dataset: Dataset, device: torch.device) -> nn.Module:
             for buffer, value in before:
                 buffer.copy_(value)
     except Exception as error:  # a user's own class may fail in any way
-        message = f"{name} cannot be built for 28×28 images of one channel: {type(error).__name__}: {error}"
+        message = f"{name} cannot be built for images of {describe_shape(dataset.train.shape)}: "
+        message += f"{type(error).__name__}: {error}"
         raise RecipeError([recipe.problem("model.name", message, "model")]) from error
     if not isinstance(output, torch.Tensor) or output.shape[1:] != (classes,):
         found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__

@@ -37,7 +37,7 @@ def predict(run: Run, images: Tensor) -> list[dict[str, Any]]:
     """Classifies images one at a time.
 
     Args:
-        images: uint8 (N, 1, 28, 28).
+        images: uint8 (N, C, H, W).
 
     Returns:
         For each image the likeliest class as `digit`, its probability as `confidence` (0 to 1), and the three likeliest

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mnist_dist.data.geometry import Geometry, read_geometry
+from mnist_dist.data.images import SHAPE, as_numbers
 from mnist_dist.engine.checkpoint import load_weights
 from mnist_dist.engine.files import expand_path, read_regular
 from mnist_dist.errors import Kind, Problem, RecipeError
@@ -23,12 +24,9 @@ from mnist_dist.recipe.changes import HARMLESS_KEYS, flatten
 from mnist_dist.recipe.file import read_recipe
 from mnist_dist.recipe.loading import load_recipe
 from mnist_dist.recipe.schema import Recipe
-from mnist_dist.run.folder import RunFolder
+from mnist_dist.run.folder import MOST_JSON, RunFolder
 from mnist_dist.run.tables import printable
 from mnist_dist.tracking import JSONLReader
-
-MOST_JSON = 2**24
-"""Bytes of the largest STATUS and summary.json that are read."""
 
 LARGEST = 1e100
 """Numbers of a larger magnitude are passed over. JSON can hold 1e999, and whole numbers that no float can hold."""
@@ -190,13 +188,26 @@ class Run:
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """The values of summary.json."""
-        return json.loads(read_regular(self.folder.refuse_link(self.folder.summary), MOST_JSON))
+        """The values of summary.json.
+
+        Raises:
+            OSError, ValueError: the file is missing or damaged.
+        """
+        values = json.loads(read_regular(self.folder.refuse_link(self.folder.summary), MOST_JSON))
+        if not is_summary(values):
+            raise ValueError(f"{self.folder.summary} is not the summary of a run")
+        return values
 
     @cached_property
     def about(self) -> dict[str, Any]:
-        """The description in the weights file: model, its keywords, classes, mean, std and geometry of the data."""
+        """The description in the weights file: model, keywords; and classes, shape, mean, std, geometry of the data."""
         return self._read_weights()[1]
+
+    @cached_property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images that the network takes."""
+        channels, height, width = self.about["shape"]
+        return channels, height, width
 
     @cached_property
     def geometry(self) -> Geometry:
@@ -233,7 +244,9 @@ class Run:
             check_description(about)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        return tensors, about
+        # Older files describe images of MNIST's shape, and hold a number for the only channel.
+        statistics = {key: as_numbers(about[key]) for key in ("mean", "std")}
+        return tensors, {"shape": list(SHAPE), **about, **statistics}
 
 
 def load_run(folder: str | Path, weights: str = "best", allow_code: str | Iterable[str] = ()) -> Run:

@@ -124,8 +124,9 @@ def finished_results(
             return None
         folder = RunFolder(Path(run_dir))
         results = folder.results
-        changed = results is None or describe_changes(load_recipe(folder.recipe, import_code=False), recipe)
-        if changed or results is None:
+        if results is None or folder.links():
+            return None
+        if describe_changes(load_recipe(folder.recipe, import_code=False), recipe):
             return None
         split, last, best = (results.get(f"eval.{key}", 0.0) for key in ("split", "last.accuracy", "best.accuracy"))
         print(f"already done: {split} accuracy {last:.2f} % at the last epoch, best {best:.2f} %; run folder {run_dir}")

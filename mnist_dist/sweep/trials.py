@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -169,9 +168,9 @@ def train_trial(sweep: Sweep, trial: Trial, log: Path) -> int:
 def result(trial: Trial, log: Path) -> dict[str, Any]:
     """Returns the trial's row for the table: name, values, and its figures, or `failed` with the reason."""
     row: dict[str, Any] = {"trial": trial.name, "values": trial.choice}
-    if not trial.folder.is_done:
+    summary = trial.folder.results
+    if summary is None:
         return row | {"failed": _failure_reason(log)}
-    summary = json.loads(trial.folder.summary.read_text(encoding="utf-8"))
     assert summary["eval.split"] == "validation"
     keys = ("eval.best.accuracy", "eval.best.epoch", "eval.last.accuracy", "eval.last.loss", "train_seconds")
     return row | {key: summary[key] for key in keys} | {"test.accuracy": summary["test.accuracy"]}

@@ -49,4 +49,4 @@ def test_the_reference_training_does_not_use_tf32(training, monkeypatch):
 
     monkeypatch.setattr("torch.nn.functional.cross_entropy", loss)
     training(torch.device("cpu"))
-    assert found == [(False, False)] * 2
+    assert len(found) >= 2 and set(found) == {(False, False)}

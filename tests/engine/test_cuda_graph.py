@@ -105,7 +105,7 @@ def noise(samples: int = NUM_SAMPLES) -> Images:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (samples, 1, 28, 28), generator=generator, dtype=torch.uint8)
     labels = torch.randint(0, 10, (samples,), generator=generator)
-    return Images(images, labels, tuple("0123456789"), mean=0.5, std=0.29)
+    return Images(images, labels, tuple("0123456789"), mean=(0.5,), std=(0.29,))
 
 
 def run(
@@ -436,14 +436,14 @@ def run_fake_steps(
         with GPU:
             module, other = build(), build_model("lenet5").eval()
             images = torch.zeros(64, 1, 28, 28, dtype=torch.uint8)
-            data = Images(images, torch.zeros(64, dtype=torch.int64), tuple("0123456789"), mean=0.1, std=0.3)
+            data = Images(images, torch.zeros(64, dtype=torch.int64), tuple("0123456789"), mean=(0.1,), std=(0.3,))
         augmentation = Augmentation(rotation=10, elastic=elastic, fill=elastic, interpolation="bilinear")
         batches = Batches(64, 16, 0, augmentation=augmentation)
         made = build_optimizer(module.parameters(), optimizer, lr=0.1)
         monkeypatch.setattr(made, "step", lambda: None)
         accelerator: Any = FakeGPU(module)
         network = TrainedNetwork(module, module, made, MovingAverage(module, 0.9) if ema else None)
-        distillation = Distillation([(other, 0.2, 0.3)], weight=0.5, temperature=2, mean=0.1, std=0.3)
+        distillation = Distillation([(other, 0.2, 0.3)], weight=0.5, temperature=2, mean=(0.1,), std=(0.3,))
         step = TrainStep(
             accelerator, network, batches, data, Meter(accelerator), StepSettings(**settings),
             distillation=distillation if teacher else None,

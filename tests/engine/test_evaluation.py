@@ -20,7 +20,7 @@ def noise_images(count: int = COUNT) -> Images:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (count, 1, 28, 28), generator=generator, dtype=torch.uint8)
     labels = torch.randint(0, 10, (count,), generator=generator)
-    return Images(images, labels, tuple("0123456789"), mean=0.5, std=0.29)
+    return Images(images, labels, tuple("0123456789"), mean=(0.5,), std=(0.29,))
 
 
 DATA = noise_images()

@@ -242,7 +242,7 @@ def test_a_network_that_no_file_can_hold_is_refused(tmp_path, monkeypatch, name,
     monkeypatch.syspath_prepend(tmp_path)
     run = untrained(tmp_path / "run", name)
     with pytest.raises(RecipeError) as refused:
-        export.main([str(run), "--format", kind])
+        export.main([str(run), "--format", kind, "--allow-code", "nets_to_export"])
     [problem] = refused.value.problems
     assert (
         (problem.key, problem.kind) == ("model.name", "model") and name in problem.message and layer in problem.message

@@ -139,7 +139,8 @@ def test_a_network_of_timm_with_five_dimensions_falls_back():
 def test_the_layout_is_kept_in_the_run_and_by_a_student(tmp_path, accelerator):
     train(recipe_of(IgniteNet, "max_steps=2"), tmp_path / "a")
     assert load_run(tmp_path / "a").recipe.engine.channels_last is False
-    train(load_recipe("debug", *QUIET, "max_steps=2", f"distill.from={tmp_path / 'a'}"), tmp_path / "b")
+    words = [*QUIET, "max_steps=2", f"distill.from={tmp_path / 'a'}"]
+    train(load_recipe("debug", *words), tmp_path / "b", allow_code=[__name__])
     assert (tmp_path / "b" / "summary.json").is_file()
 
 
@@ -353,7 +354,7 @@ class ReturnsATuple(Flat):
 @pytest.mark.parametrize("network", [ReturnsAMapping, ReturnsAnObject])
 def test_the_logits_of_a_mapping_or_an_object_are_used_everywhere(tmp_path, accelerator, network):
     train(recipe_of(network, "max_steps=4", "ema_decay=0.9"), tmp_path / "run")
-    model = load_run(tmp_path / "run").model
+    model = load_run(tmp_path / "run", allow_code=__name__).model
     assert model(torch.zeros(3, 1, 28, 28)).shape == (3, 10)
     assert list(model.state_dict()) == ["layer.weight", "layer.bias"]
 

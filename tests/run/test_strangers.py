@@ -318,6 +318,10 @@ def test_sizes_in_the_metadata_are_refused_before_building(model, keywords, debu
         {"mean": float("nan")},
         {"std": "1"},
         {"mean": None},
+        {"mean": [0.5, 0.5]},
+        {"shape": [1, 28]},
+        {"shape": [1, 28.0, 28]},
+        {"shape": [1, 10**9, 10**9]},
     ],
     ids=lambda value: str(value)[:40],
 )

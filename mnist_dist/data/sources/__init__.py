@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mnist_dist.data.images import Dataset, Images, grey_level_statistics
+from mnist_dist.data.images import Dataset, Images, level_statistics
 from mnist_dist.data.sources.generated import make_digits, make_synthetic
 from mnist_dist.data.sources.mnist import read_emnist, read_mnist_like, read_qmnist
 
@@ -69,7 +69,7 @@ def load_dataset(
     if validation >= len(train):
         raise ValueError(f"validation={validation} leaves none of the {len(train):,} training images to train on")
     # Computed before the set is divided and limited: fewer training images must not change the normalisation.
-    mean, std = grey_level_statistics(train.images)
+    mean, std = level_statistics(train.images)
     train, test = (replace(part, mean=mean, std=std) for part in (train, test))
     if limit_test and is_sorted_by_class(test.labels):
         test = test[mixed_order(test.labels)]
