@@ -174,7 +174,7 @@ def train(
             components.meter.resume()
             seconds = {"setup_seconds": round(time.perf_counter() - started, 3)}
             checkpointer.start(checkpoint.get("train_seconds", 0.0))
-            if not fit(recipe, components, dataset.held_out.to(state.device), checkpointer, progress, interrupts):
+            if not fit(recipe, components, components.place(dataset.held_out), checkpointer, progress, interrupts):
                 return stop_run(folder, components, progress, console)
             seconds["train_seconds"] = checkpointer.train_seconds()
             checkpointer.save_last()

@@ -89,7 +89,8 @@ class TrainStep:
       `NotFinite` once the scale is below 1: the gradient is then not finite at any scale.
 
     Args:
-        data: training images and labels, on the device.
+        data: training images and labels, on the device or on the CPU.
+        ahead: whether a thread loads the next batch; needed if `data` is not on the device.
         clock: measures how long this process waits for the gradients of the others.
         distillation: adds the loss against teachers to the loss against the labels.
     """
@@ -103,6 +104,7 @@ class TrainStep:
         meter: Meter,
         settings: StepSettings | None = None,
         *,
+        ahead: bool = False,
         clock: GradientClock | None = None,
         distillation: Distillation | None = None,
     ):
@@ -117,7 +119,7 @@ class TrainStep:
             None if network.shards is None else network.shards.count,
             network.communicates_in_forward,
         )
-        self._loader = Loader(data, self.shares.loaded)
+        self._loader = Loader(data, self.shares.loaded, accelerator.device, ahead)
         self.clip_grad_norm, self.label_smoothing = settings.clip_grad_norm, settings.label_smoothing
         self.micro_batch_size, self.on_nonfinite = settings.micro_batch_size, settings.on_nonfinite
         self.clock, self.distillation = clock or GradientClock(), distillation

@@ -190,7 +190,7 @@ def finish_run(
     interrupts.set_interval(AGREE_SECONDS)  # the test images are few batches: ask at each of them
     # Without a validation part this repeats the last evaluation, for its probabilities. With one, the test images are
     # used here for the first time.
-    images = dataset.test.to(components.accelerator.device)
+    images = components.place(dataset.test)
     try:
         test = components.evaluate(images, recipe.eval_batch_size, interrupts.stop_requested)
     except Interrupted:

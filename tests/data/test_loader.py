@@ -1,10 +1,13 @@
 """The loader gives each process the images, labels and random changes of its rows, at any number of processes."""
 
+import threading
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from mnist_dist.data import Augmentation, Batches, Images, Loader
+from mnist_dist.data import Augmentation, Batch, Batches, EpochPlan, Images, Loader
 from mnist_dist.data.batches import CHUNK, piece
 
 COUNT = 200
@@ -70,3 +73,71 @@ def test_a_batch_splits_into_consecutive_pieces(count, sizes):
     assert [each.start for each in pieces] == [sum(sizes[:number]) for number in range(count)]
     for name in ("images", "labels", "changes"):
         assert torch.equal(torch.cat([getattr(each, name) for each in pieces]), getattr(batch, name))
+
+
+# --- one batch ahead ----------------------------------------------------------------------------------------------
+
+
+def assert_same_batch(found: Batch, expected: Batch) -> None:
+    assert (found.size, found.start) == (expected.size, expected.start)
+    for name in ("images", "labels", "changes"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_batches_loaded_ahead_are_those_loaded_at_once(world_size):
+    data, batches = noise(), Batches(COUNT, 64, 5, (3, 8, 8), Augmentation(rotation=10))
+    other = replace(batches, seed=6)
+    for rank in range(world_size):
+        at_once = loader_of(data, rank, world_size)
+        ahead = Loader(data, lambda size, rank=rank: piece(size, rank, world_size), ahead=True)
+        steps = [(batches, number) for number in range(10)]  # two and a half epochs, each with a short last batch
+        jumps = [(batches, 2), (batches, 1), (other, 1), (other, 2), (batches, 3), (batches, 4)]
+        for each, number in steps + jumps:
+            epoch, index = divmod(number, each.steps_per_epoch)
+            assert_same_batch(ahead.load(each, each.plan(epoch), index), at_once.load(each, each.plan(epoch), index))
+
+
+def test_a_batch_of_a_plan_with_another_order_is_not_the_one_loaded_ahead():
+    data, batches = noise(), Batches(COUNT, 64, 5, (3, 8, 8))
+    loader, plan = Loader(data, range, ahead=True), batches.plan(0)
+    loader.load(batches, plan, 0)
+    reversed_plan = EpochPlan(0, plan.order.flip(0))
+    found = loader.load(batches, reversed_plan, 1)
+    assert torch.equal(found.images, data.images[batches.rows(reversed_plan, 1)])
+
+
+def test_every_batch_after_the_first_is_gathered_before_it_is_asked_for(monkeypatch):
+    gathered: list[tuple[int, int, str]] = []
+    gather = Loader._gather_rows
+
+    def counted(self: Loader, batches: Batches, plan: EpochPlan, index: int):
+        gathered.append((plan.epoch, index, threading.current_thread().name))
+        return gather(self, batches, plan, index)
+
+    monkeypatch.setattr(Loader, "_gather_rows", counted)
+    batches = Batches(COUNT, 64, 5, (3, 8, 8))
+    loader = Loader(noise(), range, ahead=True)
+    for number in range(9):
+        epoch, index = divmod(number, 4)
+        loader.load(batches, batches.plan(epoch), index)
+        assert loader._ahead is not None
+        loader._ahead.future.result()
+        assert (loader._ahead.epoch, loader._ahead.index) == divmod(number + 1, 4)
+    assert [entry[:2] for entry in gathered] == [divmod(number, 4) for number in range(10)], "none is gathered twice"
+    assert {name for *_, name in gathered} == {"loader_0"}
+
+
+def test_an_error_of_the_thread_reaches_the_caller(monkeypatch):
+    batches = Batches(COUNT, 64, 5, (3, 8, 8))
+    loader = Loader(noise(), range, ahead=True)
+    loader.load(batches, batches.plan(0), 0)
+    loader._ahead.future.result()
+
+    def fail(*arguments):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(Loader, "_gather", fail)
+    loader.load(batches, batches.plan(0), 1)
+    with pytest.raises(OSError, match="gone"):
+        loader.load(batches, batches.plan(0), 2)
