@@ -64,7 +64,7 @@ def fit(
 ) -> bool:
     """Trains from `progress` to the last step. Returns False if a signal stopped it earlier, after a checkpoint."""
     accelerator, batches, update = components.accelerator, components.batches, components.update
-    meter, plan = components.meter, batches.plan(progress.step // batches.steps_per_epoch, accelerator.device)
+    meter, plan = components.meter, batches.plan(progress.step // batches.steps_per_epoch)
     watchdog = Watchdog(accelerator, recipe.engine.hang_seconds, update.clock, checkpointer.mark_failed)
     with interrupts or Interrupts(accelerator) as interrupts, watchdog:
 
@@ -95,7 +95,7 @@ def fit(
             # One update: this process's rows of the global batch, the learning rate of this step.
             epoch, index = divmod(progress.step, batches.steps_per_epoch)
             if epoch != plan.epoch:
-                plan = batches.plan(epoch, accelerator.device)
+                plan = batches.plan(epoch)
             set_rates(update.optimizer, components.schedule, progress.step)
             update(plan, index, progress.step)
             progress.step += 1
@@ -174,7 +174,7 @@ def train(
             components.meter.resume()
             seconds = {"setup_seconds": round(time.perf_counter() - started, 3)}
             checkpointer.start(checkpoint.get("train_seconds", 0.0))
-            if not fit(recipe, components, dataset.held_out.to(state.device), checkpointer, progress, interrupts):
+            if not fit(recipe, components, components.place(dataset.held_out), checkpointer, progress, interrupts):
                 return stop_run(folder, components, progress, console)
             seconds["train_seconds"] = checkpointer.train_seconds()
             checkpointer.save_last()

@@ -77,7 +77,7 @@ def evaluate(
     Collective: call on every rank.
 
     Args:
-        data: images on the device.
+        data: images on the device or on the CPU.
         interrupted: called between batches; must return the same value on all ranks.
 
     Raises:
@@ -92,7 +92,7 @@ def evaluate(
             rows = slice(start, start + batch_size)
             if start < len(data):
                 with accelerator.autocast():
-                    logits = module(data.normalize(data.images[rows]))
+                    logits = module(data.normalize(data.images[rows].to(accelerator.device)))
                 table[rows] = F.log_softmax(logits.float(), dim=1)
     return score(accelerator.reduce(table, reduction="sum").cpu(), data.labels.cpu())
 

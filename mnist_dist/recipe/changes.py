@@ -6,7 +6,7 @@ from typing import Any
 
 from mnist_dist.recipe.schema import Recipe
 
-HARMLESS_KEYS = ("checkpoint.", "tracking.", "data.root", "engine.hang_seconds")
+HARMLESS_KEYS = ("checkpoint.", "tracking.", "data.root", "data.place", "engine.hang_seconds")
 """Recipe keys that do not change a run's result."""
 
 FIXED_KEYS = ("model.", "optimizer.name", "optimizer.amsgrad", "optimizer.centered", "data.dataset", "data.split")

@@ -133,6 +133,10 @@ class DataSection(Section):
     root: str | None = None
     """Folder that holds `MNIST/raw`; missing files are downloaded into it. Null: the environment variable
     MNIST_DIST_DATA, else `./data`. `~` and `$VAR` are replaced. Does not change the result."""
+    place: Literal["auto", "device", "host", "disk"] = "auto"
+    """Where the training images lie: `device` (memory of the GPU, or of the CPU that trains), `host` (memory of the
+    host) or `disk` (a memory-mapped file, in a cache folder for a data set without a file). From `host` and `disk`, a
+    thread loads the next batch. `auto`: the first of the three that is large enough. Does not change the result."""
     split: Literal["balanced", "byclass", "bymerge", "letters", "digits", "mnist"] | None = None
     """Split of EMNIST; only for `dataset: emnist`. Null: `balanced`."""
     validation: Annotated[int, Field(ge=0)] = 0

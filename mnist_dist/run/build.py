@@ -13,12 +13,14 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin, patch_environment
 from torch import nn
 
 from mnist_dist.data import Batches, Dataset, Images, load_dataset
+from mnist_dist.data.store import Place, choose_place, describe_place, place_images
 from mnist_dist.distributed.collectives import run_on_all_ranks
 from mnist_dist.distributed.devices import device_name, supports_precision
 from mnist_dist.distributed.fsdp import shard_parameters
@@ -36,7 +38,7 @@ from mnist_dist.engine.optimizers import build_optimizer, fill_momentum
 from mnist_dist.engine.precision import PRECISION_NAMES
 from mnist_dist.engine.schedules import Schedule, build_schedule, set_rates
 from mnist_dist.engine.train_step import StepSettings, TrainedNetwork, TrainStep
-from mnist_dist.errors import Problem, RecipeError
+from mnist_dist.errors import Kind, Problem, RecipeError
 from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.components import TrainingComponents
 from mnist_dist.run.kernels import set_determinism, set_kernels
@@ -153,8 +155,8 @@ def build_components(
     set_kernels(recipe)
     accelerator = _build_accelerator(recipe, precision)
     device = accelerator.device
-    side, augmentation = train_data.shape[1], recipe.data.augment.build()
-    batches = Batches(len(train_data), recipe.batch_size, recipe.seed, side, augmentation)
+    augmentation = recipe.data.augment.build()
+    batches = Batches(len(train_data), recipe.batch_size, recipe.seed, train_data.shape, augmentation)
     total_steps = min(recipe.epochs * batches.steps_per_epoch, recipe.max_steps or sys.maxsize)
     schedule = build_schedule(
         recipe.schedule.name,
@@ -165,24 +167,45 @@ def build_components(
     )
     meter, clock = Meter(accelerator), GradientClock()
     network = _build_network(recipe, accelerator, module, schedule, clock)
+    stored, place, placement = run_on_all_ranks(PartialState(), lambda: _place(recipe, train_data, device))
     step = TrainStep(
         accelerator,
         network,
         batches,
-        train_data.to(device),
+        stored,
         meter,
         _step_settings(recipe),
+        ahead=place != "device",
         clock=clock,
         distillation=_build_distillation(recipe, accelerator, train_data, teachers),
     )
     if recipe.micro_batch_size == "auto":
-        step.micro_batch_size = find_micro_batch_size(step, batches.plan(0, device))
+        step.micro_batch_size = find_micro_batch_size(step, batches.plan(0))
     update, obstacles = _capture(recipe, step, schedule)
     eval_model = network.average.module if network.average else network.module
-    notes = _notes(recipe, step) + obstacles
+    notes = placement + _notes(recipe, step) + obstacles
     return TrainingComponents(
         accelerator, batches, schedule, update, network.module, eval_model, meter, total_steps, notes
     )
+
+
+def _place(recipe: Recipe, data: Images, device: torch.device) -> tuple[Images, Place, list[str]]:
+    """Returns the images in the place that the recipe asks for, the place, and a note if it is not the usual one.
+
+    Raises:
+        RecipeError: the images do not fit there.
+    """
+    wanted = recipe.data.place
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", PartialState().num_processes))
+    place, reason = choose_place(data.images, device, processes) if wanted == "auto" else (wanted, "")
+    try:
+        stored = place_images(data, place, device)
+    except (OSError, MemoryError, torch.OutOfMemoryError) as error:
+        message = f"the {data.images.numel() / 1e9:.1f} GB of images do not fit there: {error}"
+        kind: Kind = "unwritable" if isinstance(error, OSError) else "unsupported"
+        raise RecipeError([recipe.problem("data.place", message, kind)]) from error
+    usual = wanted in ("auto", "device") and place == "device"
+    return stored, place, [] if usual else [describe_place(place, data.images, reason)]
 
 
 def _build_accelerator(recipe: Recipe, precision: str) -> Accelerator:

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from mnist_dist.data import Dataset, Images, derive_seed, describe_shape
 from mnist_dist.distributed.launcher import asks_for_fsdp
-from mnist_dist.engine.train_step import count_micro_batches
+from mnist_dist.engine.shares import count_micro_batches
 from mnist_dist.errors import RecipeError
 from mnist_dist.models import build_model
 from mnist_dist.recipe.checks import check_freeze

@@ -190,7 +190,7 @@ def finish_run(
     interrupts.set_interval(AGREE_SECONDS)  # there are few batches of test images: exchange requests at each of them
     # Without a validation part this repeats the last evaluation, for its probabilities. With one, the test images are
     # used here for the first time.
-    images = dataset.test.to(components.accelerator.device)
+    images = components.place(dataset.test)
     try:
         test = components.evaluate(images, recipe.eval_batch_size, interrupts.stop_requested)
     except Interrupted:
@@ -317,9 +317,9 @@ def _augmented_samples(batches: Batches, data: Images, count: int = 10) -> tuple
     Returns:
         Two tensors (count, channels, height, width): uint8, and float32 if there is augmentation.
     """
-    plan = batches.plan(0)
-    rows = plan.order[:count]
+    rows = batches.plan(0).order[:count]
     originals = data.images[rows]
-    if plan.warps is None or batches.augmentation is None:
+    changes = batches.changes(0, rows)
+    if changes is None or batches.augmentation is None:
         return originals, originals
-    return originals, batches.augmentation.apply(originals.float(), plan.warps[rows])
+    return originals, batches.augmentation.apply(originals.float(), changes)

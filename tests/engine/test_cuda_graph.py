@@ -145,7 +145,7 @@ def run(
         epoch, index = divmod(number, batches.steps_per_epoch)
         set_rates(made, schedule, number)
         if index == 0 or number == first:  # as in `fit`: the steps of an epoch share its plan
-            plan = batches.plan(epoch, accelerator.device)
+            plan = batches.plan(epoch)
         update(plan, index, number)
         if number + 1 in checks:
             update.check()
@@ -244,12 +244,24 @@ def test_a_resumed_run_warms_up_again_and_makes_the_same_steps(guard_on_device):
     assert_equal(run(captured(), first=5), expected)
 
 
-def test_the_warps_of_another_seed_are_copied_even_if_the_epoch_number_is_equal(guard_on_device):
+def test_a_replay_reads_the_batch_of_a_plan_with_another_order(guard_on_device):
     update = run(captured(), steps=5)
-    assert update._inputs is not None
-    plan = Batches(NUM_SAMPLES, BATCH_SIZE, 99, augmentation=Augmentation(rotation=20)).plan(0)
-    update(plan, 5, 5)
-    assert plan.warps is not None and torch.equal(update._inputs.warps, plan.warps)
+    other = Batches(NUM_SAMPLES, BATCH_SIZE, 99, augmentation=Augmentation(rotation=20))
+    update.batches = other
+    update(other.plan(0), 5, 5)
+    rows = other.rows(other.plan(0), 5)
+    (read,) = update._inputs
+    assert torch.equal(read.images, step_of(update).data.images[rows])
+    assert read.changes is not None and torch.equal(read.changes, other.changes(0, rows))
+
+
+def test_a_replay_may_hold_steps_of_two_epochs(guard_on_device):
+    found = run(captured(4), build=plain_network, steps=17)
+    assert [len(found._inputs), found._waiting] == [4, []]
+    update = run(captured(4), build=plain_network, steps=WARM_UP_STEPS + 4)
+    for number in range(WARM_UP_STEPS + 4, 10):
+        update(update.batches.plan(number // 9), number % 9, number)
+    assert len(update._waiting) == 3, "the end of the epoch, step 9, ended the replay"
 
 
 def test_new_batches_reach_the_wrapped_step(guard_on_device):
@@ -437,10 +449,10 @@ def run_fake_steps(
             distillation=distillation if teacher else None,
         )  # fmt: skip
         assert step.guard_is_on_device == (optimizer != "rmsprop")
-        step.compute(batches.plan(0, accelerator.device), 0, 0)
+        step.compute(step.load(batches.plan(0), 0), 0)
         rates_on_device(made)
         assert all(group["lr"].device == GPU for group in made.param_groups)
-        step.compute(batches.plan(0, accelerator.device), 1, 1)
+        step.compute(step.load(batches.plan(0), 1), 1)
 
 
 @pytest.mark.parametrize("name", ["model_v1", "model_v3", "simple_cnn", "mnistnet", "lenet5", "ms_ran", "resnet18"])
