@@ -2,7 +2,7 @@
 
 The keywords of a schedule are those of PyTorch's scheduler of that kind. Durations (`step_size`, `T_max`,
 `total_iters`) are in epochs, as in papers. Apart from `plateau`, no PyTorch scheduler is stepped, so the rate does not
-depend on the number of processes.
+depend on the number of processes. `linear` and the first phase of `onecycle` can warm up the rate.
 """
 
 from __future__ import annotations
