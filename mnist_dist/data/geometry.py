@@ -73,7 +73,7 @@ class Geometry:
         Raises:
             ValueError: nothing is left of the figure after it was scaled.
         """
-        # The figure may fill the image of an oblong set along one side only.
+        # If the images are not square, a figure of this size may be too long for their shorter side.
         room = [side / length for side, length in zip(self.shape[1:], ink.shape, strict=True)]
         scale = min(self.figure / max(ink.shape), *room)
         size = (max(1, round(ink.shape[1] * scale)), max(1, round(ink.shape[0] * scale)))
@@ -117,7 +117,7 @@ class Geometry:
         return torch.from_numpy(np.array(ImageOps.fit(whole, self.shape[:0:-1], Image.Resampling.BOX)))[None]
 
     def fill_colour(self, picture: Image.Image) -> Tensor:
-        """Does the same with a picture in RGB; returns uint8 (3, height, width)."""
+        """Crops and scales a picture in RGB in the same way; returns uint8 (3, height, width)."""
         fitted = ImageOps.fit(picture, self.shape[:0:-1], Image.Resampling.BOX)
         return torch.from_numpy(np.array(fitted)).movedim(-1, 0).contiguous()
 

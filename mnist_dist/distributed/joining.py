@@ -1,6 +1,6 @@
 """Waits until every process of a world has started, before the processes form a process group.
 
-torch alone would wait for half an hour for a process that never starts, and would handle no signal meanwhile.
+Without this module, torch would wait half an hour for a process that never starts, and handle no signal meanwhile.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ JOIN_SECONDS = 600.0
 """A process waits this long for the others. torchrun, too, waits ten minutes for its machines."""
 
 NOTE_SECONDS = 30.0
-"""After this time a process prints for what it waits."""
+"""After this time a process prints once what it is waiting for."""
 
 
 def join(world: dict[str, str]) -> dict[str, Any]:
     """Waits until every process of the world has called this function. Collective: call on every rank.
 
-    Rank 0 hosts the store by which the processes find each other, unless torchrun hosts it.
+    The processes find each other through a store. Rank 0 hosts it, unless torchrun does.
 
     Args:
         world: the variables that `read_world` returns for a world of several processes.
@@ -36,7 +36,7 @@ def join(world: dict[str, str]) -> dict[str, Any]:
         Keywords of `torch.distributed.init_process_group`: store, rank and world_size.
 
     Raises:
-        TimeoutError: a process has not come within `JOIN_SECONDS`; names its rank.
+        TimeoutError: a process has not joined within `JOIN_SECONDS`; the message names its rank.
         OSError, RuntimeError: the port is taken, or the store cannot be reached.
     """
     rank, size = int(world["RANK"]), int(world["WORLD_SIZE"])
@@ -73,9 +73,9 @@ def _wait(condition: Callable[[], bool], describe: Callable[[], str], rank: int,
 
     Args:
         condition: checked ten times a second.
-        describe: returns for what this process waits.
+        describe: returns the object of the wait, for a message such as "waits for rank 1 of 2".
         rank: the rank of this process, for the message.
-        deadline: the moment of the monotonic clock at which the wait ends.
+        deadline: the time of `time.monotonic` at which the wait ends.
 
     Raises:
         TimeoutError: the condition does not hold at the deadline.

@@ -92,7 +92,7 @@ def check_description(about: Mapping[str, Any]) -> None:
     whole = isinstance(shape, list) and len(shape) == 3 and all(type(each) is int and each > 0 for each in shape)
     require(whole and shape[0] <= MOST_CHANNELS and max(shape) <= LARGEST_SIDE, "shape", "channels, height and width")
     numbers = {len(about[key]) if isinstance(about[key], list) else 1 for key in ("mean", "std")}
-    require(numbers <= {1, shape[0]}, "mean", f"one number or {shape[0]}, as the shape says")
+    require(numbers <= {1, shape[0]}, "mean", f"one number or {shape[0]}, one for each channel")
     require(isinstance(keywords, dict), "keywords", "a section of keywords")
     require(len(json.dumps(keywords)) <= MOST_VALUES * 20, "keywords", "short")
     _check_values("keywords", keywords)

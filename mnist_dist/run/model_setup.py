@@ -110,7 +110,7 @@ def _build(recipe: Recipe, dataset: Dataset, device: torch.device) -> nn.Module:
     if new := sorted(module.state_dict().keys() - names):
         message = (
             f"{name} creates {_listed(new)} in its first forward pass, so its weights could not be loaded again\n"
-            "create these layers in __init__; nn.LazyLinear and its relatives infer their size from the first images"
+            "create these layers in __init__; lazy layers such as nn.LazyLinear take their size from the first images"
         )
         raise RecipeError([recipe.problem("model.name", message, "model")])
     if not isinstance(output, torch.Tensor) or output.shape[1:] != (classes,):
@@ -145,7 +145,7 @@ def _micro_batch_notes(recipe: Recipe, module: nn.Module, data: Images, world_si
         return []
     try:
         effects = micro_batch_effects(module, data)
-    except Exception:  # a network that has no gradient of its input is not refused for that
+    except Exception:  # e.g. a network without a gradient for its input; it can be trained nevertheless
         return []
     if not effects:
         return []
