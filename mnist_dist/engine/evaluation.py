@@ -84,6 +84,7 @@ def evaluate(
         Interrupted: `interrupted` returned True.
     """
     table = torch.zeros(len(data), len(data.classes), device=accelerator.device)
+    labels = data.labels.to("cpu", non_blocking=True)  # complete when the table is
     with evaluating(module):
         for turn in range(0, len(data), batch_size * accelerator.num_processes):
             if interrupted():
@@ -94,7 +95,7 @@ def evaluate(
                 with accelerator.autocast():
                     logits = module(data.normalize(data.images[rows].to(accelerator.device)))
                 table[rows] = F.log_softmax(logits.float(), dim=1)
-    return score(accelerator.reduce(table, reduction="sum").cpu(), data.labels.cpu())
+    return score(accelerator.reduce(table, reduction="sum").cpu(), labels)  # the only wait for the device
 
 
 def score(log_probabilities: Tensor, labels: Tensor) -> Evaluation:

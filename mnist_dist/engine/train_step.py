@@ -85,7 +85,7 @@ class TrainStep:
 
     A step whose gradient contains inf or NaN changes no weight, buffer or counter. There are three ways to detect it:
 
-    - On a CPU, and for an optimizer without a fused kernel, the host reads a flag after each backward pass.
+    - On a CPU, and for an optimizer without a fused kernel, the host reads a flag once after the backward passes.
     - The fused kernel of an optimizer on a GPU reads the flag on the device, and the host never waits. With
       on_nonfinite="stop" the flag stays set, so no later step changes anything until `check` raises `NotFinite`.
     - In fp16 the GradScaler skips such steps while it looks for a scale. With on_nonfinite="stop", `check` raises
@@ -173,8 +173,7 @@ class TrainStep:
 
         self._norm.copy_(self._clip())
         if self.accelerator.scaler is None:
-            self._guard_nonfinite(before)
-            if not self.guard_is_on_device and self._bad:
+            if self._guard_nonfinite(before):
                 self.check()
                 return
             self.optimizer.step()
@@ -229,8 +228,9 @@ class TrainStep:
         return not torch.equal(after, self._generator().get_state())
 
     def _generator(self) -> torch.Generator:
-        device = self.accelerator.device
-        return torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
+        if (device := self.accelerator.device).type != "cuda":
+            return torch.default_generator
+        return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
 
     def _micro_batches(self, batch: Batch, largest_share: int) -> list[Batch]:
         """Splits a batch into micro-batches. All processes have equally many if the forward pass is collective."""
@@ -270,14 +270,12 @@ class TrainStep:
             self.accelerator.unscale_gradients(self.optimizer)
         return unshard(nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None]))
 
-    def grad_norm(self) -> float:
-        """Returns the norm of the last gradient over all parameters, before clipping. Waits for the device.
+    def health(self) -> tuple[Tensor, Tensor]:
+        """Returns the norm of the last gradient over all parameters before clipping, and whether a gradient was bad.
 
-        Raises:
-            NotFinite: as `check`.
+        Both are scalars on the device. If the second is true, `check` may raise `NotFinite`.
         """
-        self.check()
-        return float(self._norm)
+        return self._norm, self._bad
 
     @property
     def skipped(self) -> int:
@@ -302,25 +300,28 @@ class TrainStep:
             self._first_bad.fill_(-1)
             raise NotFinite(step)
 
-    def _guard_nonfinite(self, before: list[Tensor]) -> None:
-        """Skips the update and restores buffers and metrics if the gradient is not finite.
+    def _guard_nonfinite(self, before: list[Tensor]) -> bool:
+        """Restores buffers and metrics if the gradient is not finite, and has the device skip the update if it can.
 
         Args:
             before: the network's buffers before the forward pass.
+
+        Returns:
+            Whether the host must skip the update. To know it the host waits for the device, once.
         """
         bad = ~torch.isfinite(self._norm)
         self._bad.copy_(bad if self.on_nonfinite == "skip" else self._bad | bad)
         self._step_count += 1  # counted on the device: passing the step's number would cost a transfer
-        if self.guard_is_on_device or self._bad:
-            self._first_bad.copy_(torch.where(self._bad & (self._first_bad < 0), self._step_count, self._first_bad))
+        if host_skips := not self.guard_is_on_device and bool(self._bad):
+            self.optimizer.zero_grad()
+        elif not self.guard_is_on_device:
+            return False
+        self._first_bad.copy_(torch.where(self._bad & (self._first_bad < 0), self._step_count, self._first_bad))
         if self.guard_is_on_device:
             self.optimizer.found_inf = self._found_inf.copy_(self._bad)  # type: ignore[attr-defined]  # torch reads this attribute but does not declare it
-        elif self._bad:
-            self.optimizer.zero_grad()
-        else:
-            return
         self._skipped += self._bad
         self._restore(before, self._bad)
+        return host_skips
 
     def _restore(self, before: list[Tensor], bad: Tensor) -> None:
         """Restores buffers and metrics to their state before the step if `bad` (bool scalar on the device)."""

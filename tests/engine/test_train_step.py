@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mnist_dist.data import Augmentation, Batches, EpochPlan, Images
 from mnist_dist.engine.distillation import Distillation
@@ -248,6 +249,35 @@ def test_the_smallest_micro_batch_is_predicted(batch_size, world_size, micro_bat
     assert _smallest_micro_batch(load_recipe("debug", *words), NUM_SAMPLES, world_size)[0] == smallest
 
 
+# --- waits for the device ----------------------------------------------------------------------------------------
+
+
+class CountReads(TorchDispatchMode):
+    """Counts how often Python reads a value of a tensor. On a GPU each read waits for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.reads += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
+@pytest.mark.parametrize(("guard_is_on_device", "reads"), [(True, 0), (False, 1)])
+def test_a_step_waits_for_the_device_at_most_once(monkeypatch, on_nonfinite, guard_is_on_device, reads):
+    module = lenet()
+    average = MovingAverage(module, 0.9)
+    step = make_step(FakeProcess(0, 1), module, average=average, micro_batch_size=9, on_nonfinite=on_nonfinite)
+    step.guard_is_on_device = guard_is_on_device
+    plan = step.batches.plan(0)
+    for index in range(2):
+        with CountReads() as counted:
+            step(plan, index, index)
+        assert counted.reads == reads
+
+
 # --- averaged weights ---------------------------------------------------------------------------------------------
 
 
@@ -375,7 +405,7 @@ def test_grad_norm_is_that_of_the_complete_gradient_before_clipping(accelerator,
     F.cross_entropy(plain(DATA.normalize(DATA.images[rows])), DATA.labels[rows]).backward()
     norm = float(gradient(plain).norm())
     assert norm > 0.02
-    assert step.grad_norm() == pytest.approx(norm, rel=1e-5)
+    assert float(step.health()[0]) == pytest.approx(norm, rel=1e-5)
     clipped_norm = norm if clip_grad_norm is None else min(norm, clip_grad_norm)
     assert float(gradient(module).norm()) == pytest.approx(clipped_norm, rel=1e-3)
 
