@@ -132,7 +132,8 @@ def test_a_network_that_changed_after_the_training_is_refused(refused, tmp_path,
     words = ["data.limit_train=64", "data.limit_test=20", "model.name=net_of_old:net"]
     train(load_recipe("debug", *words, *QUIET), tmp_path / "run")
     monkeypatch.setattr("net_of_old.net", lambda num_classes: nn.Sequential(nn.Flatten(), nn.Linear(784, 99)))
-    assert refused(lambda: main([str(tmp_path / "run")])) == [(str(tmp_path / "run"), "damaged")]
+    words = [str(tmp_path / "run"), "--allow-code", "net_of_old"]
+    assert refused(lambda: main(words)) == [(str(tmp_path / "run"), "damaged")]
 
 
 def test_it_uses_the_kernels_of_the_recipe(debug_run):
