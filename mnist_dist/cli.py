@@ -154,7 +154,7 @@ def _evaluate(parser: Parser) -> None:
     _add_run(parser)
     _add_weights(parser)
     parser.add_argument("--split", choices=["test", "validation"], default="test", help="images to use (default: test)")
-    parser.add_argument("--tta", choices=["flip"], help="also evaluate the mean of each image and its mirror image")
+    parser.add_argument("--tta", choices=["flip"], help="also evaluate the mean prediction for image and mirror image")
     _add_data(parser)
     _add_json(parser, "the report")
     _add_overrides(parser, "recipe keys, e.g. data.root=/data")

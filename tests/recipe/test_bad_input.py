@@ -375,7 +375,7 @@ def test_list_that_is_too_short(refused_recipe):
         ("optimizer: {name: adma}", 5, "optimizer.name", "unknown", "'adadelta', ", "'adamax'", '"adma"'),
         ("optimizer: {name: SGD}", 5, "optimizer.name", "unknown", "'sgd'", '"SGD"'),
         ("optimizer: {name: lbfgs}", 5, "optimizer.name", "unknown", '"lbfgs"'),
-        ("optimizer: {name: muon}", 5, "optimizer.name", "model"),
+        ("optimizer: {name: nadam, capturable: true}", 5, "optimizer.name", "model", "nadam"),
         ("schedule: {name: onecylce}", 5, "schedule.name", "unknown", "'constant', ", "'onecycle'"),
     ],
     ids=lambda case: case[0],
