@@ -151,7 +151,7 @@ def train(
     recipe = recipe.model_copy(update={"mixed_precision": precision})  # a resume under another launcher sees the change
     if results := finished_results(recipe, run_dir, state, resume):
         return results
-    dataset = load_data(recipe, state)
+    dataset = load_data(recipe, state, allow_code)
     prepared = run_on_all_ranks(state, lambda: prepare_model(recipe, dataset, state.num_processes, state.device))
     recipe, module = prepared.recipe, prepared.module
     teachers = run_on_all_ranks(state, lambda: load_teachers(recipe, dataset.train, allow_code))

@@ -3,7 +3,8 @@
 from mnist_dist.data.augment import Augmentation
 from mnist_dist.data.batches import Batches, EpochPlan, derive_seed
 from mnist_dist.data.images import Dataset, Images, describe_shape, normalize
-from mnist_dist.data.sources import DATASETS, load_dataset
+from mnist_dist.data.sources import DATASETS, find_source, load_dataset
+from mnist_dist.data.sources.arrays import is_data_code
 
 __all__ = [
     "DATASETS",
@@ -14,6 +15,8 @@ __all__ = [
     "Images",
     "derive_seed",
     "describe_shape",
+    "find_source",
+    "is_data_code",
     "load_dataset",
     "normalize",
 ]

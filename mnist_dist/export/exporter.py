@@ -118,7 +118,7 @@ def _check_requirements(form: str, archive: Path | None) -> dict[str, bytes]:
 def _load_source(run: Run, deployed: Deployed, overrides: tuple[str, ...]) -> Source:
     """Loads the data, checks that the network fits it and can be exported, and measures the network."""
     recipe = load_recipe(run.folder.recipe, *overrides, "data.limit_test=null", import_code=False)
-    data, about = load_data(recipe, launched_world()), run.about
+    data, about = load_data(recipe, launched_world(), run.allow_code), run.about
     if len(data.test.classes) != len(about["classes"]):
         message = f"{recipe.data.dataset} has {len(data.test.classes)} classes, the network {len(about['classes'])}"
         raise RecipeError([Problem("command line", "data.dataset", message, "conflict")])

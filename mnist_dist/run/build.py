@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +18,8 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin, patch_environment
 from torch import nn
 
-from mnist_dist.data import Batches, Dataset, Images, load_dataset
+from mnist_dist.data import Batches, Dataset, Images, is_data_code, load_dataset
+from mnist_dist.data.form import DataError
 from mnist_dist.distributed.collectives import run_on_all_ranks
 from mnist_dist.distributed.fsdp import shard_parameters
 from mnist_dist.distributed.gradients import GradientClock, reduce_gradients
@@ -36,6 +37,7 @@ from mnist_dist.engine.precision import PRECISION_NAMES
 from mnist_dist.engine.schedules import Schedule, build_schedule, set_rates
 from mnist_dist.engine.train_step import StepSettings, TrainedNetwork, TrainStep
 from mnist_dist.errors import Problem, RecipeError
+from mnist_dist.models import CodeRefused, refuse_code
 from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.components import TrainingComponents
 from mnist_dist.run.kernels import set_determinism, set_kernels
@@ -92,14 +94,29 @@ def _uses_fsdp(world_size: int) -> bool:
     return asks_for_fsdp() and world_size > 1
 
 
-def load_data(recipe: Recipe, state: PartialState) -> Dataset:
+DATA_KEYS = ("split", "validation", "limit_train", "limit_test", "image_size", "channels", "resize", "on_bad_image")
+"""Recipe keys below `data` that `load_dataset` takes."""
+
+
+def load_data(recipe: Recipe, state: PartialState, allow_code: Iterable[str] = ()) -> Dataset:
     """Reads the data on every process. Collective: call on every rank.
 
-    Rank 0 downloads what is missing. After it the first process of each node does so: on a node that shares the folder
-    with rank 0, nothing is missing any more. The others wait.
+    Rank 0 downloads what is missing and decodes image files. After it the first process of each node does so: on a node
+    that shares the folder with rank 0, nothing is missing any more. The others wait.
+
+    Args:
+        allow_code: see `load_run`; for the function in `data.dataset` of a recipe that no person has named.
+
+    Raises:
+        RecipeError: the data cannot be read, or the recipe names code that is not allowed.
     """
+    if is_data_code(recipe.data.dataset) and not recipe.may_import("data.dataset"):
+        try:
+            refuse_code(recipe.data.dataset, tuple(allow_code), "data set")
+        except CodeRefused as error:
+            raise RecipeError([Problem("command line", "--allow-code", str(error), "code")]) from error
     root = data_root(recipe)
-    sizes = {key: getattr(recipe.data, key) for key in ("split", "validation", "limit_train", "limit_test")}
+    sizes = {key: getattr(recipe.data, key) for key in DATA_KEYS}
 
     def load(download: bool) -> Dataset:
         try:
@@ -123,13 +140,13 @@ def data_root(recipe: Recipe) -> Path:
 def _data_problem(recipe: Recipe, error: Exception) -> Problem:
     """Returns the problem that an error of `load_dataset` stands for."""
     message = f"{recipe.data.dataset}: {error}"
+    if isinstance(error, DataError):
+        return recipe.problem(f"data.{error.key}", message, error.kind)
     if isinstance(error, FileNotFoundError):
         hint = "put the files there, or name another folder with data.root=… or MNIST_DIST_DATA"
         return recipe.problem("data.root", f"{error}\n{hint}", "missing")
     if isinstance(error, ImportError):
         return recipe.problem("data", message, "missing")
-    if str(error).startswith("validation="):  # the name of the argument that is too large for this data set
-        return recipe.problem("data.validation", message, "conflict")
     return recipe.problem("data", message, "damaged")
 
 

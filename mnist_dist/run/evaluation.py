@@ -44,7 +44,7 @@ def load_evaluation_data(run: Run, *overrides: str, split: str = "test") -> tupl
             classes than the network.
     """
     recipe = load_recipe(run.folder.recipe, *overrides, import_code=False)
-    dataset = load_data(recipe, launched_world())
+    dataset = load_data(recipe, launched_world(), run.allow_code)
     if split == "validation" and not dataset.has_validation:
         message = "this run has no validation images (data.validation is 0); use --split test"
         raise RecipeError([Problem("command line", "--split", message, "conflict")])

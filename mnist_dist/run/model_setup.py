@@ -85,7 +85,14 @@ def _build(recipe: Recipe, dataset: Dataset, device: torch.device) -> nn.Module:
     classes, name = len(dataset.train.classes), recipe.model.name
     torch.manual_seed(derive_seed(recipe.seed))
     try:
-        module = build_model(name, num_classes=classes, **recipe.model.keywords)
+        module = build_model(
+            name,
+            num_classes=classes,
+            in_channels=dataset.train.shape[0],
+            image_size=dataset.train.shape[1:],
+            pretrained=recipe.model.pretrained,
+            **recipe.model.keywords,
+        )
         before = [(buffer, buffer.clone()) for buffer in module.buffers() if not is_lazy(buffer)]
         with keep_random_state(device), torch.no_grad():
             output = module.eval()(dataset.train.normalize(dataset.train.images[:2]))
