@@ -38,9 +38,10 @@ from mnist_dist.recipe.file import bundled_recipes, recipe_notes
 from mnist_dist.recipe.loading import load_recipe
 from mnist_dist.recipe.reference import explain
 from mnist_dist.recipe.schema import Recipe
-from mnist_dist.run.build import build_components, check_world, load_data
+from mnist_dist.run.build import build_components, check_world
 from mnist_dist.run.checkpointing import Checkpointer
 from mnist_dist.run.components import Progress, TrainingComponents
+from mnist_dist.run.data import load_data
 from mnist_dist.run.folder import RunFolder
 from mnist_dist.run.model_setup import prepare_model
 from mnist_dist.run.model_summary import summarize_model
@@ -64,7 +65,7 @@ def fit(
 ) -> bool:
     """Trains from `progress` to the last step. Returns False if a signal stopped it earlier, after a checkpoint."""
     accelerator, batches, update = components.accelerator, components.batches, components.update
-    meter, plan = components.meter, batches.plan(progress.step // batches.steps_per_epoch, accelerator.device)
+    meter, plan = components.meter, batches.plan(progress.step // batches.steps_per_epoch)
     watchdog = Watchdog(accelerator, recipe.engine.hang_seconds, update.clock, checkpointer.mark_failed)
     with interrupts or Interrupts(accelerator) as interrupts, watchdog:
 
@@ -95,7 +96,7 @@ def fit(
             # One update: this process's rows of the global batch, the learning rate of this step.
             epoch, index = divmod(progress.step, batches.steps_per_epoch)
             if epoch != plan.epoch:
-                plan = batches.plan(epoch, accelerator.device)
+                plan = batches.plan(epoch)
             set_rates(update.optimizer, components.schedule, progress.step)
             update(plan, index, progress.step)
             progress.step += 1
@@ -134,7 +135,7 @@ def train(
         run_dir: a new folder, or the folder of a run to resume; None for runs/<recipe>/<date-time>.
         resume: "auto": resume the run in `run_dir`; "never": refuse such a folder; else a run or checkpoint to start.
         allow_recipe_change: resume although the recipe has changed.
-        world_size: the expected number of processes; None for the number that the launcher was asked for, if known.
+        world_size: the expected number of processes; None for the number in the launcher's options, if it is known.
         allow_code: modules from which the networks of `distill.from` may be imported; see `load_run`.
 
     Returns:
@@ -174,7 +175,7 @@ def train(
             components.meter.resume()
             seconds = {"setup_seconds": round(time.perf_counter() - started, 3)}
             checkpointer.start(checkpoint.get("train_seconds", 0.0))
-            if not fit(recipe, components, dataset.held_out.to(state.device), checkpointer, progress, interrupts):
+            if not fit(recipe, components, components.place(dataset.held_out), checkpointer, progress, interrupts):
                 return stop_run(folder, components, progress, console)
             seconds["train_seconds"] = checkpointer.train_seconds()
             checkpointer.save_last()
@@ -240,7 +241,7 @@ def list_recipes() -> None:
 
 
 class _CallableModule(types.ModuleType):
-    """A module that can be called like `train`: after `from mnist_dist import train` both uses of the name work."""
+    """Makes this module callable like its function `train`: after `from mnist_dist import train` both uses work."""
 
     __call__ = staticmethod(train)
 

@@ -14,18 +14,16 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
 
+from mnist_dist.data.cache import Decoded, cache_folders, open_cache, publish, remove_stale, writable_folder
 from mnist_dist.data.form import DataError, Form, fit_picture
 
 VERSION = 1
@@ -44,19 +42,6 @@ LISTED = 30
 """Damaged images that a message names."""
 
 COLOUR_MODES = ("RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "LAB", "HSV")
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """Decoded images.
-
-    Attributes:
-        images: uint8 (N, C, H, W), memory-mapped.
-        kept: int64 (N,), the position of each image in the list of files.
-    """
-
-    images: Tensor
-    kept: Tensor
 
 
 @dataclass(frozen=True)
@@ -105,14 +90,14 @@ def decode_files(
     for folder in cache_folders(root):
         if found := open_cache(folder / key):
             return found
-    target = _writable(cache_folders(root)) / key
+    target = writable_folder(cache_folders(root)) / key
     staged = target.with_name(f"{key}.{socket.gethostname()}.{os.getpid()}.part")
-    _remove_stale(target)
+    remove_stale(target)
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
     try:
         _write_cache(staged, files, form, on_bad_image, notify)
-        _publish(staged, target)
+        publish(staged, target)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     found = open_cache(target)
@@ -121,73 +106,10 @@ def decode_files(
     return found
 
 
-# --- the cache ----------------------------------------------------------------------------------------------------
-
-
 def cache_key(files: ImageFiles, form: Form, on_bad_image: str) -> str:
     """Returns the name of the cache folder: a hash of the files and of the settings."""
     settings = [VERSION, form.size, form.channels, form.resize, on_bad_image, files.fingerprint]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
-
-
-def cache_folders(root: Path) -> list[Path]:
-    """Returns the folders that may hold caches: in the data's own folder, which nodes may share, and in the user's."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return [root / ".decoded", home / "mnist_dist" / "decoded"]
-
-
-def open_cache(folder: Path) -> Decoded | None:
-    """Returns the images of a complete cache; None if there is none."""
-    try:
-        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-        path, shape = folder / "images.bin", tuple(about["shape"])
-        if path.stat().st_size != int(np.prod(shape, dtype=np.int64)):
-            return None
-        # Copy-on-write: the pages stay those of the file, and torch gets an array that it may write.
-        images = np.memmap(path, dtype=np.uint8, mode="c", shape=shape)
-        kept = np.load(folder / "kept.npy")
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return Decoded(torch.from_numpy(images), torch.from_numpy(kept)) if len(kept) == shape[0] else None
-
-
-def _writable(folders: list[Path]) -> Path:
-    """Returns the first folder that can be written."""
-    for folder in folders[:-1]:
-        with suppress(OSError):
-            folder.mkdir(exist_ok=True)
-            if os.access(folder, os.W_OK):
-                return folder
-    folders[-1].mkdir(parents=True, exist_ok=True)
-    return folders[-1]
-
-
-def _publish(staged: Path, target: Path) -> None:
-    """Gives a complete cache its name, unless another run has just made the same one."""
-    try:
-        staged.replace(target)
-    except OSError:  # the name is taken
-        if open_cache(target) is None:
-            shutil.rmtree(target, ignore_errors=True)
-            staged.replace(target)
-
-
-def _remove_stale(target: Path) -> None:
-    """Removes what killed decodings on this machine have left."""
-    for left in target.parent.glob(f"{target.name}.{socket.gethostname()}.*.part"):
-        number = left.name.split(".")[-2]
-        if number.isdigit() and not _is_alive(int(number)):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
 
 
 # --- decoding -----------------------------------------------------------------------------------------------------

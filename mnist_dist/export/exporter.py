@@ -27,7 +27,7 @@ from mnist_dist.export.quantize import quantize
 from mnist_dist.export.verify import Deployed, Form, Predictor, check_agreement, measure_form, refuse_batch_dependence
 from mnist_dist.recipe.loading import load_recipe
 from mnist_dist.recipe.schema import Recipe
-from mnist_dist.run.build import load_data
+from mnist_dist.run.data import load_data
 from mnist_dist.run.evaluation import check_shape
 from mnist_dist.run.onnx_export import trace_program
 from mnist_dist.run.reader import Run

@@ -147,6 +147,9 @@ def _take_logits(module: nn.Module, inputs: Any, output: Any) -> Any:
     """
     if isinstance(output, torch.Tensor | tuple):
         return None
+    fields = output if isinstance(output, Mapping) else getattr(output, "__dict__", {})
+    if any(str(name).startswith("aux") and isinstance(value, torch.Tensor) for name, value in fields.items()):
+        return None  # an auxiliary classifier trains by a loss of its own, which this trainer does not compute
     return output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from mnist_dist.data.sources import OWN
 from mnist_dist.recipe.schema import Recipe
 
-HARMLESS_KEYS = ("checkpoint.", "tracking.", "engine.hang_seconds")
+HARMLESS_KEYS = ("checkpoint.", "tracking.", "data.place", "engine.hang_seconds")
 """Recipe keys that do not change a run's result; `data.root` changes it for images of the user's own only."""
 
 FIXED_KEYS = (

@@ -264,9 +264,11 @@ def _check_sizes(recipe: Recipe) -> Iterator[Finding]:
 def _check_training(recipe: Recipe) -> Iterator[Finding]:
     """Builds the optimizer and the schedule."""
     optimizer, schedule = recipe.optimizer, recipe.schedule
-    optimizer_class, parameter = optimizers.OPTIMIZERS[optimizer.name], torch.nn.Parameter(torch.zeros(2, 2))
-    build: Callable[..., Any] = partial(optimizers.build_optimizer, [parameter], optimizer.name, lr=optimizer.lr or 0.1)
-    yield from _attempt("optimizer", optimizer.keywords, build, f"; see torch.optim.{optimizer_class.__name__}")[1]
+    optimizer_class, network = optimizers.OPTIMIZERS[optimizer.name], torch.nn.Linear(2, 2)
+    build: Callable[..., Any] = partial(optimizers.build_optimizer, network, optimizer.name, lr=optimizer.lr or 0.1)
+    own = optimizer_class.__module__.startswith("mnist_dist.")
+    hint = "" if own else f"; see torch.optim.{optimizer_class.__name__}"
+    yield from _attempt("optimizer", optimizer.keywords, build, hint)[1]
     build = partial(schedules.build_schedule, schedule.name, lr=optimizer.lr, steps_per_epoch=10, total_steps=100)
     built, findings = _attempt("schedule", schedule.keywords, build)
     yield from findings

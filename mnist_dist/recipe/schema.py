@@ -95,10 +95,11 @@ class ModelSection(OpenSection):
 
 
 class OptimizerSection(OpenSection):
-    """The optimizer of `torch.optim`, and its learning rate."""
+    """The optimizer, and its learning rate."""
 
     name: Literal[tuple(sorted(optimizers.OPTIMIZERS))] = "sgd"  # type: ignore[valid-type]  # made at run time for pydantic
-    """A class of `torch.optim`, in lower case."""
+    """A class of `torch.optim`, in lower case; `lion`; or `muon`, which updates hidden matrices and convolutions by
+    Muon and the other parameters by AdamW."""
     lr: AboveZero | None = None
     """Learning rate that the schedule scales; with the schedule `onecycle`, the rate of the first step. Null: the
     optimizer's default in PyTorch; with `onecycle`, `max_lr / div_factor`."""
@@ -108,7 +109,9 @@ class ScheduleSection(OpenSection):
     """The learning rate as a function of the step."""
 
     name: Literal[tuple(schedules.SCHEDULES)] = "constant"  # type: ignore[valid-type]  # made at run time for pydantic
-    """The schedule. Its keywords have the names and defaults of PyTorch's scheduler; durations are in epochs."""
+    """The schedule. Its keywords have the names of PyTorch's scheduler; durations are in epochs. Apart from `onecycle`
+    and `plateau`, every schedule can follow a warm-up: `warmup_epochs`, over which the rate rises linearly from
+    `warmup_start_factor` × `lr` to `lr`. The schedule then begins, and its durations count from there."""
 
 
 class AugmentSection(Section):
@@ -150,6 +153,10 @@ class DataSection(Section):
     and test/CLASS/… (or val/), or with CLASS/…, of which a fifth becomes the test set; for `csv`: a table with the
     columns path,label and perhaps split; for `npz`: an archive with train_images, train_labels, test_images and so on,
     or images and labels. Null: the environment variable MNIST_DIST_DATA, else `./data`. `~` and `$VAR` are replaced."""
+    place: Literal["auto", "device", "host", "disk"] = "auto"
+    """Where the training images lie: `device` (memory of the GPU, or of the CPU that trains), `host` (memory of the
+    host) or `disk` (a memory-mapped file, in a cache folder for a data set without a file). From `host` and `disk`, a
+    thread loads the next batch. `auto`: the first of the three that is large enough. Does not change the result."""
     split: Literal["balanced", "byclass", "bymerge", "letters", "digits", "mnist"] | None = None
     """Split of EMNIST; only for `dataset: emnist`. Null: `balanced`."""
     validation: Annotated[int, Field(ge=0)] = 0
