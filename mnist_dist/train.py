@@ -38,9 +38,10 @@ from mnist_dist.recipe.file import bundled_recipes, recipe_notes
 from mnist_dist.recipe.loading import load_recipe
 from mnist_dist.recipe.reference import explain
 from mnist_dist.recipe.schema import Recipe
-from mnist_dist.run.build import build_components, check_world, load_data
+from mnist_dist.run.build import build_components, check_world
 from mnist_dist.run.checkpointing import Checkpointer
 from mnist_dist.run.components import Progress, TrainingComponents
+from mnist_dist.run.data import load_data
 from mnist_dist.run.folder import RunFolder
 from mnist_dist.run.log_lines import LogLines
 from mnist_dist.run.model_setup import prepare_model
@@ -152,7 +153,7 @@ def train(
     recipe = recipe.model_copy(update={"mixed_precision": precision})  # a resume under another launcher sees the change
     if results := finished_results(recipe, run_dir, state, resume):
         return results
-    dataset = load_data(recipe, state)
+    dataset = load_data(recipe, state, allow_code)
     prepared = run_on_all_ranks(state, lambda: prepare_model(recipe, dataset, state.num_processes, state.device))
     recipe, module = prepared.recipe, prepared.module
     teachers = run_on_all_ranks(state, lambda: load_teachers(recipe, dataset.train, allow_code))

@@ -20,7 +20,7 @@ from mnist_dist.engine.files import write_atomically
 from mnist_dist.errors import Problem, RecipeError
 from mnist_dist.recipe.loading import load_recipe
 from mnist_dist.recipe.schema import Recipe
-from mnist_dist.run.build import load_data
+from mnist_dist.run.data import load_data
 from mnist_dist.run.kernels import set_determinism, set_kernels
 from mnist_dist.run.model_trial import copy_of, to_device
 from mnist_dist.run.reader import Run
@@ -43,7 +43,7 @@ def load_evaluation_data(run: Run, *overrides: str, split: str = "test") -> tupl
             classes than the network.
     """
     recipe = load_recipe(run.folder.recipe, *overrides, import_code=False)
-    dataset = load_data(recipe, launched_world())
+    dataset = load_data(recipe, launched_world(), run.allow_code)
     if split == "validation" and not dataset.has_validation:
         message = "this run has no validation images (data.validation is 0); use --split test"
         raise RecipeError([Problem("command line", "--split", message, "conflict")])

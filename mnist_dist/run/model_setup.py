@@ -94,7 +94,14 @@ def _build(recipe: Recipe, dataset: Dataset, device: torch.device) -> nn.Module:
     torch.manual_seed(derive_seed(recipe.seed))
     dtype = torch.get_default_dtype()
     try:
-        module = build_model(name, num_classes=classes, **recipe.model.keywords)
+        module = build_model(
+            name,
+            num_classes=classes,
+            in_channels=dataset.train.shape[0],
+            image_size=dataset.train.shape[1:],
+            pretrained=recipe.model.pretrained,
+            **recipe.model.keywords,
+        )
         names = set(module.state_dict())
         before = [(buffer, buffer.clone()) for buffer in module.buffers() if not is_lazy(buffer)]
         with keep_random_state(device), torch.no_grad():

@@ -29,7 +29,8 @@ from mnist_dist.engine.optimizers import build_optimizer
 from mnist_dist.engine.schedules import build_schedule, set_rates
 from mnist_dist.engine.train_step import NotFinite, StepSettings, TrainedNetwork, TrainStep
 from mnist_dist.models import build_model
-from mnist_dist.run.build import build_components, load_data
+from mnist_dist.run.build import build_components
+from mnist_dist.run.data import load_data
 from mnist_dist.run.model_setup import build_module
 
 NUM_SAMPLES, BATCH_SIZE, STEPS = 144, 16, 24  # nine full batches per epoch
