@@ -22,9 +22,11 @@ RANK_0_SECONDS = 30.0
 class Parser(argparse.ArgumentParser):
     """An argparse parser that raises its errors as `RecipeError`, so that only rank 0 prints them."""
 
-    def __init__(self, command: str, description: str, examples: str):
+    def __init__(self, command: str):
+        description, add_arguments, examples = COMMANDS[command]
         epilog, style = f"examples:\n{examples}", argparse.RawDescriptionHelpFormatter
         super().__init__(prog=f"mnist-dist {command}", description=description, epilog=epilog, formatter_class=style)
+        add_arguments(self)
 
     def _get_value(self, action: argparse.Action, arg_string: str):  # argparse hides what is wrong with a path
         return path(arg_string) if action.type is path else super()._get_value(action, arg_string)
@@ -37,10 +39,7 @@ class Parser(argparse.ArgumentParser):
 
 def parser_of(command: str) -> Parser:
     """Returns the parser of a command, a key of `COMMANDS`."""
-    description, add_arguments, examples = COMMANDS[command]
-    parser = Parser(command, description, examples)
-    add_arguments(parser)
-    return parser
+    return Parser(command)
 
 
 def parse(command: str, argv: list[str] | None = None) -> argparse.Namespace:
@@ -155,6 +154,7 @@ def _evaluate(parser: Parser) -> None:
     _add_run(parser)
     _add_weights(parser)
     parser.add_argument("--split", choices=["test", "validation"], default="test", help="images to use (default: test)")
+    parser.add_argument("--tta", choices=["flip"], help="also evaluate the mean prediction for image and mirror image")
     _add_data(parser)
     _add_json(parser, "the report")
     _add_overrides(parser, "recipe keys, e.g. data.root=/data")

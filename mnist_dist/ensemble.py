@@ -22,7 +22,7 @@ from rich.table import Table
 
 from mnist_dist.data import Images
 from mnist_dist.distributed.launcher import launched_world
-from mnist_dist.engine.evaluation import Evaluation, score
+from mnist_dist.engine.evaluation import evaluate_mean
 from mnist_dist.engine.precision import PRECISION_NAMES
 from mnist_dist.errors import Kind, Problem, RecipeError
 from mnist_dist.run.evaluation import (
@@ -104,17 +104,6 @@ def _check_members(runs: list[Run], test_sets: tuple[Images, ...]) -> None:
 
 def _refusal(run: Run, message: str, kind: Kind) -> RecipeError:
     return RecipeError([Problem("command line", str(run.folder.path), message, kind)])
-
-
-def evaluate_mean(evaluations: list[Evaluation], labels: torch.Tensor) -> Evaluation:
-    """Returns the evaluation of the mean of several evaluations' probabilities.
-
-    Args:
-        labels: int64 (N,), on the CPU.
-    """
-    probabilities = torch.stack([each.probabilities for each in evaluations]).mean(dim=0)
-    # A probability may have been rounded to 0 in float32, and the loss needs its logarithm.
-    return score(probabilities.double().clamp(min=torch.finfo(torch.float32).tiny).log(), labels)
 
 
 def summarize_ensemble(runs: list[Run], accuracy: float) -> dict[str, Any]:

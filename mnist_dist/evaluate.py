@@ -15,11 +15,12 @@ if __name__ == "__main__":
     answer_early("evaluate")  # before the imports below load torch
 
 import sys
-from typing import Any
+from typing import Any, Literal
 
 from rich.table import Table
 
 from mnist_dist.distributed.launcher import launched_world
+from mnist_dist.engine.evaluation import evaluate_mean
 from mnist_dist.engine.precision import PRECISION_NAMES
 from mnist_dist.run.evaluation import (
     class_average_notes,
@@ -44,7 +45,7 @@ MOST_ROWS = 40
 """Of more classes, those with the lowest accuracy are printed."""
 
 
-def evaluate(run: Run, *overrides: str, split: str = "test") -> dict[str, Any]:
+def evaluate(run: Run, *overrides: str, split: str = "test", tta: Literal["flip"] | None = None) -> dict[str, Any]:
     """Evaluates a run's network on the run's own data, or on other data that `overrides` name.
 
     Collective: call on every rank.
@@ -52,27 +53,36 @@ def evaluate(run: Run, *overrides: str, split: str = "test") -> dict[str, Any]:
     Args:
         overrides: recipe keys, e.g. `data.dataset=kmnist`.
         split: "test", or "validation" for the images that the recipe held out.
+        tta: test-time augmentation. "flip" also evaluates the mean of the probabilities of each image and its mirror
+            image.
 
     Returns:
         The keys of `mnist_dist.run.evaluation.report`, and `dataset`, `split`, `weights`, `precision` ("fp32", "bf16"
         or "fp16") and `notes`, a list of texts: that the precision is not the run's, or what could not be computed.
+        With `tta` also `tta`: its `name`, `accuracy`, `loss` and `calibration_error`.
 
     Raises:
         RecipeError: the data cannot be read or has another number of classes.
         OSError, ValueError: the weights are missing or damaged.
     """
     recipe, data = load_evaluation_data(run, *overrides, split=split)
-    return report(evaluate_run(run, recipe, data), data.labels, data.classes) | {
+    plain = evaluate_run(run, recipe, data)
+    result = report(plain, data.labels, data.classes) | {
         "dataset": recipe.data.dataset,
         "split": split,
         "weights": run.weights,
         "precision": PRECISION_NAMES[evaluation_precision(recipe)],
         "notes": precision_notes(recipe) + class_average_notes(),
     }
+    if tta == "flip":
+        mean = evaluate_mean([plain, evaluate_run(run, recipe, data, mirrored=True)], data.labels.cpu())
+        figures = report(mean, data.labels, data.classes)
+        result["tta"] = {"name": tta} | {key: figures[key] for key in ("accuracy", "loss", "calibration_error")}
+    return result
 
 
 def show(result: dict[str, Any]) -> None:
-    """Prints one line of totals, one of averages over the classes, and the notes; then a table of the classes."""
+    """Prints lines of totals, of averages over the classes and for --tta, the notes, and a table of the classes."""
     console = table_console()
     console.print(
         f"accuracy {result['accuracy']:.2f} % of {result['images']:,} images ({result['dataset']}, {result['split']}), "
@@ -81,6 +91,12 @@ def show(result: dict[str, Any]) -> None:
     )
     if averages := describe_averages(result):
         console.print(", ".join(f"{name} {text}" for name, text in averages.items()), highlight=False)
+    if augmented := result.get("tta"):
+        console.print(
+            f"accuracy {augmented['accuracy']:.2f} % with --tta {augmented['name']}, "
+            f"loss {augmented['loss']:.4f}, calibration error {augmented['calibration_error']:.4f}",
+            highlight=False,
+        )
     for note in result["notes"]:
         console.print(note, highlight=False, soft_wrap=True)
     console.print(_matrix_table(result) if len(result["classes"]) <= MOST_COLUMNS else _class_table(result))
@@ -125,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse("evaluate", argv)
     run = open_run(arguments.run, arguments.weights, arguments.allow_code)
     data = [f"data.dataset={arguments.data}"] if arguments.data else []
-    result = evaluate(run, *data, *arguments.overrides, split=arguments.split)
+    result = evaluate(run, *data, *arguments.overrides, split=arguments.split, tta=arguments.tta)
     if launched_world().is_main_process:
         if arguments.json:
             write_report(arguments.json, result)

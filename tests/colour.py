@@ -12,6 +12,7 @@ from torch import nn
 
 from mnist_dist import load_recipe, train
 from mnist_dist.data import DATASETS, Images
+from mnist_dist.data.sources.request import Splits
 
 CLASSES = ("red kite", "green woodpecker", "blue tit")
 SHAPE = (3, 24, 40)
@@ -51,7 +52,7 @@ def make_images(count: int, seed: int, shape: tuple[int, int, int] = SHAPE) -> I
 def as_synthetic() -> Iterator[None]:
     """Replaces the data set `synthetic` by the colour images."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(DATASETS, "synthetic", lambda *arguments: (make_images(240, 0), make_images(90, 1)))
+        patch.setitem(DATASETS, "synthetic", lambda request: Splits(make_images(240, 0), make_images(90, 1)))
         yield
 
 

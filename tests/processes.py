@@ -48,8 +48,9 @@ def serve(address: str) -> None:
     gc.collect()
     gc.freeze()
     listener = socket.socket(socket.AF_UNIX)
-    listener.bind(address)
+    listener.bind(f"{address}.new")
     listener.listen(64)
+    Path(f"{address}.new").rename(address)  # whoever finds the address can connect
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the monitors
     parent = os.getppid()
     while True:

@@ -12,8 +12,8 @@ import torch
 from mnist_dist import load_recipe, load_run, train
 from mnist_dist.compare.__main__ import main as compare
 from mnist_dist.engine.checkpoint import load_weights, save_weights
-from mnist_dist.engine.evaluation import score
-from mnist_dist.ensemble import evaluate_mean, main
+from mnist_dist.engine.evaluation import evaluate_mean, score
+from mnist_dist.ensemble import main
 from mnist_dist.evaluate import evaluate
 
 

@@ -13,7 +13,7 @@ import torchvision
 from mnist_dist import load_recipe, load_run, train
 from mnist_dist.data import DATASETS
 from mnist_dist.evaluate import evaluate, main, show
-from mnist_dist.run.evaluation import calibration_error, class_averages
+from mnist_dist.run.evaluation import calibration_error, class_averages, evaluate_run, load_evaluation_data
 from tests.colour import CLASSES
 
 QUIET = ["tracking.plots=false", "tracking.wandb.mode=disabled"]
@@ -137,9 +137,32 @@ def test_the_command_prints_the_figures_and_writes_json(validated_run, tmp_path,
     assert "\x1b" not in printed
 
 
+def test_flip_evaluates_the_mean_of_image_and_mirror_image(validated_run, tmp_path, capsys):
+    assert main([str(validated_run), "--tta", "flip", "--json", str(tmp_path / "report.json")]) == 0
+    written, printed = json.loads((tmp_path / "report.json").read_text()), capsys.readouterr().out
+    plain, run = evaluate(load_run(validated_run, "last")), load_run(validated_run, "last")
+    assert "tta" not in plain
+    flipped = written.pop("tta")
+    assert written == json.loads(json.dumps(plain)), "the plain figures must not change"
+
+    recipe, data = load_evaluation_data(run)
+    mirrored = replace(data, images=data.images.flip(-1))
+    straight, mirror = (evaluate_run(run, recipe, images).probabilities.double() for images in (data, mirrored))
+    mean, labels = (straight + mirror) / 2, data.labels
+    assert not torch.allclose(straight, mirror, atol=0.01)
+    assert flipped["name"] == "flip"
+    assert flipped["accuracy"] == pytest.approx(100 * float((mean.argmax(dim=1) == labels).double().mean()))
+    assert flipped["loss"] == pytest.approx(float(-mean[range(len(labels)), labels].log().mean()), rel=1e-5)
+    assert flipped["calibration_error"] == pytest.approx(calibration_error(mean.float(), labels), rel=1e-5)
+    lines = printed.splitlines()
+    assert f"{plain['accuracy']:.2f} %" in lines[0] and "flip" not in lines[0]
+    assert f"{flipped['accuracy']:.2f} %" in lines[1] and f"{flipped['loss']:.4f}" in lines[1] and "flip" in lines[1]
+
+
 @pytest.mark.parametrize(
     ("words", "key", "kind"),
     [
+        (["RUN", "--tta", "crop"], "--tta", "usage"),
         (["nowhere"], "nowhere", "missing"),
         (["RUN", "--data", "mnits"], "data.dataset", "unknown"),
         (["RUN", "--data", "emnist", "data.root=/nowhere"], "data.root", "missing"),

@@ -216,6 +216,7 @@ def test_modules_that_help_imports_need_only_the_standard_library(name):
 
 IN_PLACE = {
     "engine.files",
+    "data.store",  # under another name; the complete file is renamed
     "export.exporter",  # in a temporary folder; the file that is ready is renamed
     "sweep.trials",  # the output of a trial while it runs
     "doctor.measurements",  # measures how long a rename takes to reach another node

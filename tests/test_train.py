@@ -16,7 +16,8 @@ from mnist_dist import load_recipe, load_run, train
 from mnist_dist.distributed.launcher import launched_world
 from mnist_dist.engine.evaluation import evaluate
 from mnist_dist.evaluate import evaluate as evaluate_run
-from mnist_dist.run.build import build_components, load_data
+from mnist_dist.run.build import build_components
+from mnist_dist.run.data import load_data
 from mnist_dist.run.folder import RunFolder
 from mnist_dist.run.model_setup import build_module
 from mnist_dist.tracking import ConsoleTracker, JSONLTracker

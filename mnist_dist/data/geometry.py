@@ -26,6 +26,9 @@ Centre = Literal["mass", "box"]
 GROUND_SHARE = 0.9
 """Fraction of the images that must have dark corners, or light ones, for the training set to have a ground."""
 
+LARGEST_FIGURE = 0.9
+"""Longer side of a figure, as a share of the image's shorter side, up to which it keeps a distance from the edges."""
+
 SAMPLE = 2000
 """Number of training images that are measured, evenly spaced."""
 
@@ -45,7 +48,8 @@ class Geometry:
         centre: which point of the figure lies in the centre of the image: its centre of mass ("mass"), or the centre of
             its bounding box ("box").
         shape: channels, height and width of the images.
-        resize: how a picture of another size gets this one, if there is no ground; see `mnist_dist.data.form.Form`.
+        resize: how the training images got their size, and how a picture gets it; see `mnist_dist.data.form.Form`. None
+            for published sets of figures: their figures were placed by their authors.
     """
 
     ground: Ground = "dark"
@@ -54,14 +58,14 @@ class Geometry:
     most: int = 20
     centre: Centre = "mass"
     shape: tuple[int, int, int] = SHAPE
-    resize: Resize = "crop"
+    resize: Resize | None = None
 
     def __post_init__(self) -> None:
         sizes = (self.least, self.figure, self.most)
         valid = all(type(each) is int for each in sizes) and 1 <= sizes[0] <= sizes[1] <= sizes[2] <= max(
             self.shape[1:]
         )
-        chosen = ((self.ground, Ground), (self.centre, Centre), (self.resize, Resize))
+        chosen = ((self.ground, Ground), (self.centre, Centre), (self.resize or "crop", Resize))
         if not valid or any(value not in get_args(known) for value, known in chosen):
             raise ValueError(f"the geometry of the weights is damaged: {asdict(self)}")
 
@@ -77,7 +81,7 @@ class Geometry:
         Raises:
             ValueError: nothing is left of the figure after it was scaled.
         """
-        # The figure may fill the image of an oblong set along one side only.
+        # If the images are not square, a figure of this size may be too long for their shorter side.
         room = [side / length for side, length in zip(self.shape[1:], ink.shape, strict=True)]
         scale = min(self.figure / max(ink.shape), *room)
         size = (max(1, round(ink.shape[1] * scale)), max(1, round(ink.shape[0] * scale)))
@@ -114,12 +118,13 @@ class Geometry:
         return within and int(ink.max()) >= 128 and (self.centre == "box" or float(mass.abs().max()) <= 1)
 
 
-def measure_geometry(images: Tensor, resize: Resize = "crop") -> Geometry:
+def measure_geometry(images: Tensor, resize: Resize | None = None) -> Geometry:
     """Returns the geometry of a training set.
 
     Args:
         images: uint8 (N, C, H, W), on any device. Images in colour have no ground.
-        resize: how the images got their size.
+        resize: how the images got their size; None for published sets of figures. Other images with dark corners may be
+            of any kind, such as X-rays. They have a ground only if nearly all figures keep a distance from the edges.
     """
     images = images[:: max(1, len(images) // SAMPLE)][:SAMPLE].cpu()
     channels, height, width = images.shape[1:]
@@ -132,6 +137,8 @@ def measure_geometry(images: Tensor, resize: Resize = "crop") -> Geometry:
     if not len(longest):
         return whole
     least, figure, most = (round(float(longest.quantile(level))) for level in (0.005, 0.5, 0.995))
+    if resize and most > LARGEST_FIGURE * side:
+        return whole
     centre: Centre = "mass" if float(mass.abs().mean()) <= float(box.abs().mean()) else "box"
     return Geometry(ground, figure, least, most, centre, shape, resize)
 

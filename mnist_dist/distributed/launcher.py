@@ -16,6 +16,7 @@ from accelerate import PartialState
 from accelerate.commands.config.config_args import default_config_file
 from accelerate.utils import parse_flag_from_env, patch_environment
 
+from mnist_dist.distributed.joining import join
 from mnist_dist.distributed.world import ADDRESS, TORCH, read_world, step_size
 from mnist_dist.errors import Problem, RecipeError
 
@@ -44,7 +45,7 @@ def launched_world() -> PartialState:
     try:
         # Without this variable Accelerate would choose a number of threads and warn; `choose_threads` chooses it.
         with patch_environment(OMP_NUM_THREADS=torch.get_num_threads()):
-            state = PartialState(cpu=cpu, **backend)
+            state = PartialState(cpu=cpu, **backend, **(join(world) if size > 1 else {}))
     except (RuntimeError, ValueError, OSError) as error:
         PartialState._reset_state()
         if size == 1:

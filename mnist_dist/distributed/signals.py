@@ -98,9 +98,11 @@ class Interrupts:
         """Sets the number of steps between two exchanges of stop requests.
 
         Args:
-            seconds_per_step: duration of a training step; must be the same number on every rank.
+            seconds_per_step: duration of a training step; must be the same number on every rank. 0: not known yet,
+                the interval stays.
         """
-        self._interval = max(1, int(AGREE_SECONDS / max(seconds_per_step, 1e-6)))
+        if seconds_per_step:
+            self._interval = max(1, int(AGREE_SECONDS / max(seconds_per_step, 1e-6)))
 
     def stop_requested(self) -> bool:
         """Returns whether any rank has received a stop request; the same value on every rank.

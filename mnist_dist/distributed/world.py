@@ -30,7 +30,7 @@ DEFAULT_PORT = 29500
 """Torch's default port, used if neither the port nor the number of the job is known."""
 
 DERIVED = "derived"
-"""Stands for the variable of a value that no variable gives."""
+"""Used instead of a variable's name for a value that this module derives."""
 
 Variables = dict[str, tuple[str, str]]
 """Torch's name of a variable -> (the launcher's name of it, its value)."""

@@ -8,7 +8,7 @@ const triangle = x => Math.max(0, 1 - Math.abs(x));
 /** Returns the part of a picture that is used and the part of the image that it fills, each [top, left, height, width]. */
 function boxes(height, width) {
   const centred = (inner, outer) => [...outer.map((length, axis) => Math.floor((length - inner[axis]) / 2)), ...inner];
-  if (geometry.resize === "crop") {
+  if ((geometry.resize ?? "crop") === "crop") {
     const scale = Math.max(HEIGHT / height, WIDTH / width);
     const used = [[height, HEIGHT], [width, WIDTH]].map(([from, to]) => Math.max(1, Math.min(from, round(to / scale))));
     return [centred(used, [height, width]), [0, 0, HEIGHT, WIDTH]];

@@ -47,11 +47,12 @@ def is_code(name: Any) -> bool:
     return isinstance(name, str) and ":" in name
 
 
-def refuse_code(name: str, allowed: Sequence[str]) -> None:
+def refuse_code(name: str, allowed: Sequence[str], what: str = "network") -> None:
     """Checks that a dotted path is allowed; accepts every other model name.
 
     Args:
         allowed: modules, which include the modules below them, or whole dotted paths `package.module:Name`.
+        what: is named, for the message.
 
     Raises:
         CodeRefused: the path is not allowed. Nothing was imported.
@@ -59,7 +60,7 @@ def refuse_code(name: str, allowed: Sequence[str]) -> None:
     module = name.partition(":")[0]
     if is_code(name) and not any(each in (name, module) or module.startswith(f"{each}.") for each in allowed if each):
         raise CodeRefused(
-            f"the network {name[:LONGEST_TEXT]!r} is Python code, which is not imported without your permission\n"
+            f"the {what} {name[:LONGEST_TEXT]!r} is Python code, which is not imported without your permission\n"
             f"if you trust this module and the run: --allow-code {module[:LONGEST_TEXT]}"
             f" (from Python: allow_code=({module[:LONGEST_TEXT]!r},))"
         )
@@ -92,7 +93,7 @@ def check_description(about: Mapping[str, Any]) -> None:
     whole = isinstance(shape, list) and len(shape) == 3 and all(type(each) is int and each > 0 for each in shape)
     require(whole and shape[0] <= MOST_CHANNELS and max(shape) <= LARGEST_SIDE, "shape", "channels, height and width")
     numbers = {len(about[key]) if isinstance(about[key], list) else 1 for key in ("mean", "std")}
-    require(numbers <= {1, shape[0]}, "mean", f"one number or {shape[0]}, as the shape says")
+    require(numbers <= {1, shape[0]}, "mean", f"one number or {shape[0]}, one for each channel")
     require(isinstance(keywords, dict), "keywords", "a section of keywords")
     require(len(json.dumps(keywords)) <= MOST_VALUES * 20, "keywords", "short")
     _check_values("keywords", keywords)
@@ -131,6 +132,8 @@ def rebuild_model(about: Mapping[str, Any], tensors: Mapping[str, Tensor], allow
         ValueError: the description does not fit the tensors, or names a network that does not exist.
     """
     name, keywords = about["model"], dict(about["keywords"])
+    channels, *sides = about.get("shape", [1, 28, 28])
+    described: dict[str, Any] = {"num_classes": len(about["classes"]), "in_channels": channels, "image_size": (*sides,)}
     refuse_code(name, allowed)
     if not is_code(name):
         find_builder(name)  # imports torchvision or timm, which takes seconds, outside the time limit
@@ -138,20 +141,20 @@ def rebuild_model(about: Mapping[str, Any], tensors: Mapping[str, Tensor], allow
         if given := [key for key in keywords if key in FILE_KEYWORDS or key.startswith("pretrained")]:
             raise ValueError(f"{given[0]!r} makes {name} read files: not allowed in the description of a network")
         with torch.random.fork_rng(devices=[]):
-            _compare(name, len(about["classes"]), keywords, tensors)
+            _compare(name, described | keywords, tensors)
         with _limits(tensors):
-            module = build_model(name, num_classes=len(about["classes"]), **keywords)
+            module = build_model(name, **described, **keywords)
     else:
-        module = build_model(name, num_classes=len(about["classes"]), **keywords)
+        module = build_model(name, **described, **keywords)
     module.load_state_dict(dict(tensors))
     return module
 
 
-def _compare(name: str, classes: int, keywords: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def _compare(name: str, keywords: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Builds the network without memory for its tensors, and compares their names and shapes with the file's."""
     try:
         with _limits(tensors), torch.device("meta"):
-            module = build_model(name, num_classes=classes, **keywords)
+            module = build_model(name, **keywords)
     except TooLarge:
         raise
     except Exception as error:

@@ -15,13 +15,13 @@ from torch import Tensor
 from mnist_dist.data import Images, describe_shape
 from mnist_dist.distributed.devices import choose_threads, supports_precision
 from mnist_dist.distributed.launcher import launched_world
-from mnist_dist.engine.evaluation import Evaluation
+from mnist_dist.engine.evaluation import Evaluation, Mirrored
 from mnist_dist.engine.evaluation import evaluate as evaluate_module
 from mnist_dist.engine.files import write_atomically
 from mnist_dist.errors import Problem, RecipeError
 from mnist_dist.recipe.loading import load_recipe
 from mnist_dist.recipe.schema import Recipe
-from mnist_dist.run.build import load_data
+from mnist_dist.run.data import load_data
 from mnist_dist.run.kernels import set_determinism, set_kernels
 from mnist_dist.run.model_trial import copy_of, to_device
 from mnist_dist.run.reader import Run
@@ -44,7 +44,7 @@ def load_evaluation_data(run: Run, *overrides: str, split: str = "test") -> tupl
             classes than the network.
     """
     recipe = load_recipe(run.folder.recipe, *overrides, import_code=False)
-    dataset = load_data(recipe, launched_world())
+    dataset = load_data(recipe, launched_world(), run.allow_code)
     if split == "validation" and not dataset.has_validation:
         message = "this run has no validation images (data.validation is 0); use --split test"
         raise RecipeError([Problem("command line", "--split", message, "conflict")])
@@ -64,10 +64,13 @@ def check_shape(recipe: Recipe, data: Images, run: Run) -> None:
         raise RecipeError([Problem("command line", "data.dataset", message, "conflict")])
 
 
-def evaluate_run(run: Run, recipe: Recipe, data: Images) -> Evaluation:
+def evaluate_run(run: Run, recipe: Recipe, data: Images, *, mirrored: bool = False) -> Evaluation:
     """Evaluates a run's network on `data`, in the batches of the recipe and in `evaluation_precision`.
 
     Collective: call on every rank.
+
+    Args:
+        mirrored: evaluate on the images mirrored from left to right.
     """
     choose_threads(launched_world())
     set_determinism(recipe.deterministic)
@@ -79,6 +82,7 @@ def evaluate_run(run: Run, recipe: Recipe, data: Images) -> Evaluation:
     # A copy, because the caller may still use the run's own network on the CPU.
     with copy_of(run.model) as copied:
         module = to_device(copied, accelerator.device, channels_last=recipe.engine.channels_last)
+        module = Mirrored(module) if mirrored else module
         return evaluate_module(accelerator, module, images, batch_size=recipe.eval_batch_size)
 
 

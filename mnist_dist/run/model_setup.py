@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from mnist_dist.data import Dataset, Images, derive_seed, describe_shape
 from mnist_dist.distributed.launcher import asks_for_fsdp
-from mnist_dist.engine.train_step import count_micro_batches
+from mnist_dist.engine.shares import count_micro_batches
 from mnist_dist.errors import RecipeError
 from mnist_dist.models import build_model
 from mnist_dist.recipe.checks import check_freeze
@@ -94,7 +94,14 @@ def _build(recipe: Recipe, dataset: Dataset, device: torch.device) -> nn.Module:
     torch.manual_seed(derive_seed(recipe.seed))
     dtype = torch.get_default_dtype()
     try:
-        module = build_model(name, num_classes=classes, **recipe.model.keywords)
+        module = build_model(
+            name,
+            num_classes=classes,
+            in_channels=dataset.train.shape[0],
+            image_size=dataset.train.shape[1:],
+            pretrained=recipe.model.pretrained,
+            **recipe.model.keywords,
+        )
         names = set(module.state_dict())
         before = [(buffer, buffer.clone()) for buffer in module.buffers() if not is_lazy(buffer)]
         with keep_random_state(device), torch.no_grad():
@@ -110,7 +117,7 @@ def _build(recipe: Recipe, dataset: Dataset, device: torch.device) -> nn.Module:
     if new := sorted(module.state_dict().keys() - names):
         message = (
             f"{name} creates {_listed(new)} in its first forward pass, so its weights could not be loaded again\n"
-            "create these layers in __init__; nn.LazyLinear and its relatives infer their size from the first images"
+            "create these layers in __init__; lazy layers such as nn.LazyLinear take their size from the first images"
         )
         raise RecipeError([recipe.problem("model.name", message, "model")])
     if not isinstance(output, torch.Tensor) or output.shape[1:] != (classes,):
@@ -145,7 +152,7 @@ def _micro_batch_notes(recipe: Recipe, module: nn.Module, data: Images, world_si
         return []
     try:
         effects = micro_batch_effects(module, data)
-    except Exception:  # a network that has no gradient of its input is not refused for that
+    except Exception:  # e.g. a network without a gradient for its input; it can be trained nevertheless
         return []
     if not effects:
         return []

@@ -118,7 +118,7 @@ def copy_of(module: nn.Module) -> Iterator[nn.Module]:
         copied = copy.deepcopy(module)
     except Exception:  # e.g. the network holds a torch.Generator or a lock
         copied = None
-    # A copy of a TorchScript module cannot be trained: torch gives it results of `clone` as its parameters.
+    # A copy of a TorchScript module cannot be trained: its parameters are results of `clone`, not leaf tensors.
     if copied is not None and all(each.is_leaf for each in copied.parameters()):
         yield copied
         return
@@ -158,7 +158,7 @@ def _train(
             to_device(copied, device, channels_last=channels_last)
         with _refusing("optimizer.name", cannot_step):
             optimizer = build_optimizer(
-                copied.parameters(), recipe.optimizer.name, lr=recipe.optimizer.lr or 0.1, **recipe.optimizer.keywords
+                copied, recipe.optimizer.name, lr=recipe.optimizer.lr or 0.1, **recipe.optimizer.keywords
             )
         with _refusing("model.name", cannot_train):
             missing = _backward(recipe, copied, data, device, 0)

@@ -1,4 +1,4 @@
-"""Classifies images with the network of a run, on the CPU in fp32, in whatever precision the run was trained."""
+"""Classifies images with the network of a run, on the CPU in fp32, also if the run was trained in another precision."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from mnist_dist.engine.checkpoint import load_weights
 from mnist_dist.engine.files import expand_path, read_regular
 from mnist_dist.errors import Kind, Problem, RecipeError
 from mnist_dist.models import CodeRefused, check_description, rebuild_model
-from mnist_dist.recipe.changes import HARMLESS_KEYS, flatten
+from mnist_dist.recipe.changes import flatten, is_harmless
 from mnist_dist.recipe.file import read_recipe
 from mnist_dist.recipe.loading import load_recipe
 from mnist_dist.recipe.schema import Recipe
@@ -130,7 +130,8 @@ class RunReader:
     def result_keys(self) -> dict[str, Any]:
         """The keys of the recipe that change a result, without the seed."""
         items = self.recipe.items()
-        return {key: value for key, value in items if key != "seed" and not key.startswith(HARMLESS_KEYS)}
+        dataset = self.recipe.get("data.dataset")
+        return {key: value for key, value in items if key != "seed" and not is_harmless(key, dataset)}
 
 
 def is_summary(values: Any) -> bool:

@@ -12,7 +12,6 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from mnist_dist.data import Batches, Dataset, Images
-from mnist_dist.data.geometry import measure_geometry
 from mnist_dist.distributed.collectives import count_nodes
 from mnist_dist.distributed.devices import device_name
 from mnist_dist.distributed.launcher import launch_settings
@@ -191,7 +190,7 @@ def finish_run(
     interrupts.set_interval(AGREE_SECONDS)  # there are few batches of test images: exchange requests at each of them
     # Without a validation part this repeats the last evaluation, for its probabilities. With one, the test images are
     # used here for the first time.
-    images = dataset.test.to(components.accelerator.device)
+    images = components.place(dataset.test)
     try:
         test = components.evaluate(images, recipe.eval_batch_size, interrupts.stop_requested)
     except Interrupted:
@@ -297,7 +296,7 @@ def _pictures(
 
     metrics, data = load_run(folder.path).metrics, dataset.test
     # Bright figures on a dark ground are drawn as ink on paper.
-    inverted = measure_geometry(dataset.train.images).ground == "dark"
+    inverted = load_run(folder.path, "last").geometry.ground == "dark"
     predictions = images.Predictions.read(data.images, data.labels, test.probabilities, data.classes, inverted=inverted)
     originals, warped = _augmented_samples(batches, dataset.train)
 
@@ -320,9 +319,9 @@ def _augmented_samples(batches: Batches, data: Images, count: int = 10) -> tuple
     Returns:
         Two tensors (count, channels, height, width): uint8, and float32 if there is augmentation.
     """
-    plan = batches.plan(0)
-    rows = plan.order[:count]
+    rows = batches.plan(0).order[:count]
     originals = data.images[rows]
-    if plan.warps is None or batches.augmentation is None:
+    changes = batches.changes(0, rows)
+    if changes is None or batches.augmentation is None:
         return originals, originals
-    return originals, batches.augmentation.apply(originals.float(), plan.warps[rows])
+    return originals, batches.augmentation.apply(originals.float(), changes)

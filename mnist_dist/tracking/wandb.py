@@ -29,7 +29,7 @@ PACKAGE = Path(__file__).parent.parent
 
 
 def resolve_mode(mode: str) -> tuple[str, str]:
-    """Resolves `auto` to online or offline by the credentials on this machine; WANDB_MODE has priority.
+    """Resolves `auto` to online or offline by the credentials on this machine; the environment has priority.
 
     Returns:
         The mode, and its reason for the console.
@@ -40,6 +40,8 @@ def resolve_mode(mode: str) -> tuple[str, str]:
     if requested in ("online", "offline", "disabled", "dryrun"):
         mode = "offline" if requested == "dryrun" else requested
         return mode, f"{mode} (WANDB_MODE)"
+    if os.environ.get("WANDB_DISABLED", "").strip().lower() in ("true", "1", "yes", "on"):  # known from transformers
+        return "disabled", "disabled (WANDB_DISABLED)"
     if _has_credentials():
         return "online", "online (credentials found)"
     return "offline", "offline (no credentials: run `wandb login`); `wandb sync` uploads the run later"
@@ -130,9 +132,11 @@ class WandbTracker(WandBTracker):
         if wandb.run is not None:  # the user's own run: `init` would return it, and `finish` would end it
             self.init_kwargs["reinit"] = "create_new"
         try:
-            super().start()
+            # wandb refuses a WANDB_MODE in capitals, even where `init` gets a mode.
+            with self._writable_folders(), patch_environment(WANDB_MODE=self.init_kwargs.get("mode", "online")):
+                super().start()
         except Exception as error:
-            self._notify(f"wandb could not start online ({_first_line(error)}); this run is logged offline")
+            self._notify(f"wandb could not start ({_first_line(error)}); this run is logged offline")
             self.init_kwargs["mode"] = "offline"
             self._alive = True
             self._guard("start offline", super().start)
@@ -259,12 +263,22 @@ class WandbTracker(WandBTracker):
             self._guard("finish", lambda: self.run.finish(exit_code=exit_code))
         elif getattr(self, "run", None):
             # The failure has been reported. An open W&B run would receive the next training of this process.
-            with suppress(Exception), self._upload_data_in_run_folder():
+            with suppress(Exception), self._writable_folders():
                 self.run.finish(exit_code=exit_code)
 
-    def _upload_data_in_run_folder(self) -> AbstractContextManager[None]:
-        """Makes wandb keep data for the upload in the run folder: the home folder may be full or read-only."""
-        return patch_environment(WANDB_DATA_DIR=os.environ.get("WANDB_DATA_DIR", self._directory / "wandb"))
+    def _writable_folders(self) -> AbstractContextManager[None]:
+        """Gives wandb folders for its data and its cache. The home folder may be full, read-only or unknown.
+
+        Data for the upload are in the run folder. So is the cache if the home folder takes none: without a cache folder
+        wandb's service writes its log to stderr.
+        """
+        from wandb.env import get_cache_dir
+
+        folder = self._directory / "wandb"
+        data, cache = os.environ.get("WANDB_DATA_DIR", folder), get_cache_dir()
+        return patch_environment(
+            WANDB_DATA_DIR=data, WANDB_CACHE_DIR=cache if _is_writable(cache) else folder / "cache"
+        )
 
     def _timed(self, action: str, call: Callable[[], Any]) -> None:
         started = time.perf_counter()
@@ -280,11 +294,19 @@ class WandbTracker(WandBTracker):
         if not self._alive:
             return
         try:
-            with self._upload_data_in_run_folder():
+            with self._writable_folders():
                 call()
         except Exception as error:  # wandb raises errors of many kinds, e.g. its own and broken pipes
             self._alive = False
             self._notify(f"wandb could not {action} ({_first_line(error)}); training continues without it")
+
+
+def _is_writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
 
 
 def _confusion_chart(confusion: Tensor, classes: tuple[str, ...]) -> Any:
@@ -302,4 +324,6 @@ def _confusion_chart(confusion: Tensor, classes: tuple[str, ...]) -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    lines = str(error).splitlines() or [type(error).__name__]
+    # The first line of a wrong setting gives the number of errors only; its name and what is wrong are the next two.
+    return ": ".join(line.strip() for line in lines[1:3]) if "validation error" in lines[0] and lines[1:] else lines[0]

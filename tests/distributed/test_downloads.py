@@ -15,7 +15,7 @@ from pathlib import Path
 import torchvision
 from mnist_dist import load_recipe
 from mnist_dist.distributed.launcher import launched_world
-from mnist_dist.run.build import load_data
+from mnist_dist.run.data import load_data
 from tests.data.test_sources import family_files, write_family
 
 def download(root, download):

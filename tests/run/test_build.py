@@ -12,7 +12,8 @@ from mnist_dist import build_model, load_recipe
 from mnist_dist.data import load_dataset
 from mnist_dist.engine.train_step import TrainStep
 from mnist_dist.errors import RecipeError
-from mnist_dist.run.build import build_components, check_world, data_root, load_data
+from mnist_dist.run.build import build_components, check_world
+from mnist_dist.run.data import data_root, load_data
 from mnist_dist.run.model_setup import build_module
 
 DATASET = load_dataset("synthetic", limit_train=128, limit_test=10)
@@ -97,7 +98,7 @@ def test_data_that_cannot_be_read_is_refused(refused, monkeypatch, accelerator, 
     def fail(*arguments, **keywords):
         raise error
 
-    monkeypatch.setattr("mnist_dist.run.build.load_dataset", fail)
+    monkeypatch.setattr("mnist_dist.run.data.load_dataset", fail)
     assert refused(lambda: load_data(load_recipe("debug"), PartialState())) == [(key, kind)]
 
 

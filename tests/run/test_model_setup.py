@@ -123,7 +123,7 @@ def test_a_network_that_does_not_run_in_channels_last_trains_in_contiguous_layou
     assert [note.split(":")[0] for note in prepared.notes if "channels_last" in note] == ["engine.channels_last"]
     components = build_components(prepared.recipe, "no", DATASET.train, prepared.module)
     for step in range(2):
-        components.update(components.batches.plan(0, torch.device("cpu")), step, step)
+        components.update(components.batches.plan(0), step, step)
     assert components.evaluate(DATASET.test, 5).loss > 0
     assert prepare(network, "engine.channels_last=false").notes == [n for n in prepared.notes if "channels" not in n]
 

@@ -71,7 +71,18 @@ def test_a_shorter_run_than_the_checkpoint_is_refused(tmp_path, refused):
         assert found == [(word.partition("=")[0], "conflict")]
 
 
-@pytest.mark.parametrize("schedule", ["{name: constant}", "{name: step, step_size: 1}", "{name: cosine, T_max: 9}"])
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        "{name: constant, warmup_epochs: 1}",
+        "{name: step, step_size: 1}",
+        "{name: multistep, milestones: [1, 3]}",
+        "{name: exponential, gamma: 0.5}",
+        "{name: polynomial, total_iters: 5}",
+        "{name: cosine, T_max: 9}",
+        "{name: cosine_restarts, T_0: 2}",
+    ],
+)
 def test_a_finished_run_trains_longer(schedule, tmp_path, refused):
     words = [*SMALL, "batch_size=50", f"schedule={schedule}"]
     three, four = (load_recipe("debug", *words, f"epochs={epochs}") for epochs in (3, 4))
@@ -84,7 +95,15 @@ def test_a_finished_run_trains_longer(schedule, tmp_path, refused):
     assert refused(lambda: train(shorter, tmp_path / "run", allow_recipe_change=True)) == [("--run-dir", "exists")]
 
 
-@pytest.mark.parametrize("schedule", ["{name: cosine}", "{name: onecycle, max_lr: 0.1}"])
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        "{name: cosine}",
+        "{name: cosine, interval: step, warmup_epochs: 1}",
+        "{name: polynomial}",
+        "{name: onecycle, max_lr: 0.1}",
+    ],
+)
 def test_a_run_whose_schedule_depends_on_its_length_is_not_prolonged(schedule, tmp_path, refused):
     words = [*SMALL, "batch_size=50", f"schedule={schedule}"]
     train(load_recipe("debug", *words, "epochs=2"), tmp_path / "run")
