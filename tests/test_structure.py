@@ -216,6 +216,7 @@ def test_what_help_needs_imports_the_standard_library_only(name):
 
 IN_PLACE = {
     "engine.files",
+    "data.store",  # under a temporary name, which a rename makes the final one; data is a lower layer than engine
     "export.exporter",  # in a temporary folder; the file that is ready is renamed
     "sweep.trials",  # the output of a trial while it runs
     "doctor.measurements",  # measures how long a rename takes to reach another node
