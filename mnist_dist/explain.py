@@ -1,7 +1,8 @@
 """Draws what a network's prediction depends on, as one PNG: `python -m mnist_dist.explain runs/mine photo.jpg`.
 
 The PNG shows the picture as the network sees it, the three likeliest classes, where more and where less ink would raise
-the likeliest class's logit, and the feature maps of chosen layers.
+the likeliest class's logit, and the feature maps of chosen layers. All of it is computed in fp32, in whatever precision
+the network was trained.
 """
 
 from __future__ import annotations

@@ -38,9 +38,10 @@ from mnist_dist.recipe.file import bundled_recipes, recipe_notes
 from mnist_dist.recipe.loading import load_recipe
 from mnist_dist.recipe.reference import explain
 from mnist_dist.recipe.schema import Recipe
-from mnist_dist.run.build import build_components, check_world, load_data
+from mnist_dist.run.build import build_components, check_world
 from mnist_dist.run.checkpointing import Checkpointer
 from mnist_dist.run.components import Progress, TrainingComponents
+from mnist_dist.run.data import load_data
 from mnist_dist.run.folder import RunFolder
 from mnist_dist.run.model_setup import prepare_model
 from mnist_dist.run.model_summary import summarize_model
@@ -134,7 +135,7 @@ def train(
         run_dir: a new folder, or the folder of a run to resume; None for runs/<recipe>/<date-time>.
         resume: "auto": resume the run in `run_dir`; "never": refuse such a folder; else a run or checkpoint to start.
         allow_recipe_change: resume although the recipe has changed.
-        world_size: the expected number of processes; None for the number that the launcher was asked for, if known.
+        world_size: the expected number of processes; None for the number in the launcher's options, if it is known.
         allow_code: modules from which the networks of `distill.from` may be imported; see `load_run`.
 
     Returns:
@@ -151,7 +152,7 @@ def train(
     recipe = recipe.model_copy(update={"mixed_precision": precision})  # a resume under another launcher sees the change
     if results := finished_results(recipe, run_dir, state, resume):
         return results
-    dataset = load_data(recipe, state)
+    dataset = load_data(recipe, state, allow_code)
     prepared = run_on_all_ranks(state, lambda: prepare_model(recipe, dataset, state.num_processes, state.device))
     recipe, module = prepared.recipe, prepared.module
     teachers = run_on_all_ranks(state, lambda: load_teachers(recipe, dataset.train, allow_code))
@@ -240,7 +241,7 @@ def list_recipes() -> None:
 
 
 class _CallableModule(types.ModuleType):
-    """A module that can be called like `train`: after `from mnist_dist import train` both uses of the name work."""
+    """Makes this module callable like its function `train`: after `from mnist_dist import train` both uses work."""
 
     __call__ = staticmethod(train)
 

@@ -1,4 +1,4 @@
-"""The command lines: every command is listed, prints its help without torch, and refuses wrong arguments."""
+"""Every command is listed, prints its help without importing torch, and refuses wrong arguments."""
 
 from __future__ import annotations
 
@@ -144,6 +144,13 @@ def test_a_wrong_argument_is_named(command, words, key, refused):
     assert refused(lambda: parse(command, words)) == [(key, "usage")]
 
 
+def test_a_path_with_an_unset_variable_is_named(monkeypatch):
+    monkeypatch.delenv("NOT_SET", raising=False)
+    with pytest.raises(RecipeError, match="NOT_SET") as error:
+        parse("train", ["--recipe", "debug", "--run-dir", "$NOT_SET/x"])
+    assert [(each.key, each.kind) for each in error.value.problems] == [("$NOT_SET/x", "missing")]
+
+
 def test_options_and_positional_arguments_may_be_mixed():
     arguments = parse("train", ["epochs=1", "--recipe", "debug", "batch_size=8"])
     assert (arguments.recipe, arguments.overrides) == ("debug", ["epochs=1", "batch_size=8"])
@@ -242,4 +249,4 @@ def test_other_ranks_wait_before_they_print(monkeypatch, capsys):
 
 
 def test_a_parser_names_its_command():
-    assert Parser("train", "", "").prog == "mnist-dist train"
+    assert Parser("train").prog == "mnist-dist train"

@@ -4,7 +4,8 @@ from mnist_dist.data.augment import Augmentation
 from mnist_dist.data.batches import Batch, Batches, EpochPlan, derive_seed
 from mnist_dist.data.images import Dataset, Images, describe_shape, normalize
 from mnist_dist.data.loader import Loader
-from mnist_dist.data.sources import DATASETS, load_dataset
+from mnist_dist.data.sources import DATASETS, find_source, load_dataset
+from mnist_dist.data.sources.arrays import is_data_code
 
 __all__ = [
     "DATASETS",
@@ -17,6 +18,8 @@ __all__ = [
     "Loader",
     "derive_seed",
     "describe_shape",
+    "find_source",
+    "is_data_code",
     "load_dataset",
     "normalize",
 ]

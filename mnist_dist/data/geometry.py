@@ -1,7 +1,7 @@
-"""How a training set places its figures: what a picture must look like before the network sees it.
+"""Measures the size and position of the figures in a training set, and gives other pictures the same geometry.
 
-A network recognises figures of the size and position that it was trained with. The geometry is measured on the training
-set and stored with the weights.
+A network recognises figures only in the size and position that it was trained with. The geometry is measured on the
+training set and stored with the weights.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor
 from mnist_dist.data.images import SHAPE
 
 FAINT = 0.2
-"""Fraction of the strongest ink. Weaker pixels are paper, shadow or noise and do not count for the figure's extent."""
+"""Pixels below this fraction of the strongest ink are paper, shadow or noise. They do not count as part of a figure."""
 
 Ground = Literal["dark", "light", "none"]
 Centre = Literal["mass", "box"]
 
 GROUND_SHARE = 0.9
-"""Fraction of the images whose corners must be alike for the set to have a ground."""
+"""Fraction of the images that must have dark corners, or light ones, for the training set to have a ground."""
 
 SAMPLE = 2000
 """Number of training images that are measured, evenly spaced."""
@@ -37,10 +37,12 @@ class Geometry:
     "Gradient-based learning applied to document recognition", 1998).
 
     Attributes:
-        ground: "dark" for bright figures on a dark ground, "light" for the opposite, "none" for neither.
-        figure: pixels of the longer side of the figure, as most images have it.
-        least, most: shortest and longest of these sides; one image in a hundred lies outside.
-        centre: what lies in the centre of the image: the figure's centre of mass, or the centre of its bounding box.
+        ground: "dark" for bright figures on a dark ground, "light" for dark figures on a light ground, "none" for
+            images without a common ground, such as photos.
+        figure: pixels of the longer side of a figure; the median over the images.
+        least, most: range of these longer sides; one image in a hundred lies outside.
+        centre: which point of the figure lies in the centre of the image: its centre of mass ("mass"), or the centre of
+            its bounding box ("box").
         shape: channels, height and width of the images.
     """
 
@@ -60,10 +62,10 @@ class Geometry:
             raise ValueError(f"the geometry of the weights is damaged: {asdict(self)}")
 
     def place(self, ink: np.ndarray) -> Tensor:
-        """Scales a figure, given by its bounding box, to the size of the training set and centres it.
+        """Scales a figure to the size of the training set's figures and centres it.
 
         Args:
-            ink: float (height, width), 0 to 1.
+            ink: float (height, width), 0 to 1, cut to the figure's bounding box.
 
         Returns:
             uint8 (1, height, width), with the ground of the training set.
@@ -71,7 +73,7 @@ class Geometry:
         Raises:
             ValueError: nothing is left of the figure after it was scaled.
         """
-        # The figure may fill the image of an oblong set along one side only.
+        # If the images are not square, a figure of this size may be too long for their shorter side.
         room = [side / length for side, length in zip(self.shape[1:], ink.shape, strict=True)]
         scale = min(self.figure / max(ink.shape), *room)
         size = (max(1, round(ink.shape[1] * scale)), max(1, round(ink.shape[0] * scale)))
@@ -92,7 +94,7 @@ class Geometry:
         return torch.from_numpy(255 - canvas if self.ground == "light" else canvas)[None]
 
     def fits(self, grey: np.ndarray) -> bool:
-        """Returns whether a picture already looks like an image of the training set, so that it can be used as it is.
+        """Returns whether a picture already has the geometry of the training set, so that it can be used unchanged.
 
         Args:
             grey: (height, width), 0 to 255.
@@ -110,12 +112,12 @@ class Geometry:
         return within and int(ink.max()) >= 128 and (self.centre == "box" or float(mass.abs().max()) <= 1)
 
     def fill(self, grey: np.ndarray) -> Tensor:
-        """Scales a whole picture to the training set's size, cropped to its proportions: uint8 (1, height, width)."""
+        """Crops a picture to the proportions of the training set's images and scales it to uint8 (1, height, width)."""
         whole = Image.fromarray(np.clip(np.round(grey), 0, 255).astype(np.uint8))
         return torch.from_numpy(np.array(ImageOps.fit(whole, self.shape[:0:-1], Image.Resampling.BOX)))[None]
 
     def fill_colour(self, picture: Image.Image) -> Tensor:
-        """Scales a picture in RGB to the size of the training set, cropped to its proportions: uint8 (3, H, W)."""
+        """Crops and scales a picture in RGB in the same way; returns uint8 (3, height, width)."""
         fitted = ImageOps.fit(picture, self.shape[:0:-1], Image.Resampling.BOX)
         return torch.from_numpy(np.array(fitted)).movedim(-1, 0).contiguous()
 
@@ -161,7 +163,7 @@ def describe_geometry(geometry: Geometry) -> dict[str, Any]:
 
 
 def _ground(images: Tensor) -> Ground:
-    """Returns the ground of images (N, 1, H, W): what most of their corners are like."""
+    """Returns the ground of images (N, 1, H, W): dark or light if nearly all of them have such corners, else none."""
     corners = torch.cat([images[..., y, x] for y in (0, -1) for x in (0, -1)], dim=1).float()
     level = corners.median(dim=1).values
     shares = {"dark": float((level < 32).float().mean()), "light": float((level > 223).float().mean())}

@@ -261,7 +261,7 @@ def train_alone(device: torch.device) -> dict[str, Any]:
     data, augmentation = dataset.train.to(device), recipe.data.augment.build()
     to_device(module, device, channels_last=True)
     rate = recipe.optimizer.lr or 0.0  # constant within an epoch
-    optimizer = build_optimizer(module.parameters(), recipe.optimizer.name, lr=rate, **recipe.optimizer.keywords)
+    optimizer = build_optimizer(module, recipe.optimizer.name, lr=rate, **recipe.optimizer.keywords)
     batches = Batches(len(data), recipe.batch_size, recipe.seed, augmentation=augmentation)
     plan, losses, seconds = batches.plan(0), [], []
     for step in range(STEPS):

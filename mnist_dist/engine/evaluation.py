@@ -28,6 +28,18 @@ class Evaluation:
     """Number of images by true class (rows) and predicted class (columns), int64 (classes, classes)."""
 
 
+class Mirrored(nn.Module):
+    """A network that sees every image mirrored from left to right."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Returns the logits of mirrored images (N, C, H, W)."""
+        return self.module(images.flip(-1))
+
+
 class Interrupted(Exception):
     """Raised when an evaluation is stopped before its end."""
 
@@ -98,3 +110,14 @@ def score(log_probabilities: Tensor, labels: Tensor) -> Evaluation:
     confusion = torch.bincount(pairs, minlength=classes**2).view(classes, classes)
     correct = int(confusion.diagonal().sum())
     return Evaluation(100 * correct / len(labels), loss, log_probabilities.exp().float(), confusion)
+
+
+def evaluate_mean(evaluations: list[Evaluation], labels: Tensor) -> Evaluation:
+    """Returns the evaluation of the mean of several evaluations' probabilities.
+
+    Args:
+        labels: int64 (N,), on the CPU.
+    """
+    probabilities = torch.stack([each.probabilities for each in evaluations]).mean(dim=0)
+    # A probability may have been rounded to 0 in float32, and the loss needs its logarithm.
+    return score(probabilities.double().clamp(min=torch.finfo(torch.float32).tiny).log(), labels)

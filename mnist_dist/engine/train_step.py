@@ -44,7 +44,10 @@ class StepSettings:
     """Largest norm of the gradient; None: no clipping."""
     label_smoothing: float = 0.0
     micro_batch_size: int | None = None
-    """Samples per forward and backward pass; None: all samples of this process."""
+    """Samples per forward and backward pass; None: all samples of this process.
+
+    Apart from rounding, it changes the update only of a network with batch norm or dropout.
+    """
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What happens after a gradient that is not finite: raise `NotFinite`, or continue with the next step."""
 

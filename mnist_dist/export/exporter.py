@@ -27,7 +27,7 @@ from mnist_dist.export.quantize import quantize
 from mnist_dist.export.verify import Deployed, Form, Predictor, check_agreement, measure_form, refuse_batch_dependence
 from mnist_dist.recipe.loading import load_recipe
 from mnist_dist.recipe.schema import Recipe
-from mnist_dist.run.build import load_data
+from mnist_dist.run.data import load_data
 from mnist_dist.run.evaluation import check_shape
 from mnist_dist.run.onnx_export import trace_program
 from mnist_dist.run.reader import Run
@@ -118,7 +118,7 @@ def _check_requirements(form: str, archive: Path | None) -> dict[str, bytes]:
 def _load_source(run: Run, deployed: Deployed, overrides: tuple[str, ...]) -> Source:
     """Loads the data, checks that the network fits it and can be exported, and measures the network."""
     recipe = load_recipe(run.folder.recipe, *overrides, "data.limit_test=null", import_code=False)
-    data, about = load_data(recipe, launched_world()), run.about
+    data, about = load_data(recipe, launched_world(), run.allow_code), run.about
     if len(data.test.classes) != len(about["classes"]):
         message = f"{recipe.data.dataset} has {len(data.test.classes)} classes, the network {len(about['classes'])}"
         raise RecipeError([Problem("command line", "data.dataset", message, "conflict")])

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, Strict, WithJsonSchema
 
-from mnist_dist.data import DATASETS, Augmentation
+from mnist_dist.data import DATASETS, Augmentation, find_source
 from mnist_dist.engine import optimizers, schedules
 from mnist_dist.errors import Kind, Problem
 from mnist_dist.models import MODELS, find_builder, is_code
@@ -30,6 +30,10 @@ from mnist_dist.recipe.sections import (
 )
 
 # --- types of values ----------------------------------------------------------------------------------------------
+
+
+_Side = Annotated[int, Field(ge=1, le=4096)]
+_Size = _Side | Annotated[tuple[_Side, _Side], Strict(False)]  # YAML has lists, not tuples
 
 
 def _folder_name(name: str) -> str:
@@ -50,6 +54,11 @@ def _model_name(name: str) -> str:
     return name
 
 
+def _dataset_name(name: str) -> str:
+    find_source(name)  # a dotted path is imported only if a person named it: see `load_recipe`
+    return name
+
+
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
@@ -59,6 +68,10 @@ _TEXT_OR_LIST = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type
 _TEXT_OR_NULL = {"anyOf": [{"type": "string"}, {"type": "null"}]}
 _POWERS_OF_TWO = {"type": "integer", "enum": [2**exponent for exponent in range(11)]}
 _OTHER_MODELS = {"type": "string", "pattern": "^(torchvision|timm)/.+$|^.+:.+$"}
+_DATASET_NAMES = {
+    "type": "string",
+    "anyOf": [{"type": "string", "enum": list(DATASETS)}, {"type": "string", "pattern": "^.+:.+$"}],
+}
 _MODEL_NAMES = {"type": "string", "anyOf": [{"type": "string", "enum": list(MODELS)}, _OTHER_MODELS]}
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -76,6 +89,9 @@ class ModelSection(OpenSection):
     name: Annotated[str, AfterValidator(_model_name), WithJsonSchema(_MODEL_NAMES)]
     """The network: a name of this package (`ms_ran`, `resnet18`, `simple_cnn`, …), `torchvision/<name>`,
     `timm/<name>`, or your own class or function as `package.module:Name`."""
+    pretrained: bool = False
+    """Start from the weights for ImageNet that torchvision or timm publishes for this network, except for its last
+    layer. They are downloaded if they are not on this machine. False: random weights from `seed`, or `init_from`."""
     freeze: list[str] = []  # noqa: RUF012  # pydantic copies the default
     """Patterns of parameter names that are not trained, e.g. `layer1.*`. Batch norm layers whose parameters are all
     frozen also keep their running statistics."""
@@ -85,10 +101,11 @@ class ModelSection(OpenSection):
 
 
 class OptimizerSection(OpenSection):
-    """The optimizer of `torch.optim`, and its learning rate."""
+    """The optimizer, and its learning rate."""
 
     name: Literal[tuple(sorted(optimizers.OPTIMIZERS))] = "sgd"  # type: ignore[valid-type]  # made at run time for pydantic
-    """A class of `torch.optim`, in lower case."""
+    """A class of `torch.optim`, in lower case; `lion`; or `muon`, which updates hidden matrices and convolutions by
+    Muon and the other parameters by AdamW."""
     lr: AboveZero | None = None
     """Learning rate that the schedule scales; with the schedule `onecycle`, the rate of the first step. Null: the
     optimizer's default in PyTorch; with `onecycle`, `max_lr / div_factor`."""
@@ -98,7 +115,9 @@ class ScheduleSection(OpenSection):
     """The learning rate as a function of the step."""
 
     name: Literal[tuple(schedules.SCHEDULES)] = "constant"  # type: ignore[valid-type]  # made at run time for pydantic
-    """The schedule. Its keywords have the names and defaults of PyTorch's scheduler; durations are in epochs."""
+    """The schedule. Its keywords have the names of PyTorch's scheduler; durations are in epochs. Apart from `onecycle`
+    and `plateau`, every schedule can follow a warm-up: `warmup_epochs`, over which the rate rises linearly from
+    `warmup_start_factor` × `lr` to `lr`. The schedule then begins, and its durations count from there."""
 
 
 class AugmentSection(Section):
@@ -164,11 +183,15 @@ class AugmentSection(Section):
 class DataSection(Section):
     """The data set, which of its images are used, and their augmentation."""
 
-    dataset: Literal[tuple(DATASETS)] = "mnist"  # type: ignore[valid-type]  # made at run time for pydantic
-    """The data set. `digits` comes with scikit-learn and `synthetic` is generated: neither needs a download."""
+    dataset: Annotated[str, AfterValidator(_dataset_name), WithJsonSchema(_DATASET_NAMES)] = "mnist"
+    """The data set. `folder`, `csv` and `npz` are your own images at `data.root`; `package.module:function` is your own
+    function that returns (train, test), each a pair of arrays (images, labels); `hub:NAME` is a data set of Hugging
+    Face's `datasets`. `digits` comes with scikit-learn and `synthetic` is generated: neither needs a download."""
     root: str | None = None
-    """Folder that holds `MNIST/raw`; missing files are downloaded into it. Null: the environment variable
-    MNIST_DIST_DATA, else `./data`. `~` and `$VAR` are replaced. Does not change the result."""
+    """Folder that holds `MNIST/raw`; missing files are downloaded into it. For `folder`: the folder with train/CLASS/…
+    and test/CLASS/… (or val/), or with CLASS/…, of which a fifth becomes the test set; for `csv`: a table with the
+    columns path,label and perhaps split; for `npz`: an archive with train_images, train_labels, test_images and so on,
+    or images and labels. Null: the environment variable MNIST_DIST_DATA, else `./data`. `~` and `$VAR` are replaced."""
     place: Literal["auto", "device", "host", "disk"] = "auto"
     """Where the training images lie: `device` (memory of the GPU, or of the CPU that trains), `host` (memory of the
     host) or `disk` (a memory-mapped file, in a cache folder for a data set without a file). From `host` and `disk`, a
@@ -176,15 +199,24 @@ class DataSection(Section):
     split: Literal["balanced", "byclass", "bymerge", "letters", "digits", "mnist"] | None = None
     """Split of EMNIST; only for `dataset: emnist`. Null: `balanced`."""
     validation: Annotated[int, Field(ge=0)] = 0
-    """Number of training images to hold out: the last ones of the training set; of a set that is sorted by class, an
-    equal share of every class by a fixed seed. Evaluations during training then use them, and the test set is
-    evaluated once, at the end. 0: evaluations use the test set."""
+    """Number of training images to hold out: the last ones of the training set; of your own images and of a set that is
+    sorted by class, an equal share of every class by a fixed seed. Evaluations during training then use them, and the
+    test set is evaluated once, at the end. 0: evaluations use the test set, or the data set's own validation images."""
     limit_train: Positive | None = None
     """Use only the first images of the training set, at most this many, counted without the `validation` images; of a
     set that is sorted by class, an equal share of every class by a fixed seed. Null: all."""
     limit_test: Positive | None = None
     """Use only the first images of the test set, at most this many; of a set that is sorted by class, an equal share
     of every class by a fixed seed. Null: all."""
+    image_size: _Size | None = None
+    """Height and width that all images get, in pixels: one number, or [height, width]. Null: the data set's own."""
+    channels: Literal[1, 3] | None = None
+    """1 for grey images, 3 for colour. Null: the data set's own; of files, 3 if any is in colour."""
+    resize: Literal["crop", "stretch", "pad"] = "crop"
+    """How an image gets another size: `crop` scales it until it covers the size and cuts off the rest; `stretch` scales
+    height and width separately; `pad` puts it into the middle of a black image, reduced if it is larger."""
+    on_bad_image: Literal["stop", "skip"] = "stop"
+    """If image files cannot be read: `stop` names all of them and ends; `skip` leaves them out."""
     augment: AugmentSection = AugmentSection()
     """Random changes of the training images."""
 
@@ -285,10 +317,15 @@ class Recipe(Section):
     """What is drawn and reported."""
 
     _origins: Origins = PrivateAttr(default_factory=lambda: Origins())
+    _named_by_user: bool = PrivateAttr(default=False)
 
     def to_yaml(self) -> str:
         """Returns the resolved recipe as YAML, which loads as an equal recipe."""
         return yaml.dump(self.model_dump(), Dumper=Dumper, sort_keys=False)
+
+    def may_import(self, key: str) -> bool:
+        """Returns whether a person, not a file of a run, has named the code in the value of a dotted key."""
+        return self._named_by_user or self._origins.places.get(key) == "command line"
 
     def problem(self, key: str, message: str, kind: Kind) -> Problem:
         """Returns a problem with the value of a dotted key, located at the file and line that gave the value."""

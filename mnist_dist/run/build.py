@@ -11,7 +11,6 @@ import sys
 import warnings
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
@@ -19,9 +18,10 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin, patch_environment
 from torch import nn
 
-from mnist_dist.data import Batches, Dataset, Images, load_dataset
+from mnist_dist.data import Batches, Images
 from mnist_dist.data.store import Place, choose_place, describe_place, place_images
 from mnist_dist.distributed.collectives import run_on_all_ranks
+from mnist_dist.distributed.devices import device_name, supports_precision
 from mnist_dist.distributed.fsdp import shard_parameters
 from mnist_dist.distributed.gradients import GradientClock, reduce_gradients
 from mnist_dist.distributed.launcher import asks_for_fsdp, check_engine, fsdp_settings
@@ -30,7 +30,6 @@ from mnist_dist.distributed.sync_batchnorm import synchronize_batch_norm
 from mnist_dist.engine.cuda_graph import STEPS_A_REPLAY, CapturedStep, capture_obstacle
 from mnist_dist.engine.distillation import Distillation
 from mnist_dist.engine.ema import MovingAverage
-from mnist_dist.engine.files import expand_path
 from mnist_dist.engine.metrics import Meter
 from mnist_dist.engine.micro_batch_size import find_micro_batch_size
 from mnist_dist.engine.optimizers import build_optimizer, fill_momentum
@@ -44,7 +43,7 @@ from mnist_dist.run.kernels import set_determinism, set_kernels
 from mnist_dist.run.model_trial import to_device
 from mnist_dist.run.reader import Run
 
-# --- the world and the data ---------------------------------------------------------------------------------------
+# --- the world ----------------------------------------------------------------------------------------------------
 
 
 def check_world(recipe: Recipe, state: PartialState) -> str:
@@ -60,8 +59,10 @@ def check_world(recipe: Recipe, state: PartialState) -> str:
     if precision not in PRECISION_NAMES:
         message = f"{precision} is not supported; use {', '.join(PRECISION_NAMES)}"
         raise RecipeError([problem("mixed_precision", message, "unsupported")])
-    if precision == "fp16" and state.device.type == "cpu":
-        message = "fp16 needs a GPU; on a CPU use bf16 or no"  # a CPU would train in fp32 without a warning
+    if not supports_precision(state.device, precision):
+        message = "fp16 needs a GPU; on a CPU use bf16 or no"
+        if precision == "bf16":
+            message = f"{device_name(state.device)} cannot compute in bf16; use fp16 or no"
         raise RecipeError([problem("mixed_precision", message, "unsupported")])
     if recipe.batch_size < state.num_processes:
         message = f"a global batch of {recipe.batch_size} has too few samples for {state.num_processes} processes"
@@ -92,47 +93,6 @@ def _check_fsdp(recipe: Recipe, precision: str, state: PartialState) -> None:
 def _uses_fsdp(world_size: int) -> bool:
     """Returns whether the launcher asks for FSDP and there are several processes to shard over."""
     return asks_for_fsdp() and world_size > 1
-
-
-def load_data(recipe: Recipe, state: PartialState) -> Dataset:
-    """Reads the data on every process. Collective: call on every rank.
-
-    Rank 0 downloads what is missing. After it the first process of each node does so: on a node that shares the folder
-    with rank 0, nothing is missing any more. The others wait.
-    """
-    root = data_root(recipe)
-    sizes = {key: getattr(recipe.data, key) for key in ("split", "validation", "limit_train", "limit_test")}
-
-    def load(download: bool) -> Dataset:
-        try:
-            return load_dataset(recipe.data.dataset, root=root, download=download, **sizes)
-        except (ValueError, ImportError, OSError) as error:
-            raise RecipeError([_data_problem(recipe, error)]) from error
-
-    first = run_on_all_ranks(state, lambda: load(download=True) if state.is_main_process else None)
-    first = run_on_all_ranks(state, lambda: first or (load(download=True) if state.is_local_main_process else None))
-    return run_on_all_ranks(state, lambda: first or load(download=False))
-
-
-def data_root(recipe: Recipe) -> Path:
-    """Returns the folder of the data: data.root, else the environment variable MNIST_DIST_DATA, else ./data."""
-    if recipe.data.root:
-        return expand_path(recipe.data.root, partial(recipe.problem, "data.root"))
-    named = os.environ.get("MNIST_DIST_DATA") or "data"
-    return expand_path(named, partial(Problem, "the environment", "MNIST_DIST_DATA"))
-
-
-def _data_problem(recipe: Recipe, error: Exception) -> Problem:
-    """Returns the problem that an error of `load_dataset` stands for."""
-    message = f"{recipe.data.dataset}: {error}"
-    if isinstance(error, FileNotFoundError):
-        hint = "put the files there, or name another folder with data.root=… or MNIST_DIST_DATA"
-        return recipe.problem("data.root", f"{error}\n{hint}", "missing")
-    if isinstance(error, ImportError):
-        return recipe.problem("data", message, "missing")
-    if str(error).startswith("validation="):  # the name of the argument that is too large for this data set
-        return recipe.problem("data.validation", message, "conflict")
-    return recipe.problem("data", message, "damaged")
 
 
 # --- the components -----------------------------------------------------------------------------------------------
@@ -232,9 +192,7 @@ def _build_network(
     """Moves the network to the device and adds its optimizer, averaged weights and reduction of gradients."""
     module = _distribute_module(recipe, accelerator, module)
     average = None if recipe.ema_decay is None else MovingAverage(module, recipe.ema_decay)
-    optimizer = build_optimizer(
-        module.parameters(), recipe.optimizer.name, lr=schedule.lr_at(0), **recipe.optimizer.keywords
-    )
+    optimizer = build_optimizer(module, recipe.optimizer.name, lr=schedule.lr_at(0), **recipe.optimizer.keywords)
     set_rates(optimizer, schedule, 0)  # the schedule may also set the momentum
     fill_momentum(optimizer)
     if recipe.compile:  # at the first call; parameter names do not change

@@ -1,4 +1,4 @@
-"""Weights & Biases through Accelerate's tracker, guarded so that it cannot prompt, stall or end a run."""
+"""Logs to Weights & Biases through Accelerate's tracker, guarded so that it cannot prompt, stall or end a run."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from accelerate.utils import patch_environment
 from torch import Tensor
 
 INIT_SECONDS = 30
-"""Seconds. An online run that does not reach the server in this time is logged offline."""
+"""A run that does not reach the W&B server within this time is logged offline."""
 
 PACKAGE = Path(__file__).parent.parent
 
 
 def resolve_mode(mode: str) -> tuple[str, str]:
-    """Resolves `auto` to online or offline by the credentials on this machine; WANDB_MODE has priority.
+    """Resolves `auto` to online or offline by the credentials on this machine; the environment has priority.
 
     Returns:
         The mode, and its reason for the console.
@@ -37,6 +37,8 @@ def resolve_mode(mode: str) -> tuple[str, str]:
     if requested in ("online", "offline", "disabled", "dryrun"):
         mode = "offline" if requested == "dryrun" else requested
         return mode, f"{mode} (WANDB_MODE)"
+    if os.environ.get("WANDB_DISABLED", "").strip().lower() in ("true", "1", "yes", "on"):  # known from transformers
+        return "disabled", "disabled (WANDB_DISABLED)"
     if _has_credentials():
         return "online", "online (credentials found)"
     return "offline", "offline (no credentials: run `wandb login`); `wandb sync` uploads the run later"
@@ -53,22 +55,22 @@ def server_url() -> str:
 
 
 def _public_server() -> str:
-    """Returns the server that this version of wandb uses by default; `wandb login` stores the key under its host."""
+    """Returns the default server of the installed wandb. `wandb login` stores the key under the server's host."""
     try:
         from wandb.sdk.lib.urls import DEFAULT_BASE_URL
-    except ImportError:  # a version with the older server only
+    except ImportError:  # an older version of wandb, which knows only this server
         return "https://api.wandb.ai"
     return DEFAULT_BASE_URL
 
 
 def _has_credentials() -> bool:
-    """Returns whether wandb finds credentials for its server, by its own reader, which neither asks nor connects."""
+    """Returns whether wandb's own reader finds credentials for its server. The reader neither prompts nor connects."""
     try:
         from wandb.sdk.lib.wbauth import authenticate_session
-    except ImportError:  # another version of wandb: its documented places
+    except ImportError:  # another version of wandb: look in the documented places
         return _has_stored_key(urlparse(server_url()).netloc)
     try:
-        # Its warnings about a broken netrc file would stand above the header.
+        # Without this, its warnings about a broken netrc file would appear above the header.
         with redirect_stderr(io.StringIO()):
             found = authenticate_session(host=server_url(), source="mnist_dist", prompt=False, update_session=False)
         return found is not None
@@ -77,7 +79,7 @@ def _has_credentials() -> bool:
 
 
 def _has_stored_key(host: str) -> bool:
-    """Returns whether the environment or a netrc file holds a key for a host, with the port if it has one."""
+    """Returns whether the environment or a netrc file holds a key for `host`, given as HOST or HOST:PORT."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     for path in filter(None, (os.environ.get("NETRC"), "~/.netrc", "~/_netrc")):
@@ -90,13 +92,13 @@ def _has_stored_key(host: str) -> bool:
 
 
 class WandbTracker(WandBTracker):
-    """One W&B run. After the first error of wandb the training continues without it; metrics.jsonl is complete anyway.
+    """One W&B run. After the first error of wandb, training continues without it; metrics.jsonl remains complete.
 
     Args:
         directory: the run folder.
         recipe: the file of the resolved recipe in the run folder.
         notify: called with one line for the user when wandb fails.
-        gauges: returns further figures for each line of training. They describe the machine, not the result.
+        gauges: returns further values for each line of training metrics. They describe the machine, not the result.
         init: keywords for `wandb.init`.
     """
 
@@ -127,9 +129,11 @@ class WandbTracker(WandBTracker):
         if wandb.run is not None:  # the user's own run: `init` would return it, and `finish` would end it
             self.init_kwargs["reinit"] = "create_new"
         try:
-            super().start()
+            # wandb refuses a WANDB_MODE in capitals, even where `init` gets a mode.
+            with self._writable_folders(), patch_environment(WANDB_MODE=self.init_kwargs.get("mode", "online")):
+                super().start()
         except Exception as error:
-            self._notify(f"wandb could not start online ({_first_line(error)}); this run is logged offline")
+            self._notify(f"wandb could not start ({_first_line(error)}); this run is logged offline")
             self.init_kwargs["mode"] = "offline"
             self._alive = True
             self._guard("start offline", super().start)
@@ -142,12 +146,12 @@ class WandbTracker(WandBTracker):
         self.run.define_metric("*", step_metric="step")
         for metric, goal in (("eval/accuracy", "max"), ("eval/loss", "min")):
             self.run.define_metric(metric, step_metric="step", summary=goal)
-        # Logs nothing. The first call of `log` imports modules; here it cannot slow the first training steps.
+        # Logs nothing. The first call of `log` imports modules; made here, it does not slow the first training steps.
         self.run.log({}, commit=False)
 
     def _save_code(self) -> None:
         self.run.log_code(str(PACKAGE))
-        # A copy: wandb would make a link, and the file may change later.
+        # A copy, because wandb would only link the file, which may change later.
         copy = shutil.copy(self._recipe, self.run.dir)
         self.run.save(copy, base_path=self.run.dir, policy="now")
 
@@ -256,12 +260,22 @@ class WandbTracker(WandBTracker):
             self._guard("finish", lambda: self.run.finish(exit_code=exit_code))
         elif getattr(self, "run", None):
             # The failure has been reported. An open W&B run would receive the next training of this process.
-            with suppress(Exception), self._upload_data_in_run_folder():
+            with suppress(Exception), self._writable_folders():
                 self.run.finish(exit_code=exit_code)
 
-    def _upload_data_in_run_folder(self) -> AbstractContextManager[None]:
-        """Makes wandb keep data for the upload in the run folder: the home folder may be full or read-only."""
-        return patch_environment(WANDB_DATA_DIR=os.environ.get("WANDB_DATA_DIR", self._directory / "wandb"))
+    def _writable_folders(self) -> AbstractContextManager[None]:
+        """Gives wandb folders for its data and its cache. The home folder may be full, read-only or unknown.
+
+        Data for the upload are in the run folder. So is the cache if the home folder takes none: without a cache folder
+        wandb's service writes its log to stderr.
+        """
+        from wandb.env import get_cache_dir
+
+        folder = self._directory / "wandb"
+        data, cache = os.environ.get("WANDB_DATA_DIR", folder), get_cache_dir()
+        return patch_environment(
+            WANDB_DATA_DIR=data, WANDB_CACHE_DIR=cache if _is_writable(cache) else folder / "cache"
+        )
 
     def _timed(self, action: str, call: Callable[[], Any]) -> None:
         started = time.perf_counter()
@@ -272,16 +286,24 @@ class WandbTracker(WandBTracker):
         """Calls wandb. If that raises, notifies the user and makes no further calls.
 
         Args:
-            action: for the message "wandb could not …".
+            action: completes the message "wandb could not …".
         """
         if not self._alive:
             return
         try:
-            with self._upload_data_in_run_folder():
+            with self._writable_folders():
                 call()
         except Exception as error:  # wandb raises errors of many kinds, e.g. its own and broken pipes
             self._alive = False
             self._notify(f"wandb could not {action} ({_first_line(error)}); training continues without it")
+
+
+def _is_writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
 
 
 def _confusion_chart(confusion: Tensor, classes: tuple[str, ...]) -> Any:
@@ -298,4 +320,6 @@ def _confusion_chart(confusion: Tensor, classes: tuple[str, ...]) -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    lines = str(error).splitlines() or [type(error).__name__]
+    # The first line of a wrong setting gives the number of errors only; its name and what is wrong are the next two.
+    return ": ".join(line.strip() for line in lines[1:3]) if "validation error" in lines[0] and lines[1:] else lines[0]

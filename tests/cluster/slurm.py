@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -48,6 +49,8 @@ MpiDefault=none
 GresTypes=gpu
 SlurmdTimeout=10
 KillWait=20
+# By default a requeued job waits up to half a minute for the next pass of the scheduler.
+SchedulerParameters=sched_interval=2,bf_interval=1
 SlurmdParameters=config_overrides
 SwitchType=switch/none
 {nodes}
@@ -62,9 +65,23 @@ def missing() -> str:
     absent = [name for name in PROGRAMS if shutil.which(name) is None]
     if absent:
         return f"not installed: {', '.join(absent)} (apt-get install slurmctld slurmd slurm-client munge iproute2)"
-    if subprocess.run(["ip", "netns", "add", "mdprobe"], capture_output=True).returncode:
-        return "network namespaces cannot be made here"
-    subprocess.run(["ip", "netns", "del", "mdprobe"], check=True)
+    with tempfile.TemporaryDirectory() as folder:
+        steps = {
+            "network namespaces": "ip netns add mdprobe",
+            "bridges": "ip link add mdprobe type bridge",
+            "pairs of network devices": "ip link add mdprobe0 type veth peer name eth0 netns mdprobe",
+            "host names of processes": "nsenter --net=/run/netns/mdprobe unshare --uts hostname probe",
+            "mounts of processes": f"unshare --mount mount --bind {folder} {folder}",
+            "device files": f"mknod {folder}/gpu c 1 3",
+        }
+        try:
+            for what, command in steps.items():
+                done = subprocess.run(command.split(), capture_output=True, text=True)
+                if done.returncode:
+                    return f"this machine refuses {what}: {command}: {done.stderr.strip()}"
+        finally:
+            for kind in ("netns", "link"):
+                subprocess.run(["ip", kind, "del", "mdprobe"], capture_output=True)
     return ""
 
 

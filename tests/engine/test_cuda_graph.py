@@ -29,7 +29,8 @@ from mnist_dist.engine.optimizers import build_optimizer
 from mnist_dist.engine.schedules import build_schedule, set_rates
 from mnist_dist.engine.train_step import NotFinite, StepSettings, TrainedNetwork, TrainStep
 from mnist_dist.models import build_model
-from mnist_dist.run.build import build_components, load_data
+from mnist_dist.run.build import build_components
+from mnist_dist.run.data import load_data
 from mnist_dist.run.model_setup import build_module
 
 NUM_SAMPLES, BATCH_SIZE, STEPS = 144, 16, 24  # nine full batches per epoch
@@ -133,7 +134,7 @@ def run(
     torch.manual_seed(0)
     module = build().to(accelerator.device)
     batches = Batches(len(data), batch_size, 3, augmentation=Augmentation(rotation=20, translation=0.1))
-    made = build_optimizer(module.parameters(), optimizer, lr=0.25, **(keywords or {}))
+    made = build_optimizer(module, optimizer, lr=0.25, **(keywords or {}))
     average = MovingAverage(module, 0.75) if ema else None
     lengths = {"steps_per_epoch": batches.steps_per_epoch, "total_steps": steps}
     schedule = build_schedule("step", lr=2**-5, step_size=1, gamma=0.5, **lengths)
@@ -439,7 +440,7 @@ def run_fake_steps(
             data = Images(images, torch.zeros(64, dtype=torch.int64), tuple("0123456789"), mean=(0.1,), std=(0.3,))
         augmentation = Augmentation(rotation=10, elastic=elastic, fill=elastic, interpolation="bilinear")
         batches = Batches(64, 16, 0, augmentation=augmentation)
-        made = build_optimizer(module.parameters(), optimizer, lr=0.1)
+        made = build_optimizer(module, optimizer, lr=0.1)
         monkeypatch.setattr(made, "step", lambda: None)
         accelerator: Any = FakeGPU(module)
         network = TrainedNetwork(module, module, made, MovingAverage(module, 0.9) if ema else None)

@@ -76,7 +76,7 @@ def make_step(
 ) -> TrainStep:
     """Builds a training step with SGD and momentum 0.9, as `mnist_dist.run.build` does."""
     batches = Batches(NUM_SAMPLES, batch_size, seed, augmentation=augmentation)
-    optimizer = build_optimizer(module.parameters(), "sgd", lr=lr, momentum=0.9, weight_decay=weight_decay)
+    optimizer = build_optimizer(module, "sgd", lr=lr, momentum=0.9, weight_decay=weight_decay)
     fill_momentum(optimizer)
     model = module
     if isinstance(accelerator, Accelerator):
@@ -135,11 +135,24 @@ def test_a_step_equals_the_plain_pytorch_step(accelerator, label_smoothing, clip
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 7, 32])
-def test_micro_batches_do_not_change_the_update(accelerator, micro_batch_size):
+def test_micro_batches_do_not_change_the_update_without_batch_norm_and_dropout(accelerator, micro_batch_size):
     module, unsplit = lenet(), lenet()
     train(make_step(accelerator, unsplit, label_smoothing=0.1, clip_grad_norm=1.0))
     train(make_step(accelerator, module, label_smoothing=0.1, clip_grad_norm=1.0, micro_batch_size=micro_batch_size))
     assert_close(weights(module), weights(unsplit))
+
+
+def normalised_linear() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(784), nn.Linear(784, 10))
+
+
+@pytest.mark.parametrize("build", [noisy_linear, normalised_linear])
+def test_micro_batches_change_the_update_with_batch_norm_or_dropout(accelerator, build):
+    module, unsplit = build(), build()
+    train(make_step(accelerator, unsplit), steps=1)
+    train(make_step(accelerator, module, micro_batch_size=16), steps=1)
+    assert (gradient(module) - gradient(unsplit)).norm() > 0.01 * gradient(unsplit).norm()
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 5])

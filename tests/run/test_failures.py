@@ -95,7 +95,7 @@ def test_a_nonfinite_loss_stops_the_run_before_the_update_and_names_the_sample(t
     assert all(torch.isfinite(value).all() for value in state["components"]["model"].values())
     assert torch.isfinite(torch.tensor(state["components"]["meter"]["sums"])).all()
 
-    Breaks.broken = False  # without the cause, the same command ends like a run that never had it
+    Breaks.broken = False  # without the cause, the same command gives the weights of a run that never failed
     assert train(recipe, tmp_path / "run")["steps"] == 10
     train(recipe, tmp_path / "undisturbed")
     assert last_bytes(tmp_path / "run") == last_bytes(tmp_path / "undisturbed")
@@ -195,7 +195,7 @@ def test_a_new_run_starts_from_another_run_s_checkpoint(tmp_path, refused):
 
 # --- Weights & Biases ---------------------------------------------------------------------------------------------
 
-# A user waits 30 s for a server that does not answer; a test need not.
+# Shortens the 30 s that a run waits for a server that does not answer.
 SOONER = """
 import sys
 from mnist_dist.tracking import wandb as weights_and_biases

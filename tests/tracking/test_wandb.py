@@ -22,6 +22,7 @@ from mnist_dist.distributed.signals import PREEMPTED
 from mnist_dist.recipe.schema import Recipe
 from mnist_dist.tracking import WandbTracker, resolve_mode, server_url
 from mnist_dist.tracking import wandb as weights_and_biases
+from tests import processes
 
 ROOT = Path(__file__).parents[2]
 WORDS = ["data.dataset=synthetic", "data.limit_train=200", "data.limit_test=100", "batch_size=50", "log_every=2"]
@@ -395,6 +396,44 @@ def test_variables_of_wandb_count_where_the_recipe_is_silent(monkeypatch):
 def test_the_mode_of_the_environment_may_be_in_capitals(mode, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", mode)
     assert resolve_mode("auto")[0] == mode.lower()
+
+
+def test_a_run_starts_with_a_mode_in_capitals(tmp_path):
+    # In a process of its own: wandb reads its variables once.
+    words = [*WORDS, "epochs=1", "tracking.wandb.mode=auto"]
+    command = [sys.executable, "-m", "mnist_dist.train", "--recipe", "lenet5", "--run-dir", tmp_path / "run", *words]
+    done = processes.run(command, env=os.environ | {"WANDB_MODE": "Offline"}, check=True)
+    assert "could not" not in done.stdout
+    assert len(offline_runs(tmp_path / "run")) == 1
+
+
+def test_an_error_of_a_variable_names_it():
+    with pytest.raises(ValueError) as error:
+        wandb.Settings(init_timeout="soon")  # type: ignore[arg-type]
+    assert weights_and_biases._first_line(error.value).startswith("init_timeout: ")
+    assert weights_and_biases._first_line(OSError("one\ntwo")) == "one"
+
+
+@pytest.mark.parametrize(("value", "mode"), [("true", "disabled"), ("1", "disabled"), ("false", "offline")])
+def test_the_variable_that_disables_wandb_is_known(value, mode, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setattr(weights_and_biases, "_has_credentials", lambda: False)
+    monkeypatch.setenv("WANDB_DISABLED", value)
+    assert resolve_mode("auto")[0] == mode
+
+
+@pytest.mark.pictures
+@pytest.mark.parametrize("home", ["a_file", None])
+def test_stderr_is_quiet_where_the_home_folder_cannot_be_written(home, tmp_path):
+    (tmp_path / "a_file").touch()
+    hidden = ("HOME", "MPLCONFIGDIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME")
+    env = {name: value for name, value in os.environ.items() if name not in hidden}
+    env |= {"HOME": str(tmp_path / home)} if home else {}
+    words = [*WORDS, "tracking.plots=true", "epochs=1"]
+    command = [sys.executable, "-m", "mnist_dist.train", "--recipe", "lenet5", "--run-dir", tmp_path / "run", *words]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert list((tmp_path / "run" / "plots").iterdir())
 
 
 def test_a_run_of_the_user_is_left_alone(tmp_path, monkeypatch):
