@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,8 +28,14 @@ LARGEST_MAGNITUDE = 30
 
 @lru_cache
 def _between(low: float, high: float, magnitude: int) -> float:
-    """Returns a value between `low` (magnitude 0) and `high` (magnitude 30), with torchvision's rounding."""
-    return float(torch.linspace(low, high, LARGEST_MAGNITUDE + 1)[magnitude])
+    """Returns a value between `low` (magnitude 0) and `high` (magnitude 30), rounded as `torch.linspace` rounds it.
+
+    Computed by NumPy: to read the content of a tensor is not possible while a step is traced.
+    """
+    step = np.float32((high - low) / LARGEST_MAGNITUDE)
+    if magnitude <= LARGEST_MAGNITUDE // 2:
+        return float(np.float32(low) + step * np.float32(magnitude))
+    return float(np.float32(high) - step * np.float32(LARGEST_MAGNITUDE - magnitude))
 
 
 def apply_operation(

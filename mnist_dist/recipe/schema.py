@@ -76,7 +76,12 @@ _MODEL_NAMES = {"type": "string", "anyOf": [{"type": "string", "enum": list(MODE
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
-Level = Annotated[float, Field(ge=0, le=255)]
+_LEVEL = {"type": "number", "minimum": 0, "maximum": 255}
+
+Levels = Annotated[
+    float | list[float],  # the range is checked by `Augmentation`: pydantic would report both members of the union
+    WithJsonSchema({"anyOf": [_LEVEL, {"type": "array", "items": _LEVEL, "minItems": 1}]}),
+]
 
 Alpha = Annotated[float, Field(ge=0, le=100)]
 
@@ -143,7 +148,7 @@ class AugmentSection(Section):
     """Largest shear along x, in degrees; the angle is uniform in ±`shear`."""
     interpolation: Literal["nearest", "bilinear"] = "nearest"
     """How a warped image is sampled. Elastic displacements need `bilinear` to show movements below a pixel."""
-    fill: Level | Annotated[list[Level], Field(min_length=1)] = 0.0
+    fill: Levels = 0.0
     """Level, 0 (black) to 255 (white), of pixels that come from outside the image and of the squares of `cutout`: one
     number, or a list with one number for each channel."""
     elastic: Annotated[float, Field(ge=0)] = 0.0

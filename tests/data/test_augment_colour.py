@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from mnist_dist.data import Augmentation, Batches, Images, Loader, colours, mixing
 from mnist_dist.data.augment import OTHERS, crop_and_flip, cut_out
 from mnist_dist.data.batches import piece, uniform
-from mnist_dist.data.randaugment import OPERATIONS, apply_operation
+from mnist_dist.data.randaugment import OPERATIONS, _between, apply_operation
 from mnist_dist.data.warps import affine_matrices
 
 COUNT, HEIGHT, WIDTH = 24, 20, 28
@@ -111,6 +111,13 @@ def test_every_operation_of_randaugment_is_torchvisions(name, channels, magnitud
     difference = (found - expected.float()).abs()
     assert (difference > 1).double().mean() < 0.002, name  # a coordinate may be rounded to the other one of two pixels
     assert (difference > 0).double().mean() < 0.02, name  # a sum may be rounded to the other side of a whole level
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 0.3), (0.0, 0.9), (1.0, 0.0), (0.0, 150 / 331 * WIDTH)])
+def test_magnitudes_are_those_of_torchvision(low, high):
+    found = [_between(low, high, magnitude) for magnitude in range(31)]
+    assert found == pytest.approx(torch.linspace(low, high, 31).tolist(), rel=1e-6)
+    assert [int(each) for each in found] == [int(each) for each in torch.linspace(low, high, 31)]
 
 
 def test_the_operations_are_those_of_torchvision():
