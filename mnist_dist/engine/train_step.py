@@ -244,23 +244,23 @@ class TrainStep:
             weight: factor of the summed loss.
             reduces: whether this backward pass reduces the gradient over the processes.
         """
-        images, labels = self.inputs(batch), batch.labels
+        images, targets = self.inputs(batch), self.targets(batch)
         logits = model(images).float()
-        loss_sum = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.label_smoothing)
+        loss_sum = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=self.label_smoothing)
         if self.distillation is not None:
             loss_sum = self.distillation(loss_sum, images, logits)
         with self.clock.backward() if reduces else nullcontext():
             self.accelerator.backward(loss_sum * weight)
         if weight:
-            self.meter.add(loss_sum.detach(), logits.detach(), labels)
+            self.meter.add(loss_sum.detach(), logits.detach(), targets)
 
     def inputs(self, batch: Batch) -> Tensor:
         """Returns the augmented and normalised images of a batch, float32 (n, C, H, W)."""
-        images = batch.images
-        if batch.changes is not None:
-            assert self.batches.augmentation is not None
-            images = self.batches.augmentation.apply(images.float(), batch.changes)
-        return self.data.normalize(images)
+        return self.data.normalize(self.batches.augmented(batch))
+
+    def targets(self, batch: Batch) -> Tensor:
+        """Returns the labels, int64 (n,), or for mixed images the classes' probabilities, float32 (n, classes)."""
+        return self.batches.targets(batch, len(self.data.classes))
 
     def _clip(self) -> Tensor:
         """Clips the gradient if the recipe asks for it; returns its norm before clipping (scalar on the device)."""
@@ -342,7 +342,7 @@ class TrainStep:
         with unsharded_parameters(self.module), evaluating(self.module):
             for number in range(len(batch) if self.shards or self.shares.own(batch.size) else 0):
                 sample = batch[number : number + 1]
-                if not torch.isfinite(F.cross_entropy(self.module(self.inputs(sample)).float(), sample.labels)):
+                if not torch.isfinite(F.cross_entropy(self.module(self.inputs(sample)).float(), self.targets(sample))):
                     found.append(int(order[batch.start + number]))
         return [
             (rank, samples) for rank, samples in gather_object([(self.accelerator.process_index, found)]) if samples

@@ -223,6 +223,39 @@ def test_the_mean_gradient_over_processes_is_that_of_the_global_batch(world_size
     torch.testing.assert_close(sums, figures, rtol=1e-6, atol=0)
 
 
+MIXED = Augmentation(flip=True, crop_padding=2, contrast=0.3, cutout=5, mixup=0.5, cutmix=1.0)
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 4])
+@pytest.mark.parametrize(("world_size", "index"), [(2, 0), (3, 2), (7, 1)])
+def test_the_loss_of_mixed_images_is_the_mean_over_the_global_batch(world_size, index, micro_batch_size):
+    words = {"augmentation": MIXED, "batch_size": 39, "label_smoothing": 0.1}
+    alone, plain = lenet(), lenet()
+    one_process = make_step(FakeProcess(0, 1), alone, **words)
+    plan = one_process.batches.plan(0)
+    one_process(plan, index, 0)
+    batch = one_process.load(plan, index)
+    images, targets = one_process.inputs(batch), one_process.targets(batch)
+    logits = plain(images)
+    loss = F.cross_entropy(logits, targets, label_smoothing=0.1)
+    loss.backward()
+    torch.testing.assert_close(gradient(alone), gradient(plain), rtol=0, atol=1e-6)
+    figures = one_process.meter._sums
+    right = targets[torch.arange(len(targets)), logits.argmax(dim=1)].sum()
+    expected = torch.tensor([float(loss) * len(batch), float(right), len(batch)])
+    torch.testing.assert_close(figures, expected.double(), rtol=1e-5, atol=1e-5)
+
+    total, sums = torch.zeros_like(gradient(alone)), torch.zeros_like(figures)
+    for rank in range(world_size):
+        module = lenet()
+        step = make_step(FakeProcess(rank, world_size), module, micro_batch_size=micro_batch_size, **words)
+        step(plan, index, 0)
+        total += gradient(module)
+        sums += step.meter._sums
+    torch.testing.assert_close(total / world_size, gradient(alone), rtol=0, atol=1e-6)
+    torch.testing.assert_close(sums, figures, rtol=1e-5, atol=1e-5)
+
+
 def test_some_of_these_shares_are_unequal_or_empty():
     shares = {}
     for world_size, batch_size, index in [(3, 32, 1), (3, 39, 2), (7, 77, 1)]:
