@@ -24,5 +24,6 @@ if [ "$n" = 1 ]; then
 fi
 # By default torchrun does not forward SIGUSR1; the signal would kill it.
 export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
-exec accelerate launch --quiet --config_file "$(dirname "$0")/accelerate/cpu.yaml" --num_processes "$n" \
+exec python "$(dirname "$0")/accelerate/launch.py" --quiet \
+    --config_file "$(dirname "$0")/accelerate/cpu.yaml" --num_processes "$n" \
     -m mnist_dist.train --world-size "$n" "$@"

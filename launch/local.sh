@@ -10,5 +10,6 @@ if [ "$gpus" -le 1 ]; then
 fi
 # By default torchrun does not forward SIGUSR1; the signal would kill it.
 export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
-exec accelerate launch --quiet --config_file "$(dirname "$0")/accelerate/multi_gpu.yaml" --num_processes "$gpus" \
+exec python "$(dirname "$0")/accelerate/launch.py" --quiet \
+    --config_file "$(dirname "$0")/accelerate/multi_gpu.yaml" --num_processes "$gpus" \
     -m mnist_dist.train --world-size "$gpus" "$@"

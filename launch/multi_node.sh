@@ -8,6 +8,10 @@ usage="usage: launch/multi_node.sh HEAD:PORT MACHINES PROCESSES_PER_MACHINE --re
 head=${1:?$usage} machines=${2:?$usage} each=${3:?$usage}
 shift 3
 
+if [ "$((machines * each))" = 1 ]; then
+    # No launcher: signals reach the trainer directly, and the exit code is the trainer's.
+    exec python -m mnist_dist.train --world-size 1 "$@"
+fi
 # For one machine accelerate omits the endpoint, and torchrun's default port may be used by another job.
 export PET_RDZV_ENDPOINT=$head
 # By default torchrun does not forward SIGUSR1; the signal would kill it.

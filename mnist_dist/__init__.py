@@ -1,4 +1,4 @@
-"""mnist_dist: exact, fast, survivable distributed training of MNIST classifiers from one YAML recipe.
+"""Exact and fast distributed training of image classifiers from one YAML recipe; a killed run resumes exactly.
 
 From Python: `train(load_recipe("simple_cnn", "epochs=1"))`, `build_model("ms_ran")`, `load_run(folder)`.
 """

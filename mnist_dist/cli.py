@@ -1,4 +1,4 @@
-"""Defines the command lines of all commands, and how a command starts and fails. Imports no torch: `--help` is fast."""
+"""Defines the options of all commands, and how a command starts and fails. Does not import torch: `--help` is fast."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mnist_dist.errors import Problem, RecipeError, RunError, safe_output
 
 FAILED, BAD_INPUT = 1, 2
 RANK_0_SECONDS = 30.0
-"""Other ranks wait this long before they print an error. Rank 0 prints first, and the launcher then ends the others."""
+"""The other ranks wait this long before they print an error: rank 0 prints first, and the launcher ends the others."""
 
 # --- starting a command -------------------------------------------------------------------------------------------
 
@@ -22,9 +22,11 @@ RANK_0_SECONDS = 30.0
 class Parser(argparse.ArgumentParser):
     """An argparse parser that raises its errors as `RecipeError`, so that only rank 0 prints them."""
 
-    def __init__(self, command: str, description: str, examples: str):
+    def __init__(self, command: str):
+        description, add_arguments, examples = COMMANDS[command]
         epilog, style = f"examples:\n{examples}", argparse.RawDescriptionHelpFormatter
         super().__init__(prog=f"mnist-dist {command}", description=description, epilog=epilog, formatter_class=style)
+        add_arguments(self)
 
     def _get_value(self, action: argparse.Action, arg_string: str):  # argparse hides what is wrong with a path
         return path(arg_string) if action.type is path else super()._get_value(action, arg_string)
@@ -37,10 +39,7 @@ class Parser(argparse.ArgumentParser):
 
 def parser_of(command: str) -> Parser:
     """Returns the parser of a command, a key of `COMMANDS`."""
-    description, add_arguments, examples = COMMANDS[command]
-    parser = Parser(command, description, examples)
-    add_arguments(parser)
-    return parser
+    return Parser(command)
 
 
 def parse(command: str, argv: list[str] | None = None) -> argparse.Namespace:
@@ -116,7 +115,7 @@ def _add_run(parser: Parser) -> None:
 
 
 def _add_code(parser: Parser) -> None:
-    code = "a module from which a run's network may be imported, if you trust both; repeatable"
+    code = "import a run's network from this module; only if you trust the run and the module; repeatable"
     parser.add_argument("--allow-code", metavar="MODULE", action="append", default=[], help=code)
 
 
@@ -155,6 +154,7 @@ def _evaluate(parser: Parser) -> None:
     _add_run(parser)
     _add_weights(parser)
     parser.add_argument("--split", choices=["test", "validation"], default="test", help="images to use (default: test)")
+    parser.add_argument("--tta", choices=["flip"], help="also evaluate the mean prediction for image and mirror image")
     _add_data(parser)
     _add_json(parser, "the report")
     _add_overrides(parser, "recipe keys, e.g. data.root=/data")
@@ -187,7 +187,7 @@ def _ensemble(parser: Parser) -> None:
 def _sweep(parser: Parser) -> None:
     parser.add_argument("sweep", metavar="RECIPE|SWEEP.YAML", help="a recipe, or a W&B sweep file (grid or random)")
     _add_overrides(parser, "recipe keys; key=a,b,c tries each of these values")
-    parser.add_argument("--count", type=int, metavar="N", help="most trials (default: the file's run_cap, or all)")
+    parser.add_argument("--count", type=int, metavar="N", help="at most N trials (default: the file's run_cap, or all)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of a random search (default: 0)")
     folder = "folder of the search (default: runs/sweeps/<name>); the same command resumes an interrupted search"
     parser.add_argument("--run-dir", type=path, metavar="DIR", help=folder)
@@ -196,8 +196,8 @@ def _sweep(parser: Parser) -> None:
 def _benchmark(parser: Parser) -> None:
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument("--recipe", metavar="NAME", help="a path, or the name of a bundled recipe")
-    group.add_argument("--time-to-accuracy", metavar="NAME", help="time trainings, also of a reference network")
-    group.add_argument("--floors", type=path, nargs="+", metavar="FILE", help="check files of --json against floors")
+    group.add_argument("--time-to-accuracy", metavar="NAME", help="time training up to an accuracy, and a reference")
+    group.add_argument("--floors", type=path, nargs="+", metavar="FILE", help="check --json files against lower limits")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="interleaved rounds (default: 7)")
     parser.add_argument("--steps", type=int, default=50, metavar="N", help="steps or calls per round (default: 50)")
     parser.add_argument("--seeds", type=int, default=30, metavar="N", help="seeds of --time-to-accuracy (default: 30)")

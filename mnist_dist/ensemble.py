@@ -22,9 +22,18 @@ from rich.table import Table
 
 from mnist_dist.data import Images
 from mnist_dist.distributed.launcher import launched_world
-from mnist_dist.engine.evaluation import Evaluation, score
+from mnist_dist.engine.evaluation import evaluate_mean
+from mnist_dist.engine.precision import PRECISION_NAMES
 from mnist_dist.errors import Kind, Problem, RecipeError
-from mnist_dist.run.evaluation import calibration_error, evaluate_run, load_evaluation_data, report, write_report
+from mnist_dist.run.evaluation import (
+    calibration_error,
+    evaluate_run,
+    evaluation_precision,
+    load_evaluation_data,
+    precision_notes,
+    report,
+    write_report,
+)
 from mnist_dist.run.reader import Run, open_run
 from mnist_dist.run.tables import table_console
 
@@ -39,9 +48,9 @@ def ensemble(runs: list[Run], *overrides: str) -> dict[str, Any]:
         overrides: recipe keys, applied to every member, e.g. `data.dataset=kmnist`.
 
     Returns:
-        What `evaluate` returns, for the mean of the probabilities; `members`, for each its `run`, `accuracy`, `loss`
-        and `calibration_error`; and `disagreements`, the number of images on which not all members predict the same
-        class.
+        What `evaluate` returns but `precision`, for the mean of the probabilities; `members`, for each its `run`,
+        `precision`, `accuracy`, `loss` and `calibration_error`; and `disagreements`, the number of images on which not
+        all members predict the same class.
 
     Raises:
         RecipeError: there are fewer than two runs, a run is named twice, the runs have different classes or test sets,
@@ -60,14 +69,16 @@ def ensemble(runs: list[Run], *overrides: str) -> dict[str, Any]:
         "split": "test",
         "weights": runs[0].weights,
         "disagreements": int((predictions != predictions[0]).any(dim=0).sum()),
+        "notes": precision_notes(*recipes),
         "members": [
             {
                 "run": str(run.folder.path),
+                "precision": PRECISION_NAMES[evaluation_precision(recipe)],
                 "accuracy": each.accuracy,
                 "loss": each.loss,
                 "calibration_error": calibration_error(each.probabilities, labels),
             }
-            for run, each in zip(runs, evaluations, strict=True)
+            for run, recipe, each in zip(runs, recipes, evaluations, strict=True)
         ],
     }
 
@@ -89,17 +100,6 @@ def _check_members(runs: list[Run], test_sets: tuple[Images, ...]) -> None:
 
 def _refusal(run: Run, message: str, kind: Kind) -> RecipeError:
     return RecipeError([Problem("command line", str(run.folder.path), message, kind)])
-
-
-def evaluate_mean(evaluations: list[Evaluation], labels: torch.Tensor) -> Evaluation:
-    """Returns the evaluation of the mean of several evaluations' probabilities.
-
-    Args:
-        labels: int64 (N,), on the CPU.
-    """
-    probabilities = torch.stack([each.probabilities for each in evaluations]).mean(dim=0)
-    # A probability may have been rounded to 0 in float32, and the loss needs its logarithm.
-    return score(probabilities.double().clamp(min=torch.finfo(torch.float32).tiny).log(), labels)
 
 
 def summarize_ensemble(runs: list[Run], accuracy: float) -> dict[str, Any]:
@@ -157,6 +157,8 @@ def show(result: dict[str, Any]) -> None:
         table.add_row(each["run"], *figures)
     console.print(table)
     data = f"{result['images']:,} images ({result['dataset']}, {result['split']}), {result['weights']} weights"
+    for note in result["notes"]:
+        console.print(note, highlight=False, soft_wrap=True)
     console.print(f"{data}; the members disagree on {result['disagreements']:,} images", highlight=False)
 
 
@@ -174,6 +176,9 @@ def main(argv: list[str] | None = None) -> int:
         )
         raise RecipeError([Problem("command line", "--keep", message, "conflict")])
     runs = [open_run(folder, arguments.weights, arguments.allow_code) for folder in folders]
+    if arguments.keep and (notes := precision_notes(*(run.recipe for run in runs))):
+        # The kept line names the members' own precision.
+        raise RecipeError([Problem("command line", "--keep", notes[0], "unsupported")])
     result = ensemble(runs, *data, *overrides)
     if launched_world().is_main_process:
         if arguments.json:

@@ -1,4 +1,4 @@
-"""Errors that a user can act on, hints for unknown words, output that causes no errors. Does not import torch."""
+"""Errors that a user can act on, hints for unknown words, output streams that never fail. Does not import torch."""
 
 from __future__ import annotations
 
@@ -83,9 +83,9 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
 
 
 class SafeStream:
-    """A text stream whose errors end nothing: a pipe closed by `head`, a full disk, a character that it cannot encode.
+    """A text stream that raises no error if `head` has closed the pipe, the disk is full or a character is unknown.
 
-    After the first error of the file the rest of the output is dropped. A character that the encoding lacks becomes a
+    After the first error of the file, the rest of the output is dropped. A character that the encoding lacks becomes a
     question mark.
     """
 
@@ -115,7 +115,7 @@ class SafeStream:
             self._drop(error)
 
     def _drop(self, error: Exception) -> None:
-        """Points the file at nothing. What is buffered goes there too, so that Python's own flush at exit succeeds."""
+        """Redirects the file to the null device. Buffered text goes there too, so Python's flush at exit succeeds."""
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             self.full = error
         with suppress(OSError, ValueError):

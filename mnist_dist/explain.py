@@ -1,7 +1,8 @@
 """Draws what a network's prediction depends on, as one PNG: `python -m mnist_dist.explain runs/mine photo.jpg`.
 
 The PNG shows the picture as the network sees it, the three likeliest classes, where more and where less ink would raise
-the likeliest class's logit, and the feature maps of chosen layers.
+the likeliest class's logit, and the feature maps of chosen layers. All of it is computed in fp32, in whatever precision
+the network was trained.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def get_feature_maps(model: nn.Module, images: Tensor, layers: Iterable[str] | N
     """Returns the outputs of layers of any network, computed in evaluation mode.
 
     Args:
-        images: the network's input: normalised floating-point (N, 1, 28, 28) on the network's device.
+        images: the network's input: normalised floating-point (N, C, H, W) on the network's device.
         layers: names as in `model.named_modules()`; None for every convolution.
 
     Returns:
@@ -113,7 +114,7 @@ def explain(run: Run, picture: Tensor, path: Path, layers: list[str] | None = No
     """Writes the PNG for a picture.
 
     Args:
-        picture: uint8 (1, 28, 28).
+        picture: uint8 (C, H, W).
         path: of the PNG; missing folders are created.
         layers: names of the layers to draw; None for up to `MOST_LAYERS` convolutions.
         title: heading of the PNG; the model's name if empty.

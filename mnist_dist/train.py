@@ -38,10 +38,12 @@ from mnist_dist.recipe.file import bundled_recipes, recipe_notes
 from mnist_dist.recipe.loading import load_recipe
 from mnist_dist.recipe.reference import explain
 from mnist_dist.recipe.schema import Recipe
-from mnist_dist.run.build import build_components, check_world, load_data
+from mnist_dist.run.build import build_components, check_world
 from mnist_dist.run.checkpointing import Checkpointer
 from mnist_dist.run.components import Progress, TrainingComponents
+from mnist_dist.run.data import load_data
 from mnist_dist.run.folder import RunFolder
+from mnist_dist.run.log_lines import LogLines
 from mnist_dist.run.model_setup import prepare_model
 from mnist_dist.run.model_summary import summarize_model
 from mnist_dist.run.plan import Plan
@@ -64,7 +66,7 @@ def fit(
 ) -> bool:
     """Trains from `progress` to the last step. Returns False if a signal stopped it earlier, after a checkpoint."""
     accelerator, batches, update = components.accelerator, components.batches, components.update
-    meter, plan = components.meter, batches.plan(progress.step // batches.steps_per_epoch, accelerator.device)
+    lines, plan = LogLines(components), batches.plan(progress.step // batches.steps_per_epoch)
     watchdog = Watchdog(accelerator, recipe.engine.hang_seconds, update.clock, checkpointer.mark_failed)
     with interrupts or Interrupts(accelerator) as interrupts, watchdog:
 
@@ -75,17 +77,18 @@ def fit(
         while True:
             # Evaluate every image once; keep the best weights.
             if components.evaluation_is_due(progress, recipe.eval_every):
+                lines.finish()
                 try:
                     evaluation = components.evaluate(held_out, recipe.eval_batch_size, asked_to_stop)
                 except Interrupted:
                     checkpointer.save()
                     return False
-                if progress.note(evaluation, meter.read_epoch(), components.epoch(progress)):
+                if progress.note(evaluation, components.meter.read_epoch(), components.epoch(progress)):
                     checkpointer.save_best()
                 accelerator.log({"step": progress.step, "epoch": components.epoch(progress), **progress.last})
                 checkpointer.log_evaluation(evaluation)
                 components.schedule.observe(evaluation.loss)
-                meter.resume()
+                components.meter.resume()
 
             # Stop after the last step, or early if the recipe asks for it.
             patience = recipe.early_stopping.patience or sys.maxsize
@@ -95,22 +98,21 @@ def fit(
             # One update: this process's rows of the global batch, the learning rate of this step.
             epoch, index = divmod(progress.step, batches.steps_per_epoch)
             if epoch != plan.epoch:
-                plan = batches.plan(epoch, accelerator.device)
+                plan = batches.plan(epoch)
             set_rates(update.optimizer, components.schedule, progress.step)
             update(plan, index, progress.step)
             progress.step += 1
 
-            # Log. Between two log lines nothing waits for the device.
+            # Log. A GPU is not waited for: its figures are written one log line late.
             logged = progress.step % recipe.log_every == 0 or components.evaluation_is_due(progress, recipe.eval_every)
             if logged:
-                lr = components.schedule.lr_at(progress.step - 1)
-                rates = {"train/lr": lr, "train/grad_norm": update.grad_norm()}
-                accelerator.log({"step": progress.step, "epoch": components.epoch(progress), **meter.read(), **rates})
-                interrupts.set_interval(meter.seconds_per_step)
+                lines.add(progress)
+                interrupts.set_interval(components.meter.seconds_per_step)
 
             # Save if a checkpoint is due; save and stop if any process received a signal.
             asked = asked_to_stop()
             if asked or checkpointer.is_due(logged):
+                lines.finish()
                 checkpointer.save()
             if asked:
                 return False
@@ -134,7 +136,7 @@ def train(
         run_dir: a new folder, or the folder of a run to resume; None for runs/<recipe>/<date-time>.
         resume: "auto": resume the run in `run_dir`; "never": refuse such a folder; else a run or checkpoint to start.
         allow_recipe_change: resume although the recipe has changed.
-        world_size: the expected number of processes; None for the number that the launcher was asked for, if known.
+        world_size: the expected number of processes; None for the number in the launcher's options, if it is known.
         allow_code: modules from which the networks of `distill.from` may be imported; see `load_run`.
 
     Returns:
@@ -151,7 +153,7 @@ def train(
     recipe = recipe.model_copy(update={"mixed_precision": precision})  # a resume under another launcher sees the change
     if results := finished_results(recipe, run_dir, state, resume):
         return results
-    dataset = load_data(recipe, state)
+    dataset = load_data(recipe, state, allow_code)
     prepared = run_on_all_ranks(state, lambda: prepare_model(recipe, dataset, state.num_processes, state.device))
     recipe, module = prepared.recipe, prepared.module
     teachers = run_on_all_ranks(state, lambda: load_teachers(recipe, dataset.train, allow_code))
@@ -159,7 +161,7 @@ def train(
     notes = [] if resumes else run_on_all_ranks(state, lambda: load_initial_weights(recipe, module))
     interrupts, images = Interrupts(state), len(dataset.train)
     with interrupts, open_folder(recipe, run_dir, state, resume, allow_recipe_change, images, interrupts) as folder:
-        _write_model_summary(folder, module, state)
+        _write_model_summary(folder, module, dataset.train.shape, state)
         checkpoint, problems = load_newest(folder, state, Plan.of(recipe, images))
         if resumes and not checkpoint:  # every checkpoint was damaged: the run starts again
             notes = run_on_all_ranks(state, lambda: load_initial_weights(recipe, module))
@@ -174,16 +176,16 @@ def train(
             components.meter.resume()
             seconds = {"setup_seconds": round(time.perf_counter() - started, 3)}
             checkpointer.start(checkpoint.get("train_seconds", 0.0))
-            if not fit(recipe, components, dataset.held_out.to(state.device), checkpointer, progress, interrupts):
+            if not fit(recipe, components, components.place(dataset.held_out), checkpointer, progress, interrupts):
                 return stop_run(folder, components, progress, console)
             seconds["train_seconds"] = checkpointer.train_seconds()
             checkpointer.save_last()
             return finish_run(folder, recipe, components, progress, dataset, console, seconds | code, interrupts)
 
 
-def _write_model_summary(folder: RunFolder, module: nn.Module, state: PartialState) -> None:
+def _write_model_summary(folder: RunFolder, module: nn.Module, shape: tuple[int, ...], state: PartialState) -> None:
     if state.is_main_process:
-        write_atomically(folder.model_summary, summarize_model(module) + "\n")
+        write_atomically(folder.model_summary, summarize_model(module, input_shape=shape) + "\n")
 
 
 def _join_world(world_size: int | None) -> PartialState:
@@ -240,7 +242,7 @@ def list_recipes() -> None:
 
 
 class _CallableModule(types.ModuleType):
-    """A module that can be called like `train`: after `from mnist_dist import train` both uses of the name work."""
+    """Makes this module callable like its function `train`: after `from mnist_dist import train` both uses work."""
 
     __call__ = staticmethod(train)
 

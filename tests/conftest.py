@@ -24,18 +24,32 @@ MARKED_FIXTURES = {"mnist_root": "mnist", "gpu": "gpu", "browser": "browser"}
 """Fixture -> marker of the tests that request it."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def wants_cluster(config: pytest.Config) -> bool:
+    """Returns whether the command line names the marker `cluster`: its tests take minutes, and only one can run."""
+    return "cluster" in config.option.markexpr.replace("not cluster", "")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Runs the tests of the cluster in one process: a machine can have one cluster at a time."""
+    return 1 if wants_cluster(config) else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Adds the markers, so that `pytest -m "not launch"` selects by folder and by fixture."""
     for item in items:
         folders = {part for part in item.path.relative_to(Path(__file__).parent).parts if part in MARKED_FOLDERS}
         fixtures = MARKED_FIXTURES.keys() & set(getattr(item, "fixturenames", ()))
         for name in {MARKED_FOLDERS[folder] for folder in folders} | {MARKED_FIXTURES[each] for each in fixtures}:
             item.add_marker(name)
+    if not wants_cluster(config):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("cluster")])
+        items[:] = [item for item in items if not item.get_closest_marker("cluster")]
 
 
 @pytest.fixture(autouse=True)
 def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has runs draw no pictures: drawing takes longer than the run. A test of pictures is marked `pictures`."""
+    """Switches off the pictures of runs, which take longer than the run. A test marked `pictures` draws them."""
     if request.node.get_closest_marker("pictures") is None:
         monkeypatch.setattr("mnist_dist.run.summary._pictures", lambda *arguments: [])
 

@@ -33,14 +33,14 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal
 
 def serve(address: str) -> None:
     """Forks a child for every request. Returns only in a child, which then runs the request's program."""
-    # All that is slow to import. The first optimizer of a process would import torch._dynamo.
+    # Everything that is slow to import. Without this, the first optimizer of each child would import torch._dynamo.
     import torch
     import torch._dynamo
     import torchvision  # noqa: F401
 
     import mnist_dist.train
 
-    # A child that runs `-m mnist_dist.train` executes this one module again; what the module imports is there.
+    # A child that runs `-m mnist_dist.train` executes only this module again; its imports are already loaded.
     del sys.modules["mnist_dist.train"], mnist_dist.train
 
     torch.set_num_threads(1)
@@ -48,8 +48,9 @@ def serve(address: str) -> None:
     gc.collect()
     gc.freeze()
     listener = socket.socket(socket.AF_UNIX)
-    listener.bind(address)
+    listener.bind(f"{address}.new")
     listener.listen(64)
+    Path(f"{address}.new").rename(address)  # whoever finds the address can connect
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the monitors
     parent = os.getppid()
     while True:

@@ -1,4 +1,4 @@
-"""The command lines: every command is listed, prints its help without torch, and refuses wrong arguments."""
+"""Every command is listed, prints its help without importing torch, and refuses wrong arguments."""
 
 from __future__ import annotations
 
@@ -249,4 +249,4 @@ def test_other_ranks_wait_before_they_print(monkeypatch, capsys):
 
 
 def test_a_parser_names_its_command():
-    assert Parser("train", "", "").prog == "mnist-dist train"
+    assert Parser("train").prog == "mnist-dist train"

@@ -12,8 +12,8 @@ import torch
 from mnist_dist import load_recipe, load_run, train
 from mnist_dist.compare.__main__ import main as compare
 from mnist_dist.engine.checkpoint import load_weights, save_weights
-from mnist_dist.engine.evaluation import score
-from mnist_dist.ensemble import evaluate_mean, main
+from mnist_dist.engine.evaluation import evaluate_mean, score
+from mnist_dist.ensemble import main
 from mnist_dist.evaluate import evaluate
 
 
@@ -40,9 +40,10 @@ def test_each_member_has_its_own_figures_and_the_ensemble_those_of_the_mean(runs
     paths = [str(runs / name) for name in ("lenet5", "simple_cnn")]
     assert main([*paths, "data.limit_test=200", "--json", str(tmp_path / "report.json")]) == 0
     found, printed = json.loads((tmp_path / "report.json").read_text()), capsys.readouterr().out
+    figures = ("accuracy", "loss", "calibration_error", "precision")
     for path, member in zip(paths, found["members"], strict=True):
         alone = evaluate(load_run(path, "last"), "data.limit_test=200")
-        assert member == {"run": path} | {key: alone[key] for key in ("accuracy", "loss", "calibration_error")}
+        assert member == {"run": path} | {key: alone[key] for key in figures}
     assert found["images"] == sum(map(sum, found["confusion"])) == 200
     # The logarithm is concave: the loss of the mean is at most the mean of the losses.
     assert found["loss"] < sum(member["loss"] for member in found["members"]) / 2
@@ -75,6 +76,20 @@ def test_keep_writes_a_line_that_compare_shows_as_a_row(refused, runs, tmp_path,
     ]
     assert len(kept.read_text().splitlines()) == 1
     assert refused(lambda: main(["lenet5", "simple_cnn", "--keep", str(tmp_path)])) == [("--keep", "unwritable")]
+
+
+def test_a_precision_that_the_device_lacks_is_named_and_not_kept(refused, runs, tmp_path, capsys):
+    half = shutil.copytree(runs / "lenet5", tmp_path / "half")
+    text = (half / "recipe.yaml").read_text()
+    (half / "recipe.yaml").write_text(text.replace("mixed_precision: 'no'", "mixed_precision: fp16"))
+    words, report = [str(half), str(runs / "simple_cnn")], tmp_path / "report.json"
+    assert main([*words, "--json", str(report)]) == 0
+    found = json.loads(report.read_text())
+    [note] = found["notes"]
+    assert "fp32" in note and "fp16" in note and note in capsys.readouterr().out.splitlines()
+    assert [each["precision"] for each in found["members"]] == ["fp32", "fp32"]
+    assert refused(lambda: main([*words, "--keep", str(tmp_path / "kept.jsonl")])) == [("--keep", "unsupported")]
+    assert not (tmp_path / "kept.jsonl").exists()
 
 
 def test_keep_needs_the_summaries_of_the_members(refused, runs, tmp_path):

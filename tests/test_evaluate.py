@@ -1,18 +1,19 @@
-"""The command `evaluate` reproduces the figures of the training's last evaluation exactly."""
+"""The command `evaluate` reproduces accuracy and loss of the training's last evaluation exactly."""
 
+import importlib
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torchvision
-from torch import nn
 
 from mnist_dist import load_recipe, load_run, train
 from mnist_dist.data import DATASETS
 from mnist_dist.evaluate import evaluate, main
-from mnist_dist.run.evaluation import calibration_error
+from mnist_dist.run.evaluation import calibration_error, evaluate_run, load_evaluation_data
 
 QUIET = ["tracking.plots=false", "tracking.wandb.mode=disabled"]
 
@@ -69,9 +70,32 @@ def test_the_command_prints_the_figures_and_writes_json(validated_run, tmp_path,
     assert "\x1b" not in printed
 
 
+def test_flip_evaluates_the_mean_of_image_and_mirror_image(validated_run, tmp_path, capsys):
+    assert main([str(validated_run), "--tta", "flip", "--json", str(tmp_path / "report.json")]) == 0
+    written, printed = json.loads((tmp_path / "report.json").read_text()), capsys.readouterr().out
+    plain, run = evaluate(load_run(validated_run, "last")), load_run(validated_run, "last")
+    assert "tta" not in plain
+    flipped = written.pop("tta")
+    assert written == json.loads(json.dumps(plain)), "the plain figures must not change"
+
+    recipe, data = load_evaluation_data(run)
+    mirrored = replace(data, images=data.images.flip(-1))
+    straight, mirror = (evaluate_run(run, recipe, images).probabilities.double() for images in (data, mirrored))
+    mean, labels = (straight + mirror) / 2, data.labels
+    assert not torch.allclose(straight, mirror, atol=0.01)
+    assert flipped["name"] == "flip"
+    assert flipped["accuracy"] == pytest.approx(100 * float((mean.argmax(dim=1) == labels).double().mean()))
+    assert flipped["loss"] == pytest.approx(float(-mean[range(len(labels)), labels].log().mean()), rel=1e-5)
+    assert flipped["calibration_error"] == pytest.approx(calibration_error(mean.float(), labels), rel=1e-5)
+    lines = printed.splitlines()
+    assert f"{plain['accuracy']:.2f} %" in lines[0] and "flip" not in lines[0]
+    assert f"{flipped['accuracy']:.2f} %" in lines[1] and f"{flipped['loss']:.4f}" in lines[1] and "flip" in lines[1]
+
+
 @pytest.mark.parametrize(
     ("words", "key", "kind"),
     [
+        (["RUN", "--tta", "crop"], "--tta", "usage"),
         (["nowhere"], "nowhere", "missing"),
         (["RUN", "--data", "mnits"], "data.dataset", "unknown"),
         (["RUN", "--data", "emnist", "data.root=/nowhere"], "data.root", "missing"),
@@ -108,8 +132,11 @@ def test_a_network_that_changed_after_the_training_is_refused(refused, tmp_path,
     (tmp_path / "net_of_old.py").write_text(source)
     words = ["data.limit_train=64", "data.limit_test=20", "model.name=net_of_old:net"]
     train(load_recipe("debug", *words, *QUIET), tmp_path / "run")
-    monkeypatch.setattr("net_of_old.net", lambda num_classes: nn.Sequential(nn.Flatten(), nn.Linear(784, 99)))
-    assert refused(lambda: main([str(tmp_path / "run")])) == [(str(tmp_path / "run"), "damaged")]
+    (tmp_path / "net_of_old.py").write_text(source.replace("num_classes))", "99))"))
+    monkeypatch.delitem(sys.modules, "net_of_old")
+    importlib.invalidate_caches()
+    words = [str(tmp_path / "run"), "--allow-code", "net_of_old"]
+    assert refused(lambda: main(words)) == [(str(tmp_path / "run"), "damaged")]
 
 
 def test_it_uses_the_kernels_of_the_recipe(debug_run):

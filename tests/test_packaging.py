@@ -1,4 +1,4 @@
-"""What `pip install` installs, as setup.cfg says."""
+"""setup.cfg lists every package, data file and requirement that `pip install` must install."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_every_package_is_listed():
     assert listed == {".".join(folder.parts) for folder in folders} | {"mnist_dist.configs"}
 
 
-def test_every_file_that_is_no_module_is_listed():
+def test_every_file_that_is_not_a_module_is_listed():
     data = settings()["options.package_data"]
     for file in (ROOT / "mnist_dist").rglob("*.*"):
         if file.is_file() and file.suffix not in (".py", ".pyc"):

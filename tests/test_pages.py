@@ -1,4 +1,4 @@
-"""The pages are true: every command is parsed, every path and link exists, tables and quotations are current."""
+"""Every command in the pages is valid, every path and link exists, and tables and quotations are current."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ REPORTS = [page for page in PAGES if page.startswith("launch/benchmarks/") and n
 READERS_OWN = ("mine.yaml", "my_recipes/wide.yaml")
 """Recipes in examples that a reader would write."""
 PROGRAMS = ("mnist-dist ", "python ", "accelerate ", "torchrun ", "pytest", "launch/", "pip ", "sbatch ", "wandb ")
-"""Words that a command begins with. A program that is missing here is found in code blocks, but not in running text."""
+"""First words of commands. Other programs are found only in code blocks, not in running text."""
 
 
 @cache
@@ -69,7 +69,7 @@ def table_between(page: str, start: str, end: str) -> list[list[str]]:
 
 
 def commands_of(page: str) -> Iterator[str]:
-    """Yields the commands in shell blocks and in running text. There a program's name alone is no command."""
+    """Yields the commands in shell blocks and in running text, where a program's name alone is not a command."""
     for line in "".join(blocks(page, "bash")).replace("\\\n", " ").splitlines():
         yield from split_at_and(line)
     for span in re.findall(r"`([^`\n]* [^`\n]*)`", prose(page)):
@@ -96,7 +96,7 @@ ALL_COMMANDS = [*dict.fromkeys((page, each) for page in PAGES for each in comman
 
 
 class Parsed(Exception):
-    """Raised in place of running a program whose arguments were accepted."""
+    """Raised instead of running a program whose arguments were accepted."""
 
 
 def check_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

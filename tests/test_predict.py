@@ -109,7 +109,7 @@ def test_own_test_images_are_predicted_as_in_the_evaluation(tmp_path, capsys):
     assert [each["digit"] for each in found] == [each["digit"] for each in predict(run, test.images)]
 
 
-def test_two_figures_are_said_in_the_line_and_in_json(debug_run, tmp_path, capsys):
+def test_two_figures_are_reported_in_the_line_and_in_json(debug_run, tmp_path, capsys):
     tensors, about = load_weights(debug_run / "last.safetensors")
     assert about["geometry"]["ground"] == "none"  # the debug run's images are patterns without a ground
     save_weights(debug_run / "last.safetensors", tensors, {k: v for k, v in about.items() if k != "geometry"})

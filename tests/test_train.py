@@ -16,7 +16,8 @@ from mnist_dist import load_recipe, load_run, train
 from mnist_dist.distributed.launcher import launched_world
 from mnist_dist.engine.evaluation import evaluate
 from mnist_dist.evaluate import evaluate as evaluate_run
-from mnist_dist.run.build import build_components, load_data
+from mnist_dist.run.build import build_components
+from mnist_dist.run.data import load_data
 from mnist_dist.run.folder import RunFolder
 from mnist_dist.run.model_setup import build_module
 from mnist_dist.tracking import ConsoleTracker, JSONLTracker
@@ -211,7 +212,7 @@ def test_averaged_weights_are_the_ones_evaluated_and_saved(tmp_path):
 def test_less_patience_takes_effect_when_the_run_resumes(tmp_path):
     """The resumed run has already had more evaluations without improvement than the new patience allows."""
     words = ("optimizer.lr=1e-12", "epochs=9", "checkpoint.every_steps=4")
-    train(load_recipe("lenet5", *TINY, *words, "early_stopping.patience=5", "max_steps=17"), tmp_path / "run")
+    train(load_recipe("lenet5", *TINY, *words, "early_stopping.patience=5", "max_steps=16"), tmp_path / "run")
     recipe = load_recipe("lenet5", *TINY, *words, "early_stopping.patience=2")
     summary = train(recipe, tmp_path / "less", resume=str(tmp_path / "run"), allow_recipe_change=True)
     assert summary["epochs"] == 4

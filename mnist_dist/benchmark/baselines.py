@@ -31,7 +31,8 @@ from mnist_dist.engine.cuda_graph import WARM_UP_STEPS, capture_cuda_graph
 from mnist_dist.engine.optimizers import build_optimizer
 from mnist_dist.errors import Problem, RecipeError
 from mnist_dist.recipe.schema import Recipe
-from mnist_dist.run.build import check_world, load_data
+from mnist_dist.run.build import check_world
+from mnist_dist.run.data import load_data
 from mnist_dist.run.model_setup import build_module, prepare_model
 from mnist_dist.run.model_trial import to_device
 from mnist_dist.run.provenance import git_commit, versions
@@ -139,7 +140,7 @@ class BenchmarkSetup:
     def optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
         """Builds the recipe's optimizer with a constant learning rate."""
         recipe = self.recipe.optimizer
-        return build_optimizer(module.parameters(), recipe.name, lr=recipe.lr or 0.01, **recipe.keywords)
+        return build_optimizer(module, recipe.name, lr=recipe.lr or 0.01, **recipe.keywords)
 
     def autocast(self) -> torch.autocast:
         """Returns the context in which a forward pass runs in the setup's precision."""

@@ -225,7 +225,7 @@ class _PerImage(TorchDataset):
             # torchvision's alpha counts half pixels and scales uniform noise in ±1 before smoothing.
             alpha = augment.elastic * 4 * sigma * math.sqrt(3 * math.pi)
             steps.append(transforms.ElasticTransform(alpha, sigma))
-        steps.append(transforms.Normalize((data.mean,), (data.std,)))
+        steps.append(transforms.Normalize(data.mean, data.std))
         self._data, self._transform = data, transforms.Compose(steps)
 
     def __len__(self) -> int:

@@ -72,19 +72,78 @@ def uniform(seed: int, epoch: int, indices: Tensor, count: int) -> Tensor:
         bits = _hash_with(_hash_with(_hash(seed, epoch), part[:, None]), columns[None, :])
         return ((bits >> 40) & 0xFFFFFF).to(torch.float32) * 2.0**-24
 
+    if indices.device.type != "cpu":
+        return draw(indices)
     # Chunks fit into a CPU's cache. In one piece, the 133 numbers of an elastic warp took ten times as long.
-    return torch.cat([draw(part) for part in indices.split(4096)])
+    return torch.cat([draw(part) for part in indices.split(CHUNK)])
+
+
+CHUNK = 4096
+"""Samples whose random numbers are drawn at once."""
 
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """The order of an epoch's samples and the warp of each sample, on the device."""
+    """The order of an epoch's samples."""
 
     epoch: int
     order: Tensor
-    """int64 (N,), a permutation of the sample indices."""
-    warps: Tensor | None
-    """The return value of `Augmentation.warps`, indexed by sample; None without augmentation."""
+    """int64 (N,), a permutation of the sample indices, on the CPU."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The samples of one process in a global batch, on the device."""
+
+    size: int
+    """Images of the global batch."""
+    start: int
+    """Position of the first sample in the global batch."""
+    images: Tensor
+    """uint8 (n, C, H, W), as they are in the data set."""
+    labels: Tensor
+    """int64 (n,)."""
+    changes: Tensor | None = None
+    """The random changes of each image: the return value of `Batches.changes`."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, part: slice) -> Batch:
+        """Returns consecutive samples of this batch, without a copy."""
+        return Batch(self.size, self.start + part.indices(len(self))[0], *(
+            None if each is None else each[part] for each in self._tensors()
+        ))  # type: ignore[arg-type]  # only `changes` may be None  # fmt: skip
+
+    def split(self, count: int) -> list[Batch]:
+        """Returns `count` consecutive pieces, the larger ones first; the sizes differ by at most one."""
+        pieces = (piece(len(self), number, count) for number in range(count))
+        return [self[each.start : each.stop] for each in pieces]
+
+    def clone(self) -> Batch:
+        """Returns a copy with its own memory."""
+        return Batch(self.size, self.start, *(None if each is None else each.clone() for each in self._tensors()))  # type: ignore[arg-type]  # as above
+
+    def copy_(self, source: Batch) -> None:
+        """Overwrites the tensors of this batch with those of a batch of the same shape."""
+        for tensor, value in zip(self._tensors(), source._tensors(), strict=True):
+            if tensor is not None and value is not None:
+                tensor.copy_(value)
+
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.images, self.labels, self.changes
+
+
+def piece(size: int, rank: int, world_size: int) -> range:
+    """Returns the positions of process `rank` in a global batch of `size` samples.
+
+    Each process has one consecutive piece of the batch. The sizes differ by at most one and the larger pieces come
+    first. A batch smaller than the world leaves the last ranks empty, never rank 0, whose batch norm statistics belong
+    to the run.
+    """
+    share, longer = divmod(size, world_size)
+    start, stop = (number * share + min(number, longer) for number in (rank, rank + 1))
+    return range(start, stop)
 
 
 @dataclass(frozen=True)
@@ -95,7 +154,8 @@ class Batches:
     batch_size: int
     """Images of a global batch: the sum over all processes."""
     seed: int
-    side: int = SIDE
+    shape: tuple[int, int, int] = (1, SIDE, SIDE)
+    """Channels, height and width of the images."""
     augmentation: Augmentation | None = None
 
     @property
@@ -103,31 +163,35 @@ class Batches:
         """Global batches of an epoch. The last may be smaller: an epoch contains every sample exactly once."""
         return -(-self.num_samples // self.batch_size)
 
-    def plan(self, epoch: int, device: torch.device | str = "cpu") -> EpochPlan:
-        """Returns the permutation and the warps of an epoch on `device`.
+    def plan(self, epoch: int) -> EpochPlan:
+        """Returns the permutation of an epoch.
 
-        The permutation is drawn on the CPU, because the generators of other devices give other numbers.
+        It is drawn on the CPU, because the generators of other devices give other numbers.
         """
         generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
-        order = torch.randperm(self.num_samples, generator=generator).to(device)
-        if self.augmentation is None or self.augmentation.is_identity:
-            return EpochPlan(epoch, order, None)
-        samples = torch.arange(self.num_samples, device=device)
-        draws = uniform(self.seed, epoch, samples, self.augmentation.count_draws(self.side))
-        return EpochPlan(epoch, order, self.augmentation.warps(draws, self.side))
+        return EpochPlan(epoch, torch.randperm(self.num_samples, generator=generator))
 
     def size(self, index: int) -> int:
         """Returns the number of samples in global batch `index` of an epoch."""
         return min(self.batch_size, self.num_samples - index * self.batch_size)
 
     def rows(self, plan: EpochPlan, index: int, *, rank: int = 0, world_size: int = 1) -> Tensor:
-        """Returns the sample indices of process `rank` in global batch `index`: int64 (n,).
+        """Returns the sample indices of process `rank` in global batch `index`: int64 (n,); see `piece`."""
+        return self.rows_at(plan.order, index, piece(self.size(index), rank, world_size))
 
-        Each process has one consecutive piece of the batch. The sizes differ by at most one and the larger pieces come
-        first. A batch smaller than the world leaves the last ranks empty, never rank 0, whose batch norm statistics
-        belong to the run.
-        """
-        share, longer = divmod(self.size(index), world_size)
+    def rows_at(self, order: Tensor, index: int, positions: range) -> Tensor:
+        """Returns the sample indices at these positions of global batch `index`: int64 (n,)."""
         first = index * self.batch_size
-        start, stop = (piece * share + min(piece, longer) for piece in (rank, rank + 1))
-        return plan.order[first + start : first + stop]
+        return order[first + positions.start : first + positions.stop]
+
+    def changes(self, epoch: int, rows: Tensor) -> Tensor | None:
+        """Returns the random changes of samples in an epoch, for `Augmentation.apply`; None without augmentation.
+
+        Args:
+            rows: int64 (n,), sample indices.
+        """
+        augmentation = self.augmentation
+        if augmentation is None or augmentation.is_identity:
+            return None
+        draws = uniform(self.seed, epoch, rows, augmentation.count_draws(self.shape[-1]))
+        return augmentation.warps(draws, self.shape[-1])

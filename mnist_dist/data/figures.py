@@ -1,4 +1,4 @@
-"""Finds the figure in a grey picture: removes uneven light, noise and specks, and says where the figure is doubtful."""
+"""Finds the figure (the drawn shape) in a grey picture: removes uneven light, noise and specks, and reports doubts."""
 
 from __future__ import annotations
 
@@ -10,25 +10,27 @@ from PIL import Image
 from mnist_dist.data.geometry import FAINT
 
 LEAST_CONTRAST = 16
-"""Grey levels between background and strongest ink; blank paper has less."""
+"""Smallest difference in grey levels between background and strongest ink; blank paper has less."""
 
 LITTLE_CONTRAST = 40
-"""With fewer grey levels between background and strongest ink, the figure is doubtful."""
+"""With a smaller difference between background and strongest ink, the figure is doubtful."""
 
 SMALL = 64
-"""In a picture with a shorter side, light and noise cannot be separated from strokes: only specks are removed."""
+"""If one side of the picture has fewer pixels, light and noise cannot be separated from strokes, and only specks are
+removed."""
 
 LARGE = 1600
-"""Pixels of the longer side. A larger picture is reduced first, to save time."""
+"""A picture whose longer side has more pixels is reduced first, to save time."""
 
 GRID = 128
-"""Pixels of the longer side of the picture on which the light is measured."""
+"""The light is measured on a reduced picture, whose longer side has this many pixels."""
 
 UNEVEN = 0.08
-"""Fraction of the strongest ink by which the light must vary before it is removed."""
+"""The light is removed only if it varies by more than this fraction of the strongest ink."""
 
 SPECK, STRAY = 0.02, 0.15
-"""Fractions of the largest part's area. A smaller part is a speck: anywhere, or far from all figures."""
+"""Fractions of the largest part's area. A part smaller than SPECK is a speck wherever it is; a part smaller than STRAY
+is a speck if it is far from the figure."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def find_figure(grey: np.ndarray) -> Figure:
     kept, several = _choose_parts(parts)
     chosen = np.isin(labels, kept)
     ink = np.where(_grow(chosen) if noisy else chosen | ~_grow(inked & ~chosen), ink, 0)
-    # The strongest pixel of a noisy picture is chance.
+    # In a noisy picture, the value of the strongest pixel is due to chance.
     strongest = float(np.quantile(ink[chosen], 0.75) if noisy else ink[chosen].max())
     rows, columns = (np.nonzero(chosen.any(axis=axis))[0] for axis in (1, 0))
     if max(np.ptp(rows), np.ptp(columns)) + 1 < max(ink.shape) / 100:
@@ -81,19 +83,22 @@ def find_figure(grey: np.ndarray) -> Figure:
 
 
 def _subtract_background(grey: np.ndarray) -> np.ndarray:
-    """Returns how far each pixel lies on the ink's side of the background, the median grey level of the border."""
+    """Returns how much each pixel differs from the background, the median grey level of the border.
+
+    Ink is positive, see `_stronger_side`.
+    """
     return _stronger_side(float(np.median(_border(grey))) - grey)
 
 
 def _subtract_light(grey: np.ndarray) -> np.ndarray:
-    """Returns how far each pixel lies on the ink's side of the local background."""
+    """Returns how much each pixel differs from the local background. Ink is positive, see `_stronger_side`."""
     scale = min(1.0, GRID / max(grey.shape))
     size = (max(8, round(grey.shape[1] * scale)), max(8, round(grey.shape[0] * scale)))
     coarse = np.asarray(Image.fromarray(grey).resize(size, Image.Resampling.BOX))
     surface = _fit_surface(coarse)
     rest = coarse - surface
     contrast = float(np.abs(rest).max())
-    # Ink seldom covers the corners, and is as strong there as elsewhere. Shadows are weaker.
+    # A shadow shows as weak differences in the corners. Ink is rare in the corners, and as strong there as elsewhere.
     edge = np.abs(_corners(rest)) / max(contrast, 1)
     if float(((edge > UNEVEN) & (edge < 0.6)).mean()) > 0.1:
         surface = surface + _close_strokes(rest)
@@ -101,7 +106,7 @@ def _subtract_light(grey: np.ndarray) -> np.ndarray:
         return _subtract_background(grey)
     light = np.asarray(Image.fromarray(surface.astype(np.float32)).resize(grey.shape[::-1], Image.Resampling.BICUBIC))
     ink = _stronger_side(light - grey)
-    if np.vdot(ink, light - grey) > 0:  # dark ink: in the shadow, the contrast is less too
+    if np.vdot(ink, light - grey) > 0:  # dark ink: its contrast is smaller in the shadow
         ink = ink * (float(light.max()) / np.maximum(light, 16))
     return ink
 
@@ -119,17 +124,20 @@ def _corners(values: np.ndarray) -> np.ndarray:
 
 
 def _stronger_side(darker: np.ndarray) -> np.ndarray:
-    """Returns the differences from the background, positive on the side that has more of them: dark or light ink.
+    """Returns the differences from the background with the sign that makes ink positive.
 
-    The other side is glare or shadow.
+    Ink is dark or light, whichever side has the larger sum of squares. The other side is glare or shadow.
+
+    Args:
+        darker: background minus grey level, of any shape.
     """
-    # Squares, because noise and remains of the light have many weak pixels.
+    # Squares, because noise and remains of uneven light consist of many weak pixels.
     dark, light = (np.square(np.clip(sign * darker, 0, None)).sum() for sign in (1, -1))
     return darker if dark > light else -darker
 
 
 def _fit_surface(values: np.ndarray) -> np.ndarray:
-    """Fits a quadratic surface with least absolute deviations, so that ink on a small area changes nothing."""
+    """Fits a quadratic surface by least absolute deviations, on which ink on a small area has hardly any influence."""
     y, x = np.meshgrid(*(np.linspace(-1, 1, length) for length in values.shape), indexing="ij")
     terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=-1).reshape(-1, 6)
     target = values.reshape(-1).astype(np.float64)
@@ -144,17 +152,17 @@ def _fit_surface(values: np.ndarray) -> np.ndarray:
 def _close_strokes(rest: np.ndarray) -> np.ndarray:
     """Removes strokes narrower than a fifth of the picture from an uneven picture; the edges of shadows remain."""
     width = 2 * (max(rest.shape) // 10) + 1
-    # Fourth powers, because a shadow is wider than the strokes, and they are stronger.
+    # Fourth powers, because a shadow covers more pixels than the strokes, but the strokes are stronger.
     dark, light = (np.power(np.clip(sign * rest, 0, None), 4).sum() for sign in (-1, 1))
     sign = 1 if dark > light else -1
     return -sign * _slide(-_slide(sign * rest, width), width)
 
 
 def _slide(values: np.ndarray, width: int) -> np.ndarray:
-    """Returns the largest value in the square window of a width around each pixel."""
+    """Returns the largest value in a square window around each pixel; `width` is odd."""
     for axis in (0, 1):
         padding = [(width // 2, width // 2) if each == axis else (0, 0) for each in (0, 1)]
-        # Odd reflection continues a slope; repeating the border would end it there.
+        # Odd reflection continues a slope beyond the border; repeating the border values would not.
         padded = np.pad(values, padding, mode="reflect", reflect_type="odd" if values.dtype != bool else "even")
         values = np.lib.stride_tricks.sliding_window_view(padded, width, axis=axis).max(axis=-1)
     return values
@@ -164,7 +172,7 @@ def _slide(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def _smooth(ink: np.ndarray) -> tuple[np.ndarray, float]:
-    """Blurs noisy ink as little as makes strokes clear; returns the ink and the standard deviation of its noise."""
+    """Blurs noisy ink until strokes are clear, and no further; returns it and the standard deviation of its noise."""
     noise = _noise(ink)
     for _ in range(4):
         if noise <= 0.04 * float(ink.max()):
@@ -213,14 +221,17 @@ class _Part:
         return self.right - self.left + 1
 
     def gap(self, other: _Part) -> int:
-        """Returns the pixels between the bounding boxes, in the direction in which they are farther apart."""
+        """Returns the number of pixels between the bounding boxes: the larger of the horizontal and vertical gaps."""
         across = max(self.left, other.left) - min(self.right, other.right)
         down = max(self.top, other.top) - min(self.bottom, other.bottom)
         return max(across, down, 0)
 
 
 def _find_parts(inked: np.ndarray, ink: np.ndarray) -> tuple[np.ndarray, list[_Part]]:
-    """Returns the connected parts (pixels that touch, also at a corner), largest first, and a map of their labels."""
+    """Returns an array with the label of each pixel's part (-1 for paper), and the parts, largest first.
+
+    The pixels of a part touch each other, at a side or a corner.
+    """
     pixels = np.flatnonzero(inked)
     number = np.full(inked.shape, -1)
     number.flat[pixels] = np.arange(len(pixels))
@@ -265,10 +276,10 @@ def _choose_parts(parts: list[_Part]) -> tuple[list[int], bool]:
     kept, several = [main], False
     for part in parts[1:]:
         if part.area < SPECK * main.area:
-            break  # so are all that follow
+            break  # a speck; all further parts are as small
         far = min(part.gap(each) for each in kept) > 0.4 * size
         if far and (part.area < STRAY * main.area or part.strength < 0.5 * main.strength):
-            continue  # the edge of a shadow is weak
+            continue  # a stray mark, or the edge of a shadow, which is weak
         beside = part.left > main.right or part.right < main.left
         alike = part.height > 0.6 * main.height and part.area > 0.2 * main.area
         wide = max(part.right, main.right) - min(part.left, main.left) + 1 > 1.1 * max(part.height, main.height)

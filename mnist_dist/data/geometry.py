@@ -1,7 +1,7 @@
-"""How a training set places its figures: what a picture must look like before the network sees it.
+"""Measures the size and position of the figures in a training set, and gives other pictures the same geometry.
 
-A network recognises figures of the size and position that it was trained with. The geometry is measured on the training
-set and stored with the weights.
+A network recognises figures only in the size and position that it was trained with. The geometry is measured on the
+training set and stored with the weights.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from mnist_dist.data.images import SIDE
+from mnist_dist.data.images import SHAPE
 
 FAINT = 0.2
-"""Fraction of the strongest ink. Weaker pixels are paper, shadow or noise and do not count for the figure's extent."""
+"""Pixels below this fraction of the strongest ink are paper, shadow or noise. They do not count as part of a figure."""
 
 Ground = Literal["dark", "light", "none"]
 Centre = Literal["mass", "box"]
 
 GROUND_SHARE = 0.9
-"""Fraction of the images whose corners must be alike for the set to have a ground."""
+"""Fraction of the images that must have dark corners, or light ones, for the training set to have a ground."""
 
 SAMPLE = 2000
 """Number of training images that are measured, evenly spaced."""
@@ -37,10 +37,13 @@ class Geometry:
     "Gradient-based learning applied to document recognition", 1998).
 
     Attributes:
-        ground: "dark" for bright figures on a dark ground, "light" for the opposite, "none" or "none".
-        figure: pixels of the longer side of the figure, as most images have it.
-        least, most: shortest and longest of these sides; one image in a hundred lies outside.
-        centre: what lies in the centre of the image: the figure's centre of mass, or the centre of its bounding box.
+        ground: "dark" for bright figures on a dark ground, "light" for dark figures on a light ground, "none" for
+            images without a common ground, such as photos.
+        figure: pixels of the longer side of a figure; the median over the images.
+        least, most: range of these longer sides; one image in a hundred lies outside.
+        centre: which point of the figure lies in the centre of the image: its centre of mass ("mass"), or the centre of
+            its bounding box ("box").
+        shape: channels, height and width of the images.
     """
 
     ground: Ground = "dark"
@@ -48,26 +51,31 @@ class Geometry:
     least: int = 19
     most: int = 20
     centre: Centre = "mass"
+    shape: tuple[int, int, int] = SHAPE
 
     def __post_init__(self) -> None:
         sizes = (self.least, self.figure, self.most)
-        valid = all(type(each) is int for each in sizes) and 1 <= sizes[0] <= sizes[1] <= sizes[2] <= SIDE
+        valid = all(type(each) is int for each in sizes) and 1 <= sizes[0] <= sizes[1] <= sizes[2] <= max(
+            self.shape[1:]
+        )
         if not valid or self.ground not in get_args(Ground) or self.centre not in get_args(Centre):
             raise ValueError(f"the geometry of the weights is damaged: {asdict(self)}")
 
     def place(self, ink: np.ndarray) -> Tensor:
-        """Scales a figure, given by its bounding box, to the size of the training set and centres it.
+        """Scales a figure to the size of the training set's figures and centres it.
 
         Args:
-            ink: float (height, width), 0 to 1.
+            ink: float (height, width), 0 to 1, cut to the figure's bounding box.
 
         Returns:
-            uint8 (1, 28, 28), with the ground of the training set.
+            uint8 (1, height, width), with the ground of the training set.
 
         Raises:
             ValueError: nothing is left of the figure after it was scaled.
         """
-        scale = self.figure / max(ink.shape)
+        # If the images are not square, a figure of this size may be too long for their shorter side.
+        room = [side / length for side, length in zip(self.shape[1:], ink.shape, strict=True)]
+        scale = min(self.figure / max(ink.shape), *room)
         size = (max(1, round(ink.shape[1] * scale)), max(1, round(ink.shape[0] * scale)))
         small = Image.fromarray((255 * ink).astype(np.uint8)).resize(size, Image.Resampling.LANCZOS)
         values = np.asarray(small, dtype=np.float64)
@@ -78,20 +86,20 @@ class Geometry:
         if self.centre == "mass":
             centre = [(weights.sum(axis=1 - axis) * np.arange(values.shape[axis])).sum() for axis in (0, 1)]
         top, left = (
-            int(np.clip(round((SIDE - 1) / 2 - middle), 0, SIDE - length))
-            for middle, length in zip(centre, values.shape, strict=True)
+            int(np.clip(round((side - 1) / 2 - middle), 0, side - length))
+            for side, middle, length in zip(self.shape[1:], centre, values.shape, strict=True)
         )
-        canvas = np.zeros((SIDE, SIDE), dtype=np.uint8)
+        canvas = np.zeros(self.shape[1:], dtype=np.uint8)
         canvas[top : top + values.shape[0], left : left + values.shape[1]] = values
         return torch.from_numpy(255 - canvas if self.ground == "light" else canvas)[None]
 
     def fits(self, grey: np.ndarray) -> bool:
-        """Returns whether a picture already looks like an image of the training set, so that it can be used as it is.
+        """Returns whether a picture already has the geometry of the training set, so that it can be used unchanged.
 
         Args:
             grey: (height, width), 0 to 255.
         """
-        if grey.shape != (SIDE, SIDE):
+        if grey.shape != self.shape[1:]:
             return False
         if self.ground == "none":
             return True
@@ -104,27 +112,35 @@ class Geometry:
         return within and int(ink.max()) >= 128 and (self.centre == "box" or float(mass.abs().max()) <= 1)
 
     def fill(self, grey: np.ndarray) -> Tensor:
-        """Scales a whole picture to 28×28, cropped to a square, for a training set without a ground: uint8."""
+        """Crops a picture to the proportions of the training set's images and scales it to uint8 (1, height, width)."""
         whole = Image.fromarray(np.clip(np.round(grey), 0, 255).astype(np.uint8))
-        return torch.from_numpy(np.array(ImageOps.fit(whole, (SIDE, SIDE), Image.Resampling.BOX)))[None]
+        return torch.from_numpy(np.array(ImageOps.fit(whole, self.shape[:0:-1], Image.Resampling.BOX)))[None]
+
+    def fill_colour(self, picture: Image.Image) -> Tensor:
+        """Crops and scales a picture in RGB in the same way; returns uint8 (3, height, width)."""
+        fitted = ImageOps.fit(picture, self.shape[:0:-1], Image.Resampling.BOX)
+        return torch.from_numpy(np.array(fitted)).movedim(-1, 0).contiguous()
 
 
 def measure_geometry(images: Tensor) -> Geometry:
     """Returns the geometry of a training set.
 
     Args:
-        images: uint8 (N, 1, 28, 28), on any device.
+        images: uint8 (N, C, H, W), on any device. Images in colour have no ground.
     """
     images = images[:: max(1, len(images) // SAMPLE)][:SAMPLE].cpu()
-    ground = _ground(images)
+    channels, height, width = images.shape[1:]
+    shape, side = (channels, height, width), min(height, width)
+    whole = Geometry("none", side, side, side, "box", shape)
+    ground = _ground(images) if channels == 1 else "none"
     if ground == "none":
-        return Geometry("none", SIDE, SIDE, SIDE, "box")
+        return whole
     longest, mass, box = _measure_figures(255 - images[:, 0] if ground == "light" else images[:, 0])
     if not len(longest):
-        return Geometry("none", SIDE, SIDE, SIDE, "box")
+        return whole
     least, figure, most = (round(float(longest.quantile(level))) for level in (0.005, 0.5, 0.995))
     centre: Centre = "mass" if float(mass.abs().mean()) <= float(box.abs().mean()) else "box"
-    return Geometry(ground, figure, least, most, centre)
+    return Geometry(ground, figure, least, most, centre, shape)
 
 
 def read_geometry(about: dict[str, Any]) -> Geometry:
@@ -133,15 +149,21 @@ def read_geometry(about: dict[str, Any]) -> Geometry:
     Raises:
         ValueError: the metadata hold no valid geometry.
     """
-    stored = about.get("geometry", asdict(Geometry()))
+    shape = tuple(about.get("shape", SHAPE))
+    stored = about.get("geometry", describe_geometry(Geometry()))
     try:
-        return Geometry(**stored)
+        return Geometry(**stored, shape=shape)
     except TypeError as error:
         raise ValueError(f"the geometry of the weights is damaged: {stored!r}") from error
 
 
+def describe_geometry(geometry: Geometry) -> dict[str, Any]:
+    """Returns the geometry for the metadata of a weights file, which hold the shape under a key of its own."""
+    return {key: value for key, value in asdict(geometry).items() if key != "shape"}
+
+
 def _ground(images: Tensor) -> Ground:
-    """Returns the ground of images (N, 1, H, W): what most of their corners are like."""
+    """Returns the ground of images (N, 1, H, W): dark or light if nearly all of them have such corners, else none."""
     corners = torch.cat([images[..., y, x] for y in (0, -1) for x in (0, -1)], dim=1).float()
     level = corners.median(dim=1).values
     shares = {"dark": float((level < 32).float().mean()), "light": float((level > 223).float().mean())}

@@ -1,4 +1,4 @@
-"""Reads picture files and prepares them as images like those of a training set.
+"""Reads picture files and prepares them like the images of a training set.
 
 A picture may have any size, colour, bit depth or transparency, and may be dark on light or light on dark.
 """
@@ -17,11 +17,10 @@ from mnist_dist.data.figures import find_figure
 from mnist_dist.data.geometry import Geometry
 
 PROGRAMS = ("EPS", "WMF")
-"""Formats that Pillow has another program draw."""
+"""Formats for which Pillow would start another program."""
 
 MOST_PIXELS = 100_000_000
 """Larger pictures are refused, because they would fill the memory."""
-
 
 FULL_SCALES = (255, 1023, 4095, 65535)
 """Largest grey levels of 8, 10, 12 and 16 bits."""
@@ -32,7 +31,7 @@ class Prepared:
     """A picture as a network's input.
 
     Attributes:
-        image: uint8 (1, 28, 28), like the images of the training set.
+        image: uint8 (C, H, W), like the images of the training set.
         doubts: short reasons why a prediction may be wrong; empty if the figure is clear.
     """
 
@@ -41,16 +40,19 @@ class Prepared:
 
 
 def prepare_picture(path: str | Path, geometry: Geometry | None = None) -> Prepared:
-    """Reads a picture file and prepares it as the training set's images are.
+    """Reads a picture file and prepares it like the images of the training set.
 
     Args:
         path: the file.
-        geometry: of the training set; None for MNIST's.
+        geometry: geometry of the training set; None for MNIST's.
 
     Raises:
-        ValueError: the file cannot be read, is no picture, or is damaged, blank or too large; the message names which.
+        ValueError: the file cannot be read, is not a picture, or is damaged, blank or too large, as the message states.
     """
-    geometry, grey = geometry or Geometry(), _read_grey(_open(path))
+    geometry = geometry or Geometry()
+    if geometry.shape[0] == 3:
+        return Prepared(geometry.fill_colour(_read_colour(_open(path))), ())
+    grey = _read_grey(_open(path))
     if geometry.fits(grey):
         return Prepared(torch.from_numpy(np.round(grey).astype(np.uint8))[None], ())
     if geometry.ground == "none":
@@ -60,7 +62,7 @@ def prepare_picture(path: str | Path, geometry: Geometry | None = None) -> Prepa
 
 
 def read_picture(path: str | Path, geometry: Geometry | None = None) -> Tensor:
-    """Reads a picture file as uint8 (1, 28, 28); see `prepare_picture`."""
+    """Reads a picture file as uint8 (C, H, W); see `prepare_picture`."""
     return prepare_picture(path, geometry).image
 
 
@@ -81,8 +83,8 @@ def _open(path: str | Path) -> Image.Image:
         raise
     except Exception as error:  # Pillow raises exceptions of many types for damaged files
         if kind := _unread_kind(path):
-            raise ValueError(f"{kind} is not read; save the picture as PNG or JPEG") from error
-        raise ValueError("not a picture, or a damaged one") from error
+            raise ValueError(f"{kind} is not supported; save the picture as PNG or JPEG") from error
+        raise ValueError("not a picture, or a damaged picture") from error
 
 
 SIGNATURES = (
@@ -105,7 +107,7 @@ SIGNATURES = (
 
 
 def _unread_kind(path: str | Path) -> str | None:
-    """Returns the name of a well-known format that is not read, by the first bytes of the file."""
+    """Returns the name of a well-known format that Pillow does not read, found by the first bytes of the file."""
     with Path(path).open("rb") as file:
         start = file.read(512)
     if start[4:8] == b"ftyp":  # the ISO base media file format, ISO/IEC 14496-12
@@ -131,10 +133,21 @@ def _read_grey(picture: Image.Image) -> np.ndarray:
     return np.asarray(picture.convert("RGB").convert("L"), dtype=np.float32)
 
 
+def _read_colour(picture: Image.Image) -> Image.Image:
+    """Returns a picture in RGB, on white where it is transparent."""
+    if picture.has_transparency_data:
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
+    if picture.mode[0] in "IF":
+        grey = _scale_levels(np.asarray(picture).astype(np.float64), fractions=picture.mode[0] == "F")
+        picture = Image.fromarray(np.round(grey).astype(np.uint8))
+    return picture.convert("RGB")
+
+
 def _scale_levels(levels: np.ndarray, fractions: bool) -> np.ndarray:
     """Scales integer or floating-point levels to 0 to 255, float32.
 
-    A file does not say what white is. White is the smallest usual scale that holds the file's largest level.
+    A file does not define the level of white. White is taken as the smallest usual full scale that is not below the
+    file's largest level.
     """
     known = np.isfinite(levels)
     if not known.any():

@@ -1,4 +1,4 @@
-"""Functions that every rank calls together."""
+"""Collective functions: every rank must call them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ T = TypeVar("T")
 
 
 def run_on_all_ranks(state: PartialState, action: Callable[[], T]) -> T:
-    """Runs `action` on every rank; an exception on one rank ends it on all. Collective: call on every rank.
+    """Runs `action` on every rank. If one rank raises an exception, every rank does. Collective: call on every rank.
 
     Returns:
         What `action` returns on this rank.
 
     Raises:
-        RecipeError: with the problems of the first rank that raised one. No rank waits for a rank that has failed.
+        RecipeError: a rank raised a RecipeError; every rank raises the problems of the first such rank.
         RunError: another rank raised any other exception; the message names the rank and the exception. The failed
             rank itself raises its own exception.
     """
@@ -42,7 +42,7 @@ def run_on_all_ranks(state: PartialState, action: Callable[[], T]) -> T:
 
 
 def _report(state: PartialState, failure: BaseException | None) -> tuple[list[Problem] | None, str]:
-    """Returns what the other ranks are told of an exception: its problems, or a message."""
+    """Returns what this rank sends to the others: the problems of a RecipeError, and a message for another failure."""
     if isinstance(failure, RecipeError):
         return failure.problems, ""
     if failure is None:

@@ -6,11 +6,13 @@ import os
 import platform
 import re
 import sys
+import time
 from pathlib import Path, PurePosixPath
 
 import psutil
 import torch
 from accelerate import PartialState
+from accelerate.utils import is_bf16_available
 
 from mnist_dist.distributed.launcher import launched_by_accelerate, launcher_arguments, read_proc
 
@@ -26,10 +28,10 @@ def choose_threads(state: PartialState) -> None:
     if state.device.type != "cpu":
         return
     launched = launched_by_accelerate() or "TORCHELASTIC_RUN_ID" in os.environ
-    set_by_user = (
+    user_variables = (
         {entry.partition("=")[0] for entry in read_proc(os.getppid(), "environ")} if launched else set(os.environ)
     )
-    if "OMP_NUM_THREADS" in set_by_user or any("num_cpu_threads" in word for word in launcher_arguments()):
+    if "OMP_NUM_THREADS" in user_variables or any("num_cpu_threads" in word for word in launcher_arguments()):
         return
     usable = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     cores = min(usable, psutil.cpu_count(logical=False) or usable, cpu_quota() or usable)
@@ -37,13 +39,13 @@ def choose_threads(state: PartialState) -> None:
 
 
 def cpu_quota(root: Path = Path("/")) -> int | None:
-    """Returns the number of whole CPUs, at least 1, whose time the control groups of this process allow; None for all.
+    """Returns how many whole CPUs, at least 1, the control groups of this process allow; None if there is no limit.
 
-    A container of a cluster often sees all cores of its machine, but is stopped when it has used its share of their
-    time. A group above may allow less than the group of the process, so all of them count.
+    A container on a cluster often sees all cores of its machine, but the kernel pauses it when it has used its share of
+    CPU time. A parent group may have a lower limit than the group of the process, so the lowest limit counts.
 
     Args:
-        root: the root of the file system, for tests.
+        root: the root of the file system; only tests change it.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
@@ -102,7 +104,48 @@ def processor() -> str:
     return re.sub(r"\s*(\((R|TM)\)|CPU.*|@.*|Processor)", "", found[1]).strip() if found else platform.machine()
 
 
+def supports_precision(device: torch.device, precision: str) -> bool:
+    """Returns whether Accelerate computes in a precision, a value of `mixed_precision`, on a device."""
+    if precision == "fp16":
+        return device.type != "cpu"  # a CPU would compute in fp32 without a warning
+    return precision != "bf16" or device.type == "cpu" or is_bf16_available(ignore_tpu=True)
+
+
 def synchronize(device: torch.device) -> None:
-    """Waits until a GPU has finished its work. A CPU has finished when a call returns."""
+    """Waits until a GPU has finished its work. On a CPU every operation has finished when its call returns."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def runs_behind(device: torch.device) -> bool:
+    """Returns whether the device works behind the host, and can mark a `Moment` without a wait of the host."""
+    return device.type == "cuda"
+
+
+class Moment:
+    """The moment at which a device finishes the work that was queued before. On other devices than CUDA: now.
+
+    Marking a moment does not make the host wait for a CUDA device.
+    """
+
+    def __init__(self, device: torch.device):
+        self._event = torch.cuda.Event(enable_timing=True) if runs_behind(device) else None
+        if self._event is None:
+            synchronize(device)
+        else:
+            self._event.record(torch.cuda.current_stream(device))
+        self._time = time.perf_counter()
+
+    def wait(self) -> None:
+        """Waits until the moment has come."""
+        if self._event is not None:
+            self._event.synchronize()
+
+    def seconds_since(self, earlier: Moment) -> float:
+        """Returns the seconds from an earlier moment to this one. Waits until this moment has come."""
+        if self._event is None or earlier._event is None:
+            return self._time - earlier._time
+        self.wait()
+        return earlier._event.elapsed_time(self._event) / 1000

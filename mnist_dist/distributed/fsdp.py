@@ -16,8 +16,8 @@ def shard_parameters(module: nn.Module, device: torch.device, smallest: int, res
     Collective: call on every rank.
 
     Args:
-        smallest: a child with at least this many parameters is gathered and released separately, the other children
-            together.
+        smallest: a child with at least this many parameters is gathered and released separately; all smaller children
+            are gathered and released together.
         reshard: release the parameters of a child between its forward and its backward pass.
     """
     from torch.distributed.device_mesh import init_device_mesh
@@ -45,7 +45,7 @@ def _callable_children(module: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def unsharded_parameters(module: nn.Module) -> Iterator[None]:
-    """Keeps all parameters on every rank inside the context, so that ranks may call the module differently often.
+    """Keeps all parameters on every rank inside the context, so that the number of calls may differ between ranks.
 
     Collective: call on every rank. Does nothing for a module without shards.
     """
@@ -74,10 +74,10 @@ def unshard(value: Any) -> Any:
 
 
 def shard_like(value: Tensor, pattern: Any) -> Tensor:
-    """Returns a full tensor with the sharding of `pattern`, or with its memory layout if `pattern` is not sharded.
+    """Shards the full tensor `value` like `pattern`; if `pattern` is not sharded, copies into its memory layout.
 
-    A tensor of another shape is returned as it is. A fused optimizer reads a parameter and its state as contiguous
-    memory, so both must have the same layout.
+    A fused optimizer reads a parameter and its state as contiguous memory, so both must have the same layout. A tensor
+    whose shape differs from that of `pattern` is returned unchanged.
     """
     if value.shape != pattern.shape:
         return value
@@ -99,8 +99,8 @@ def shard_model_state(state: dict[str, Tensor], module: nn.Module) -> dict[str, 
 def shard_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Returns an unsharded `state_dict` in the form that `optimizer` can load.
 
-    A tensor with the shape of its parameter is sharded like the parameter. From the saved parameter groups only the
-    parameter indices are used: the other settings follow from the recipe, which a resume may change, or from the step.
+    A tensor with the shape of its parameter is sharded like the parameter. Only the parameter indices of the saved
+    parameter groups are used: the other settings follow from the recipe, which a resume may change, or from the step.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     sharded = {

@@ -21,8 +21,8 @@ class GradientClock:
     """Measures how long this process waits for the gradients of the other processes.
 
     The wait lasts from the last local gradient to the end of the backward pass. Data parallel sends gradients while
-    later ones are computed, so this is the part of the communication that nothing hides. The clock is the host's: on a
-    GPU, which computes asynchronously, `seconds` stays 0.
+    it computes the next ones, so this is the communication that does not overlap with computation. Times are taken on
+    the host: on a GPU, which computes asynchronously, `seconds` stays 0.
     """
 
     def __init__(self) -> None:
@@ -31,11 +31,11 @@ class GradientClock:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether this process has all its own gradients and waits for the others'. May be read by another thread."""
+        """Whether this process has computed its gradients and waits for the other ranks. Any thread may read it."""
         return self._local_end is not None
 
     def mark_local_end(self) -> None:
-        """Notes that the last gradient of this process is computed."""
+        """Records the time at which the last gradient of this process has been computed."""
         self._local_end = time.perf_counter()
 
     @contextmanager
@@ -50,7 +50,7 @@ class GradientClock:
 HOOKS = {"none": allreduce_hook, "bf16": bf16_compress_hook, "fp16": fp16_compress_hook}
 
 POLL_SECONDS = 0.01
-"""How long a process polls for the reduction before it sleeps. A longer wait has another cause than jitter."""
+"""How long a process polls for the reduction before it sleeps. A wait longer than this is not jitter."""
 
 YIELD = getattr(os, "sched_yield", lambda: time.sleep(0))  # Windows has no sched_yield
 
@@ -60,11 +60,11 @@ def reduce_gradients(
 ) -> None:
     """Registers the gradient reduction of `model`. Does nothing if `model` is not a DistributedDataParallel.
 
-    On a CPU a process that has sent its last gradient polls for up to 10 ms and yields its core to other processes.
-    Only then it sleeps: waking up takes too long for a training step of 10 ms.
+    On a CPU, a process that has sent its last gradient polls for up to `POLL_SECONDS` and yields its core to other
+    processes. It sleeps only after that, because waking up takes too long for a training step of 10 ms.
 
     Args:
-        precision: dtype in which gradients are sent; "none" for their own dtype.
+        precision: dtype in which gradients are sent; "none" sends them in their own dtype.
         clock: measures the wait.
     """
     if not isinstance(model, nn.parallel.DistributedDataParallel):

@@ -1,7 +1,7 @@
-"""The processes and settings that the launcher gave, read from the system and checked.
+"""Joins the world that the launcher started, and checks the launcher's options and settings.
 
 Launchers fail silently: `accelerate launch --cpu --num_processes 2` starts one process, a forgotten default_config.yaml
-changes the precision, one thread is set on a machine with 64 cores. This module detects such settings.
+changes the precision, a process on a machine with 64 cores gets one thread. This module detects such settings.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from accelerate import PartialState
 from accelerate.commands.config.config_args import default_config_file
 from accelerate.utils import parse_flag_from_env, patch_environment
 
+from mnist_dist.distributed.joining import join
 from mnist_dist.distributed.world import ADDRESS, TORCH, read_world, step_size
 from mnist_dist.errors import Problem, RecipeError
 
 
 def launched_world() -> PartialState:
-    """Returns the processes and the device that the launcher gave. The first call starts the process group.
+    """Returns the state of the launcher's world: rank, number of processes, device. The first call joins the world.
 
-    Processes on CPUs communicate by gloo. A world of one process has no group.
+    Processes on CPUs communicate by gloo. A world of one process has no process group.
 
     Raises:
         RecipeError: the launcher's variables describe a world that this process cannot join.
@@ -36,15 +37,15 @@ def launched_world() -> PartialState:
         if not os.environ.get(name, "0").strip():
             del os.environ[name]  # Accelerate and torch read an empty variable as a number
     os.environ.update(world)
-    # Accelerator reads this variable, PartialState alone does not: two CPU processes would be two worlds of size 1.
+    # Accelerator reads ACCELERATE_USE_CPU, PartialState does not: without it, two CPU processes would be two worlds.
     # The meter sums in float64, which Apple's GPUs do not support: a Mac trains on its CPU.
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or torch.backends.mps.is_available()
     cpu = cpu or (size > 1 and not torch.accelerator.is_available())
     backend = {"backend": "gloo"} if cpu and size > 1 else {}
     try:
-        # Accelerate would choose the number of threads, with a warning. `choose_threads` does that.
+        # Without this variable Accelerate would choose a number of threads and warn; `choose_threads` chooses it.
         with patch_environment(OMP_NUM_THREADS=torch.get_num_threads()):
-            state = PartialState(cpu=cpu, **backend)
+            state = PartialState(cpu=cpu, **backend, **(join(world) if size > 1 else {}))
     except (RuntimeError, ValueError, OSError) as error:
         PartialState._reset_state()
         if size == 1:
@@ -56,10 +57,10 @@ def launched_world() -> PartialState:
 
 
 def _unjoined(world: dict[str, str], cause: str) -> Problem:
-    """Returns the problem of a process that its world does not reach."""
+    """Returns the problem of a process that cannot join its world."""
     address = f"{world['MASTER_ADDR']}:{world['MASTER_PORT']}"
     message = f"rank {world['RANK']} cannot join the world of {world['WORLD_SIZE']} processes at {address}\n{cause}\n"
-    message += "check that rank 0 runs on that host, that the port is free there, and that no firewall closes it"
+    message += "check that rank 0 runs on that host, that the port is free there, and that no firewall blocks it"
     return Problem("the launcher", "MASTER_ADDR", message, "world")
 
 
@@ -70,8 +71,7 @@ def check_size(state: PartialState, expected: int | None = None) -> None:
     """Compares the number of processes with the expected number.
 
     Args:
-        expected: the number of processes; None for the number in the launcher's options or variables, if it is
-            known.
+        expected: the number of processes; None for the number in the launcher's options or variables, if known.
 
     Raises:
         RecipeError: the numbers differ. The message names a command that starts the expected number.
@@ -109,7 +109,7 @@ def _requested_size() -> tuple[int | None, str]:
         if name in ("--num_processes", "--num-processes") and number.isdigit() and int(number) > 0:
             return int(number), name
     for variable in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-        # If mpirun or srun started torchrun, these variables count the torchrun processes, not the ranks.
+        # If mpirun or srun starts torchrun, these variables give the number of torchrun processes, not of ranks.
         if os.environ.get(variable, "").isdecimal() and "TORCHELASTIC_RUN_ID" not in os.environ:
             return int(os.environ[variable]), variable
     step = step_size(os.environ)
@@ -127,7 +127,10 @@ def launched_by_accelerate() -> bool:
 
 
 def launcher_arguments() -> list[str]:
-    """Returns the arguments of `accelerate launch`, the parent process, up to this package's module; [] without it."""
+    """Returns the arguments of the parent `accelerate launch` before this package's module.
+
+    Returns [] if accelerate launch did not start this process.
+    """
     if not launched_by_accelerate():
         return []
     words = read_proc(os.getppid(), "cmdline")
@@ -144,7 +147,7 @@ def read_proc(pid: int, file: str) -> list[str]:
 
 
 def launch_settings() -> dict[str, str]:
-    """Returns the launcher's name, configuration file and ACCELERATE_* variables, to be printed and recorded."""
+    """Returns the launcher's name, configuration file and ACCELERATE_* variables, for the console and summary.json."""
     settings = {"launcher": "python"}
     if launched_by_accelerate():
         settings["launcher"] = "accelerate launch"
@@ -175,7 +178,7 @@ def asks_for_fsdp() -> bool:
 
 
 def fsdp_settings() -> dict[str, Any]:
-    """Returns the settings of the launcher's FSDP configuration that `shard_parameters` takes."""
+    """Returns the arguments of `shard_parameters` that the launcher's FSDP configuration sets."""
     return {
         "smallest": int(os.environ.get("FSDP_MIN_NUM_PARAMS") or 1_000_000),
         "reshard": parse_flag_from_env("FSDP_RESHARD_AFTER_FORWARD", default=True),
@@ -190,8 +193,8 @@ def check_engine() -> None:
     """Refuses a training engine that this trainer does not support.
 
     Raises:
-        RecipeError: an option or a configuration file of the launcher requests DeepSpeed, Megatron-LM, FSDP1 or FSDP's
-            offloading.
+        RecipeError: an option or a configuration file of the launcher requests DeepSpeed, Megatron-LM, FSDP1 or the
+            offloading of FSDP.
     """
     found = {name: engine for name, engine in UNSUPPORTED_ENGINES.items() if parse_flag_from_env(name)}
     if asks_for_fsdp():

@@ -32,19 +32,22 @@ class LogicalShards:
         self.count, self._accelerator, self._clock = count, accelerator, clock
         self.mine = range(rank * count // world_size, (rank + 1) * count // world_size)
         self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        # The buffers of a layer in eval mode are frozen; averaging equal values could change their last bits.
+        # Only buffers of layers in training mode are reset and averaged. A layer in eval mode is frozen: its buffers
+        # are equal in all shards, and an average of equal values could differ from them in the last bits.
         trained = (part for part in module.modules() if part.training)
         named = [pair for part in trained for pair in part.named_buffers(recurse=False)]
         self._buffers = list(dict.fromkeys(buffer for _, buffer in named if buffer.is_floating_point()))
-        # Batch norm counts a step once, not once per shard. Other integer buffers are tables, which do not change.
+        # Batch norm counts a step once, not once per shard. Other integer buffers are tables, which never change.
         self._counters = list(dict.fromkeys(buffer for name, buffer in named if name == "num_batches_tracked"))
         self._branches: list[tuple[int, Tensor]] = []
 
     def each(self, used: int) -> Iterator[int]:
-        """Yields the shards of this process. Adds up gradients and buffers after each shard and resets them before it.
+        """Yields the shards of this process. The caller computes the gradients of one shard in each pass of its loop.
+
+        Before each shard, gradients and buffers are reset. After it, they are added to the sum over the shards.
 
         Args:
-            used: number of shards with at least one row; in a short last batch the later shards have none.
+            used: number of shards with at least one row; in a short last batch, only the first shards have rows.
         """
         state = [*self._buffers, *self._counters]
         before = [buffer.clone() for buffer in state]
@@ -80,7 +83,7 @@ class LogicalShards:
             buffer.copy_(next(pieces).view(buffer.shape) / used)
 
     def _add(self, vector: Tensor) -> None:
-        """Adds a leaf on the right of the tree. Joins branches of equal height at once, which limits memory."""
+        """Adds a leaf on the right of the tree. Branches of equal height are added at once, to limit memory."""
         height = 0
         while self._branches and self._branches[-1][0] == height:
             vector, height = self._branches.pop()[1] + vector, height + 1

@@ -1,6 +1,6 @@
 """Turns SIGTERM, SIGINT, SIGUSR1 and SIGHUP into a stop request that all ranks see at the same step.
 
-Imports torch only when ranks exchange a request: a command installs `exit_on_signals` before it imports torch.
+Imports torch only when ranks exchange a request, because a command calls `exit_on_signals` before it imports torch.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 """SIGHUP comes when the terminal or the SSH connection closes."""
 
 PREEMPTED = 75
-"""Exit code of a run that saved a checkpoint and stopped on request; run the same command again.
+"""Exit code of a run that saved a checkpoint and stopped on request, or stopped before it began.
 
-EX_TEMPFAIL of sysexits.h.
+The same command resumes or starts the run. The code is EX_TEMPFAIL of sysexits.h.
 """
 
 ECHO_SECONDS = 2.0
-"""A signal within this time after the first one is the same request again: Ctrl-C reaches a process from the terminal
-and a moment later from its launcher."""
+"""A signal within this time after the first one counts as the same request: the terminal sends Ctrl-C to each process,
+and a moment later the launcher forwards it."""
 
 AGREE_SECONDS = 0.5
 """Approximate interval at which the ranks exchange their stop requests."""
 
 LAUNCHER_DIED = signal.SIGUSR1
-"""The kernel sends this signal when the launcher dies. Not SIGTERM: this signal never counts as a second request."""
+"""Signal that the kernel sends when the launcher dies. It differs from SIGTERM because it never counts as a second
+request."""
 
 
 def handled_signals() -> list[signal.Signals]:
@@ -45,7 +46,7 @@ def handled_signals() -> list[signal.Signals]:
 def exit_on_signals() -> None:
     """Makes a signal end this process at once with exit code 75, until `Interrupts` handles signals.
 
-    For the command line before the run folder is opened: nothing has been written that a checkpoint must save.
+    For a command that has not yet opened its run folder: there is nothing to save.
     """
     for number in handled_signals():
         signal.signal(number, _exit_preempted)
@@ -86,9 +87,10 @@ class Interrupts:
         if self._depth:
             return
         for number, handler in self._previous_handlers.items():
-            # A launcher that dies may send the signal once per thread, while this process still writes its last files.
+            # If the launcher dies, the kernel may send one signal for each of the launcher's threads. They must not
+            # end this process while it still writes its last files.
             echo = self._requested and number == LAUNCHER_DIED and _has_launcher()
-            # The command has nothing left to do but exit with the code that its STATUS stands for.
+            # The run has ended: the command only has to exit with the code for its status.
             ended = handler is _exit_preempted and error is None
             signal.signal(number, signal.SIG_IGN if echo or ended else handler)
 
@@ -102,14 +104,17 @@ class Interrupts:
         """Sets the number of steps between two exchanges of stop requests.
 
         Args:
-            seconds_per_step: duration of a training step; must be the same number on every rank.
+            seconds_per_step: duration of a training step; must be the same number on every rank. 0: not known yet,
+                the interval stays.
         """
-        self._interval = max(1, int(AGREE_SECONDS / max(seconds_per_step, 1e-6)))
+        if seconds_per_step:
+            self._interval = max(1, int(AGREE_SECONDS / max(seconds_per_step, 1e-6)))
 
     def stop_requested(self) -> bool:
         """Returns whether any rank has received a stop request; the same value on every rank.
 
-        Collective: call on every rank equally often. Only one call per interval communicates, the others return False.
+        Collective: call on every rank, equally often. Only one call in each interval communicates. The other calls
+        return False.
         """
         if self._world.num_processes == 1:
             return self._requested
@@ -124,11 +129,11 @@ class Interrupts:
 
     @property
     def requested_here(self) -> bool:
-        """Whether this rank has received a stop request; the other ranks may not know of it."""
+        """Whether this rank has received a stop request, which the other ranks may not know yet."""
         return self._requested
 
     def exit_before_start(self) -> None:
-        """Ends the process if this rank has received a stop request. For the time before the run folder is opened.
+        """Ends the process if this rank has received a stop request. Call it before the run folder is opened.
 
         Raises:
             KeyboardInterrupt: the process is a Python program that called `train`.

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def synchronize_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
-    """Replaces every batch norm by one over the rows of all processes; keeps parameters, buffers and names."""
+    """Replaces every batch norm by a batch norm over the rows of all processes; keeps parameters, buffers and names."""
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
     for parent in list(module.modules()):
@@ -25,8 +25,8 @@ class SynchronizedBatchNorm(_BatchNorm):
     """Batch norm with the mean and the variance over the rows of all processes, which may have unequal numbers of rows.
 
     The input is (N, C, …) of any floating dtype; sums are float32, or float64 for float64 input. In training mode the
-    output equals that of `nn.BatchNorm2d` over the global batch up to the order of summation. Evaluation mode is that
-    of `nn.BatchNorm2d`. Collective in training mode, forward and backward: call on every rank.
+    output equals that of `nn.BatchNorm2d` over the global batch, up to the order of summation. In evaluation mode the
+    output is that of `nn.BatchNorm2d`. Collective in training mode, forward and backward: call on every rank.
     """
 
     @classmethod
@@ -72,7 +72,7 @@ class SynchronizedBatchNorm(_BatchNorm):
 
 
 class SumOverProcesses(torch.autograd.Function):
-    """Sums over all processes; the gradient is the sum of the gradients of all processes. Collective."""
+    """Sums over all processes; the gradient is the sum over all processes too. Collective, forward and backward."""
 
     @staticmethod
     def forward(context: Any, values: Tensor) -> Tensor:

@@ -26,10 +26,10 @@ PATIENCE_IN_STEPS = 10
 """A step may always take this many times the duration of the longest step so far."""
 
 FIRST_STEPS = 3
-"""The first steps may take `PATIENCE_IN_STEPS` times the limit: they choose kernels, compile and allocate."""
+"""Number of first steps with a limit `PATIENCE_IN_STEPS` times as long: they choose kernels, compile and allocate."""
 
 LAST_WORDS_SECONDS = 10.0
-"""The message and the callback may take this long before the process ends without them."""
+"""Time for the message and the callback; after it the process ends even if they have not finished."""
 
 COLLECTIVE_FILES = re.compile("distributed_c10d|_fully_shard")
 """Files of PyTorch in which a process waits for other processes."""
@@ -38,14 +38,15 @@ COLLECTIVE_FILES = re.compile("distributed_c10d|_fully_shard")
 class Watchdog:
     """Runs a thread inside the context that compares the time since the last `beat` with a limit.
 
-    Every rank publishes its step, its stack and whether it waits for other ranks in the process group's store. When
-    there is no progress any more, all ranks read these reports: the rank that does not wait is the one that hangs.
-    Does nothing in a world of one process.
+    Every rank writes a report into the process group's store: its step, its stack, and whether it waits for other
+    ranks. Without progress, every rank reads all reports: the rank that does not wait is the one that hangs. Does
+    nothing in a world of one process.
 
     Args:
-        seconds: without a beat for this time and for ten times the longest step, all processes end with exit code 1.
+        seconds: the limit. All processes end with exit code 1 when the time since the last beat exceeds both this limit
+            and ten times the longest step.
         clock: knows whether this process waits for the gradients of other processes.
-        on_timeout: called on the reporting rank before the processes end, whether it returns, raises or hangs.
+        on_timeout: called on the reporting rank before the processes end. They end even if it raises or hangs.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._end.wait(self._period):
-            with suppress(Exception):  # the store ends with rank 0; the limit on the time counts nevertheless
+            with suppress(Exception):  # rank 0 holds the store; if rank 0 has ended, the time limit still applies
                 self._publish()
             patience = PATIENCE_IN_STEPS * (self._seconds if self._beats < FIRST_STEPS else self._longest)
             if time.monotonic() - self._last_beat < max(self._seconds, patience):
@@ -135,12 +136,12 @@ class Watchdog:
             reports: of all ranks; empty if the store cannot be reached.
         """
         if not reports or self._rank == min(each["rank"] for each in reports if each["alive"]):
-            # In a thread: whatever the callback raises, or if it hangs on the disk on which the run hangs.
+            # In a thread, so that this process ends even if the callback raises, or hangs on the disk of the run.
             last_words = threading.Thread(target=self._last_words, args=(reports,), daemon=True)
             last_words.start()
             last_words.join(LAST_WORDS_SECONDS)
         else:
-            time.sleep(2)  # when one process ends, a launcher ends the others: the reporting rank has to finish first
+            time.sleep(2)  # a launcher ends all processes after the first one; the reporting rank must finish before
         os._exit(1)
 
     def _last_words(self, reports: list[dict[str, Any]]) -> None:
@@ -148,8 +149,8 @@ class Watchdog:
         if reports:
             print(describe(reports, seconds), file=sys.stderr, flush=True)
             self._on_timeout()
-        else:  # nothing is known of the other ranks
-            cause = "rank 0 is gone, or no longer reachable"
+        else:  # no report of another rank can be read
+            cause = "rank 0 has ended or cannot be reached"
             print(
                 f"mnist_dist: rank {self._rank}: no progress for {seconds:.0f} s; {cause}", file=sys.stderr, flush=True
             )
@@ -160,10 +161,10 @@ def describe(reports: list[dict[str, Any]], seconds: float) -> str:
     hanging = [each for each in reports if not each["alive"] or not each["waits"]] or reports
     lines = [f"mnist_dist: no progress for {seconds:.0f} s; all processes end"]
     for each in hanging:
-        state = "hangs" if each["alive"] else "is frozen or gone"
+        state = "hangs" if each["alive"] else "is frozen or has ended"
         lines += [f"  rank {each['rank']} ({each['where']}) {state} in step {each['step']}:", each["stack"].rstrip()]
     waiting = [str(each["rank"]) for each in reports if each not in hanging]
     if waiting:
-        lines.append(f"  waiting for it: rank {', '.join(waiting)}")
+        lines.append(f"  waiting: rank {', '.join(waiting)}")
     lines.append("run the same command again to resume from the last checkpoint")
     return "\n".join(lines)

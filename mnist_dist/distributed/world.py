@@ -1,7 +1,7 @@
-"""The world that a launcher describes in the environment: rank, number of processes and address.
+"""Reads from the launcher's environment variables which world it started: rank, number of processes and address.
 
 torchrun, `accelerate launch` and a PyTorchJob set the variables that torch reads: RANK, WORLD_SIZE, MASTER_ADDR and
-MASTER_PORT. mpirun and srun set variables of their own, from which this module derives torch's.
+MASTER_PORT. mpirun and srun set other variables, from which this module derives torch's.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ MPI = (
     ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 )
-"""The names that Open MPI, MVAPICH, and MPICH with its relatives give the four variables of `TORCH`."""
+"""The names that Open MPI, MVAPICH, and MPICH with its derivatives use for the four variables of `TORCH`."""
 
 PORTS = range(20000, 30000)
-"""Ports of worlds whose launcher names none; below the ports that Linux gives to outgoing connections."""
+"""The port is one of these if the launcher names none. Linux gives higher ports to outgoing connections."""
 
 DEFAULT_PORT = 29500
-"""The port that torch uses where nothing names another one."""
+"""Torch's default port, used if neither the port nor the number of the job is known."""
 
 DERIVED = "derived"
-"""Stands for the variable of a value that no variable gives."""
+"""Used instead of a variable's name for a value that this module derives."""
 
 Variables = dict[str, tuple[str, str]]
-"""Torch's name of a variable -> the variable that gives it, and its value."""
+"""Torch's name of a variable -> (the launcher's name of it, its value)."""
 
 
 def read_world(environ: Mapping[str, str]) -> dict[str, str]:
     """Returns torch's variables of the world that the launcher describes; {} for one process without a launcher.
 
-    Complete variables of torch count first, then those of mpirun, then those of a step of srun. A shell inside a SLURM
-    allocation is no step: it stays one process.
+    Torch's variables are used if RANK and WORLD_SIZE are set, else those of mpirun, else those of an srun step. A shell
+    inside a SLURM allocation is not a step: it is a world of one process.
 
     Raises:
         RecipeError: the variables are incomplete or wrong, so this process cannot join its world.
@@ -51,7 +51,7 @@ def read_world(environ: Mapping[str, str]) -> dict[str, str]:
     _check_agreement(found, launcher)
     found = found | launcher
     if not found.keys() & set(TORCH):
-        return {}  # MASTER_ADDR alone describes no world
+        return {}  # MASTER_ADDR and MASTER_PORT alone do not describe a world
     if problems := list(_check_numbers(found)):
         raise RecipeError(problems)
     if "WORLD_SIZE" in found and int(found["WORLD_SIZE"][1]) == 1:
@@ -67,7 +67,7 @@ def read_world(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def step_size(environ: Mapping[str, str]) -> tuple[int, str] | None:
-    """Returns the number of processes of srun's step and the variable that gives it; None outside a step."""
+    """Returns the number of processes of the srun step and the variable that gives it; None outside a step."""
     name = "SLURM_STEP_NUM_TASKS" if _value(environ, "SLURM_STEP_NUM_TASKS") else "SLURM_NTASKS"
     value = _value(environ, name)
     return (int(value) if value.isdecimal() else 1, name) if _in_step(environ) else None
@@ -77,13 +77,13 @@ def step_size(environ: Mapping[str, str]) -> tuple[int, str] | None:
 
 
 def _value(environ: Mapping[str, str], name: str) -> str:
-    """Returns the value of a variable; "" where it is unset, empty or -1, which older launchers set for "none"."""
+    """Returns the value of a variable; "" if it is unset, empty or -1, with which older launchers mean "none"."""
     value = environ.get(name, "").strip()
     return "" if value == "-1" else value
 
 
 def _rename(environ: Mapping[str, str], names: tuple[str, ...]) -> Variables:
-    """Returns the variables `names` under the names in `TORCH`."""
+    """Returns the values of the variables `names` under torch's names; variables without a value are left out."""
     return {
         torch_name: (name, value)
         for torch_name, name in zip(TORCH, names, strict=True)
@@ -92,18 +92,18 @@ def _rename(environ: Mapping[str, str], names: tuple[str, ...]) -> Variables:
 
 
 def _mpi(environ: Mapping[str, str]) -> Variables:
-    """Returns the variables of mpirun; {} where no mpirun started this process."""
+    """Returns the variables of mpirun; {} if mpirun did not start this process."""
     for names in MPI:
         if names[0] in environ or names[1] in environ:
-            # srun with PMI gives the local numbers in variables of its own.
+            # srun with PMI sets PMI_RANK and PMI_SIZE; the local rank and size are in SLURM's variables.
             return _slurm_step(environ) | _rename(environ, names) if names[0] == "PMI_RANK" else _rename(environ, names)
     return {}
 
 
 def _in_step(environ: Mapping[str, str]) -> bool:
-    """Returns whether a step of srun started this process. A batch script and an interactive shell are no such step."""
+    """Returns whether an srun step started this process; a batch script and an interactive shell are not such steps."""
     step = _value(environ, "SLURM_STEP_ID") or _value(environ, "SLURM_STEPID")
-    return step.isdecimal() and int(step) < 0xFFFFFFF0  # the highest numbers stand for batch scripts and shells
+    return step.isdecimal() and int(step) < 0xFFFFFFF0  # SLURM numbers batch scripts and shells from 0xFFFFFFF0
 
 
 def _slurm_step(environ: Mapping[str, str]) -> Variables:
@@ -124,7 +124,7 @@ def _slurm_step(environ: Mapping[str, str]) -> Variables:
 
 
 def _derive_address(environ: Mapping[str, str], found: Variables) -> Variables:
-    """Adds the address of rank 0 and a port that all ranks derive alike, where mpirun or srun let them be known."""
+    """Adds the host of rank 0, if mpirun or srun lets this process know it, and a port that is equal on all ranks."""
     local_size, size = found.get("LOCAL_WORLD_SIZE"), found.get("WORLD_SIZE")
     of_slurm = any(found.get(name, ("",))[0].startswith("SLURM") for name in ("RANK", "LOCAL_RANK"))
     host = ""
@@ -132,7 +132,7 @@ def _derive_address(environ: Mapping[str, str], found: Variables) -> Variables:
         host = "127.0.0.1"
     elif of_slurm:  # task 0 runs on the first node
         host = first_host(_value(environ, "SLURM_STEP_NODELIST") or _value(environ, "SLURM_JOB_NODELIST"))
-    # Ranks of one mpirun may differ in SLURM's variables: some run on the node of the batch script.
+    # Under mpirun inside a SLURM job, SLURM's variables may differ between ranks: some run on the batch script's node.
     names = ("SLURM_JOB_ID", "SLURM_STEP_ID") if of_slurm else ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid")
     job = ".".join(environ[name] for name in names if environ.get(name))
     port = PORTS[zlib.crc32(job.encode()) % len(PORTS)] if job else DEFAULT_PORT
@@ -141,13 +141,16 @@ def _derive_address(environ: Mapping[str, str], found: Variables) -> Variables:
 
 
 def first_host(hosts: str) -> str:
-    """Returns the first host of SLURM's list: "n07" of "n[07-12,15],m1"; "" of an empty list."""
+    """Returns the first host of a SLURM host list: "n07" for "n[07-12,15],m1", "" for an empty list."""
     prefix, number, suffix = re.match(r"([^\[,]*)(?:\[(\d+)[^\]]*\])?([^\[,]*)", hosts).groups()  # type: ignore[union-attr]
     return prefix + (number or "") + suffix
 
 
 def _world_of_one(environ: Mapping[str, str]) -> dict[str, str]:
-    """Returns what a process that is alone in its world needs. Accelerate starts a process group for a LOCAL_RANK."""
+    """Returns the variables of a world of one process; {} if LOCAL_RANK is not set.
+
+    If LOCAL_RANK is set, Accelerate starts a process group even for one process, and that needs all variables.
+    """
     if not _value(environ, "LOCAL_RANK"):
         return {}
     with socket.socket() as listener:
@@ -165,7 +168,7 @@ def _problem(key: str, message: str, kind: Kind) -> Problem:
 
 
 def _check_agreement(found: Variables, launcher: Variables) -> None:
-    """Refuses RANK or WORLD_SIZE with another value than the launcher's own variable."""
+    """Refuses a RANK or WORLD_SIZE that differs from the launcher's own variable."""
     problems = [
         _problem(name, f"{found[name][1]}, but {launcher[name][0]} is {launcher[name][1]}; unset {name}", "world")
         for name in ("RANK", "WORLD_SIZE")
@@ -176,7 +179,7 @@ def _check_agreement(found: Variables, launcher: Variables) -> None:
 
 
 def _check_numbers(found: Variables) -> Iterator[Problem]:
-    """Yields what is wrong with each number alone, or else with pairs of numbers."""
+    """Yields the problems of each number, then those of each rank that is not less than its world size."""
     numbers: dict[str, int] = {}
     for name in (*TORCH, "MASTER_PORT"):
         source, value = found.get(name, (name, "1"))
@@ -185,8 +188,9 @@ def _check_numbers(found: Variables) -> Iterator[Problem]:
         else:
             yield _problem(source, f"expected a whole number from 0, found {value!r}", "type")
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
-        if not 1 <= numbers.get(name, 1) <= (65535 if name == "MASTER_PORT" else 1 << 31):
-            yield _problem(found[name][0], f"{numbers.pop(name)} is outside its range", "range")
+        largest = 65535 if name == "MASTER_PORT" else 1 << 31
+        if not 1 <= numbers.get(name, 1) <= largest:
+            yield _problem(found[name][0], f"expected 1 to {largest}, found {numbers.pop(name)}", "range")
     pairs = (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
     for rank, size in pairs:
         if rank in found and size in found and numbers.get(rank, 0) >= numbers.get(size, 1 << 31):
@@ -195,7 +199,7 @@ def _check_numbers(found: Variables) -> Iterator[Problem]:
 
 
 def _half_set(found: Variables, missing: list[str]) -> Problem:
-    """Returns the problem of a world that is described in part."""
+    """Returns the problem of variables that describe a world incompletely."""
     given = ", ".join(f"{source}={value}" for source, value in found.values() if source != DERIVED)
     what_to_do = "start the processes with torchrun, or let the launcher set RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT"
     alone = ", ".join(source for name, (source, _) in found.items() if name in TORCH)

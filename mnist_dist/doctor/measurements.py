@@ -261,14 +261,15 @@ def train_alone(device: torch.device) -> dict[str, Any]:
     data, augmentation = dataset.train.to(device), recipe.data.augment.build()
     to_device(module, device, channels_last=True)
     rate = recipe.optimizer.lr or 0.0  # constant within an epoch
-    optimizer = build_optimizer(module.parameters(), recipe.optimizer.name, lr=rate, **recipe.optimizer.keywords)
+    optimizer = build_optimizer(module, recipe.optimizer.name, lr=rate, **recipe.optimizer.keywords)
     batches = Batches(len(data), recipe.batch_size, recipe.seed, augmentation=augmentation)
-    plan, losses, seconds = batches.plan(0, device), [], []
-    assert plan.warps is not None
+    plan, losses, seconds = batches.plan(0), [], []
     for step in range(STEPS):
         started = time.perf_counter()
-        rows = batches.rows(plan, step)
-        images = augmentation.apply(data.images[rows].float(), plan.warps[rows])
+        rows = batches.rows(plan, step).to(device)
+        changes = batches.changes(plan.epoch, rows)
+        assert changes is not None
+        images = augmentation.apply(data.images[rows].float(), changes)
         loss = F.cross_entropy(module(data.normalize(images)), data.labels[rows])
         optimizer.zero_grad()
         loss.backward()
@@ -287,7 +288,7 @@ def train_distributed(device: torch.device) -> dict[str, Any]:
     """
     recipe, data, module = build_reference()
     components = build_components(recipe, "no", data.train, module)
-    plan, losses = components.batches.plan(0, device), []
+    plan, losses = components.batches.plan(0), []
     for step in range(STEPS):
         set_rates(components.update.optimizer, components.schedule, step)
         components.update(plan, step, step)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mnist_dist.data import Batches, EpochPlan
+from mnist_dist.data import Batch, Batches, EpochPlan
 from mnist_dist.engine.train_step import TrainStep
 
 STEPS_A_REPLAY = 10
@@ -40,8 +40,9 @@ class CapturedStep:
     A graph has fixed shapes, so the short last batch of an epoch runs eagerly. The first steps run eagerly too, also
     after a resume. These warm-up steps are ordinary training steps.
 
-    A graph reads its inputs from fixed memory. Rows, warps and learning rates are copied there before each replay, and
-    the random generator is seeded as before an eager step, so a replayed step equals an eager one within rounding.
+    A graph reads its inputs from fixed memory. Images, labels, random changes and learning rates are copied there
+    before each replay, and the random generator is seeded as before an eager step, so a replayed step equals an eager
+    one within rounding.
     Python code in a forward pass runs only during the capture. Every replay repeats the operations of that one pass,
     even if they depend on an `if`.
 
@@ -71,14 +72,12 @@ class CapturedStep:
         self._capture = capture or self._capture_graph
         self._replay_one: Callable[[], None] | None = None
         self._replay_all: Callable[[], None] | None = None
-        self._inputs: EpochPlan | None = None
-        """The plan that a captured step reads: the rows of `steps` batches as its order, and the epoch's warps."""
+        self._inputs: list[Batch] = []
+        """The batches that the captured steps read."""
         self._rates: Tensor | None = None
         """The learning rates of these batches, (steps, parameter groups)."""
-        self._source: EpochPlan | None = None
-        """The plan whose warps `_inputs` holds."""
         self._waiting: list[int] = []
-        """Numbers of the steps whose rows and rates are in `_inputs` and `_rates`, and which have not run yet."""
+        """Numbers of the steps whose batches and rates are in `_inputs` and `_rates`, and which have not run yet."""
         self._gradients: dict[Callable[[], None], list[Tensor | None]] = {}
         """The parameters' gradients that each replay writes."""
         self._last_replay: Callable[[], None] | None = None
@@ -96,26 +95,27 @@ class CapturedStep:
 
     def __call__(self, plan: EpochPlan, index: int, step: int) -> None:
         """Trains on global batch `index` of the epoch, now, or later in a replay of several steps."""
-        self._step.count_step(plan, index, step)
-        if self._failed or self.batches.size(index) < self.batches.batch_size:
+        self._step.count_step(index, step)
+        batch = self._step.load(plan, index)
+        if self._failed or batch.size < self.batches.batch_size:
             self.finish()
             self._last_replay = None
-            self._step.compute(plan, index, step)
+            self._step.compute(batch, step)
         elif self._warm_up_steps < WARM_UP_STEPS:
             self._warm_up_steps += 1
-            self._warm_up(plan, index, step)
+            self._warm_up(batch, step)
         else:
-            self._replay_step(plan, index, step)
+            self._replay_step(batch, step)
 
     def check(self) -> None:
         """Runs the waiting steps, then checks for a gradient that is not finite, as `TrainStep.check`."""
         self.finish()
         self._step.check()
 
-    def grad_norm(self) -> float:
-        """Returns the norm of the last gradient before clipping, as `TrainStep.grad_norm`."""
+    def health(self) -> tuple[Tensor, Tensor]:
+        """Runs the waiting steps, then returns what `TrainStep.health` returns."""
         self.finish()
-        return self._step.grad_norm()
+        return self._step.health()
 
     @property
     def skipped(self) -> int:
@@ -129,12 +129,13 @@ class CapturedStep:
     def finish(self) -> None:
         """Runs the waiting steps. Call it before weights, gradients or counters are used; `check` does."""
         if self._waiting:
-            assert self._replay_one is not None and self._inputs is not None and self._rates is not None
-            size, groups = self.batches.batch_size, self.optimizer.param_groups
+            assert self._replay_one is not None and self._rates is not None
+            groups = self.optimizer.param_groups
             newest = [group["lr"].clone() for group in groups]
             for slot, step in enumerate(self._waiting):  # the graph of one step reads the first slot
-                self._inputs.order[:size].copy_(self._inputs.order[slot * size : (slot + 1) * size])
-                self._rates[0].copy_(self._rates[slot])
+                if slot:
+                    self._inputs[0].copy_(self._inputs[slot])
+                    self._rates[0].copy_(self._rates[slot])
                 self._replay(self._replay_one, step)
             for group, rate in zip(groups, newest, strict=True):
                 group["lr"].copy_(rate)  # the rate of the newest step, which may be an eager one
@@ -144,15 +145,13 @@ class CapturedStep:
             for parameter, gradient in zip(self._step.module.parameters(), gradients, strict=True):
                 parameter.grad = gradient
 
-    def _replay_step(self, plan: EpochPlan, index: int, step: int) -> None:
+    def _replay_step(self, batch: Batch, step: int) -> None:
         """Copies a step's inputs, captures the step if it is not captured yet, and replays once enough steps wait."""
-        if self._inputs is None:
-            self._allocate_inputs(plan, step)
-        if plan is not self._source:
-            self.finish()  # the steps that wait need the warps of their own epoch
-        self._copy_inputs(plan, index)
+        if not self._inputs:
+            self._allocate_inputs(batch, step)
+        self._copy_inputs(batch)
         if self._replay_one is None and not self._try_to_capture(step):
-            self._step.compute(plan, index, step)
+            self._step.compute(batch, step)
             return
         self._waiting.append(step)
         if len(self._waiting) == self._steps:
@@ -165,51 +164,45 @@ class CapturedStep:
         replay()
         self._last_replay = replay
 
-    def _warm_up(self, plan: EpochPlan, index: int, step: int) -> None:
+    def _warm_up(self, batch: Batch, step: int) -> None:
         """Runs an eager step on the stream of the capture, because the capture reuses its gradients and workspaces."""
         if self._stream is None:
-            self._step.compute(plan, index, step)
+            self._step.compute(batch, step)
             return
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            self._step.compute(plan, index, step)
+            self._step.compute(batch, step)
         torch.cuda.current_stream().wait_stream(self._stream)
 
-    def _allocate_inputs(self, plan: EpochPlan, step: int) -> None:
+    def _allocate_inputs(self, batch: Batch, step: int) -> None:
         """Allocates the tensors that a captured step reads, for the steps of one replay."""
-        # A replay holds at most the full batches of one epoch, because the next epoch has other warps.
+        # An evaluation after an epoch ends a replay early, so more slots than full batches would never be filled.
         self._steps = min(self._steps, self.batches.num_samples // self.batches.batch_size)
         if self._steps > 1 and self._step.used_random_numbers(step - 1):
             self._steps = 1
             self.notify("engine.capture: one step per replay, because the network draws random numbers at every step")
         rates_on_device(self.optimizer)
-        order = plan.order[:1].repeat(self._steps * self.batches.batch_size)
-        self._inputs = EpochPlan(plan.epoch, order, None if plan.warps is None else plan.warps.clone())
+        self._inputs = [batch.clone() for _ in range(self._steps)]
         self._rates = torch.stack([group["lr"] for group in self.optimizer.param_groups]).repeat(self._steps, 1)
-        self._source = plan
 
-    def _copy_inputs(self, plan: EpochPlan, index: int) -> None:
-        """Copies rows, learning rates and a new epoch's warps to the tensors that the captured steps read."""
-        assert self._inputs is not None and self._rates is not None
-        slot, size = len(self._waiting), self.batches.batch_size
-        self._inputs.order[slot * size : (slot + 1) * size].copy_(self._step.rows(plan, index))
+    def _copy_inputs(self, batch: Batch) -> None:
+        """Copies a batch and its learning rates to the tensors that the captured steps read."""
+        assert self._rates is not None
+        slot = len(self._waiting)
+        self._inputs[slot].copy_(batch)
         if self._steps > 1:
             self._rates[slot].copy_(torch.stack([group["lr"] for group in self.optimizer.param_groups]))
-        if plan.warps is not None and plan is not self._source:
-            assert self._inputs.warps is not None
-            self._inputs.warps.copy_(plan.warps)
-        self._source = plan
 
     def _try_to_capture(self, step: int) -> bool:
         """Captures one step, and several if a replay holds several; returns whether that succeeded."""
 
         def body(count: int) -> None:
-            assert self._inputs is not None and self._rates is not None
+            assert self._rates is not None
             for slot in range(count):
                 if self._steps > 1:  # a single step reads the rate where the schedule writes it
                     for group, rate in zip(self.optimizer.param_groups, self._rates[slot], strict=True):
                         group["lr"].copy_(rate)
-                self._step.compute(self._inputs, slot, step)
+                self._step.compute(self._inputs[slot], step)
 
         def capture(count: int) -> Callable[[], None]:
             replay = self._capture(lambda: body(count))

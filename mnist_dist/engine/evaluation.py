@@ -28,6 +28,18 @@ class Evaluation:
     """Number of images by true class (rows) and predicted class (columns), int64 (classes, classes)."""
 
 
+class Mirrored(nn.Module):
+    """A network that sees every image mirrored from left to right."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Returns the logits of mirrored images (N, C, H, W)."""
+        return self.module(images.flip(-1))
+
+
 class Interrupted(Exception):
     """Raised when an evaluation is stopped before its end."""
 
@@ -65,13 +77,14 @@ def evaluate(
     Collective: call on every rank.
 
     Args:
-        data: images on the device.
+        data: images on the device or on the CPU.
         interrupted: called between batches; must return the same value on all ranks.
 
     Raises:
         Interrupted: `interrupted` returned True.
     """
     table = torch.zeros(len(data), len(data.classes), device=accelerator.device)
+    labels = data.labels.to("cpu", non_blocking=True)  # complete when the table is
     with evaluating(module):
         for turn in range(0, len(data), batch_size * accelerator.num_processes):
             if interrupted():
@@ -80,9 +93,9 @@ def evaluate(
             rows = slice(start, start + batch_size)
             if start < len(data):
                 with accelerator.autocast():
-                    logits = module(data.normalize(data.images[rows]))
+                    logits = module(data.normalize(data.images[rows].to(accelerator.device)))
                 table[rows] = F.log_softmax(logits.float(), dim=1)
-    return score(accelerator.reduce(table, reduction="sum").cpu(), data.labels.cpu())
+    return score(accelerator.reduce(table, reduction="sum").cpu(), labels)  # the only wait for the device
 
 
 def score(log_probabilities: Tensor, labels: Tensor) -> Evaluation:
@@ -98,3 +111,14 @@ def score(log_probabilities: Tensor, labels: Tensor) -> Evaluation:
     confusion = torch.bincount(pairs, minlength=classes**2).view(classes, classes)
     correct = int(confusion.diagonal().sum())
     return Evaluation(100 * correct / len(labels), loss, log_probabilities.exp().float(), confusion)
+
+
+def evaluate_mean(evaluations: list[Evaluation], labels: Tensor) -> Evaluation:
+    """Returns the evaluation of the mean of several evaluations' probabilities.
+
+    Args:
+        labels: int64 (N,), on the CPU.
+    """
+    probabilities = torch.stack([each.probabilities for each in evaluations]).mean(dim=0)
+    # A probability may have been rounded to 0 in float32, and the loss needs its logarithm.
+    return score(probabilities.double().clamp(min=torch.finfo(torch.float32).tiny).log(), labels)

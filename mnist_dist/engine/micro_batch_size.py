@@ -16,6 +16,7 @@ def find_micro_batch_size(step: TrainStep, plan: EpochPlan) -> int:
     unchanged. Collective: call on every rank.
     """
     share = -(-step.batches.batch_size // step.accelerator.num_processes)
+    batch = step.load(plan, 0)
 
     def halve() -> int:
         nonlocal share
@@ -24,10 +25,9 @@ def find_micro_batch_size(step: TrainStep, plan: EpochPlan) -> int:
 
     @find_executable_batch_size(starting_batch_size=share, reduce_batch_size_fn=halve)
     def attempt(size: int) -> None:
-        labels = step.data.labels[plan.order[:size]]
-        images = step.inputs(plan, plan.order[:size])
+        images = step.inputs(batch[:size])
         logits = step.module(images).float()
-        loss = F.cross_entropy(logits, labels)
+        loss = F.cross_entropy(logits, batch.labels[:size])
         step.accelerator.backward(step.distillation(loss, images, logits) if step.distillation else loss)
 
     buffers = list(step.module.buffers())

@@ -1,41 +1,49 @@
-"""Builds the optimizers of `torch.optim` by name."""
+"""Builds optimizers by name: those of `torch.optim`, Muon and Lion."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
+
+from mnist_dist.engine.lion import Lion
+from mnist_dist.engine.muon import Muon, split_hidden
 
 # LBFGS computes the loss several times per update, and SparseAdam needs sparse gradients.
 OPTIMIZERS: dict[str, type[Optimizer]] = {
     name.lower(): kind
     for name, kind in vars(torch.optim).items()
     if inspect.isclass(kind) and issubclass(kind, Optimizer) and name not in ("Optimizer", "LBFGS", "SparseAdam")
-}
-"""Name in a recipe (lower case) -> class in `torch.optim`."""
+} | {"lion": Lion, "muon": Muon}  # PyTorch's Muon refuses convolutions and biases
+"""Name in a recipe -> class: those of `torch.optim` in lower case, and this package's own."""
 
 
 def default_lr(name: str) -> float:
-    """Returns PyTorch's default learning rate of an optimizer."""
+    """Returns the default learning rate of an optimizer."""
     return float(inspect.signature(OPTIMIZERS[name]).parameters["lr"].default)
 
 
-def build_optimizer(parameters: Iterable[torch.nn.Parameter], name: str, *, lr: float, **keywords: Any) -> Optimizer:
-    """Builds an optimizer of `torch.optim` for the parameters that are not frozen, with its fused kernel if possible.
+def build_optimizer(module: torch.nn.Module, name: str, *, lr: float, **keywords: Any) -> Optimizer:
+    """Builds an optimizer for the parameters of a network that are not frozen, with its fused kernel if possible.
 
     Args:
+        module: the network. Muon also uses the kinds and the order of its layers.
         name: a key of `OPTIMIZERS`.
         keywords: arguments of the class; `fused` or `foreach` overrides the choice of kernel.
 
     Raises:
-        ValueError: the name is unknown, or PyTorch refuses a value.
+        ValueError: the name is unknown, or the optimizer refuses a value.
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"unknown optimizer {name!r}; known: {', '.join(sorted(OPTIMIZERS))}")
-    optimizer_class, parameters = OPTIMIZERS[name], [parameter for parameter in parameters if parameter.requires_grad]
+    if name == "muon":
+        hidden, others = split_hidden(module)
+        groups = [{"params": hidden, "use_muon": True}, {"params": others, "use_muon": False}]
+        return Muon(groups, lr=lr, **keywords)
+    optimizer_class = OPTIMIZERS[name]
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     # A fused optimizer updates all tensors in one kernel. For small networks, the number of kernels limits the speed.
     if "fused" in inspect.signature(optimizer_class).parameters and not {"foreach", "fused"} & keywords.keys():
         # On a GPU, Adagrad has no fused kernel before about torch 2.10, and SGD with dampening cannot use

@@ -1,110 +1,24 @@
 """Learning rate schedules as pure functions of the step; `plateau` also depends on the evaluation losses.
 
 The keywords of a schedule are those of PyTorch's scheduler of that kind. Durations (`step_size`, `T_max`,
-`total_iters`) are in epochs, as in papers. Apart from `plateau`, no PyTorch scheduler is stepped, so the rate does not
-depend on the number of processes.
+`total_iters`, `warmup_epochs`, …) are in epochs, as in papers. Apart from `plateau`, no PyTorch scheduler is stepped,
+so the rate does not depend on the number of processes.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from mnist_dist.engine import decays
+from mnist_dist.engine.decays import Schedule, Span, require, require_lr, require_one_of
 
-@dataclass(frozen=True)
-class Span:
-    """The learning rate and the length of the run that a schedule is built for."""
-
-    lr: float | None
-    """The recipe's `optimizer.lr`; None if not given."""
-    steps_per_epoch: int
-    total_steps: int
-
-    @property
-    def epochs(self) -> float:
-        return self.total_steps / self.steps_per_epoch
-
-    def epoch_of(self, step: int, interval: str) -> float:
-        """Returns the number of epochs completed before `step`, for a rate that changes once per `interval`.
-
-        Args:
-            interval: "step" includes the fraction of the current epoch; "epoch" rounds down.
-        """
-        return step / self.steps_per_epoch if interval == "step" else step // self.steps_per_epoch
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """A learning rate, and for some schedules a momentum, for every step."""
-
-    lr_at: Callable[[int], float]
-    """Number of updates made so far -> learning rate of the next update."""
-    momentum_at: Callable[[int], float] | None = None
-    """The same for the momentum; None: the schedule does not change it."""
-    observe: Callable[[float], None] = lambda loss: None
-    """Called with the loss of every evaluation."""
-    state_dict: Callable[[], dict[str, Any]] = dict
-    """Returns the state for a checkpoint; empty if the schedule depends on the step only."""
-    load_state_dict: Callable[[dict[str, Any]], None] = lambda state: None
-
-
-Interval = Literal["epoch", "step"]
 Annealing = Literal["cos", "linear"]
-
-
-def constant(span: Span) -> Schedule:
-    """Returns a constant learning rate."""
-    lr = _require_lr(span)
-    return Schedule(lambda step: lr)
-
-
-def step_lr(span: Span, *, step_size: int, gamma: float = 0.1) -> Schedule:
-    """Returns StepLR: the rate is multiplied by `gamma` every `step_size` epochs."""
-    lr = _require_lr(span)
-    _require(step_size >= 1, f"step_size must be at least 1 epoch, got {step_size}")
-    _require(gamma >= 0, f"gamma must be at least 0, got {gamma}")
-    return Schedule(lambda step: lr * gamma ** (step // span.steps_per_epoch // step_size))
-
-
-def cosine(span: Span, *, T_max: float | None = None, eta_min: float = 0.0, interval: Interval = "epoch") -> Schedule:
-    """Returns CosineAnnealingLR: half a cosine from `lr` to `eta_min` over `T_max` epochs (None: the complete run)."""
-    lr, period = _require_lr(span), span.epochs if T_max is None else T_max
-    _require(period > 0, f"T_max must be above 0 epochs, got {T_max}")
-    _require(eta_min >= 0, f"eta_min must be at least 0, got {eta_min}")
-    _require_one_of("interval", interval, Interval)
-
-    def lr_at(step: int) -> float:
-        return eta_min + (lr - eta_min) * (1 + math.cos(math.pi * span.epoch_of(step, interval) / period)) / 2
-
-    return Schedule(lr_at)
-
-
-def linear(
-    span: Span,
-    *,
-    start_factor: float = 1 / 3,
-    end_factor: float = 1.0,
-    total_iters: float = 5,
-    interval: Interval = "epoch",
-) -> Schedule:
-    """Returns LinearLR: `lr` × a factor that changes from `start_factor` to `end_factor` over `total_iters` epochs."""
-    lr = _require_lr(span)
-    _require(0 < start_factor <= 1, f"start_factor must be above 0 and at most 1, got {start_factor}")
-    _require(0 <= end_factor <= 1, f"end_factor must be from 0 to 1, got {end_factor}")
-    _require(total_iters > 0, f"total_iters must be above 0 epochs, got {total_iters}")
-    _require_one_of("interval", interval, Interval)
-
-    def lr_at(step: int) -> float:
-        done = min(span.epoch_of(step, interval) / total_iters, 1.0)
-        return lr * (start_factor + (end_factor - start_factor) * done)
-
-    return Schedule(lr_at)
 
 
 class Phase(NamedTuple):
@@ -134,14 +48,14 @@ def onecycle(
     The first step's rate is `max_lr / div_factor`, or `optimizer.lr` if that is given. The last step's rate is
     the first one divided by `final_div_factor`.
     """
-    _require(max_lr > 0, f"max_lr must be above 0, got {max_lr}")
-    _require(div_factor > 0, f"div_factor must be above 0, got {div_factor}")
-    _require(final_div_factor > 0, f"final_div_factor must be above 0, got {final_div_factor}")
-    _require(0 <= pct_start <= 1, f"pct_start must be a fraction of the run from 0 to 1, got {pct_start}")
-    _require(not three_phase or pct_start <= 0.5, f"pct_start must be at most 0.5 with three_phase, got {pct_start}")
-    _require(0 <= base_momentum < 1, f"base_momentum must be at least 0 and below 1, got {base_momentum}")
-    _require(0 <= max_momentum < 1, f"max_momentum must be at least 0 and below 1, got {max_momentum}")
-    _require_one_of("anneal_strategy", anneal_strategy, Annealing)
+    require(max_lr > 0, f"max_lr must be above 0, got {max_lr}")
+    require(div_factor > 0, f"div_factor must be above 0, got {div_factor}")
+    require(final_div_factor > 0, f"final_div_factor must be above 0, got {final_div_factor}")
+    require(0 <= pct_start <= 1, f"pct_start must be a fraction of the run from 0 to 1, got {pct_start}")
+    require(not three_phase or pct_start <= 0.5, f"pct_start must be at most 0.5 with three_phase, got {pct_start}")
+    require(0 <= base_momentum < 1, f"base_momentum must be at least 0 and below 1, got {base_momentum}")
+    require(0 <= max_momentum < 1, f"max_momentum must be at least 0 and below 1, got {max_momentum}")
+    require_one_of("anneal_strategy", anneal_strategy, Annealing)
     first = max_lr / div_factor if span.lr is None else span.lr
     last, end, rise = first / final_div_factor, span.total_steps - 1, pct_start * span.total_steps
     if three_phase:
@@ -191,9 +105,9 @@ def plateau(
     eps: float = 1e-8,
 ) -> Schedule:
     """Returns ReduceLROnPlateau on the evaluation loss. PyTorch's scheduler computes it, on a stand-in optimizer."""
-    _require(0 < factor < 1, f"factor must be above 0 and below 1, got {factor}")
-    _require(patience >= 0, f"patience must be at least 0 evaluations, got {patience}")
-    stand_in = torch.optim.SGD([torch.zeros(1)], lr=_require_lr(span))
+    require(0 < factor < 1, f"factor must be above 0 and below 1, got {factor}")
+    require(patience >= 0, f"patience must be at least 0 evaluations, got {patience}")
+    stand_in = torch.optim.SGD([torch.zeros(1)], lr=require_lr(span))
     scheduler = ReduceLROnPlateau(
         stand_in,
         factor=factor,
@@ -222,12 +136,16 @@ def plateau(
 
 
 SCHEDULES: dict[str, Callable[..., Schedule]] = {
-    "constant": constant,
-    "step": step_lr,
-    "cosine": cosine,
+    "constant": decays.constant,
+    "step": decays.step_lr,
+    "multistep": decays.multistep,
+    "exponential": decays.exponential,
+    "linear": decays.linear,
+    "polynomial": decays.polynomial,
+    "cosine": decays.cosine,
+    "cosine_restarts": decays.cosine_restarts,
     "onecycle": onecycle,
     "plateau": plateau,
-    "linear": linear,
 }
 """Name in a recipe -> schedule."""
 
@@ -260,18 +178,3 @@ def set_rates(optimizer: Optimizer, schedule: Schedule, step: int) -> None:
             group["betas"] = (momentum, *group["betas"][1:])
         elif momentum is not None:
             group["momentum"] = momentum
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _require_one_of(name: str, value: str, choices: Any) -> None:
-    _require(value in get_args(choices), f"{name} must be {' or '.join(get_args(choices))}, got {value!r}")
-
-
-def _require_lr(span: Span) -> float:
-    _require(span.lr is not None, "this schedule needs optimizer.lr")
-    assert span.lr is not None
-    return span.lr

@@ -13,7 +13,8 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mnist_dist.data import Batches, EpochPlan, Images, derive_seed
+from mnist_dist.data import Batch, Batches, EpochPlan, Images, Loader, derive_seed
+from mnist_dist.data.batches import piece
 from mnist_dist.distributed.fsdp import unshard, unsharded_parameters
 from mnist_dist.distributed.gradients import GradientClock
 from mnist_dist.distributed.logical_shards import LogicalShards
@@ -21,6 +22,7 @@ from mnist_dist.engine.distillation import Distillation
 from mnist_dist.engine.ema import MovingAverage
 from mnist_dist.engine.evaluation import evaluating
 from mnist_dist.engine.metrics import Meter
+from mnist_dist.engine.shares import Shares, count_micro_batches
 
 
 class NotFinite(Exception):
@@ -42,7 +44,10 @@ class StepSettings:
     """Largest norm of the gradient; None: no clipping."""
     label_smoothing: float = 0.0
     micro_batch_size: int | None = None
-    """Samples per forward and backward pass; None: all samples of this process."""
+    """Samples per forward and backward pass; None: all samples of this process.
+
+    Apart from rounding, it changes the update only of a network with batch norm or dropout.
+    """
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What happens after a gradient that is not finite: raise `NotFinite`, or continue with the next step."""
 
@@ -72,11 +77,6 @@ def guards_on_device(optimizer: Optimizer, accelerator: Accelerator) -> bool:
     return accelerator.device.type != "cpu" and accelerator.scaler is None and bool(optimizer.defaults.get("fused"))
 
 
-def count_micro_batches(largest_share: int, micro_batch_size: int | None) -> int:
-    """Returns the number of micro-batches per process for a batch whose largest share has `largest_share` samples."""
-    return -(-largest_share // (micro_batch_size or largest_share))
-
-
 class TrainStep:
     """Computes the gradient of this process's share of a global batch, then makes the update of the global batch.
 
@@ -85,14 +85,15 @@ class TrainStep:
 
     A step whose gradient contains inf or NaN changes no weight, buffer or counter. There are three ways to detect it:
 
-    - On a CPU, and for an optimizer without a fused kernel, the host reads a flag after each backward pass.
+    - On a CPU, and for an optimizer without a fused kernel, the host reads a flag once after the backward passes.
     - The fused kernel of an optimizer on a GPU reads the flag on the device, and the host never waits. With
       on_nonfinite="stop" the flag stays set, so no later step changes anything until `check` raises `NotFinite`.
     - In fp16 the GradScaler skips such steps while it looks for a scale. With on_nonfinite="stop", `check` raises
       `NotFinite` once the scale is below 1: the gradient is then not finite at any scale.
 
     Args:
-        data: training images and labels, on the device.
+        data: training images and labels, on the device or on the CPU.
+        ahead: whether a thread loads the next batch; needed if `data` is not on the device.
         clock: measures how long this process waits for the gradients of the others.
         distillation: adds the loss against teachers to the loss against the labels.
     """
@@ -106,6 +107,7 @@ class TrainStep:
         meter: Meter,
         settings: StepSettings | None = None,
         *,
+        ahead: bool = False,
         clock: GradientClock | None = None,
         distillation: Distillation | None = None,
     ):
@@ -114,6 +116,13 @@ class TrainStep:
         self.module, self.model, self.optimizer = network.module, network.model, network.optimizer
         self.average, self.shards = network.average, network.shards
         self.communicates_in_forward = network.communicates_in_forward
+        self.shares = Shares(
+            accelerator.process_index,
+            accelerator.num_processes,
+            None if network.shards is None else network.shards.count,
+            network.communicates_in_forward,
+        )
+        self._loader = Loader(data, self.shares.loaded, accelerator.device, ahead)
         self.clip_grad_norm, self.label_smoothing = settings.clip_grad_norm, settings.label_smoothing
         self.micro_batch_size, self.on_nonfinite = settings.micro_batch_size, settings.on_nonfinite
         self.clock, self.distillation = clock or GradientClock(), distillation
@@ -140,28 +149,31 @@ class TrainStep:
             NotFinite: on all processes alike, because all see the same reduced gradient. Where the device guards the
                 step, `check` raises it instead.
         """
-        self.count_step(plan, index, step)
-        self.compute(plan, index, step)
+        self.count_step(index, step)
+        self.compute(self.load(plan, index), step)
 
-    def count_step(self, plan: EpochPlan, index: int, step: int) -> None:
+    def count_step(self, index: int, step: int) -> None:
         """Counts a step on the host."""
         self._last_step = step
-        self.meter.count_step(len(self.rows(plan, index)))
+        self.meter.count_step(len(self.shares.own(self.batches.size(index))))
 
-    def compute(self, plan: EpochPlan, index: int, step: int) -> None:
+    def load(self, plan: EpochPlan, index: int) -> Batch:
+        """Returns this process's part of global batch `index` of the epoch."""
+        return self._loader.load(self.batches, plan, index)
+
+    def compute(self, batch: Batch, step: int) -> None:
         """Computes a step on the device. Can be captured and replayed if the guard is on the device."""
         self.meter.begin_step()
         before = [buffer.clone() for buffer in self._buffers]
         self.optimizer.zero_grad()
         if self.shards is None:
-            self._compute_share(plan, index, step)
+            self._compute_share(batch, step)
         else:
-            self._compute_shards(self.shards, plan, index, step)
+            self._compute_shards(self.shards, batch, step)
 
         self._norm.copy_(self._clip())
         if self.accelerator.scaler is None:
-            self._guard_nonfinite(before)
-            if not self.guard_is_on_device and self._bad:
+            if self._guard_nonfinite(before):
                 self.check()
                 return
             self.optimizer.step()
@@ -173,29 +185,26 @@ class TrainStep:
         if self.average is not None:
             self.average.move(self.module, self._bad)
 
-    def _compute_share(self, plan: EpochPlan, index: int, step: int) -> None:
+    def _compute_share(self, batch: Batch, step: int) -> None:
         """Computes the gradient of this process's rows. The last backward pass averages it over the processes."""
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
-        rows, weight = self.rows(plan, index), world_size / self.batches.size(index)
-        if len(rows) == 0 and not self.communicates_in_forward:
-            # A short last batch can leave a process without rows, but every process must take part in the reduction.
-            rows, weight = plan.order[:1], 0.0
+        weight = world_size / batch.size if self.shares.own(batch.size) else 0.0
         self.seed(step, rank)
-        micro_batches = self._micro_batches(rows, -(-self.batches.size(index) // world_size))
+        micro_batches = self._micro_batches(batch, -(-batch.size // world_size))
         for number, micro_batch in enumerate(micro_batches, start=1):
             last = number == len(micro_batches)
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                self._accumulate(self.model, plan, micro_batch, weight, reduces=last)
+                self._accumulate(self.model, micro_batch, weight, reduces=last)
 
-    def _compute_shards(self, shards: LogicalShards, plan: EpochPlan, index: int, step: int) -> None:
+    def _compute_shards(self, shards: LogicalShards, batch: Batch, step: int) -> None:
         """Computes the gradient of this process's logical shards, then the sum over all shards of all processes."""
-        size = self.batches.size(index)
-        used = min(shards.count, size)
+        used = min(shards.count, batch.size)
         for shard in shards.each(used):
             self.seed(step, shard)
-            rows = self.batches.rows(plan, index, rank=shard, world_size=shards.count)
-            for micro_batch in self._micro_batches(rows, len(rows)):
-                self._accumulate(self.module, plan, micro_batch, 1 / size)
+            positions = piece(batch.size, shard, shards.count)
+            part = batch[positions.start - batch.start : positions.stop - batch.start]
+            for micro_batch in self._micro_batches(part, len(part)):
+                self._accumulate(self.module, micro_batch, 1 / batch.size)
         shards.combine(used)
 
     def seed(self, step: int, share: int) -> None:
@@ -219,30 +228,23 @@ class TrainStep:
         return not torch.equal(after, self._generator().get_state())
 
     def _generator(self) -> torch.Generator:
-        device = self.accelerator.device
-        return torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
+        if (device := self.accelerator.device).type != "cuda":
+            return torch.default_generator
+        return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
 
-    def rows(self, plan: EpochPlan, index: int) -> Tensor:
-        """Returns the sample indices, int64 (n,), that this process computes of global batch `index`."""
-        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
-        return self.batches.rows(plan, index, rank=rank, world_size=world_size)
-
-    def _micro_batches(self, rows: Tensor, largest_share: int) -> tuple[Tensor, ...]:
-        """Splits rows into micro-batches. Their number is equal on all processes if the forward pass is collective."""
+    def _micro_batches(self, batch: Batch, largest_share: int) -> list[Batch]:
+        """Splits a batch into micro-batches. All processes have equally many if the forward pass is collective."""
         count = count_micro_batches(largest_share, self.micro_batch_size)
-        return rows.tensor_split(count if self.communicates_in_forward else min(count, len(rows)))
+        return batch.split(count if self.communicates_in_forward else min(count, len(batch)))
 
-    def _accumulate(
-        self, model: nn.Module, plan: EpochPlan, rows: Tensor, weight: float, reduces: bool = False
-    ) -> None:
-        """Adds the gradient of `rows` (int64, sample indices).
+    def _accumulate(self, model: nn.Module, batch: Batch, weight: float, reduces: bool = False) -> None:
+        """Adds the gradient of a micro-batch.
 
         Args:
             weight: factor of the summed loss.
             reduces: whether this backward pass reduces the gradient over the processes.
         """
-        labels = self.data.labels[rows]
-        images = self.inputs(plan, rows)
+        images, labels = self.inputs(batch), batch.labels
         logits = model(images).float()
         loss_sum = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.label_smoothing)
         if self.distillation is not None:
@@ -252,12 +254,12 @@ class TrainStep:
         if weight:
             self.meter.add(loss_sum.detach(), logits.detach(), labels)
 
-    def inputs(self, plan: EpochPlan, rows: Tensor) -> Tensor:
-        """Returns the augmented and normalised images of `rows`, float32 (n, 1, 28, 28)."""
-        images = self.data.images[rows]
-        if plan.warps is not None:
+    def inputs(self, batch: Batch) -> Tensor:
+        """Returns the augmented and normalised images of a batch, float32 (n, C, H, W)."""
+        images = batch.images
+        if batch.changes is not None:
             assert self.batches.augmentation is not None
-            images = self.batches.augmentation.apply(images.float(), plan.warps[rows])
+            images = self.batches.augmentation.apply(images.float(), batch.changes)
         return self.data.normalize(images)
 
     def _clip(self) -> Tensor:
@@ -268,14 +270,12 @@ class TrainStep:
             self.accelerator.unscale_gradients(self.optimizer)
         return unshard(nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None]))
 
-    def grad_norm(self) -> float:
-        """Returns the norm of the last gradient over all parameters, before clipping. Waits for the device.
+    def health(self) -> tuple[Tensor, Tensor]:
+        """Returns the norm of the last gradient over all parameters before clipping, and whether a gradient was bad.
 
-        Raises:
-            NotFinite: as `check`.
+        Both are scalars on the device. If the second is true, `check` may raise `NotFinite`.
         """
-        self.check()
-        return float(self._norm)
+        return self._norm, self._bad
 
     @property
     def skipped(self) -> int:
@@ -300,25 +300,28 @@ class TrainStep:
             self._first_bad.fill_(-1)
             raise NotFinite(step)
 
-    def _guard_nonfinite(self, before: list[Tensor]) -> None:
-        """Skips the update and restores buffers and metrics if the gradient is not finite.
+    def _guard_nonfinite(self, before: list[Tensor]) -> bool:
+        """Restores buffers and metrics if the gradient is not finite, and has the device skip the update if it can.
 
         Args:
             before: the network's buffers before the forward pass.
+
+        Returns:
+            Whether the host must skip the update. To know it the host waits for the device, once.
         """
         bad = ~torch.isfinite(self._norm)
         self._bad.copy_(bad if self.on_nonfinite == "skip" else self._bad | bad)
         self._step_count += 1  # counted on the device: passing the step's number would cost a transfer
-        if self.guard_is_on_device or self._bad:
-            self._first_bad.copy_(torch.where(self._bad & (self._first_bad < 0), self._step_count, self._first_bad))
+        if host_skips := not self.guard_is_on_device and bool(self._bad):
+            self.optimizer.zero_grad()
+        elif not self.guard_is_on_device:
+            return False
+        self._first_bad.copy_(torch.where(self._bad & (self._first_bad < 0), self._step_count, self._first_bad))
         if self.guard_is_on_device:
             self.optimizer.found_inf = self._found_inf.copy_(self._bad)  # type: ignore[attr-defined]  # torch reads this attribute but does not declare it
-        elif self._bad:
-            self.optimizer.zero_grad()
-        else:
-            return
         self._skipped += self._bad
         self._restore(before, self._bad)
+        return host_skips
 
     def _restore(self, before: list[Tensor], bad: Tensor) -> None:
         """Restores buffers and metrics to their state before the step if `bad` (bool scalar on the device)."""
@@ -334,13 +337,13 @@ class TrainStep:
         image does not make the losses of other images non-finite.
         """
         epoch, index = divmod(step, self.batches.steps_per_epoch)
-        plan = self.batches.plan(epoch, self.accelerator.device)
-        rows, found = self.rows(plan, index), []
+        plan, found = self.batches.plan(epoch), []
+        batch, order = self.load(plan, index), plan.order[index * self.batches.batch_size :]
         with unsharded_parameters(self.module), evaluating(self.module):
-            for row in rows:
-                logits = self.module(self.inputs(plan, row[None])).float()
-                if not torch.isfinite(F.cross_entropy(logits, self.data.labels[row[None]])):
-                    found.append(int(row))
+            for number in range(len(batch) if self.shards or self.shares.own(batch.size) else 0):
+                sample = batch[number : number + 1]
+                if not torch.isfinite(F.cross_entropy(self.module(self.inputs(sample)).float(), sample.labels)):
+                    found.append(int(order[batch.start + number]))
         return [
             (rank, samples) for rank, samples in gather_object([(self.accelerator.process_index, found)]) if samples
         ]

@@ -1,6 +1,6 @@
 """Exports a run folder as one file that works without this package: `mnist-dist export runs/mine --format onnx`.
 
-Every file takes grey levels, uint8 (N, 1, 28, 28), and returns probabilities, float32 (N, classes). A file is compared
+Every file takes grey levels, uint8 (N, C, H, W), and returns probabilities, float32 (N, classes). A file is compared
 with the network in PyTorch on the whole test set before it gets its name; a file that fails is deleted.
 """
 
@@ -29,7 +29,7 @@ BATCH = 256
 
 
 def show(forms: list[Form], images: Tensor) -> None:
-    """Prints size, accuracy and speed of each form. The times are those of `images`, uint8 (N, 1, 28, 28)."""
+    """Prints size, accuracy and speed of each form. The times are those of `images`, uint8 (N, C, H, W)."""
     table = Table("format", "KB", "accuracy", "agrees with PyTorch", "1 image", f"{len(images)} images", box=None)
     table.title, table.title_justify = f"times: median, {device_name(torch.device('cpu'))}", "left"
     for column in table.columns[1:]:
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         message = f"{output} is a folder; name a file"
         raise RecipeError([Problem("command line", "--output", message, "unwritable")])
     forms = export(run, arguments.format, output, *arguments.overrides, onnxruntime_web=arguments.onnxruntime_web)
-    images = torch.randint(0, 256, (BATCH, 1, 28, 28), dtype=torch.uint8)
+    images = torch.randint(0, 256, (BATCH, *run.shape), dtype=torch.uint8)
     with torch.no_grad():
         show(forms, images)
     print(f"written: {output}")

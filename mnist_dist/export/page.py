@@ -118,7 +118,7 @@ def build_page(
     """Returns the HTML of the page.
 
     Args:
-        model: an ONNX file from "images", uint8 (N, 1, 28, 28), to "probabilities", float32 (N, classes).
+        model: an ONNX file from "images", uint8 (N, C, H, W), to "probabilities", float32 (N, classes).
         classes: the names of the classes, in the order of the probabilities.
         caption: a line about the network.
         runtime: the result of `load_runtime`.

@@ -28,7 +28,7 @@ def quantize(fp32: Path, made: Path, images: Tensor, network: Form, measure: Cal
     Args:
         fp32: the ONNX file to quantize.
         made: the file to write.
-        images: uint8 (N, 1, 28, 28) of the training set, for calibration.
+        images: uint8 (N, C, H, W) of the training set, for calibration.
         network: the network in PyTorch. The accuracy on the test set decides, because the user is promised it.
         measure: measures a file from its name, path and session.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import timeit
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from mnist_dist.data import Images, normalize
 from mnist_dist.errors import Problem, RecipeError, RunError
 
 Predictor = Callable[[Tensor], Tensor]
-"""From uint8 (N, 1, 28, 28) to probabilities, float32 (N, classes)."""
+"""From uint8 (N, C, H, W) to probabilities, float32 (N, classes)."""
 
 NEAR_TIE = 1e-5
 """The file may predict another class than the network if their probabilities in the network differ by less."""
@@ -23,7 +23,7 @@ NEAR_TIE = 1e-5
 class Deployed(nn.Module):
     """A trained network that normalises its input itself and ends with a softmax."""
 
-    def __init__(self, network: nn.Module, mean: float, std: float) -> None:
+    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.network, self.mean, self.std = network, mean, std
 
@@ -47,7 +47,7 @@ class Form:
     predict: Predictor
 
     def seconds(self, images: Tensor) -> float:
-        """Returns the median time of 15 calls on uint8 images (N, 1, 28, 28), in seconds, after one warm-up call."""
+        """Returns the median time of 15 calls on uint8 images (N, C, H, W), in seconds, after one warm-up call."""
         return statistics.median(timeit.repeat(lambda: self.predict(images), number=1, repeat=16)[1:])
 
 
@@ -59,7 +59,7 @@ def refuse_batch_dependence(deployed: Deployed, images: Tensor, name: str) -> No
     """Checks that the result for an image depends neither on the other images of its batch nor on random numbers.
 
     Args:
-        images: uint8 (N, 1, 28, 28).
+        images: uint8 (N, C, H, W).
         name: the model, for the message.
 
     Raises:

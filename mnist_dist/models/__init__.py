@@ -5,9 +5,10 @@ The recipes in configs/ reproduce five public documents about MNIST classifiers.
 """
 
 from mnist_dist.models.foreign import CodeRefused, check_description, is_code, rebuild_model, refuse_code
-from mnist_dist.models.registry import MODELS, build_model, count_parameters, find_builder, set_by_trainer
+from mnist_dist.models.registry import FILLED_IN, MODELS, build_model, count_parameters, find_builder, set_by_trainer
 
 __all__ = [
+    "FILLED_IN",
     "MODELS",
     "CodeRefused",
     "build_model",

@@ -1,4 +1,4 @@
-"""Rebuilds the network that a weights file describes. The description is data: it runs no code that nobody allowed."""
+"""Rebuilds the network that a weights file describes, without running code that the user has not allowed."""
 
 from __future__ import annotations
 
@@ -23,21 +23,23 @@ LARGEST_NUMBER = 1_000_000
 LONGEST_TEXT = 1_000
 MOST_VALUES = 1_000
 DEEPEST_NESTING = 8
+MOST_CHANNELS = 64
+LARGEST_SIDE = 4096
 """Limits of a network's keywords in a weights file. Real networks need a small fraction of each."""
 
 BUILD_SECONDS = 120.0
-"""A network of this package, torchvision or timm is built in about a second."""
+"""Time limit for building a network. A network of this package, torchvision or timm takes about a second."""
 
 FILE_KEYWORDS = ("checkpoint_path", "cache_dir", "feature_cfg", "model_cfg")
-"""Keywords with which timm reads files, which may be pickles, or looks classes up; so do `pretrained_…`."""
+"""Keywords with which timm reads files, which may be pickles, or looks up classes. Keywords `pretrained…` do so too."""
 
 
 class CodeRefused(ValueError):
-    """Raised if a file names code of a user's own that the person who runs the command has not allowed."""
+    """Raised if a file names Python code that the person who runs the command has not allowed."""
 
 
 class TooLarge(ValueError):
-    """Raised if the network that a file describes is larger than the file."""
+    """Raised if the network that a file describes is larger than the file, or takes too long to build."""
 
 
 def is_code(name: Any) -> bool:
@@ -45,19 +47,20 @@ def is_code(name: Any) -> bool:
     return isinstance(name, str) and ":" in name
 
 
-def refuse_code(name: str, allowed: Sequence[str]) -> None:
+def refuse_code(name: str, allowed: Sequence[str], what: str = "network") -> None:
     """Checks that a dotted path is allowed; accepts every other model name.
 
     Args:
         allowed: modules, which include the modules below them, or whole dotted paths `package.module:Name`.
+        what: is named, for the message.
 
     Raises:
-        CodeRefused: it is not allowed. Nothing was imported.
+        CodeRefused: the path is not allowed. Nothing was imported.
     """
     module = name.partition(":")[0]
     if is_code(name) and not any(each in (name, module) or module.startswith(f"{each}.") for each in allowed if each):
         raise CodeRefused(
-            f"the network {name[:LONGEST_TEXT]!r} is Python code, and a file of a run does not decide which code runs\n"
+            f"the {what} {name[:LONGEST_TEXT]!r} is Python code, which is not imported without your permission\n"
             f"if you trust this module and the run: --allow-code {module[:LONGEST_TEXT]}"
             f" (from Python: allow_code=({module[:LONGEST_TEXT]!r},))"
         )
@@ -67,7 +70,7 @@ def check_description(about: Mapping[str, Any]) -> None:
     """Checks types and sizes of the values from which a network is rebuilt.
 
     Args:
-        about: the description in a weights file: `model`, `keywords`, `classes`, `mean` and `std`.
+        about: the description in a weights file: `model`, `keywords`, `classes`, `shape`, `mean`, `std`.
 
     Raises:
         ValueError: a value is missing, of the wrong type or too large; the message names its key.
@@ -86,6 +89,11 @@ def check_description(about: Mapping[str, Any]) -> None:
         values: list[Any] = about[key] if isinstance(about.get(key), list) else [about.get(key)]
         finite = all(type(each) in (int, float) and abs(each) < LARGEST_NUMBER for each in values)
         require(finite and 0 < len(values) <= MOST_VALUES, key, "a finite number or a list of finite numbers")
+    shape = about.get("shape", [1, 28, 28])
+    whole = isinstance(shape, list) and len(shape) == 3 and all(type(each) is int and each > 0 for each in shape)
+    require(whole and shape[0] <= MOST_CHANNELS and max(shape) <= LARGEST_SIDE, "shape", "channels, height and width")
+    numbers = {len(about[key]) if isinstance(about[key], list) else 1 for key in ("mean", "std")}
+    require(numbers <= {1, shape[0]}, "mean", f"one number or {shape[0]}, one for each channel")
     require(isinstance(keywords, dict), "keywords", "a section of keywords")
     require(len(json.dumps(keywords)) <= MOST_VALUES * 20, "keywords", "short")
     _check_values("keywords", keywords)
@@ -111,8 +119,8 @@ def _check_values(key: str, value: Any, depth: int = 0) -> None:
 def rebuild_model(about: Mapping[str, Any], tensors: Mapping[str, Tensor], allowed: Sequence[str] = ()) -> nn.Module:
     """Builds the network that a weights file describes, with the tensors of the file.
 
-    A network of the registry is first built without memory for its tensors, and is built with memory only if it has
-    exactly the tensors of the file. A network of a user's own, which may have side effects, is built once.
+    A network of the registry is first built without memory for its tensors. It is built with memory only if its tensors
+    are exactly those of the file. A user's own network, whose construction may have side effects, is built once.
 
     Args:
         about: the description in the file, checked by `check_description`.
@@ -124,31 +132,33 @@ def rebuild_model(about: Mapping[str, Any], tensors: Mapping[str, Tensor], allow
         ValueError: the description does not fit the tensors, or names a network that does not exist.
     """
     name, keywords = about["model"], dict(about["keywords"])
+    channels, *sides = about.get("shape", [1, 28, 28])
+    described: dict[str, Any] = {"num_classes": len(about["classes"]), "in_channels": channels, "image_size": (*sides,)}
     refuse_code(name, allowed)
     if not is_code(name):
         find_builder(name)  # imports torchvision or timm, which takes seconds, outside the time limit
         keywords.pop("pretrained", None)  # the weights are in the file
         if given := [key for key in keywords if key in FILE_KEYWORDS or key.startswith("pretrained")]:
-            raise ValueError(f"{given[0]!r} has {name} read files: not accepted from the description of a network")
+            raise ValueError(f"{given[0]!r} makes {name} read files: not allowed in the description of a network")
         with torch.random.fork_rng(devices=[]):
-            _compare(name, len(about["classes"]), keywords, tensors)
+            _compare(name, described | keywords, tensors)
         with _limits(tensors):
-            module = build_model(name, num_classes=len(about["classes"]), **keywords)
+            module = build_model(name, **described, **keywords)
     else:
-        module = build_model(name, num_classes=len(about["classes"]), **keywords)
+        module = build_model(name, **described, **keywords)
     module.load_state_dict(dict(tensors))
     return module
 
 
-def _compare(name: str, classes: int, keywords: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def _compare(name: str, keywords: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Builds the network without memory for its tensors, and compares their names and shapes with the file's."""
     try:
         with _limits(tensors), torch.device("meta"):
-            module = build_model(name, num_classes=classes, **keywords)
+            module = build_model(name, **keywords)
     except TooLarge:
         raise
     except Exception as error:
-        if "meta " in str(error):  # it reads values of weights, which have no memory here; `_limits` must suffice
+        if "meta " in str(error):  # it reads the values of weights, which do not exist here; only `_limits` protects
             return
         raise
     own = {key: value.shape for key, value in module.state_dict().items()}
@@ -161,9 +171,12 @@ def _compare(name: str, classes: int, keywords: dict[str, Any], tensors: Mapping
 
 @contextmanager
 def _limits(tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Stops the building of a network that becomes much larger than the tensors of its file, or takes too long.
+    """Limits size and time in its context: a network must not become much larger than the tensors of its file.
 
-    A network may register a tensor and replace it, so four times the file's size is allowed.
+    A network may register a tensor and replace it later, so four times the size of the file is allowed.
+
+    Raises:
+        TooLarge: a limit is exceeded.
     """
     elements = 4 * sum(value.numel() for value in tensors.values()) + 2**24
     parts = 20 * len(tensors) + 10_000
@@ -195,7 +208,7 @@ def _limits(tensors: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 class _Deadline(TorchFunctionMode):
-    """Stops at the first call of PyTorch after a moment of `time.monotonic`."""
+    """Raises TooLarge at a call of PyTorch after `end`, a time of `time.monotonic`. It checks every 100th call."""
 
     def __init__(self, end: float):
         super().__init__()

@@ -1,6 +1,7 @@
 """What several networks share: dropout that is fast on a CPU, and a check of constructor arguments."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,23 @@ def require_positive(**sizes: int) -> None:
     for keyword, size in sizes.items():
         if size < 1:
             raise ValueError(f"{keyword} must be at least 1, not {size}")
+
+
+def sides_after(image_size: tuple[int, int], reduce: Callable[[int], int]) -> tuple[int, int]:
+    """Returns height and width of what a network's layers leave of an image.
+
+    Args:
+        image_size: height and width of the image.
+        reduce: the side of the image -> the side after the layers.
+
+    Raises:
+        ValueError: nothing is left.
+    """
+    height, width = image_size
+    left = reduce(height), reduce(width)
+    if min(left) < 1:
+        raise ValueError(f"an image of {height}×{width} pixels is too small for this network")
+    return left
 
 
 class Dropout(nn.Module):

@@ -10,10 +10,11 @@ from mnist_dist.models.layers import Dropout, require_positive
 class MSRAN(nn.Module):
     """Residual blocks, an inception module and channel attention: 443,994 parameters with the document's numbers.
 
-    Input: float (N, 1, 28, 28). Output: logits (N, num_classes).
+    Input: float (N, in_channels, H, W). Output: logits (N, num_classes).
 
     Args:
         num_classes: number of classes.
+        in_channels: channels of the images.
         width: channels of the stem; the later stages have 2, 4 and 8 times as many.
         bottleneck: hidden units of the channel attention.
         dropout: dropout rate before the last layer.
@@ -22,10 +23,18 @@ class MSRAN(nn.Module):
         ValueError: a size is below 1, or dropout is outside [0, 1).
     """
 
-    def __init__(self, *, num_classes: int = 10, width: int = 32, bottleneck: int = 16, dropout: float = 0.5) -> None:
+    def __init__(
+        self,
+        *,
+        num_classes: int = 10,
+        in_channels: int = 1,
+        width: int = 32,
+        bottleneck: int = 16,
+        dropout: float = 0.5,
+    ) -> None:
         super().__init__()
         require_positive(num_classes=num_classes, width=width, bottleneck=bottleneck)
-        self.stem = convolution(1, width, kernel_size=3)  # 28×28
+        self.stem = convolution(in_channels, width, kernel_size=3)  # 28×28
         self.residual1 = ResidualBlock(width, 2 * width)  # 14×14
         self.residual2 = ResidualBlock(2 * width, 4 * width)  # 7×7
         self.inception = InceptionModule(4 * width, 8 * width)  # 7×7

@@ -4,7 +4,6 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from mnist_dist.errors import did_you_mean
+from mnist_dist.models.catalogues import timm_builder, torchvision_builder
 from mnist_dist.models.lenet import lenet5
 from mnist_dist.models.mnistnet import MNISTNet
 from mnist_dist.models.model_v import model_v1, model_v2, model_v3
@@ -43,18 +43,23 @@ MODELS: dict[str, Builder] = {
 }
 
 
-_RANDOM_WEIGHTS = "a network starts with random weights; for others use model.init_from"
-
 SET_BY_TRAINER: dict[str, dict[str, str]] = {
-    "": {"num_classes": "the number of classes of the data"},
-    "torchvision/": {"weights": _RANDOM_WEIGHTS},
+    "": {
+        "num_classes": "the number of classes of the data",
+        "in_channels": "the channels of the images; see data.channels",
+        "image_size": "the size of the images; see data.image_size",
+    },
+    "torchvision/": {"weights": "random, or those of model.pretrained or model.init_from"},
     "timm/": {
-        "in_chans": "the images have one channel",
-        "pretrained": _RANDOM_WEIGHTS,
-        "checkpoint_path": _RANDOM_WEIGHTS,
+        "in_chans": "the channels of the images; see data.channels",
+        "checkpoint_path": "random weights, or those of model.pretrained or model.init_from",
     },
 }
 """Beginning of a network's name -> the keywords that the trainer gives it, and why."""
+
+
+FILLED_IN = tuple(SET_BY_TRAINER[""])
+"""Arguments of any network that the trainer fills in."""
 
 
 def set_by_trainer(name: str) -> dict[str, str]:
@@ -68,30 +73,49 @@ def set_by_trainer(name: str) -> dict[str, str]:
     return {keyword: f"{keyword} is set by the trainer ({reason}); remove it" for keyword, reason in reasons.items()}
 
 
-def build_model(name: str, /, *, num_classes: int = 10, **keywords: Any) -> nn.Module:
-    """Builds a network with random weights. Input: float (N, 1, 28, 28). Output: (N, num_classes).
+def build_model(
+    name: str,
+    /,
+    *,
+    num_classes: int = 10,
+    in_channels: int = 1,
+    image_size: tuple[int, int] = (28, 28),
+    pretrained: bool = False,
+    **keywords: Any,
+) -> nn.Module:
+    """Builds a network. Input: float (N, in_channels, *image_size). Output: (N, num_classes).
 
     Args:
         name: see `find_builder`.
         num_classes: number of classes. A user's own class receives it only if its signature has this argument. Such a
             class may return a mapping or an object with `logits` instead of the logits; the network returned here then
             returns its logits.
+        in_channels, image_size: channels, and height and width, of the images. A network receives them only if its
+            signature has these arguments; an argument `image_size: int` receives the side of a square.
+        pretrained: start from weights for ImageNet, which the network's signature must offer; else random weights.
         keywords: further arguments of the network.
 
     Raises:
-        ValueError: the name, a keyword or a value is wrong; the message lists the known names or keywords.
+        ValueError: the name, a keyword or a value is wrong, or there are no pretrained weights; the message lists the
+            known names or keywords.
     """
     builder = find_builder(name)
     for keyword, message in set_by_trainer(name).items():
         if keyword in keywords:
             raise ValueError(f"model {name!r}: {message}")
     signature = inspect.signature(builder)
-    if "num_classes" in signature.parameters:
-        keywords["num_classes"] = num_classes
+    given = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
+    keywords |= {key: value for key, value in given.items() if key in signature.parameters}
+    if "image_size" in keywords and signature.parameters["image_size"].annotation in (int, "int"):
+        keywords["image_size"] = _square(name, image_size)
+    if pretrained and "pretrained" not in signature.parameters:
+        raise ValueError(f"model {name!r}: pretrained: there are no pretrained weights of this network")
+    if pretrained:
+        keywords["pretrained"] = True
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
     unknown = [keyword for keyword in keywords if keyword not in signature.parameters]
     if unknown and not takes_any:
-        known = [keyword for keyword in signature.parameters if keyword != "num_classes"]
+        known = [keyword for keyword in signature.parameters if keyword not in (*FILLED_IN, "pretrained")]
         raise ValueError(
             f"model {name!r} has no keyword {unknown[0]!r}{did_you_mean(unknown[0], known)}\n"
             f"known keywords: {', '.join(known) or 'none'}"
@@ -106,6 +130,14 @@ def build_model(name: str, /, *, num_classes: int = 10, **keywords: Any) -> nn.M
     if ":" in name and not isinstance(model, torch.jit.ScriptModule):  # TorchScript returns tensors, and has no hooks
         model.register_forward_hook(_take_logits)  # a wrapper would change the names in the state_dict
     return model
+
+
+def _square(name: str, image_size: tuple[int, int]) -> int:
+    """Returns the side of a square image."""
+    height, width = image_size
+    if height != width:
+        raise ValueError(f"model {name!r} takes square images, not {height}×{width}; set data.image_size")
+    return height
 
 
 def _take_logits(module: nn.Module, inputs: Any, output: Any) -> Any:
@@ -149,82 +181,6 @@ def find_builder(name: str) -> Builder:
 def count_parameters(model: nn.Module) -> int:
     """Returns the number of parameters. Frozen parameters count, buffers do not."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def torchvision_builder(name: str) -> Builder:
-    """Returns a function that builds torchvision's network of that name for images of one channel."""
-    from torchvision import models  # imported late: the import takes seconds, and other networks do not need it
-
-    known = models.list_models(module=models)
-    if name not in known:
-        raise ValueError(
-            f"unknown model 'torchvision/{name}'{did_you_mean(name, known)}\nknown to torchvision: {', '.join(known)}"
-        )
-
-    def build(*, num_classes: int = 10, **keywords: Any) -> nn.Module:
-        try:
-            model = models.get_model(name, weights=None, num_classes=num_classes, **keywords)
-        except TypeError as error:
-            raise ValueError(f"model 'torchvision/{name}': {error}") from error
-        accept_one_channel(model)
-        return model
-
-    return build
-
-
-def accept_one_channel(model: nn.Module) -> None:
-    """Replaces the first convolution of three input channels, if there is one, by an equivalent one for grey images.
-
-    The output for a grey image is that of the original convolution for three equal channels.
-    """
-    colour = (layer for layer in model.modules() if isinstance(layer, nn.Conv2d) and layer.in_channels == 3)
-    if convolution := next(colour, None):
-        convolution.in_channels = 1
-        convolution.weight = nn.Parameter(convolution.weight.detach().sum(dim=1, keepdim=True))
-
-
-def timm_builder(name: str) -> Builder:
-    """Returns a function that builds timm's network of that name for images of one channel."""
-    try:
-        import timm  # imported late: it is optional and slow to import
-    except ImportError as error:
-        raise ValueError(f"model 'timm/{name}' needs timm: pip install timm") from error
-    if not timm.is_model(name):
-        hint = did_you_mean(name, timm.list_models())
-        raise ValueError(f"unknown model 'timm/{name}'{hint}\ntimm.list_models() in Python lists the known names")
-
-    def build(*, num_classes: int = 10, **keywords: Any) -> nn.Module:
-        settings = {"in_chans": 1, "num_classes": num_classes, **keywords}
-        if "img_size" not in settings:
-            # Only networks for one image size have this argument, and timm has no list of them.
-            with suppress(TypeError):
-                return _with_whole_patches(name, timm.create_model(name, img_size=28, **settings))
-        try:
-            return _with_whole_patches(name, timm.create_model(name, **settings))
-        except TypeError as error:
-            raise ValueError(f"model 'timm/{name}': {error}") from error
-
-    return build
-
-
-def _with_whole_patches(name: str, model: nn.Module, side: int = 28) -> nn.Module:
-    """Returns the network, unless it cuts images into patches that leave out the last rows and columns.
-
-    Raises:
-        ValueError: the patch size does not divide the side of the images.
-    """
-    embedding = getattr(model, "patch_embed", None)
-    cut = getattr(embedding, "proj", None)
-    if not isinstance(cut, nn.Conv2d) or cut.stride != cut.kernel_size or getattr(embedding, "dynamic_img_pad", False):
-        return model
-    if any(side % size for size in cut.kernel_size) and cut.padding == (0, 0):
-        height, width = cut.kernel_size
-        fitting = ", ".join(str(size) for size in range(2, side) if side % size == 0)
-        raise ValueError(
-            f"model 'timm/{name}': patches of {height}×{width} pixels do not cover an image of {side}×{side}; "
-            f"set model.patch_size to one of {fitting}"
-        )
-    return model
 
 
 def imported_builder(path: str) -> Builder:

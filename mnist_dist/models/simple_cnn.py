@@ -2,24 +2,25 @@
 
 from torch import Tensor, nn
 
-from mnist_dist.models.layers import require_positive
+from mnist_dist.models.layers import require_positive, sides_after
 
 
 class SimpleCNN(nn.Module):
     """Two residual blocks with scaled identity paths: 21,614 parameters for 10 classes.
 
-    Input: float (N, 1, 28, 28). Output: logits (N, num_classes). Batch norm has no running statistics, as the document
-    asks, so an image's logits depend on the other images of its batch, in evaluation too.
+    Input: float (N, in_channels, *image_size). Output: logits (N, num_classes). Batch norm has no running statistics,
+    as the document asks, so an image's logits depend on the other images of its batch, in evaluation too.
 
     Raises:
-        ValueError: num_classes is below 1.
+        ValueError: num_classes is below 1, or the image is too small.
     """
 
-    def __init__(self, *, num_classes: int = 10) -> None:
+    def __init__(self, *, num_classes: int = 10, in_channels: int = 1, image_size: tuple[int, int] = (28, 28)) -> None:
         super().__init__()
         require_positive(num_classes=num_classes)
+        height, width = sides_after(image_size, lambda side: side // 2 // 2)
         self.initial = nn.Sequential(
-            *convolution(1, 8, kernel_size=5),
+            *convolution(in_channels, 8, kernel_size=5),
             nn.LeakyReLU(0.1),
             *convolution(8, 8, kernel_size=3),
             nn.LeakyReLU(0.1),
@@ -47,7 +48,7 @@ class SimpleCNN(nn.Module):
         )
         self.classifier = nn.Sequential(
             nn.Flatten(),
-            nn.Linear(12 * 7 * 7, 32),
+            nn.Linear(12 * height * width, 32),
             # The document has InstanceNorm1d(32), which PyTorch rejects for (N, 32). LayerNorm has the same 64
             # parameters and also normalises each sample over its features.
             nn.LayerNorm(32),

@@ -32,7 +32,7 @@ class Predictions:
         """Builds the predictions.
 
         Args:
-            images: uint8 (N, 1, 28, 28).
+            images: uint8 (N, C, H, W).
             labels: int64 (N,), the true classes.
             probabilities: float (N, C).
             classes: the C names of the classes.
@@ -104,7 +104,7 @@ def plot_augmented_samples(originals: Any, augmented: Any, path: str | Path, *, 
     """Draws each original above its augmented image, ten per row.
 
     Args:
-        originals: (N, 1, 28, 28), grey levels 0..255.
+        originals: (N, C, H, W), grey levels 0..255.
         augmented: as `originals`.
         path: the PNG to write.
         title: the title of the figure.

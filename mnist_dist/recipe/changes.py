@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+from mnist_dist.data.sources import OWN
 from mnist_dist.recipe.schema import Recipe
 
-HARMLESS_KEYS = ("checkpoint.", "tracking.", "data.root", "engine.hang_seconds")
-"""Recipe keys that do not change a run's result."""
+HARMLESS_KEYS = ("checkpoint.", "tracking.", "data.place", "engine.hang_seconds")
+"""Recipe keys that do not change a run's result; `data.root` changes it for images of the user's own only."""
 
-FIXED_KEYS = ("model.", "optimizer.name", "optimizer.amsgrad", "optimizer.centered", "data.dataset", "data.split")
+FIXED_KEYS = (
+    "model.",
+    "optimizer.name",
+    "optimizer.amsgrad",
+    "optimizer.centered",
+    "data.dataset",
+    "data.split",
+    "data.image_size",
+    "data.channels",
+)
 """Recipe keys that determine which tensors a checkpoint holds, or their shapes."""
 
 
@@ -17,7 +27,13 @@ def describe_changes(old: Recipe, new: Recipe) -> list[str]:
     """Returns one line, `key: old -> new`, for each key that differs and changes the result."""
     before, after = (flatten(recipe.model_dump()) for recipe in (old, new))
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
-    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if not key.startswith(HARMLESS_KEYS)]
+    keys = [key for key in keys if not is_harmless(key, new.data.dataset)]
+    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys]
+
+
+def is_harmless(key: str, dataset: Any) -> bool:
+    """Returns whether a dotted key does not change the result of a run on a data set (its name in the recipe)."""
+    return key.startswith(HARMLESS_KEYS) or (key == "data.root" and dataset not in OWN)
 
 
 def refuse_changes(old: Recipe, new: Recipe, allowed: bool) -> str:

@@ -14,10 +14,13 @@ import pydantic
 import torch
 from pydantic import ConfigDict, TypeAdapter
 
-from mnist_dist.data import Augmentation
+from mnist_dist.data import Augmentation, is_data_code
+from mnist_dist.data.form import DataError
+from mnist_dist.data.sources import SHAPES
+from mnist_dist.data.sources.arrays import import_function
 from mnist_dist.engine import optimizers, schedules
 from mnist_dist.errors import Kind, did_you_mean, unknown_key
-from mnist_dist.models import build_model, find_builder, is_code, set_by_trainer
+from mnist_dist.models import FILLED_IN, build_model, find_builder, is_code, set_by_trainer
 from mnist_dist.recipe.schema import DistillSection, ModelSection, OptimizerSection, Recipe, ScheduleSection, Section
 
 Finding = tuple[str, str, Kind]
@@ -81,11 +84,15 @@ _RANGE_ERRORS = {"greater_than", "greater_than_equal", "less_than", "less_than_e
 """Types of pydantic errors for a value of the right type that is out of range."""
 
 
+NAMES = (("model", "name"), ("data", "dataset"))
+"""Keys whose values are names that the program looks up."""
+
+
 def _mismatch(errors: list[Any], given: Any) -> tuple[str, Kind]:
     """Returns message and kind for pydantic's errors about one value."""
     if errors[0]["type"] == "value_error":
         error = errors[0]["ctx"]["error"]
-        return str(error), _kind_of_name(error) if errors[0]["loc"] == ("model", "name") else "range"
+        return str(error), _kind_of_name(error) if errors[0]["loc"] in NAMES else "range"
     # Some signatures also take Python objects; YAML cannot write those.
     errors = [each for each in errors if each["type"] != "needs_python_object"]
     expectations = [each["msg"] for each in errors]
@@ -107,28 +114,38 @@ def _kind_of_name(error: ValueError) -> Kind:
     return "missing" if isinstance(error.__cause__, ImportError) else "model"
 
 
-# --- a network of the user's own ----------------------------------------------------------------------------------
+# --- code of the user's own ---------------------------------------------------------------------------------------
 
 
 def check_code(import_code: bool, values: dict[str, Any]) -> Iterator[Finding]:
-    """Imports the class or function that `model.name` names by a dotted path, if it may be imported."""
-    section = values.get("model")
-    name = section.get("name") if isinstance(section, dict) else None
+    """Imports what `model.name` and `data.dataset` name by a dotted path, if it may be imported."""
+    name, dataset = _value(values, "model", "name"), _value(values, "data", "dataset")
     if import_code and isinstance(name, str) and is_code(name):
         try:
             find_builder(name)
         except ValueError as error:
             yield "model.name", str(error), _kind_of_name(error)
+    if import_code and is_data_code(dataset):
+        try:
+            import_function(dataset)
+        except DataError as error:
+            yield "data.dataset", str(error), error.kind
+
+
+def _value(values: dict[str, Any], section: str, key: str) -> Any:
+    """Returns a value of a recipe; None if it has no such section or key."""
+    inner = values.get(section)
+    return inner.get(key) if isinstance(inner, dict) else None
 
 
 # --- keywords of open sections ------------------------------------------------------------------------------------
 
-OPEN_SECTIONS: dict[str, tuple[type[Section], Callable[[str], Callable[..., Any]], str]] = {
-    "model": (ModelSection, find_builder, "num_classes"),
-    "optimizer": (OptimizerSection, optimizers.OPTIMIZERS.__getitem__, "params"),
-    "schedule": (ScheduleSection, schedules.SCHEDULES.__getitem__, "span"),
+OPEN_SECTIONS: dict[str, tuple[type[Section], Callable[[str], Callable[..., Any]], tuple[str, ...]]] = {
+    "model": (ModelSection, find_builder, FILLED_IN),
+    "optimizer": (OptimizerSection, optimizers.OPTIMIZERS.__getitem__, ("params",)),
+    "schedule": (ScheduleSection, schedules.SCHEDULES.__getitem__, ("span",)),
 }
-"""Open section -> its schema, name -> class or function, and the argument that the program sets itself."""
+"""Open section -> its schema, name -> class or function, and the arguments that the program sets itself."""
 
 
 def takes_any_keyword(builder: Callable[..., Any]) -> bool:
@@ -141,7 +158,7 @@ def keywords_of(section: str, builder: Callable[..., Any]) -> dict[str, inspect.
     schema, _, filled_in = OPEN_SECTIONS[section]
     parameters = inspect.signature(builder, eval_str=True).parameters.values()
     named = {each.name: each for each in parameters if each.kind in (each.KEYWORD_ONLY, each.POSITIONAL_OR_KEYWORD)}
-    return {name: each for name, each in named.items() if name not in (filled_in, *schema.model_fields)}
+    return {name: each for name, each in named.items() if name not in (*filled_in, *schema.model_fields)}
 
 
 def check_keywords(import_code: bool, values: dict[str, Any]) -> Iterator[Finding]:
@@ -211,14 +228,25 @@ def check_combinations(recipe: Recipe, build_network: bool = True) -> Iterator[F
         yield "distill.from", "this key is required, e.g. `distill: {from: runs/teacher}`", "missing"
     yield from _attempt("data.augment", recipe.data.augment.model_dump(), Augmentation)[1]
     yield from _check_training(recipe)
-    model = recipe.model
-    # A user's own class may have side effects: it is built only once, later.
-    if build_network and not is_code(model.name):
+    if recipe.model.pretrained and recipe.model.init_from:
+        yield "model.pretrained", "model.init_from gives other initial weights; remove one of the two keys", "conflict"
+    model, shape = recipe.model, expected_shape(recipe)
+    # A user's own class may have side effects: it is built only once, later. So is a network for images of any size.
+    if build_network and shape and not is_code(model.name):
+        given: dict[str, Any] = {"in_channels": shape[0], "image_size": shape[1:], "pretrained": model.pretrained}
         with torch.device("meta"):
-            module, findings = _attempt("model", model.keywords, partial(build_model, model.name))
+            module, findings = _attempt("model", model.keywords, partial(build_model, model.name, **given))
         yield from findings
         if module:
             yield from check_freeze(model.freeze, [name for name, _ in module.named_parameters()])
+
+
+def expected_shape(recipe: Recipe) -> tuple[int, int, int] | None:
+    """Returns channels, height and width of the recipe's images; None if they follow from the images themselves."""
+    data, published = recipe.data, SHAPES.get(recipe.data.dataset, (None, None, None))
+    channels, size = data.channels or published[0], data.image_size or published[1:]
+    height, width = (size, size) if isinstance(size, int) else size
+    return (channels, height, width) if channels and height and width else None
 
 
 def _check_sizes(recipe: Recipe) -> Iterator[Finding]:
@@ -236,9 +264,11 @@ def _check_sizes(recipe: Recipe) -> Iterator[Finding]:
 def _check_training(recipe: Recipe) -> Iterator[Finding]:
     """Builds the optimizer and the schedule."""
     optimizer, schedule = recipe.optimizer, recipe.schedule
-    optimizer_class, parameter = optimizers.OPTIMIZERS[optimizer.name], torch.nn.Parameter(torch.zeros(2, 2))
-    build: Callable[..., Any] = partial(optimizers.build_optimizer, [parameter], optimizer.name, lr=optimizer.lr or 0.1)
-    yield from _attempt("optimizer", optimizer.keywords, build, f"; see torch.optim.{optimizer_class.__name__}")[1]
+    optimizer_class, network = optimizers.OPTIMIZERS[optimizer.name], torch.nn.Linear(2, 2)
+    build: Callable[..., Any] = partial(optimizers.build_optimizer, network, optimizer.name, lr=optimizer.lr or 0.1)
+    own = optimizer_class.__module__.startswith("mnist_dist.")
+    hint = "" if own else f"; see torch.optim.{optimizer_class.__name__}"
+    yield from _attempt("optimizer", optimizer.keywords, build, hint)[1]
     build = partial(schedules.build_schedule, schedule.name, lr=optimizer.lr, steps_per_epoch=10, total_steps=100)
     built, findings = _attempt("schedule", schedule.keywords, build)
     yield from findings

@@ -19,8 +19,9 @@ def load_recipe(name: str | Path, *overrides: str, import_code: bool = True) -> 
     Args:
         name: a path, or the name of a bundled recipe.
         overrides: `key=value` words with dotted keys, e.g. "optimizer.lr=0.05".
-        import_code: the user named this recipe, so the class or function in `model.name` may be imported. False for
-            the recipe in a run folder, which may come from a stranger: its network is neither imported nor built.
+        import_code: the user named this recipe, so the classes and functions in `model.name` and `data.dataset` may
+            be imported. False for the recipe in a run folder, which may come from a stranger: its network is neither
+            imported nor built, and its function is not called.
 
     Raises:
         RecipeError: with all problems found.
@@ -37,7 +38,7 @@ def load_recipe(name: str | Path, *overrides: str, import_code: bool = True) -> 
     problems += [origins.problem(*finding) for finding in check_combinations(recipe, import_code)]
     if problems:
         raise RecipeError(problems)
-    recipe._origins = origins
+    recipe._origins, recipe._named_by_user = origins, import_code
     return recipe
 
 

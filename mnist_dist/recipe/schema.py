@@ -11,19 +11,29 @@ import re
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, Strict, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, Strict, WithJsonSchema
 
-from mnist_dist.data import DATASETS, Augmentation
+from mnist_dist.data import DATASETS, Augmentation, find_source
 from mnist_dist.engine import optimizers, schedules
 from mnist_dist.errors import Kind, Problem
 from mnist_dist.models import MODELS, find_builder, is_code
 from mnist_dist.recipe.file import Dumper, Origins
+from mnist_dist.recipe.sections import (
+    AboveZero,
+    CheckpointSection,
+    DDPSection,
+    EngineSection,
+    OpenSection,
+    Positive,
+    Section,
+    TrackingSection,
+)
 
 # --- types of values ----------------------------------------------------------------------------------------------
 
-Positive = Annotated[int, Field(ge=1)]
 
-AboveZero = Annotated[float, Field(gt=0)]
+_Side = Annotated[int, Field(ge=1, le=4096)]
+_Size = _Side | Annotated[tuple[_Side, _Side], Strict(False)]  # YAML has lists, not tuples
 
 
 def _folder_name(name: str) -> str:
@@ -44,6 +54,11 @@ def _model_name(name: str) -> str:
     return name
 
 
+def _dataset_name(name: str) -> str:
+    find_source(name)  # a dotted path is imported only if a person named it: see `load_recipe`
+    return name
+
+
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
@@ -53,40 +68,13 @@ _TEXT_OR_LIST = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type
 _TEXT_OR_NULL = {"anyOf": [{"type": "string"}, {"type": "null"}]}
 _POWERS_OF_TWO = {"type": "integer", "enum": [2**exponent for exponent in range(11)]}
 _OTHER_MODELS = {"type": "string", "pattern": "^(torchvision|timm)/.+$|^.+:.+$"}
+_DATASET_NAMES = {
+    "type": "string",
+    "anyOf": [{"type": "string", "enum": list(DATASETS)}, {"type": "string", "pattern": "^.+:.+$"}],
+}
 _MODEL_NAMES = {"type": "string", "anyOf": [{"type": "string", "enum": list(MODELS)}, _OTHER_MODELS]}
 
 # --- sections -----------------------------------------------------------------------------------------------------
-
-
-class Section(BaseModel):
-    """A section of a recipe.
-
-    It is strict: 2.5 is not an int, "3" is not a number, and an unknown key is an error. It cannot be changed.
-    """
-
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-    def model_dump(self, **keywords: Any) -> dict[str, Any]:
-        """Returns keys and values, with the keys as a recipe spells them (`from` is a reserved word in Python)."""
-        return super().model_dump(**{"by_alias": True, **keywords})
-
-    @classmethod
-    def known_keys(cls) -> list[str]:
-        """Returns the keys of this section as a recipe spells them."""
-        return [field.alias or name for name, field in cls.model_fields.items()]
-
-
-class OpenSection(Section):
-    """A section that takes further keys: the keywords of the class or function that its `name` selects."""
-
-    model_config = ConfigDict(extra="allow")
-
-    @property
-    def keywords(self) -> dict[str, Any]:
-        """The keys that the schema does not list. Null means "not given", so an override can remove a key."""
-        return {key: value for key, value in (self.model_extra or {}).items() if value is not None}
 
 
 class ModelSection(OpenSection):
@@ -95,7 +83,10 @@ class ModelSection(OpenSection):
     name: Annotated[str, AfterValidator(_model_name), WithJsonSchema(_MODEL_NAMES)]
     """The network: a name of this package (`ms_ran`, `resnet18`, `simple_cnn`, …), `torchvision/<name>`,
     `timm/<name>`, or your own class or function as `package.module:Name`."""
-    freeze: list[str] = []
+    pretrained: bool = False
+    """Start from the weights for ImageNet that torchvision or timm publishes for this network, except for its last
+    layer. They are downloaded if they are not on this machine. False: random weights from `seed`, or `init_from`."""
+    freeze: list[str] = []  # noqa: RUF012  # pydantic copies the default
     """Patterns of parameter names that are not trained, e.g. `layer1.*`. Batch norm layers whose parameters are all
     frozen also keep their running statistics."""
     init_from: str | None = None
@@ -104,10 +95,10 @@ class ModelSection(OpenSection):
 
 
 class OptimizerSection(OpenSection):
-    """The optimizer of `torch.optim`, and its learning rate."""
+    """The optimizer, and its learning rate."""
 
     name: Literal[tuple(sorted(optimizers.OPTIMIZERS))] = "sgd"  # type: ignore[valid-type]  # made at run time for pydantic
-    """A class of `torch.optim`, in lower case."""
+    """A class of `torch.optim` in lower case, `lion`, or `muon`, which leaves biases, first and last layer to AdamW."""
     lr: AboveZero | None = None
     """Learning rate that the schedule scales; with the schedule `onecycle`, the rate of the first step. Null: the
     optimizer's default in PyTorch; with `onecycle`, `max_lr / div_factor`."""
@@ -117,7 +108,8 @@ class ScheduleSection(OpenSection):
     """The learning rate as a function of the step."""
 
     name: Literal[tuple(schedules.SCHEDULES)] = "constant"  # type: ignore[valid-type]  # made at run time for pydantic
-    """The schedule. Its keywords have the names and defaults of PyTorch's scheduler; durations are in epochs."""
+    """The schedule. Its keywords have the names of PyTorch's scheduler; durations are in epochs. All but `onecycle` and
+    `plateau` can start after a linear warm-up of `warmup_epochs`, from `warmup_start_factor` × `lr` to `lr`."""
 
 
 class AugmentSection(Section):
@@ -150,23 +142,40 @@ class AugmentSection(Section):
 class DataSection(Section):
     """The data set, which of its images are used, and their augmentation."""
 
-    dataset: Literal[tuple(DATASETS)] = "mnist"  # type: ignore[valid-type]  # made at run time for pydantic
-    """The data set. `digits` comes with scikit-learn and `synthetic` is generated: neither needs a download."""
+    dataset: Annotated[str, AfterValidator(_dataset_name), WithJsonSchema(_DATASET_NAMES)] = "mnist"
+    """The data set. `folder`, `csv` and `npz` are your own images at `data.root`; `package.module:function` is your own
+    function that returns (train, test), each a pair of arrays (images, labels); `hub:NAME` is a data set of Hugging
+    Face's `datasets`. `digits` comes with scikit-learn and `synthetic` is generated: neither needs a download."""
     root: str | None = None
-    """Folder that holds `MNIST/raw`; missing files are downloaded into it. Null: the environment variable
-    MNIST_DIST_DATA, else `./data`. `~` and `$VAR` are replaced. Does not change the result."""
+    """Folder that holds `MNIST/raw`; missing files are downloaded into it. For `folder`: the folder with train/CLASS/…
+    and test/CLASS/… (or val/), or with CLASS/…, of which a fifth becomes the test set; for `csv`: a table with the
+    columns path,label and perhaps split; for `npz`: an archive with train_images, train_labels, test_images and so on,
+    or images and labels. Null: the environment variable MNIST_DIST_DATA, else `./data`. `~` and `$VAR` are replaced."""
+    place: Literal["auto", "device", "host", "disk"] = "auto"
+    """Where the training images lie: `device` (memory of the GPU, or of the CPU that trains), `host` (memory of the
+    host) or `disk` (a memory-mapped file, in a cache folder for a data set without a file). From `host` and `disk`, a
+    thread loads the next batch. `auto`: the first of the three that is large enough. Does not change the result."""
     split: Literal["balanced", "byclass", "bymerge", "letters", "digits", "mnist"] | None = None
     """Split of EMNIST; only for `dataset: emnist`. Null: `balanced`."""
     validation: Annotated[int, Field(ge=0)] = 0
-    """Number of training images to hold out: the last ones of the training set; of a set that is sorted by class, an
-    equal share of every class by a fixed seed. Evaluations during training then use them, and the test set is
-    evaluated once, at the end. 0: evaluations use the test set."""
+    """Number of training images to hold out: the last ones of the training set; of your own images and of a set that is
+    sorted by class, an equal share of every class by a fixed seed. Evaluations during training then use them, and the
+    test set is evaluated once, at the end. 0: evaluations use the test set, or the data set's own validation images."""
     limit_train: Positive | None = None
     """Use only the first images of the training set, at most this many, counted without the `validation` images; of a
     set that is sorted by class, an equal share of every class by a fixed seed. Null: all."""
     limit_test: Positive | None = None
     """Use only the first images of the test set, at most this many; of a set that is sorted by class, an equal share
     of every class by a fixed seed. Null: all."""
+    image_size: _Size | None = None
+    """Height and width that all images get, in pixels: one number, or [height, width]. Null: the data set's own."""
+    channels: Literal[1, 3] | None = None
+    """1 for grey images, 3 for colour. Null: the data set's own; of files, 3 if any is in colour."""
+    resize: Literal["crop", "stretch", "pad"] = "crop"
+    """How an image gets another size: `crop` scales it until it covers the size and cuts off the rest; `stretch` scales
+    height and width separately; `pad` puts it into the middle of a black image, reduced if it is larger."""
+    on_bad_image: Literal["stop", "skip"] = "stop"
+    """If image files cannot be read: `stop` names all of them and ends; `skip` leaves them out."""
     augment: AugmentSection = AugmentSection()
     """Random changes of the training images."""
 
@@ -191,77 +200,6 @@ class EarlyStoppingSection(Section):
     patience: Positive | None = None
     """Number of evaluations in a row without a better accuracy after which the run ends. Null: the run never ends
     early."""
-
-
-class EngineSection(Section):
-    """How a step is computed. These keys change speed and rounding, not what is computed."""
-
-    capture: Literal["auto", "off", "step", "epoch"] = "auto"
-    """Replay training steps from a CUDA graph (GPU only). `step`: one step per replay; `epoch`: ten steps per replay,
-    for networks without dropout; `auto`: one step per replay where the run allows it; `off`: never. Where capture
-    is not possible, the steps run without it."""
-    channels_last: bool = True
-    """Store images and convolution weights in the memory layout channels-last, which most GPUs prefer."""
-    tf32: Literal["off", "convolutions", "on"] = "convolutions"
-    """Where a GPU may compute fp32 products in TF32 (10 bits of mantissa instead of 23): nowhere, in convolutions (the
-    default of PyTorch), or in all matrix products."""
-    cudnn_benchmark: bool = True
-    """Let cuDNN time its kernels at the start and use the fastest (GPU only). No effect with `deterministic: true`."""
-    hang_seconds: AboveZero = 60.0
-    """Seconds without progress after which a run of several processes reports the hanging process and ends. Long steps
-    raise the limit. Does not change the result."""
-
-
-class DDPSection(Section):
-    """How several processes exchange gradients."""
-
-    comm_hook: Literal["none", "bf16", "fp16"] = "none"
-    """Precision in which gradients are sent between processes. `none`: the precision of the gradients. No effect with
-    `logical_shards` or FSDP."""
-    find_unused_parameters: bool = False
-    """Set to true for a network that does not use all its parameters in every step. Every step then searches for unused
-    parameters, which takes time."""
-
-
-class CheckpointSection(Section):
-    """When a run saves the state from which it can resume. Does not change the result."""
-
-    every_steps: Positive | None = None
-    """Steps between checkpoints. Null: only `every_minutes` counts."""
-    every_minutes: AboveZero | None = 5.0
-    """Minutes of training between checkpoints; a checkpoint is written at the next log line. Null: only `every_steps`
-    counts."""
-    keep: Positive = 2
-    """Number of checkpoints kept in the run folder; older ones are deleted."""
-
-
-class WandbSection(Section):
-    """Weights & Biases. Does not change the result."""
-
-    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """`auto`: the environment variable WANDB_MODE, else online with credentials (`wandb login`) and offline without."""
-    project: str | None = None
-    """Project that the run belongs to. Null: the environment variable WANDB_PROJECT, else `mnist_dist`."""
-    entity: str | None = None
-    """User or team that owns the project. Null: WANDB_ENTITY, else the default of the account."""
-    group: str | None = None
-    """Group of the run. Null: WANDB_RUN_GROUP, else the recipe's `name`, so that runs with different seeds are
-    grouped."""
-    job_type: str | None = None
-    """Job type of the run; a filter on the project page. Null: WANDB_JOB_TYPE, else `train`."""
-    tags: list[str] = []
-    """Tags of the run. Empty: those of WANDB_TAGS, separated by commas."""
-    histograms: bool = False
-    """Log histograms of all weights and of the last step's gradients at each evaluation."""
-
-
-class TrackingSection(Section):
-    """What is drawn and reported. Does not change the result."""
-
-    plots: bool = True
-    """Draw the pictures in the run folder's `plots/` when the run ends."""
-    wandb: WandbSection = WandbSection()
-    """Weights & Biases."""
 
 
 class Recipe(Section):
@@ -338,10 +276,15 @@ class Recipe(Section):
     """What is drawn and reported."""
 
     _origins: Origins = PrivateAttr(default_factory=lambda: Origins())
+    _named_by_user: bool = PrivateAttr(default=False)
 
     def to_yaml(self) -> str:
         """Returns the resolved recipe as YAML, which loads as an equal recipe."""
         return yaml.dump(self.model_dump(), Dumper=Dumper, sort_keys=False)
+
+    def may_import(self, key: str) -> bool:
+        """Returns whether a person, not a file of a run, has named the code in the value of a dotted key."""
+        return self._named_by_user or self._origins.places.get(key) == "command line"
 
     def problem(self, key: str, message: str, kind: Kind) -> Problem:
         """Returns a problem with the value of a dotted key, located at the file and line that gave the value."""

@@ -1,1 +1,1 @@
-"""A run: its folder, how a recipe is built into one, checkpoints, summary."""
+"""A run: its folder, its components built from a recipe, its checkpoints and its summary."""

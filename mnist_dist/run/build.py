@@ -11,15 +11,17 @@ import sys
 import warnings
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
+import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin, patch_environment
 from torch import nn
 
-from mnist_dist.data import Batches, Dataset, Images, load_dataset
+from mnist_dist.data import Batches, Images
+from mnist_dist.data.store import Place, choose_place, describe_place, place_images
 from mnist_dist.distributed.collectives import run_on_all_ranks
+from mnist_dist.distributed.devices import device_name, supports_precision
 from mnist_dist.distributed.fsdp import shard_parameters
 from mnist_dist.distributed.gradients import GradientClock, reduce_gradients
 from mnist_dist.distributed.launcher import asks_for_fsdp, check_engine, fsdp_settings
@@ -28,21 +30,20 @@ from mnist_dist.distributed.sync_batchnorm import synchronize_batch_norm
 from mnist_dist.engine.cuda_graph import STEPS_A_REPLAY, CapturedStep, capture_obstacle
 from mnist_dist.engine.distillation import Distillation
 from mnist_dist.engine.ema import MovingAverage
-from mnist_dist.engine.files import expand_path
 from mnist_dist.engine.metrics import Meter
 from mnist_dist.engine.micro_batch_size import find_micro_batch_size
 from mnist_dist.engine.optimizers import build_optimizer, fill_momentum
 from mnist_dist.engine.precision import PRECISION_NAMES
 from mnist_dist.engine.schedules import Schedule, build_schedule, set_rates
 from mnist_dist.engine.train_step import StepSettings, TrainedNetwork, TrainStep
-from mnist_dist.errors import Problem, RecipeError
+from mnist_dist.errors import Kind, Problem, RecipeError
 from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.components import TrainingComponents
 from mnist_dist.run.kernels import set_determinism, set_kernels
 from mnist_dist.run.model_trial import to_device
 from mnist_dist.run.reader import Run
 
-# --- the world and the data ---------------------------------------------------------------------------------------
+# --- the world ----------------------------------------------------------------------------------------------------
 
 
 def check_world(recipe: Recipe, state: PartialState) -> str:
@@ -58,8 +59,10 @@ def check_world(recipe: Recipe, state: PartialState) -> str:
     if precision not in PRECISION_NAMES:
         message = f"{precision} is not supported; use {', '.join(PRECISION_NAMES)}"
         raise RecipeError([problem("mixed_precision", message, "unsupported")])
-    if precision == "fp16" and state.device.type == "cpu":
-        message = "fp16 needs a GPU; on a CPU use bf16 or no"  # a CPU would train in fp32 without a warning
+    if not supports_precision(state.device, precision):
+        message = "fp16 needs a GPU; on a CPU use bf16 or no"
+        if precision == "bf16":
+            message = f"{device_name(state.device)} cannot compute in bf16; use fp16 or no"
         raise RecipeError([problem("mixed_precision", message, "unsupported")])
     if recipe.batch_size < state.num_processes:
         message = f"a global batch of {recipe.batch_size} has too few samples for {state.num_processes} processes"
@@ -92,47 +95,6 @@ def _uses_fsdp(world_size: int) -> bool:
     return asks_for_fsdp() and world_size > 1
 
 
-def load_data(recipe: Recipe, state: PartialState) -> Dataset:
-    """Reads the data on every process. Collective: call on every rank.
-
-    Rank 0 downloads what is missing. After it the first process of each node does so: on a node that shares the folder
-    with rank 0, nothing is missing any more. The others wait.
-    """
-    root = data_root(recipe)
-    sizes = {key: getattr(recipe.data, key) for key in ("split", "validation", "limit_train", "limit_test")}
-
-    def load(download: bool) -> Dataset:
-        try:
-            return load_dataset(recipe.data.dataset, root=root, download=download, **sizes)
-        except (ValueError, ImportError, OSError) as error:
-            raise RecipeError([_data_problem(recipe, error)]) from error
-
-    first = run_on_all_ranks(state, lambda: load(download=True) if state.is_main_process else None)
-    first = run_on_all_ranks(state, lambda: first or (load(download=True) if state.is_local_main_process else None))
-    return run_on_all_ranks(state, lambda: first or load(download=False))
-
-
-def data_root(recipe: Recipe) -> Path:
-    """Returns the folder of the data: data.root, else the environment variable MNIST_DIST_DATA, else ./data."""
-    if recipe.data.root:
-        return expand_path(recipe.data.root, partial(recipe.problem, "data.root"))
-    named = os.environ.get("MNIST_DIST_DATA") or "data"
-    return expand_path(named, partial(Problem, "the environment", "MNIST_DIST_DATA"))
-
-
-def _data_problem(recipe: Recipe, error: Exception) -> Problem:
-    """Returns the problem that an error of `load_dataset` stands for."""
-    message = f"{recipe.data.dataset}: {error}"
-    if isinstance(error, FileNotFoundError):
-        hint = "put the files there, or name another folder with data.root=… or MNIST_DIST_DATA"
-        return recipe.problem("data.root", f"{error}\n{hint}", "missing")
-    if isinstance(error, ImportError):
-        return recipe.problem("data", message, "missing")
-    if str(error).startswith("validation="):  # the name of the argument that is too large for this data set
-        return recipe.problem("data.validation", message, "conflict")
-    return recipe.problem("data", message, "damaged")
-
-
 # --- the components -----------------------------------------------------------------------------------------------
 
 
@@ -150,7 +112,8 @@ def build_components(
     set_kernels(recipe)
     accelerator = _build_accelerator(recipe, precision)
     device = accelerator.device
-    batches = Batches(len(train_data), recipe.batch_size, recipe.seed, augmentation=recipe.data.augment.build())
+    augmentation = recipe.data.augment.build()
+    batches = Batches(len(train_data), recipe.batch_size, recipe.seed, train_data.shape, augmentation)
     total_steps = min(recipe.epochs * batches.steps_per_epoch, recipe.max_steps or sys.maxsize)
     schedule = build_schedule(
         recipe.schedule.name,
@@ -161,24 +124,45 @@ def build_components(
     )
     meter, clock = Meter(accelerator), GradientClock()
     network = _build_network(recipe, accelerator, module, schedule, clock)
+    stored, place, placement = run_on_all_ranks(PartialState(), lambda: _place(recipe, train_data, device))
     step = TrainStep(
         accelerator,
         network,
         batches,
-        train_data.to(device),
+        stored,
         meter,
         _step_settings(recipe),
+        ahead=place != "device",
         clock=clock,
         distillation=_build_distillation(recipe, accelerator, train_data, teachers),
     )
     if recipe.micro_batch_size == "auto":
-        step.micro_batch_size = find_micro_batch_size(step, batches.plan(0, device))
+        step.micro_batch_size = find_micro_batch_size(step, batches.plan(0))
     update, obstacles = _capture(recipe, step, schedule)
     eval_model = network.average.module if network.average else network.module
-    notes = _notes(recipe, step) + obstacles
+    notes = placement + _notes(recipe, step) + obstacles
     return TrainingComponents(
         accelerator, batches, schedule, update, network.module, eval_model, meter, total_steps, notes
     )
+
+
+def _place(recipe: Recipe, data: Images, device: torch.device) -> tuple[Images, Place, list[str]]:
+    """Returns the images in the place that the recipe asks for, the place, and a note if it is not the usual one.
+
+    Raises:
+        RecipeError: the images do not fit there.
+    """
+    wanted = recipe.data.place
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", PartialState().num_processes))
+    place, reason = choose_place(data.images, device, processes) if wanted == "auto" else (wanted, "")
+    try:
+        stored = place_images(data, place, device)
+    except (OSError, MemoryError, torch.OutOfMemoryError) as error:
+        message = f"the {data.images.numel() / 1e9:.1f} GB of images do not fit there: {error}"
+        kind: Kind = "unwritable" if isinstance(error, OSError) else "unsupported"
+        raise RecipeError([recipe.problem("data.place", message, kind)]) from error
+    usual = wanted in ("auto", "device") and place == "device"
+    return stored, place, [] if usual else [describe_place(place, data.images, reason)]
 
 
 def _build_accelerator(recipe: Recipe, precision: str) -> Accelerator:
@@ -206,9 +190,7 @@ def _build_network(
     """Moves the network to the device and adds its optimizer, averaged weights and reduction of gradients."""
     module = _distribute_module(recipe, accelerator, module)
     average = None if recipe.ema_decay is None else MovingAverage(module, recipe.ema_decay)
-    optimizer = build_optimizer(
-        module.parameters(), recipe.optimizer.name, lr=schedule.lr_at(0), **recipe.optimizer.keywords
-    )
+    optimizer = build_optimizer(module, recipe.optimizer.name, lr=schedule.lr_at(0), **recipe.optimizer.keywords)
     set_rates(optimizer, schedule, 0)  # the schedule may also set the momentum
     fill_momentum(optimizer)
     if recipe.compile:  # at the first call; parameter names do not change

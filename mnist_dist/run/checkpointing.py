@@ -1,4 +1,4 @@
-"""Saving a run's weights and checkpoints, and reporting why a run failed."""
+"""Decides when a checkpoint is due, saves a run's checkpoints and weights, and reports why a run failed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mnist_dist.run.resume import file_bytes
 from mnist_dist.tracking import JSONLTracker, WandbTracker, find_tracker
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
-"""Error numbers of a disk that is full, read-only or broken: a message helps, a traceback does not."""
+"""Error numbers of a disk that is full, read-only or broken: the user needs a message, not a traceback."""
 
 
 class Checkpointer:
@@ -36,19 +36,20 @@ class Checkpointer:
     # --- time -----------------------------------------------------------------------------------------------------
 
     def start(self, seconds_before: float) -> None:
-        """Starts the clock of the training.
+        """Starts to measure the training time.
 
         Args:
             seconds_before: the training time of the checkpoint that the run resumes from.
         """
         self._began = time.perf_counter() - seconds_before
         self._saved_at = self._components.meter.train_seconds
-        self._saved_step = self._progress.step  # a run starts from a checkpoint, or at step 0
+        self._saved_step = self._progress.step  # the step of the checkpoint that the run resumes from, or 0
 
     def train_seconds(self) -> float:
         """Returns the seconds that all steps so far took, evaluations included.
 
-        Steps that a killed process made after its last checkpoint count once, as the resumed process made them.
+        A killed process may have made steps after its last checkpoint. They count once: in the process that repeats
+        them.
         """
         return round(time.perf_counter() - self._began, 3)
 
@@ -71,17 +72,17 @@ class Checkpointer:
         """Returns whether the recipe asks for a checkpoint now; the answer is the same on every rank.
 
         Args:
-            logged: this step wrote a log line. `every_minutes` is checked at log lines only, because all ranks know
-                the training time there.
+            logged: whether this step wrote a log line. `every_minutes` is checked at log lines only, because only there
+                all ranks know the same training time.
         """
         rule, seconds = self._recipe.checkpoint, self._components.meter.train_seconds - self._saved_at
         by_steps = rule.every_steps is not None and self._progress.step % rule.every_steps == 0
-        # After the last step always: an interrupted end of the run must not repeat training.
+        # Always after the last step: if the end of the run is interrupted, no training must be repeated.
         by_steps = by_steps or self._progress.step == self._components.total_steps
         return by_steps or (logged and rule.every_minutes is not None and seconds >= 60 * rule.every_minutes)
 
     def save(self) -> None:
-        """Publishes `checkpoints/step-N` with all that the next step depends on. Collective: call on every rank.
+        """Writes `checkpoints/step-N` with everything that the next step depends on. Collective: call on every rank.
 
         Raises:
             NotFinite: an earlier step had a gradient that is not finite; nothing is saved.
@@ -97,7 +98,7 @@ class Checkpointer:
         if wandb := find_tracker(self._components.accelerator, WandbTracker):
             state["wandb_id"] = wandb.run_id
         if self._components.accelerator.is_main_process:
-            # Before the first evaluation an existing file is of a later step: a killed process wrote it.
+            # A best.safetensors that exists before the first evaluation is from a killed process and a later step.
             if self._progress.evaluated_at and self._folder.best.is_file():
                 state["best"] = file_bytes(self._folder.best)
             save_checkpoint(self._folder.checkpoints, self._progress.step, state, keep=self._recipe.checkpoint.keep)
@@ -118,7 +119,7 @@ class Checkpointer:
         """Ends the trackers of a run that failed.
 
         Raises:
-            RunError: replaces an error that a short message explains.
+            RunError: replaces an error for which `describe_failure` has a message.
         """
         if error is None:
             return
@@ -129,13 +130,14 @@ class Checkpointer:
             raise RunError(message) from error
 
     def mark_failed(self) -> None:
-        """Sets the status to failed. Waits for no other process, so the watchdog can call it."""
+        """Sets the status to failed. Does not wait for other processes, so the watchdog can call it."""
         self._folder.set_status("failed")
 
     def describe_failure(self, error: BaseException) -> str | None:
-        """Returns a message with the cause, a remedy and the last checkpoint; None where only a traceback helps.
+        """Returns a message with the cause, a remedy and the last checkpoint; None if only a traceback helps.
 
-        After a gradient that is not finite it also saves a checkpoint of the step before; all ranks raise that error.
+        If a gradient is not finite, also saves a checkpoint of the state before that step. All ranks raise this error,
+        so all of them save.
         """
         if isinstance(error, NotFinite):
             lines = self._describe_nonfinite(error.step)
@@ -164,7 +166,7 @@ class Checkpointer:
         return [*lines, "try a lower optimizer.lr, clip_grad_norm=1 or on_nonfinite=skip"]
 
     def _end_trackers(self, cause: str | None) -> None:
-        """Ends all trackers; W&B sends an alert with the cause. Ctrl-C has no cause and sends none."""
+        """Ends all trackers. W&B sends an alert with the cause; after Ctrl-C, which has none, it sends no alert."""
         for tracker in self._components.accelerator.trackers:
             if not isinstance(tracker, WandbTracker):
                 tracker.finish()  # otherwise a terminal keeps its cursor hidden

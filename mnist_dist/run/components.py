@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from accelerate.utils import broadcast
 from torch import nn
 
 from mnist_dist.data import Batches, Images
-from mnist_dist.data.geometry import measure_geometry
+from mnist_dist.data.geometry import describe_geometry, measure_geometry
 from mnist_dist.distributed.fsdp import shard_model_state, shard_optimizer_state, unshard, unsharded_parameters
 from mnist_dist.engine.checkpoint import save_weights
 from mnist_dist.engine.cuda_graph import CapturedStep
@@ -70,6 +70,11 @@ class TrainingComponents:
         with unsharded_parameters(self.eval_model):
             return evaluate(self.accelerator, self.eval_model, data, batch_size=batch_size, interrupted=interrupted)
 
+    def place(self, data: Images) -> Images:
+        """Returns images for evaluations: on the device if the training images are there, else on the CPU."""
+        on_device = self.update.data.images.device.type == self.accelerator.device.type
+        return data.to(self.accelerator.device) if on_device else data
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """Returns the trained weights and the gradients of the last step, by name. Collective: call on every rank."""
         named = dict(self.module.named_parameters())
@@ -116,8 +121,8 @@ class TrainingComponents:
         if self.accelerator.is_main_process:
             data = self.update.data
             about = {"recipe": recipe.name, "model": recipe.model.name, "keywords": recipe.model.keywords}
-            known = {"classes": data.classes, "mean": data.mean, "std": data.std}
-            geometry = asdict(measure_geometry(data.images))
+            known = {"classes": data.classes, "shape": data.shape, "mean": data.mean, "std": data.std}
+            geometry = describe_geometry(measure_geometry(data.images))
             save_weights(path, weights, about | known | {"geometry": geometry})
 
 

@@ -11,16 +11,16 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
-from mnist_dist.data import Images
-from mnist_dist.distributed.devices import choose_threads
+from mnist_dist.data import Images, describe_shape
+from mnist_dist.distributed.devices import choose_threads, supports_precision
 from mnist_dist.distributed.launcher import launched_world
-from mnist_dist.engine.evaluation import Evaluation
+from mnist_dist.engine.evaluation import Evaluation, Mirrored
 from mnist_dist.engine.evaluation import evaluate as evaluate_module
 from mnist_dist.engine.files import write_atomically
 from mnist_dist.errors import Problem, RecipeError
 from mnist_dist.recipe.loading import load_recipe
 from mnist_dist.recipe.schema import Recipe
-from mnist_dist.run.build import load_data
+from mnist_dist.run.data import load_data
 from mnist_dist.run.kernels import set_determinism, set_kernels
 from mnist_dist.run.model_trial import copy_of, to_device
 from mnist_dist.run.reader import Run
@@ -43,7 +43,7 @@ def load_evaluation_data(run: Run, *overrides: str, split: str = "test") -> tupl
             classes than the network.
     """
     recipe = load_recipe(run.folder.recipe, *overrides, import_code=False)
-    dataset = load_data(recipe, launched_world())
+    dataset = load_data(recipe, launched_world(), run.allow_code)
     if split == "validation" and not dataset.has_validation:
         message = "this run has no validation images (data.validation is 0); use --split test"
         raise RecipeError([Problem("command line", "--split", message, "conflict")])
@@ -51,25 +51,58 @@ def load_evaluation_data(run: Run, *overrides: str, split: str = "test") -> tupl
     if len(classes) != len(data.classes):
         message = f"{recipe.data.dataset} has {len(data.classes)} classes, but the network has {len(classes)}"
         raise RecipeError([Problem("command line", "data.dataset", message, "conflict")])
+    check_shape(recipe, data, run)
     return recipe, data
 
 
-def evaluate_run(run: Run, recipe: Recipe, data: Images) -> Evaluation:
-    """Evaluates a run's network on `data`, in the precision and the batches of the recipe.
+def check_shape(recipe: Recipe, data: Images, run: Run) -> None:
+    """Raises RecipeError if the images do not have the shape that the run's network takes."""
+    if data.shape != run.shape:
+        message = f"{recipe.data.dataset} has images of {describe_shape(data.shape)}, but the network takes "
+        message += f"{describe_shape(run.shape)}"
+        raise RecipeError([Problem("command line", "data.dataset", message, "conflict")])
+
+
+def evaluate_run(run: Run, recipe: Recipe, data: Images, *, mirrored: bool = False) -> Evaluation:
+    """Evaluates a run's network on `data`, in the batches of the recipe and in `evaluation_precision`.
 
     Collective: call on every rank.
+
+    Args:
+        mirrored: evaluate on the images mirrored from left to right.
     """
     choose_threads(launched_world())
     set_determinism(recipe.deterministic)
     set_kernels(recipe)
     AcceleratorState._reset_state()  # one process, e.g. a notebook, may evaluate runs of different precisions
-    accelerator = Accelerator(mixed_precision=recipe.mixed_precision or "no")
-    # Other data, too, is normalised with the statistics of the training set.
+    accelerator = Accelerator(mixed_precision=evaluation_precision(recipe))
+    # Every data set is normalised with the statistics of the training set.
     images = Images(data.images, data.labels, data.classes, run.about["mean"], run.about["std"]).to(accelerator.device)
     # A copy, because the caller may still use the run's own network on the CPU.
     with copy_of(run.model) as copied:
         module = to_device(copied, accelerator.device, channels_last=recipe.engine.channels_last)
+        module = Mirrored(module) if mirrored else module
         return evaluate_module(accelerator, module, images, batch_size=recipe.eval_batch_size)
+
+
+def evaluation_precision(recipe: Recipe) -> str:
+    """Returns the precision that a network of the recipe is evaluated in: the recipe's, or "no" (fp32).
+
+    It is fp32 on a device that cannot compute in the recipe's precision; see `precision_notes`.
+    """
+    precision = recipe.mixed_precision or "no"
+    return precision if supports_precision(launched_world().device, precision) else "no"
+
+
+def precision_notes(*recipes: Recipe) -> list[str]:
+    """Returns a note for each precision of the recipes that this device replaces by fp32."""
+    device = launched_world().device.type
+    replaced = {each.mixed_precision for each in recipes if evaluation_precision(each) == "no"} - {"no", None}
+    return [
+        f"evaluated in fp32 instead of {name}, because a {device} device cannot compute in {name}; the figures may "
+        "differ from those of the training"
+        for name in sorted(map(str, replaced))
+    ]
 
 
 def report(evaluation: Evaluation, labels: Tensor, classes: tuple[str, ...]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.lock import FILE as LOCK
 
 MOST_JSON = 2**24
-"""Bytes of the largest STATUS and summary.json that are read."""
+"""A STATUS or summary.json of more bytes is not read."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class RunFolder:
         try:
             folder = cls.create(run_dir, recipe)
             folder.refuse_content(recipe, resume, allow_recipe_change)
-            # The first file: by it the same command recognises its own folder, whenever the process is killed.
+            # Written first: if the process is killed later, the same command recognises its folder by this file.
             write_atomically(folder.recipe, recipe.to_yaml())
             folder.plots.mkdir(exist_ok=True)
             folder.set_status("running")
@@ -69,7 +69,7 @@ class RunFolder:
         """Creates the folder if it does not exist, and writes nothing into it.
 
         Raises:
-            RecipeError: it cannot be created.
+            RecipeError: the folder cannot be created.
         """
         try:
             folder = cls(_create_dated(Path("runs") / recipe.name) if run_dir is None else Path(run_dir))
@@ -84,22 +84,22 @@ class RunFolder:
         def refusal(message: str, kind: Kind) -> RecipeError:
             return RecipeError([Problem("command line", "--run-dir", message, kind)])
 
-        # A process that is killed before the folder is a run folder may leave these.
+        # A process that is killed before it has written recipe.yaml may leave these files.
         early = (self.recipe.name + ".tmp", LOCK, "." + LOCK)
         if all(entry.name.startswith(early) for entry in self.path.iterdir()):
             return
         if not self.recipe.is_file():
             raise refusal(f"{self.path} is not empty and is not a run folder; name a new folder", "exists")
         if links := self.links():
-            message = f"{self.path} has links out of the folder, through which a run would write: {', '.join(links)}"
-            raise refusal(f"{message}; put the files themselves into the folder", "unsupported")
+            message = f"{self.path} has links to files outside it, which a run would overwrite: {', '.join(links)}"
+            raise refusal(f"{message}; replace the links by the files", "unsupported")
         if resume == "never":
             raise refusal(f"{self.path} holds a run, and a run is never overwritten; name a new folder", "exists")
         if changes := refuse_changes(load_recipe(self.recipe, import_code=False), recipe, allow_recipe_change):
             raise refusal(f"the run in {self.path} was started with another recipe:\n{changes}", "conflict")
 
     def links(self) -> list[str]:
-        """Returns the names in the folder that lead out of it through a link."""
+        """Returns the names of the entries that are links to files outside the folder."""
         return sorted(entry.name for entry in self.path.iterdir() if self.leaves(entry))
 
     def leaves(self, path: Path) -> bool:
@@ -110,24 +110,24 @@ class RunFolder:
             return True
 
     def refuse_link(self, path: Path) -> Path:
-        """Returns a path in this folder.
+        """Returns `path`, a path in this folder, unless it is a link to a file outside.
 
         Raises:
             ValueError: the path leads out of the folder through a link. A run folder may come from a stranger, whose
-                link would show, or overwrite, a file of the user's own.
+                link could make a command show or overwrite a file of the user.
         """
         if self.leaves(path):
-            raise ValueError(f"{path} is a link out of the run folder; put the file itself into the folder")
+            raise ValueError(f"{path} is a link to a file outside the run folder; replace the link by the file")
         return path
 
     def refuse_output(self, path: Path) -> Path:
-        """Returns a path in this folder that a command writes because the user named no other.
+        """Returns `path`, the file in this folder that a command writes if the user names no other file.
 
         Raises:
             RecipeError: the path leads out of the folder through a link.
         """
         if self.leaves(path):
-            message = f"{path} is a link out of the run folder; name a file with --output"
+            message = f"{path} is a link to a file outside the run folder; name a file with --output"
             raise RecipeError([Problem("command line", "--output", message, "unsupported")])
         return path
 
@@ -136,7 +136,7 @@ class RunFolder:
         """Returns a context in which an exception sets the status to `failed`, and Ctrl-C to `preempted`.
 
         Args:
-            writes: this is the process that writes the status.
+            writes: whether this process writes the status.
         """
         try:
             yield

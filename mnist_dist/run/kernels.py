@@ -10,7 +10,7 @@ from mnist_dist.recipe.schema import Recipe
 
 
 def set_determinism(deterministic: bool) -> None:
-    """Makes PyTorch use deterministic kernels where it has them. PyTorch warns where it has none."""
+    """Sets whether PyTorch uses deterministic kernels; PyTorch then warns of operations without one."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
@@ -19,7 +19,7 @@ def set_determinism(deterministic: bool) -> None:
 
 
 def set_kernels(recipe: Recipe) -> None:
-    """Sets whether cuDNN times its kernels and uses the fastest, and which operations of a GPU may use TF32."""
+    """Sets whether cuDNN times its kernels and uses the fastest, and which GPU operations may use TF32."""
     torch.backends.cudnn.benchmark = recipe.engine.cudnn_benchmark and not recipe.deterministic
     torch.backends.cudnn.allow_tf32 = recipe.engine.tf32 != "off"
     torch.backends.cuda.matmul.allow_tf32 = recipe.engine.tf32 == "on"

@@ -1,4 +1,4 @@
-"""The lock of a run folder: one process writes a run at a time, on this machine or on another one."""
+"""The lock of a run folder: only one process at a time writes a run, on this machine or on another one."""
 
 from __future__ import annotations
 
@@ -22,22 +22,24 @@ from mnist_dist.errors import Problem, RecipeError
 FILE = "run.lock"
 
 RENEW_SECONDS = 5.0
-"""Interval at which the writer renews its lock. A renewal is one `utime` in a thread, whatever the run is doing."""
+"""Interval at which the writer renews its lock. A thread calls `utime`, independently of what the run is doing."""
 
 SILENT_SECONDS = 45.0
 """A lock of another machine that was not renewed for this time is taken over.
 
-Nine renewals: a file server that stalls for half a minute loses nobody the lock. A batch system that requeues a job on
-another node takes about as long to start it, and the new attempt waits for the rest: it is not refused.
+This is the time of nine renewals, so a process keeps its lock when the file server stalls for half a minute. A batch
+system that requeues a job on another node takes about as long to start it. The new attempt waits for the rest of the
+time and is not refused.
 """
 
 
 class RunLock:
     """Holds a run folder for this process inside the context.
 
-    The lock is a file with host, process id and start time. A lock that a dead process of this machine left is taken
-    over at once. The process ids of another machine (or container) mean nothing here: its lock is watched until it is
-    renewed, which refuses this process, or until it has been silent for `SILENT_SECONDS`.
+    The lock is a file with host, process id and start time. A lock left by a dead process of this machine is taken over
+    at once. Whether a process of another machine (or container) still runs cannot be seen from here, so this process
+    watches its lock: if the lock is renewed, this process is refused; if it is not renewed for `SILENT_SECONDS`, it is
+    taken over.
 
     Args:
         folder: the run folder; must exist.
@@ -53,12 +55,12 @@ class RunLock:
         """Takes the lock.
 
         Raises:
-            RecipeError: another process holds it; names host, process id and time.
+            RecipeError: another process holds it; the message names host, process id and time.
             OSError: the folder cannot be written.
         """
         while not self._create():
             content, age = self._observe()
-            if content is None:  # removed in this moment
+            if content is None:  # another process has just removed it
                 continue
             if _is_dead_here(content) or (not _is_of_this_machine(content) and self._stays_silent(content, age)):
                 self._remove(content)
@@ -74,7 +76,7 @@ class RunLock:
             self._remove(self._own)
 
     def _create(self) -> bool:
-        """Creates the file if there is none; returns whether it did."""
+        """Creates the lock file; returns False if it exists already."""
         try:
             descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError:
@@ -84,7 +86,7 @@ class RunLock:
         return True
 
     def _observe(self) -> tuple[dict[str, Any] | None, float]:
-        """Returns the content of the file, None if it is gone, and its age by the clock of the file system."""
+        """Returns the content of the lock file, or None if there is no file, and its age by the file system's clock."""
         with tempfile.NamedTemporaryFile(dir=self._path.parent, prefix=".run.lock.") as now:
             try:
                 # Opening the file makes a network file system ask its server; `stat` alone may answer from a cache.
@@ -102,19 +104,19 @@ class RunLock:
         """Watches a lock of another machine; returns whether it was not renewed for `SILENT_SECONDS`."""
         if age < SILENT_SECONDS:
             left = SILENT_SECONDS - age
-            print(f"mnist_dist: {_holder(content)} may still write {self._path.parent}; watching it for {left:.0f} s")
+            print(f"mnist_dist: {_holder(content)} may still write {self._path.parent}; waiting {left:.0f} s to see")
         while age < SILENT_SECONDS:
             time.sleep(min(1.0, SILENT_SECONDS / 10))
             self._while_waiting()
             before, (found, age) = age, self._observe()
             if found != content:
-                return True  # gone, or another one: `__enter__` looks again
+                return True  # removed or replaced: `__enter__` tries again
             if age < before:
                 return False
         return True
 
     def _remove(self, content: dict[str, Any]) -> None:
-        """Removes the lock with this content. Of several processes that find it left over, one succeeds."""
+        """Removes the lock if it still has this content. If several processes try this, one of them succeeds."""
         aside = self._path.with_name(f".{FILE}.{os.getpid()}.{time.time_ns()}")
         try:
             self._path.rename(aside)
@@ -123,20 +125,20 @@ class RunLock:
         with suppress(ValueError):
             if json.loads(aside.read_bytes() or b"{}") != content:
                 with suppress(OSError):
-                    os.link(aside, self._path)  # another process took the lock over in this moment
+                    os.link(aside, self._path)  # another process has just taken the lock over: give it back
         aside.unlink()
 
     def _renew(self) -> None:
-        """Renews the lock until the context ends; ends the process if another one has taken the lock over."""
+        """Renews the lock until the context ends. Ends this process if another process has taken the lock over."""
         while not self._end.wait(RENEW_SECONDS):
-            with suppress(OSError):  # the disk may be away for a while
+            with suppress(OSError):  # a network file system may be unreachable for a while
                 os.utime(self._path)
             with suppress(OSError, ValueError):
                 found = json.loads(self._path.read_bytes())
                 if found != self._own and not self._end.is_set():
                     print(
-                        f"mnist_dist: {_holder(found)} took over {self._path.parent}, because this process was silent"
-                        f" for {SILENT_SECONDS:.0f} s; this process ends",
+                        f"mnist_dist: {_holder(found)} took over {self._path.parent}, because this process did not"
+                        f" renew its lock for {SILENT_SECONDS:.0f} s; this process ends",
                         file=sys.stderr,
                         flush=True,
                     )
@@ -144,7 +146,7 @@ class RunLock:
 
 
 def _describe_process() -> dict[str, Any]:
-    """Returns machine, process id and start time of this process. A restarted container is another machine."""
+    """Returns machine, process id and start time of this process. A restarted container counts as another machine."""
     machine = [socket.gethostname()]
     with suppress(OSError):
         machine.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip())
@@ -162,12 +164,15 @@ def _is_of_this_machine(content: dict[str, Any]) -> bool:
 
 
 def _is_dead_here(content: dict[str, Any]) -> bool:
-    """Returns whether a lock is of this machine, and its process has ended. A process id may be used again."""
+    """Returns whether the lock belongs to a process of this machine that has ended.
+
+    The start time is compared too, because the system may have given the process id to another process.
+    """
     if not _is_of_this_machine(content):
         return False
     try:
         process = psutil.Process(content["pid"])
-        # psutil's start time moves with the clock of the machine when that is set.
+        # 10 s of tolerance: psutil's start time shifts when the clock of the machine is set.
         ended = process.status() == psutil.STATUS_ZOMBIE or abs(process.create_time() - content["started"]) > 10
     except psutil.Error:
         return True
@@ -183,6 +188,6 @@ def _holder(content: dict[str, Any]) -> str:
 def _refusal(path: Path, content: dict[str, Any]) -> RecipeError:
     message = (
         f"{_holder(content)} is writing the run in {path.parent}; wait until it ends, or name another folder\n"
-        f"(a process that has ended without removing {FILE} counts for {SILENT_SECONDS:.0f} s on other machines)"
+        f"(if it has ended without removing {FILE}, other machines can use the folder after {SILENT_SECONDS:.0f} s)"
     )
     return RecipeError([Problem("command line", "--run-dir", message, "exists")])

@@ -10,19 +10,26 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from mnist_dist.data import Dataset, Images, derive_seed
+from mnist_dist.data import Dataset, Images, derive_seed, describe_shape
 from mnist_dist.distributed.launcher import asks_for_fsdp
-from mnist_dist.engine.train_step import count_micro_batches
+from mnist_dist.engine.shares import count_micro_batches
 from mnist_dist.errors import RecipeError
 from mnist_dist.models import build_model
 from mnist_dist.recipe.checks import check_freeze
 from mnist_dist.recipe.schema import Recipe
-from mnist_dist.run.model_trial import Trial, TrialError, copy_of, keep_random_state, try_network
+from mnist_dist.run.model_trial import (
+    Trial,
+    TrialError,
+    copy_of,
+    keep_random_state,
+    micro_batch_effects,
+    try_network,
+)
 
 
 @dataclass(frozen=True)
 class PreparedModel:
-    """A network that can be trained, and what its trial decided."""
+    """A network that can be trained, and what its trial has found."""
 
     module: nn.Module
     """The network with initial weights, in training mode, on the CPU."""
@@ -33,7 +40,7 @@ class PreparedModel:
 
 
 def build_module(recipe: Recipe, dataset: Dataset, world_size: int = 1) -> nn.Module:
-    """Returns the network of `prepare_model`, tried on the CPU."""
+    """Returns the network that `prepare_model` builds and tries on the CPU."""
     return prepare_model(recipe, dataset, world_size).module
 
 
@@ -51,7 +58,7 @@ def prepare_model(
         device: the device that the run trains on; None for the CPU.
 
     Raises:
-        RecipeError: the network cannot be built, does not map (N, 1, 28, 28) to (N, classes), cannot be trained by the
+        RecipeError: the network cannot be built, does not map (N, C, H, W) to (N, classes), cannot be trained by the
             optimizer in the recipe's precision, does not use all its parameters although data parallel needs that, or
             cannot train on a single image although a micro-batch of this run has only one.
     """
@@ -74,10 +81,11 @@ def prepare_model(
         )
         raise RecipeError([recipe.problem("ddp.find_unused_parameters", message, "conflict")])
     _check_single_image(recipe, module, dataset.train, world_size)
+    notes = _notes(recipe, trial) + _micro_batch_notes(recipe, module, dataset.train, world_size)
     if trial.layout_failure:
         engine = recipe.engine.model_copy(update={"channels_last": False})
-        return PreparedModel(module, recipe.model_copy(update={"engine": engine}), _notes(recipe, trial))
-    return PreparedModel(module, recipe, _notes(recipe, trial))
+        recipe = recipe.model_copy(update={"engine": engine})
+    return PreparedModel(module, recipe, notes)
 
 
 def _build(recipe: Recipe, dataset: Dataset, device: torch.device) -> nn.Module:
@@ -86,7 +94,14 @@ def _build(recipe: Recipe, dataset: Dataset, device: torch.device) -> nn.Module:
     torch.manual_seed(derive_seed(recipe.seed))
     dtype = torch.get_default_dtype()
     try:
-        module = build_model(name, num_classes=classes, **recipe.model.keywords)
+        module = build_model(
+            name,
+            num_classes=classes,
+            in_channels=dataset.train.shape[0],
+            image_size=dataset.train.shape[1:],
+            pretrained=recipe.model.pretrained,
+            **recipe.model.keywords,
+        )
         names = set(module.state_dict())
         before = [(buffer, buffer.clone()) for buffer in module.buffers() if not is_lazy(buffer)]
         with keep_random_state(device), torch.no_grad():
@@ -94,14 +109,15 @@ def _build(recipe: Recipe, dataset: Dataset, device: torch.device) -> nn.Module:
             for buffer, value in before:
                 buffer.copy_(value)
     except Exception as error:  # a user's own class may fail in any way
-        message = f"{name} cannot be built for 28×28 images of one channel: {type(error).__name__}: {error}"
+        message = f"{name} cannot be built for images of {describe_shape(dataset.train.shape)}: "
+        message += f"{type(error).__name__}: {error}"
         raise RecipeError([recipe.problem("model.name", message, "model")]) from error
     finally:
         torch.set_default_dtype(dtype)  # a user's own class may set it for the process, and the images are float32
     if new := sorted(module.state_dict().keys() - names):
         message = (
             f"{name} creates {_listed(new)} in its first forward pass, so its weights could not be loaded again\n"
-            "create these layers in __init__; nn.LazyLinear and its relatives infer their size from the first images"
+            "create these layers in __init__; lazy layers such as nn.LazyLinear take their size from the first images"
         )
         raise RecipeError([recipe.problem("model.name", message, "model")])
     if not isinstance(output, torch.Tensor) or output.shape[1:] != (classes,):
@@ -126,6 +142,21 @@ def _notes(recipe: Recipe, trial: Trial) -> list[str]:
     if trial.blind_region:
         notes.append(f"{name}: part of the image cannot change the output: {trial.blind_region}")
     return notes
+
+
+def _micro_batch_notes(recipe: Recipe, module: nn.Module, data: Images, world_size: int) -> list[str]:
+    """Returns a note if the run splits its batches into micro-batches and that changes the result."""
+    size, share = recipe.micro_batch_size, -(-recipe.batch_size // (recipe.logical_shards or world_size))
+    # Whether `auto` splits the batches depends on the memory, which is not known here.
+    if size is None or (isinstance(size, int) and count_micro_batches(share, size) == 1):
+        return []
+    try:
+        effects = micro_batch_effects(module, data)
+    except Exception:  # e.g. a network without a gradient for its input; it can be trained nevertheless
+        return []
+    if not effects:
+        return []
+    return [f"micro_batch_size: the result depends on it, because {recipe.model.name} {' and '.join(effects)}"]
 
 
 def _listed(names: list[str], most: int = 8) -> str:
@@ -180,7 +211,7 @@ def _smallest_micro_batch(recipe: Recipe, samples: int, world_size: int) -> tupl
     for size in batches:
         largest = -(-size // shares)
         for share in (max(1, size // shares), largest):
-            # The number of micro-batches follows from the logical shard's own size, or from the largest share.
+            # Each logical shard chooses its number of micro-batches. Processes agree on that of the largest share.
             sized = share if recipe.logical_shards else largest
             count = min(count_micro_batches(sized, micro if isinstance(micro, int) else None), share)
             key = "micro_batch_size" if count > 1 else "logical_shards" if recipe.logical_shards else "batch_size"

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 BATCH = 2
-"""Images of the trial run. Two, not one: an output of shape (98, C) then shows that it has 49 rows per image."""
+"""Number of images in the trial run. With two, an output of shape (98, C) shows that it has 49 rows per image."""
 
 COUNTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-"""Layers whose multiply-adds count."""
+"""Types of layers whose multiply-adds are counted."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ def summarize_model(model: nn.Module, *, input_shape: Sequence[int] = (1, 28, 28
         input_shape: channels, height and width of one image.
     """
     try:
-        # The totals are computed from the copy too: running it gives lazy layers their shapes.
+        # The totals are computed from the copy too, because running it gives lazy layers their shapes.
         model = copy.deepcopy(model).to("cpu", torch.float32).eval()
         rows, note = _trace(model, input_shape), ""
-    except Exception as error:  # a user's `forward` may raise anything, and a report must not end a run
+    except Exception as error:  # a user's `forward` may raise anything, and this table must not end a run
         rows = _list_leaves(model)
         reason = (str(error).strip().splitlines() or [""])[0]
         note = f"Layers in the order of definition: the model could not be run ({type(error).__name__}: {reason})"
@@ -85,7 +85,7 @@ def _list_leaves(model: nn.Module) -> list[_Row]:
 def _count(parameters: Iterable[nn.Parameter], seen: set[int] | None = None) -> int:
     """Returns the number of values in the parameters that are not in `seen`, and adds these parameters to `seen`.
 
-    A shared parameter is thus counted only once, where it is first met.
+    So a parameter that several layers share counts once, for the first of them.
     """
     seen = set() if seen is None else seen
     fresh = [parameter for parameter in parameters if id(parameter) not in seen and not is_lazy(parameter)]

@@ -1,4 +1,4 @@
-"""A network as a PyTorch program, as an ONNX model, and in ONNX Runtime."""
+"""Traces a network as a PyTorch program, converts the program to ONNX, and opens a model in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def trace_program(network: nn.Module, images: Tensor, name: str) -> Any:
     Args:
         network: in evaluation mode.
         images: an example of the input; at least two images.
-        name: of the network, for a message.
+        name: the network's name, for messages.
 
     Raises:
         RecipeError: PyTorch cannot trace the network for every batch size.
@@ -29,7 +29,7 @@ def trace_program(network: nn.Module, images: Tensor, name: str) -> Any:
     except Exception as error:  # a user's own network may fail in any way
         raise _refuse(name, error) from error
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # paths on this machine
+        node.meta.pop("stack_trace", None)  # it names folders of this machine
     return program
 
 
@@ -37,7 +37,7 @@ def export_onnx(program: Any, name: str, output: str = "logits") -> Any:
     """Returns a traced program as an `onnx.ModelProto` with the input `images` and a batch dimension of any size.
 
     Args:
-        name: of the network, for a message.
+        name: the network's name, for messages.
         output: the name of the model's output.
 
     Raises:
@@ -58,7 +58,7 @@ def open_session(model: Path | bytes, device: torch.device) -> Any:
     """Returns an `onnxruntime.InferenceSession` with this process's number of threads.
 
     Args:
-        model: a file, or the content of one.
+        model: an ONNX file, or its content.
         device: a CUDA device runs the model on the GPU if the installed onnxruntime supports it.
 
     Raises:

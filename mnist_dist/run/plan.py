@@ -1,4 +1,4 @@
-"""The plan of a run's steps, and what a checkpoint means under another plan: other batch size, data or length."""
+"""The plan of a run's steps, and the conversion of a checkpoint if the batch size, the data or the length changes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mnist_dist.recipe.schema import Recipe
 
 @dataclass(frozen=True)
 class Plan:
-    """The sizes that give a step its meaning. Every checkpoint holds them."""
+    """The sizes that determine the samples of each step and the length of the run. Every checkpoint holds them."""
 
     num_samples: int
     batch_size: int
@@ -29,40 +29,40 @@ class Plan:
         return -(-self.num_samples // self.batch_size)
 
     def has_steps_of(self, other: Plan) -> bool:
-        """Returns whether a step is the same samples in both plans."""
+        """Returns whether each step has the same samples in both plans."""
         return (self.num_samples, self.batch_size) == (other.num_samples, other.batch_size)
 
     def convert(self, step: int, old: Plan) -> int:
-        """Returns the step of this plan that stands for a step of the old one.
+        """Returns the step of this plan that corresponds to a step of the old plan.
 
-        Whole epochs stay done. Within an epoch the samples seen are rounded down to whole batches, and the epoch does
-        not end by the conversion.
+        Completed epochs stay completed. Within an epoch, the number of samples seen is rounded down to whole batches of
+        this plan; the conversion never completes an epoch.
         """
         epochs, rest = divmod(step, old.steps_per_epoch)
         return epochs * self.steps_per_epoch + min(rest * old.batch_size // self.batch_size, self.steps_per_epoch - 1)
 
 
 def plan_of(checkpoint: dict[str, Any], otherwise: Plan) -> Plan:
-    """Returns the plan that a checkpoint was made under; a checkpoint of an earlier version holds none."""
+    """Returns the plan under which a checkpoint was made, or `otherwise`: earlier versions stored no plan."""
     return Plan(**checkpoint["plan"]) if "plan" in checkpoint else otherwise
 
 
 def converted(checkpoint: dict[str, Any], new: Plan) -> tuple[dict[str, Any], str]:
-    """Returns a checkpoint whose steps are those of the new plan, and a message if they were others."""
+    """Returns the checkpoint with its steps converted to the new plan, and a message if that changes them."""
     old = plan_of(checkpoint, new)
     if new.has_steps_of(old):
         return checkpoint, ""
     progress = checkpoint["progress"]
     steps = {key: new.convert(progress[key], old) for key in ("step", "evaluated_at")}
     message = (
-        f"the checkpoint is of {old.num_samples:,} training images in batches of {old.batch_size}: "
+        f"the checkpoint was made with {old.num_samples:,} training images in batches of {old.batch_size}: "
         f"its step {progress['step']:,} is step {steps['step']:,} of this run"
     )
     return checkpoint | {"progress": progress | steps, "plan": asdict(new)}, message
 
 
 def refuse_length(recipe: Recipe, num_samples: int, checkpoint: dict[str, Any], done_in: str = "") -> None:
-    """Checks that a recipe can continue from a checkpoint: steps are left, and the rates so far stay what they were.
+    """Checks that a recipe can continue from a checkpoint: steps are left, and the steps so far keep their rates.
 
     Args:
         recipe: the resolved recipe of the run that resumes.
@@ -71,7 +71,7 @@ def refuse_length(recipe: Recipe, num_samples: int, checkpoint: dict[str, Any], 
         done_in: the folder of the run, if that run has finished.
 
     Raises:
-        RecipeError: it cannot; says what to do.
+        RecipeError: it cannot; the message names what to change.
     """
     new = Plan.of(recipe, num_samples)
     old = plan_of(checkpoint, new)
@@ -79,22 +79,22 @@ def refuse_length(recipe: Recipe, num_samples: int, checkpoint: dict[str, Any], 
     key = "epochs" if recipe.max_steps is None else "max_steps"
     made = f"{step:,} steps ({step / new.steps_per_epoch:g} epochs)"
     if done_in and step >= new.total_steps:
-        message = f"the run in {done_in} is done after {made}; to train it longer, give more {key}"
+        message = f"the run in {done_in} is done after {made}; to train it longer, raise {key}"
         raise RecipeError([Problem("command line", "--run-dir", f"{message}; or name a new folder", "exists")])
     if step > new.total_steps:
-        message = f"the checkpoint has made {made}, and this recipe ends after {new.total_steps:,} steps"
-        raise RecipeError([recipe.problem(key, f"{message}; give more, or name a new folder", "conflict")])
+        message = f"the checkpoint was made after {made}, but this recipe ends after {new.total_steps:,} steps"
+        raise RecipeError([recipe.problem(key, f"{message}; raise {key}, or name a new folder", "conflict")])
     if done_in and _changes_past(recipe, new, new.convert(old.total_steps, old), step):
         message = (
-            f"{recipe.schedule.name} spans the whole run: over another length, the steps already made would have had "
-            "other rates\nadd a schedule that does not depend on the length (schedule={name: constant}), or start a "
-            f"new run from the weights (model.init_from={done_in})"
+            f"{recipe.schedule.name} depends on the length of the run: in a run of another length, the steps already "
+            "made would have had other rates\nuse a schedule that does not depend on the length "
+            f"(schedule={{name: constant}}), or start a new run from the weights (model.init_from={done_in})"
         )
         raise RecipeError([recipe.problem("schedule.name", message, "conflict")])
 
 
 def _changes_past(recipe: Recipe, new: Plan, old_total: int, step: int) -> bool:
-    """Returns whether the schedule gives the first `step` steps other rates in the new plan than in the old length."""
+    """Returns whether the first `step` steps have other rates in the new plan than in a run of the old length."""
 
     def schedule(total_steps: int) -> Schedule:
         return build_schedule(

@@ -1,4 +1,4 @@
-"""Classifies images with the network of a run."""
+"""Classifies images with the network of a run, on the CPU in fp32, also if the run was trained in another precision."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from mnist_dist.data.pictures import prepare_picture
 from mnist_dist.run.reader import Run
 
 LEAST_CONFIDENCE = 0.7
-"""A prediction of less confidence is marked as unsure."""
+"""A prediction with less confidence is marked as unsure."""
 
 
 def predict_picture(run: Run, path: Path) -> dict[str, Any]:
-    """Classifies the picture in a file, prepared as the images that the network was trained with.
+    """Prepares the picture in a file like the images that the network was trained with, and classifies it.
 
     Returns:
-        What `predict` returns for one image; and as `unsure` the reasons why the prediction may be wrong, such as "two
-        figures", or None.
+        The dictionary that `predict` returns for one image, and `unsure`: the reasons why the prediction may be wrong,
+        such as "two figures", or None.
 
     Raises:
         ValueError: see `mnist_dist.data.pictures.prepare_picture`.
@@ -37,7 +37,7 @@ def predict(run: Run, images: Tensor) -> list[dict[str, Any]]:
     """Classifies images one at a time.
 
     Args:
-        images: uint8 (N, 1, 28, 28).
+        images: uint8 (N, C, H, W).
 
     Returns:
         For each image the likeliest class as `digit`, its probability as `confidence` (0 to 1), and the three likeliest

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mnist_dist.data import Images
+from mnist_dist.data import Images, describe_shape
 from mnist_dist.engine.checkpoint import load_weights
 from mnist_dist.engine.files import expand_path
 from mnist_dist.errors import Kind, RecipeError
@@ -76,7 +76,7 @@ def load_teachers(recipe: Recipe, data: Images, allow_code: Iterable[str] = ()) 
 
     Args:
         recipe: the recipe of the student.
-        data: the training images; each teacher must know the same classes.
+        data: the training images; each teacher must know the same classes and take images of their shape.
         allow_code: see `load_run`. The student's own network is allowed too.
 
     Raises:
@@ -99,6 +99,10 @@ def load_teachers(recipe: Recipe, data: Images, allow_code: Iterable[str] = ()) 
         if known != data.classes:
             message = f"{folder} knows {len(known)} classes ({_listed(list(known), 10)}), {recipe.data.dataset} has "
             message += f"{len(data.classes)} ({_listed(list(data.classes), 10)})"
+            raise RecipeError([recipe.problem("distill.from", message, "conflict")])
+        if teacher.shape != data.shape:
+            message = f"{folder} takes images of {describe_shape(teacher.shape)}, {recipe.data.dataset} has "
+            message += describe_shape(data.shape)
             raise RecipeError([recipe.problem("distill.from", message, "conflict")])
         teachers.append(teacher)
     return teachers

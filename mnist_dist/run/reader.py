@@ -1,4 +1,4 @@
-"""Reading run folders: `RunReader` follows a run in any state, `load_run` loads a trained network."""
+"""Reads run folders: `RunReader` follows a run in any state, `load_run` loads a trained network."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from mnist_dist.data.geometry import Geometry, read_geometry
+from mnist_dist.data.images import SHAPE, as_numbers
 from mnist_dist.engine.checkpoint import load_weights
 from mnist_dist.engine.files import expand_path, read_regular
 from mnist_dist.errors import Kind, Problem, RecipeError
 from mnist_dist.models import CodeRefused, check_description, rebuild_model
-from mnist_dist.recipe.changes import HARMLESS_KEYS, flatten
+from mnist_dist.recipe.changes import flatten, is_harmless
 from mnist_dist.recipe.file import read_recipe
 from mnist_dist.recipe.loading import load_recipe
 from mnist_dist.recipe.schema import Recipe
@@ -28,10 +29,10 @@ from mnist_dist.run.tables import printable
 from mnist_dist.tracking import JSONLReader
 
 LARGEST = 1e100
-"""Numbers of a larger magnitude are passed over. JSON can hold 1e999, and whole numbers that no float can hold."""
+"""Numbers of a larger magnitude are ignored. JSON can hold 1e999, and whole numbers that are too large for a float."""
 
 SILENCE = 600.0
-"""Seconds without a new line after which the status of a run that is training mentions its silence."""
+"""After this many seconds without a change of its files, the status of a running run shows how long it is silent."""
 
 # --- a run in any state -------------------------------------------------------------------------------------------
 
@@ -48,12 +49,12 @@ def find_runs(path: Path) -> Iterator[Path]:
 class RunReader:
     """A run folder whose run may be training, finished, failed, preempted or damaged.
 
-    `refresh` reads what is new. It raises no error, whatever is missing or damaged.
+    `refresh` reads what is new. It never raises an error: files may be missing or damaged.
 
     Attributes:
         name: the path as text that any console can print.
         recipe: dotted keys and values of the resolved recipe; empty if recipe.yaml cannot be read.
-        summary: the values of summary.json; for an unfinished run those of them that its metrics give.
+        summary: the values of summary.json; for an unfinished run, those that follow from its recipe and metrics.
         lines: the objects of metrics.jsonl so far.
         is_finished: summary.json is complete.
         changes: the number of refreshes that found something new.
@@ -92,7 +93,7 @@ class RunReader:
         self.summary = summary if self.is_finished else self._so_far()
 
     def _so_far(self) -> dict[str, Any]:
-        """Returns the values of an unfinished run's summary that its recipe and metrics give."""
+        """Returns the values of an unfinished run's summary that follow from its recipe and metrics."""
         accuracies, seed = numbers(self.lines, "eval/accuracy"), self.recipe.get("seed")
         speeds = numbers(self.lines, "train/images_per_second")
         return {
@@ -129,7 +130,8 @@ class RunReader:
     def result_keys(self) -> dict[str, Any]:
         """The keys of the recipe that change a result, without the seed."""
         items = self.recipe.items()
-        return {key: value for key, value in items if key != "seed" and not key.startswith(HARMLESS_KEYS)}
+        dataset = self.recipe.get("data.dataset")
+        return {key: value for key, value in items if key != "seed" and not is_harmless(key, dataset)}
 
 
 def is_summary(values: Any) -> bool:
@@ -140,13 +142,13 @@ def is_summary(values: Any) -> bool:
 
 
 def numbers(lines: list[dict[str, Any]], key: str) -> list[float]:
-    """Returns the numbers that the lines hold under a key, in their order, except those too large to compute with."""
+    """Returns the numbers under a key of the lines, in their order, without those of magnitude `LARGEST` or more."""
     found = [value for line in lines if isinstance(value := line.get(key), int | float)]
     return [value for value in found if abs(value) < LARGEST]
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
-    """Returns a file's time of change, in nanoseconds, and its size in bytes; None if it does not exist."""
+    """Returns a file's modification time in nanoseconds and its size in bytes; None if it does not exist."""
     with suppress(OSError):
         found = path.stat()
         return found.st_mtime_ns, found.st_size
@@ -199,8 +201,14 @@ class Run:
 
     @cached_property
     def about(self) -> dict[str, Any]:
-        """The description in the weights file: model, its keywords, classes, mean, std and geometry of the data."""
+        """The description in the weights file: model, keywords; and classes, shape, mean, std, geometry of the data."""
         return self._read_weights()[1]
+
+    @cached_property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images that the network takes."""
+        channels, height, width = self.about["shape"]
+        return channels, height, width
 
     @cached_property
     def geometry(self) -> Geometry:
@@ -216,7 +224,7 @@ class Run:
         """The trained network in eval mode on the CPU; takes normalised float32 (N, channels, height, width).
 
         Raises:
-            CodeRefused: the network is code that `allow_code` does not hold. Nothing was imported.
+            CodeRefused: the network is code that `allow_code` does not name. Nothing was imported.
             OSError, ValueError: the weights file is missing or damaged, or the model's class has changed since.
         """
         tensors, about = self._read_weights()
@@ -237,11 +245,13 @@ class Run:
             check_description(about)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        return tensors, about
+        # Older files describe images of MNIST's shape, and hold a number for the only channel.
+        statistics = {key: as_numbers(about[key]) for key in ("mean", "std")}
+        return tensors, {"shape": list(SHAPE), **about, **statistics}
 
 
 def load_run(folder: str | Path, weights: str = "best", allow_code: str | Iterable[str] = ()) -> Run:
-    """Opens a run folder. The folder may come from a stranger: it is data, and nothing that it names is imported.
+    """Opens a run folder. It may come from a stranger: code that it names is imported only if `allow_code` names it.
 
     Args:
         folder: the run folder.

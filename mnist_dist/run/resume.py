@@ -1,4 +1,4 @@
-"""Opening the run folder, and finding and loading the checkpoint that a run resumes from."""
+"""Opens the run folder, and finds and loads the checkpoint that a run resumes from."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def open_folder(
 
     Args:
         num_samples: the number of training images.
-        interrupts: the stop requests; one ends the process while the lock of another machine is watched.
+        interrupts: the stop requests. A request ends the process while it watches the lock of another machine.
 
     Raises:
         RecipeError: the folder cannot be used, or there is no checkpoint to resume from.
@@ -61,11 +61,13 @@ def open_folder(
         def open_on_main() -> RunFolder | None:
             if not state.is_main_process:
                 return None
-            # The same command again after a kill: the folder's own checkpoints are newer, and the source may be gone.
+            # When the same command runs again after a kill, the folder's own checkpoints are newer than the source,
+            # and the source may be gone.
             starts_from_source = resume not in ("auto", "never") and not holds_checkpoint(run_dir)
             source = find_checkpoint(resume, recipe, allow_recipe_change) if starts_from_source else None
             folder = RunFolder.create(run_dir, recipe)
-            folder.refuse_content(recipe, resume, allow_recipe_change)  # a folder of something else gets no lock
+            # Before the lock: nothing may be written into a folder that holds something else.
+            folder.refuse_content(recipe, resume, allow_recipe_change)
             refuse_lengths(recipe, num_samples, folder, source[1] if source else None)
             try:
                 held.enter_context(RunLock(folder.path, interrupts.exit_before_start))
@@ -91,7 +93,7 @@ def refuse_lengths(recipe: Recipe, num_samples: int, folder: RunFolder, source: 
         source: the state of another run's checkpoint that the run starts from.
 
     Raises:
-        RecipeError: no step is left, or the schedule would have been another one.
+        RecipeError: no step is left, or the steps already made would have had other learning rates.
     """
     if source:
         return refuse_length(recipe, num_samples, source)
@@ -102,7 +104,7 @@ def refuse_lengths(recipe: Recipe, num_samples: int, folder: RunFolder, source: 
     for path in reversed(list_checkpoints(folder.checkpoints)):
         try:
             checkpoint = load_checkpoint(path)
-        except ValueError:  # damaged: named later
+        except ValueError:  # damaged: `load_newest` reports it
             continue
         return refuse_length(recipe, num_samples, checkpoint, str(folder.path) * folder.is_done)
     return None
@@ -111,12 +113,12 @@ def refuse_lengths(recipe: Recipe, num_samples: int, folder: RunFolder, source: 
 def finished_results(
     recipe: Recipe, run_dir: str | Path | None, state: PartialState, resume: str
 ) -> dict[str, Any] | None:
-    """Returns the summary of the run in `run_dir`, and prints a line, if this recipe has finished there.
+    """Returns the summary of the run in `run_dir` and prints a line, if that run has finished with this recipe.
 
     Collective: call on every rank.
 
     Returns:
-        The values of summary.json; None if there is something to train, or something to refuse.
+        The values of summary.json; None if there is something to train or to refuse.
     """
 
     def read() -> dict[str, Any] | None:
@@ -195,15 +197,15 @@ def find_checkpoint(source: str, recipe: Recipe, allow_recipe_change: bool) -> t
 
 
 def _check_position(path: Path, state: dict[str, Any]) -> None:
-    """Checks the values of a checkpoint that become a path and a position in a file.
+    """Checks the values of a checkpoint that become part of a path and a position in a file.
 
     Raises:
-        ValueError: the checkpoint may come from a stranger, and one of the values is of another type.
+        ValueError: one of the values is not a whole number from 0. The checkpoint may come from a stranger.
     """
     progress = state.get("progress") if isinstance(state, dict) else None
     numbers = [progress.get("step") if isinstance(progress, dict) else None, state.get("metrics_bytes", 0)]
     if any(type(each) is not int or each < 0 for each in numbers):
-        raise ValueError(f"{path} is damaged: it does not say at which step it was written")
+        raise ValueError(f"{path} is damaged: its step or its metrics_bytes is not a valid number")
 
 
 def adopt(folder: RunFolder, origin: RunFolder, state: dict[str, Any], keep: int) -> None:
@@ -242,9 +244,9 @@ def load_newest(folder: RunFolder, state: PartialState, plan: Plan | None = None
 
 
 def _convert(folder: Path, checkpoint: dict[str, Any], plan: Plan) -> tuple[dict[str, Any], str]:
-    """Converts a checkpoint to the plan, on the disk too: later steps of the old plan would pass for newer ones.
+    """Converts a checkpoint to the plan, on disk too: old checkpoints with higher step numbers would look newer.
 
-    The checkpoint that is converted goes last. A process that is killed before leaves all that the next one needs.
+    The original checkpoint is removed last, so a process that is killed on the way leaves what the next one needs.
     """
     state, message = converted(checkpoint, plan)
     source, target = (folder / f"step-{each['progress']['step']}" for each in (checkpoint, state))
@@ -269,7 +271,7 @@ def file_bytes(path: Path) -> torch.Tensor:
 
 
 def _restore_best(content: torch.Tensor, best: Path) -> list[str]:
-    """Writes the checkpoint's best weights if the file differs; returns a message if it was damaged or missing."""
+    """Writes the checkpoint's best weights if the file differs; returns a message if the file is damaged or missing."""
     try:
         load_weights(best)
         problems = []

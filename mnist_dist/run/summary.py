@@ -44,7 +44,7 @@ def open_trackers(
         components: the run's components; their accelerator gets the trackers.
         dataset: the data of the run.
         folder: the run folder.
-        checkpoint: the state that the run resumes from: metrics and W&B run continue there; empty for a new run.
+        checkpoint: the state that the run resumes from, where its metrics and W&B run continue; empty for a new run.
         quiet: print nothing.
 
     Returns:
@@ -73,7 +73,7 @@ def open_trackers(
 
 
 def _wandb_settings(recipe: Recipe) -> dict[str, Any]:
-    """Returns keywords for `wandb.init`: the recipe's, else those of W&B's environment variables, else defaults."""
+    """Returns keywords for `wandb.init`, each from the recipe, else from W&B's environment variable, else a default."""
     wandb, environ = recipe.tracking.wandb, os.environ
     tags = [tag.strip() for tag in environ.get("WANDB_TAGS", "").split(",") if tag.strip()]
     return {
@@ -86,7 +86,7 @@ def _wandb_settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def show_notes(console: ConsoleTracker | None, components: TrainingComponents, notes: Sequence[str]) -> None:
-    """Prints notes on how the run was set up, and has the CUDA-graph runner print to the same console.
+    """Prints notes on how the run was set up, and makes the CUDA-graph runner print to the same console.
 
     Args:
         console: the console of rank 0; None on the other ranks, which print nothing.
@@ -102,7 +102,7 @@ def show_notes(console: ConsoleTracker | None, components: TrainingComponents, n
 
 
 def close_trackers(components: TrainingComponents) -> None:
-    """Finishes all trackers. The console is the last: it shows what the others could not finish."""
+    """Finishes all trackers; the console last, because it shows what the others could not finish."""
     for tracker in reversed(components.accelerator.trackers):
         tracker.finish()
 
@@ -110,7 +110,7 @@ def close_trackers(components: TrainingComponents) -> None:
 def _close(components: TrainingComponents) -> None:
     """Finishes the trackers and waits for every rank.
 
-    Not `end_training`, which also ends the process group: `train` may be called again in this process.
+    Does not call Accelerate's `end_training`, which also ends the process group: this process may train again.
     """
     close_trackers(components)
     components.accelerator.wait_for_everyone()
@@ -147,7 +147,7 @@ def stop_run(
     """Marks a run that has saved and stopped as preempted and closes the trackers. Collective: call on every rank.
 
     Returns:
-        The status and the step, in the place of a summary.
+        The status and the step, instead of a summary.
     """
     if console:
         step = f"{progress.step:,}"
@@ -171,8 +171,8 @@ def finish_run(
 ) -> dict[str, Any]:
     """Evaluates the test images, writes the results and closes the trackers. Collective: call on every rank.
 
-    The status becomes "done" as the last act. Until then a signal stops the run as it does in the training loop; the
-    same command resumes from the checkpoint of the last step and comes here again.
+    Sets the status to "done" at the very end. Before that, a signal stops the run as it does in the training loop; the
+    same command then resumes from the checkpoint of the last step and repeats this function.
 
     Args:
         folder: the run folder; rank 0 writes into it.
@@ -187,10 +187,10 @@ def finish_run(
     Returns:
         The values of summary.json; what `stop_run` returns if a signal stopped the run.
     """
-    interrupts.set_interval(AGREE_SECONDS)  # the test images are few batches: ask at each of them
+    interrupts.set_interval(AGREE_SECONDS)  # there are few batches of test images: exchange requests at each of them
     # Without a validation part this repeats the last evaluation, for its probabilities. With one, the test images are
     # used here for the first time.
-    images = dataset.test.to(components.accelerator.device)
+    images = components.place(dataset.test)
     try:
         test = components.evaluate(images, recipe.eval_batch_size, interrupts.stop_requested)
     except Interrupted:
@@ -201,7 +201,7 @@ def finish_run(
         finished = _write_results(folder, recipe, components, dataset, test, summary, console, interrupts)
     if not broadcast_object_list([finished])[0]:
         return stop_run(folder, components, progress, console)
-    close_trackers(components)  # W&B uploads what it has: a process that is killed before the status will do it again
+    close_trackers(components)  # W&B uploads; a process that is killed before it sets the status repeats the upload
     if console:
         folder.set_status("done")
     components.accelerator.wait_for_everyone()
@@ -260,7 +260,10 @@ def _write_results(
     console: ConsoleTracker,
     interrupts: Interrupts,
 ) -> bool:
-    """Writes summary.json, W&B artifacts and pictures of a finished run; False if a signal came. Call on rank 0."""
+    """Writes summary.json, W&B artifacts and pictures of a finished run. Call on rank 0.
+
+    Returns False as soon as a signal requests a stop.
+    """
     write_atomically(folder.summary, json.dumps(summary, indent=2) + "\n")
     if interrupts.requested_here:
         return False
@@ -289,7 +292,7 @@ def _pictures(
     folder: RunFolder, title: str, batches: Batches, dataset: Dataset, test: Evaluation, eval_name: str
 ) -> list[Callable[[], object]]:
     """Returns a function for each picture of a run, which draws it into the folder plots/."""
-    from mnist_dist.plots import confusion, curves, images  # matplotlib delays the start of the run
+    from mnist_dist.plots import confusion, curves, images  # here, because importing matplotlib takes time
 
     metrics, data = load_run(folder.path).metrics, dataset.test
     predictions = images.Predictions.read(data.images, data.labels, test.probabilities, data.classes)
@@ -314,9 +317,9 @@ def _augmented_samples(batches: Batches, data: Images, count: int = 10) -> tuple
     Returns:
         Two tensors (count, channels, height, width): uint8, and float32 if there is augmentation.
     """
-    plan = batches.plan(0)
-    rows = plan.order[:count]
+    rows = batches.plan(0).order[:count]
     originals = data.images[rows]
-    if plan.warps is None or batches.augmentation is None:
+    changes = batches.changes(0, rows)
+    if changes is None or batches.augmentation is None:
         return originals, originals
-    return originals, batches.augmentation.apply(originals.float(), plan.warps[rows])
+    return originals, batches.augmentation.apply(originals.float(), changes)

@@ -1,4 +1,4 @@
-"""Text for people: consoles, Markdown tables, printable paths."""
+"""Formats text for people: rich consoles, Markdown tables, printable paths."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mnist_dist.engine.files import write_atomically
 from mnist_dist.errors import CONTROLS, Problem, RecipeError
 
 LONGEST = 4_096
-"""Letters of a longer text are left out."""
+"""A longer text is cut after this many characters."""
 
 
 def table_console(**keywords: Any) -> Console:
@@ -30,23 +30,23 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def markdown_text(text: str) -> str:
-    """Returns a stranger's text for a cell of a Markdown table, in which it is neither HTML nor Markdown."""
+    """Escapes untrusted text for a cell of a Markdown table, so that it is read neither as HTML nor as Markdown."""
     text = re.sub(r"&(?=[#\w])", "&amp;", printable(text))
-    text = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)  # "< 1 ms" begins no tag
+    text = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)  # "< 1 ms" does not start a tag
     return re.sub(r"([\\`*\[\]|])", r"\\\1", text)
 
 
 def printable(value: Any) -> str:
     """Returns a value, e.g. a path, as one line of text that any console can print.
 
-    A file name on disk need not be valid text, and a stranger's text may hold codes that control the terminal.
+    A file name need not be valid text, and untrusted text may hold codes that control the terminal.
     """
     text = str(value).encode(errors="replace").decode()
     return CONTROLS.sub("�", text[:LONGEST])
 
 
 def replace_between_marks(path: Path, text: str, marks: tuple[str, str]) -> None:
-    """Writes `text` between each pair of marks in a Markdown file and keeps the rest; a new file holds nothing else.
+    """Writes `text` between each pair of marks in a Markdown file and keeps the rest. Creates a missing file.
 
     Raises:
         RecipeError: the file has no such pair of marks; nothing was written.
@@ -66,7 +66,7 @@ def fill_between_marks(
 
     Args:
         content: the text of a Markdown file.
-        text: called with the match of each first mark; returns what follows that mark.
+        text: called with the match of each first mark; returns the new text between that mark and its second mark.
         path: the file, for the message.
         marks: the first and the second mark.
         first: the pattern of the first mark, if the mark has several forms.
@@ -86,5 +86,5 @@ def fill_between_marks(
     else:
         if starts:
             return "".join([*pieces, content[end:]])
-    message = f"{path} lacks the lines to write between: {marks[0]} and {marks[1]}"
+    message = f"{path} lacks the two lines between which the table is written: {marks[0]} and {marks[1]}"
     raise RecipeError([Problem("command line", "--markdown", message, "missing")])

@@ -23,7 +23,7 @@ from mnist_dist.recipe.changes import describe_changes
 from mnist_dist.recipe.file import Dumper
 from mnist_dist.recipe.loading import load_recipe
 from mnist_dist.recipe.schema import Recipe
-from mnist_dist.run.build import load_data
+from mnist_dist.run.data import load_data
 from mnist_dist.run.folder import RunFolder
 from mnist_dist.sweep.search_space import Choice, Sweep
 

@@ -1,4 +1,4 @@
-"""The console of rank 0: a header, a progress bar and one line per epoch; plain lines if there is no terminal."""
+"""Prints to the console of rank 0: a header, a progress bar, one line per epoch. Without a terminal, plain lines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mnist_dist.errors import SafeStream
 
 PLAIN_SECONDS = 30.0
-"""Without a terminal, the shortest time between two lines of progress."""
+"""Shortest time between two lines of progress if the output is not a terminal."""
 
 
 class ConsoleTracker(GeneralTracker):
@@ -27,7 +27,7 @@ class ConsoleTracker(GeneralTracker):
         # The run folder is complete without a console, so an error of the terminal or pipe must not end the run.
         stream: Any = sys.stdout and SafeStream(sys.stdout)
         self._console = Console(quiet=quiet, file=stream)
-        self._log = log_path.open("a", encoding="utf-8", errors="backslashreplace")  # names of files may be no text
+        self._log = log_path.open("a", encoding="utf-8", errors="backslashreplace")  # a file name need not be text
         self._total_steps, self._epochs, self._split = total_steps, epochs, split
         self._progress = Progress(
             TextColumn("epoch {task.fields[epoch]}"),

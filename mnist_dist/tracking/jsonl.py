@@ -16,8 +16,8 @@ class JSONLTracker(GeneralTracker):
 
     Args:
         path: the file.
-        keep_bytes: a resumed run continues the file after these bytes and writes later lines again. If the file has
-            become shorter, its complete lines stay.
+        keep_bytes: number of bytes that a resumed run keeps; it writes the later lines again. Of a file that has become
+            shorter, all complete lines are kept.
     """
 
     name = "jsonl"
@@ -59,7 +59,7 @@ class JSONLReader:
 
     def read(self) -> list[dict[str, Any]]:
         """Returns the objects of all complete lines so far; ignores a missing file and lines without an object."""
-        if not self.path.is_file():  # a pipe would have no end
+        if not self.path.is_file():  # reading a pipe would never end
             return self.lines
         with suppress(OSError), self.path.open("rb") as file:
             file.seek(self._end - len(self._last))

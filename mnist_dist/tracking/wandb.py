@@ -1,4 +1,4 @@
-"""Weights & Biases through Accelerate's tracker, guarded so that it cannot prompt, stall or end a run."""
+"""Logs to Weights & Biases through Accelerate's tracker, guarded so that it cannot prompt, stall or end a run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from accelerate.utils import patch_environment
 from torch import Tensor
 
 INIT_SECONDS = 30
-"""Seconds. An online run that does not reach the server in this time is logged offline."""
+"""A run that does not reach the W&B server within this time is logged offline."""
 
 PACKAGE = Path(__file__).parent.parent
 
@@ -55,22 +55,22 @@ def server_url() -> str:
 
 
 def _public_server() -> str:
-    """Returns the server that this version of wandb uses by default; `wandb login` stores the key under its host."""
+    """Returns the default server of the installed wandb. `wandb login` stores the key under the server's host."""
     try:
         from wandb.sdk.lib.urls import DEFAULT_BASE_URL
-    except ImportError:  # a version with the older server only
+    except ImportError:  # an older version of wandb, which knows only this server
         return "https://api.wandb.ai"
     return DEFAULT_BASE_URL
 
 
 def _has_credentials() -> bool:
-    """Returns whether wandb finds credentials for its server, by its own reader, which neither asks nor connects."""
+    """Returns whether wandb's own reader finds credentials for its server. The reader neither prompts nor connects."""
     try:
         from wandb.sdk.lib.wbauth import authenticate_session
-    except ImportError:  # another version of wandb: its documented places
+    except ImportError:  # another version of wandb: look in the documented places
         return _has_stored_key(urlparse(server_url()).netloc)
     try:
-        # Its warnings about a broken netrc file would stand above the header.
+        # Without this, its warnings about a broken netrc file would appear above the header.
         with redirect_stderr(io.StringIO()):
             found = authenticate_session(host=server_url(), source="mnist_dist", prompt=False, update_session=False)
         return found is not None
@@ -79,7 +79,7 @@ def _has_credentials() -> bool:
 
 
 def _has_stored_key(host: str) -> bool:
-    """Returns whether the environment or a netrc file holds a key for a host, with the port if it has one."""
+    """Returns whether the environment or a netrc file holds a key for `host`, given as HOST or HOST:PORT."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     for path in filter(None, (os.environ.get("NETRC"), "~/.netrc", "~/_netrc")):
@@ -92,13 +92,13 @@ def _has_stored_key(host: str) -> bool:
 
 
 class WandbTracker(WandBTracker):
-    """One W&B run. After the first error of wandb the training continues without it; metrics.jsonl is complete anyway.
+    """One W&B run. After the first error of wandb, training continues without it; metrics.jsonl remains complete.
 
     Args:
         directory: the run folder.
         recipe: the file of the resolved recipe in the run folder.
         notify: called with one line for the user when wandb fails.
-        gauges: returns further figures for each line of training. They describe the machine, not the result.
+        gauges: returns further values for each line of training metrics. They describe the machine, not the result.
         init: keywords for `wandb.init`.
     """
 
@@ -146,12 +146,12 @@ class WandbTracker(WandBTracker):
         self.run.define_metric("*", step_metric="step")
         for metric, goal in (("eval/accuracy", "max"), ("eval/loss", "min")):
             self.run.define_metric(metric, step_metric="step", summary=goal)
-        # Logs nothing. The first call of `log` imports modules; here it cannot slow the first training steps.
+        # Logs nothing. The first call of `log` imports modules; made here, it does not slow the first training steps.
         self.run.log({}, commit=False)
 
     def _save_code(self) -> None:
         self.run.log_code(str(PACKAGE))
-        # A copy: wandb would make a link, and the file may change later.
+        # A copy, because wandb would only link the file, which may change later.
         copy = shutil.copy(self._recipe, self.run.dir)
         self.run.save(copy, base_path=self.run.dir, policy="now")
 
@@ -286,7 +286,7 @@ class WandbTracker(WandBTracker):
         """Calls wandb. If that raises, notifies the user and makes no further calls.
 
         Args:
-            action: for the message "wandb could not …".
+            action: completes the message "wandb could not …".
         """
         if not self._alive:
             return

@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,6 +22,8 @@ PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "munged", "ip", "nsenter", 
 NODES = {"n0": "10.77.0.10", "n1": "10.77.0.11"}
 HEAD = "10.77.0.1"
 BRIDGE = "mdtest"
+PID = Path("/run/mdtest-slurmctld.pid")
+"""Not below the root: the next cluster ends the slurmctld of one that was killed."""
 
 # `ip netns exec` would remount /sys and hide the cgroups from slurmd: nodes are entered with nsenter instead.
 CONFIGURATION = """\
@@ -31,7 +34,7 @@ AuthType=auth/munge
 # A requeued job waits until its credential has expired: 5 s instead of 120.
 AuthInfo=cred_expire=5
 StateSaveLocation={root}/head
-SlurmctldPidFile={root}/head/pid
+SlurmctldPidFile={pid}
 SlurmctldLogFile={root}/head/log
 SlurmdSpoolDir={root}/%n/spool
 SlurmdPidFile={root}/%n/pid
@@ -48,8 +51,9 @@ MpiDefault=none
 GresTypes=gpu
 SlurmdTimeout=10
 KillWait=20
+# By default a requeued job waits up to half a minute for the next pass of the scheduler.
+SchedulerParameters=sched_interval=2,bf_interval=1
 SlurmdParameters=config_overrides
-SwitchType=switch/none
 {nodes}
 PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
@@ -62,9 +66,23 @@ def missing() -> str:
     absent = [name for name in PROGRAMS if shutil.which(name) is None]
     if absent:
         return f"not installed: {', '.join(absent)} (apt-get install slurmctld slurmd slurm-client munge iproute2)"
-    if subprocess.run(["ip", "netns", "add", "mdprobe"], capture_output=True).returncode:
-        return "network namespaces cannot be made here"
-    subprocess.run(["ip", "netns", "del", "mdprobe"], check=True)
+    with tempfile.TemporaryDirectory() as folder:
+        steps = {
+            "network namespaces": "ip netns add mdprobe",
+            "bridges": "ip link add mdprobe type bridge",
+            "pairs of network devices": "ip link add mdprobe0 type veth peer name eth0 netns mdprobe",
+            "host names of processes": "nsenter --net=/run/netns/mdprobe unshare --uts hostname probe",
+            "mounts of processes": f"unshare --mount mount --bind {folder} {folder}",
+            "device files": f"mknod {folder}/gpu c 1 3",
+        }
+        try:
+            for what, command in steps.items():
+                done = subprocess.run(command.split(), capture_output=True, text=True)
+                if done.returncode:
+                    return f"this machine refuses {what}: {command}: {done.stderr.strip()}"
+        finally:
+            for kind in ("netns", "link"):
+                subprocess.run(["ip", kind, "del", "mdprobe"], capture_output=True)
     return ""
 
 
@@ -89,7 +107,7 @@ class Cluster:
         _run("mknod", gpu, "c", "1", "3")  # SLURM accepts device files only
         (self.root / "gres.conf").write_text(f"Name=gpu File={gpu}\n")
         nodes = [f"NodeName={name} NodeAddr={address} CPUs=2 Gres=gpu:1" for name, address in NODES.items()]
-        text = CONFIGURATION.format(head=HEAD, root=self.root, nodes="\n".join(nodes))
+        text = CONFIGURATION.format(head=HEAD, root=self.root, pid=PID, nodes="\n".join(nodes))
         (self.root / "slurm.conf").write_text(text)
         self._connect()
         if subprocess.run(["pgrep", "munged"], capture_output=True).returncode:
@@ -151,11 +169,13 @@ class Cluster:
             if Path(f"/run/netns/{node}").exists():
                 self.kill_node(node)
                 _run("ip", "netns", "del", node)
-        pid = self.root / "head" / "pid"
-        if pid.is_file():
-            with suppress(ProcessLookupError):
-                os.kill(int(pid.read_text()), signal.SIGKILL)
-        subprocess.run(["ip", "link", "del", BRIDGE], capture_output=True)
+        with suppress(OSError, ValueError):
+            pid = int(PID.read_text())
+            if Path(f"/proc/{pid}/comm").read_text() == "slurmctld\n":
+                os.kill(pid, signal.SIGKILL)
+            PID.unlink()
+        for device in (BRIDGE, *(f"md-{node}" for node in NODES)):  # a dead namespace gives its devices up with a delay
+            subprocess.run(["ip", "link", "del", device], capture_output=True)
 
     # --- jobs -----------------------------------------------------------------------------------------------------
 

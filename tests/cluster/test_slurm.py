@@ -1,31 +1,72 @@
-"""launch/slurm.sbatch on a real SLURM cluster of two nodes: exactness, preemption, a dead node, arrays, doctor."""
+"""launch/slurm.sbatch on a real SLURM cluster of two nodes: exactness, preemption, a dead node, arrays, doctor.
+
+With MNIST_DIST_CLUSTER_TABLE=tests/README.md the results are written as a table between the marks of that file.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import random
-import shutil
+import re
+import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from mnist_dist.run.tables import replace_between_marks
 from tests import processes
 from tests.cluster.slurm import NODES, Cluster, missing
+from tests.faults.__main__ import describe, to_markdown
 
 ROOT = Path(__file__).parents[2]
 
+EPOCHS, STEPS_PER_EPOCH = 10, 16
+STEPS = EPOCHS * STEPS_PER_EPOCH
 WORDS = [
     *("--recipe", "lenet5", "data.dataset=synthetic", "data.limit_train=1024", "data.limit_test=128", "batch_size=64"),
-    *("epochs=4", "logical_shards=4", "log_every=4", "checkpoint.every_steps=8", "tracking.wandb.mode=disabled"),
+    *(f"epochs={EPOCHS}", "logical_shards=4", "log_every=4", "checkpoint.every_steps=8"),
+    *("tracking.wandb.mode=disabled", "tracking.plots=false"),
 ]
-STEPS = 4 * 16
 
-MOMENTS = int(os.environ.get("MNIST_DIST_PREEMPTIONS", "3"))
-"""How many random moments the preemption test tries; ten for the table in tests/README.md."""
+MARKS = ("<!-- cluster: made by tests/cluster -->", "<!-- end of cluster -->")
+
+
+class Results:
+    """What happened to the jobs: (what was done, when, how the job took it) -> number of times."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[tuple[str, str, str]] = Counter()
+
+    def add(self, what: str, where: str, how: str) -> None:
+        """Notes a trial that has passed: the table has no others, because a test that fails writes none."""
+        self.counts[what, where, how] += 1
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """Returns the rows of the table, with the columns of the fault tables."""
+        rows = []
+        for what, where in dict.fromkeys((what, where) for what, where, _ in self.counts):
+            kinds = {how: n for (*row, how), n in self.counts.items() if row == [what, where]}
+            total = sum(kinds.values())
+            rows.append((what, where, f"{total} / {total}", ", ".join(f"{n} {how}" for how, n in kinds.items())))
+        return [*rows, ("all", "", f"{self.counts.total()} / {self.counts.total()}", "")]
+
+
+@pytest.fixture(scope="module")
+def results(request: pytest.FixtureRequest) -> Iterator[Results]:
+    """Collects the trials; writes the table if every test of the session has passed."""
+    begun, found = time.monotonic(), Results()
+    yield found
+    file = os.environ.get("MNIST_DIST_CLUSTER_TABLE")
+    if file and not request.session.testsfailed:
+        about = describe("pytest -m cluster tests/cluster", 2, time.monotonic() - begun)
+        replace_between_marks(Path(file), to_markdown(found.rows(), about), MARKS)
 
 
 @pytest.fixture(scope="module")
@@ -82,33 +123,90 @@ def step_of(run_dir: Path) -> int:
     return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
 
 
-def test_two_nodes_end_with_the_bytes_of_one_process_without_slurm(cluster, undisturbed, tmp_path):
+def test_two_nodes_end_with_the_bytes_of_one_process_without_slurm(cluster, undisturbed, tmp_path, results):
     run_dir = tmp_path / "run"
     job = train(cluster, run_dir)
     assert cluster.wait_for_state(job, "COMPLETED", "FAILED")["JobState"] == "COMPLETED"
     assert_same(run_dir, undisturbed, tmp_path / "run.log")
     summary = json.loads((run_dir / "summary.json").read_text())
     assert (summary["world_size"], summary["nodes"]) == (2, 2)
+    results.add("nothing", "two nodes", "the bytes of one process without SLURM")
 
 
-@pytest.mark.parametrize("moment", range(MOMENTS))
-def test_a_preempted_job_is_requeued_and_ends_with_the_same_bytes(cluster, undisturbed, tmp_path, moment):
-    """SLURM sends SIGUSR1 to the batch script at a random moment, the first second and the end of the run included."""
-    run_dir, log = tmp_path / "run", tmp_path / "run.log"
-    step = [0, STEPS, *random.Random(moment).sample(range(1, STEPS), 1)][min(moment, 2)]
-    job = train(cluster, run_dir)
-    cluster.wait_for_state(job, "RUNNING")
-    cluster.wait_for(lambda: step_of(run_dir) >= step - 4, f"step {step}")
-    time.sleep(random.Random(moment).random())
-    cluster.run("scancel", "--batch", "--signal=USR1", str(job))
-    cluster.wait_for_state(job, "COMPLETED", "FAILED", "CANCELLED")
-    facts = cluster.state(job)
+# --- preemption ---------------------------------------------------------------------------------------------------
+
+PREEMPTIONS = [
+    ["start", "step", "step", "ending"],
+    ["step", "start", "ending"],
+    ["start", "step", "ending"],
+]
+"""The moments of three jobs, which take turns on the nodes. A job is resumed after each of its moments."""
+
+LENGTHS = {"start": 8.0, "step": 0.5, "ending": 2.0}
+"""A signal comes at a random moment within this number of seconds after the phase has begun."""
+
+LAST_LINE = re.compile(r"^job \d+ was preempted; it is requeued and resumes from its last checkpoint\n", re.MULTILINE)
+OF_SLURM = re.compile(r"srun: error: n\d: task \d: (Exited with exit code 75|User defined signal 1)")
+STOP = re.compile(r"stop requested; checkpoint saved at step ([\d,]+)\.")
+
+
+def preempt(cluster: Cluster, run_dir: Path, moments: list[str], seed: int) -> list[str]:
+    """Preempts one job at random moments and lets it end; returns what each of its attempts has printed."""
+    chance, log = random.Random(seed), run_dir.with_suffix(".log")
+    steps = iter(sorted(chance.sample(range(8, STEPS - STEPS_PER_EPOCH), moments.count("step"))))
+    job = train(cluster, run_dir, words=[*WORDS, "tracking.plots=true"])  # pictures make the end of the run longer
+
+    def attempts() -> list[str]:
+        return LAST_LINE.split(log.read_text()) if log.is_file() else [""]
+
+    for number, moment in enumerate(moments):
+        step = next(steps) if moment == "step" else 0
+
+        def is_over(number: int = number) -> bool:
+            facts = cluster.state(job)
+            return int(facts["Restarts"]) > number or facts["JobState"] not in ("PENDING", "RUNNING", "COMPLETING")
+
+        def is_reached(moment: str = moment, step: int = step) -> bool:
+            text = attempts()[-1]
+            begun = {"start": True, "step": "run folder" in text, "ending": f"epoch {EPOCHS}/{EPOCHS}" in text}
+            return begun[moment] and step_of(run_dir) >= step
+
+        cluster.wait_for(lambda: cluster.state(job)["JobState"] == "RUNNING", f"attempt {number} of job {job}", 600)
+        cluster.wait_for(is_reached, f"{moment}, step {step} or later")
+        time.sleep(chance.uniform(0, LENGTHS[moment]))
+        with suppress(subprocess.CalledProcessError):  # it has just ended
+            cluster.run("scancel", "--batch", "--signal=USR1", str(job))
+        cluster.wait_for(is_over, f"the end of attempt {number} of job {job}")
+    facts = cluster.wait_for_state(job, "COMPLETED", "FAILED", "CANCELLED")
     assert facts["JobState"] == "COMPLETED", (facts, log.read_text()[-3000:])
-    assert_same(run_dir, undisturbed, log)
-    assert "Traceback" not in log.read_text()
+    return attempts()
 
 
-def test_the_job_of_a_dead_node_is_requeued_and_completed(cluster, undisturbed, tmp_path):
+def test_preempted_jobs_are_requeued_and_end_with_the_same_bytes(cluster, undisturbed, tmp_path, results):
+    """SLURM sends SIGUSR1 to the batch script at ten random moments, the first seconds and the end among them."""
+    run_dirs = [tmp_path / f"run{number}" for number in range(len(PREEMPTIONS))]
+    with ThreadPoolExecutor(len(run_dirs)) as pool:
+        found = list(pool.map(preempt, [cluster] * len(run_dirs), run_dirs, PREEMPTIONS, range(len(run_dirs))))
+    for run_dir, [*stopped, _], moments in zip(run_dirs, found, PREEMPTIONS, strict=True):
+        log = run_dir.with_suffix(".log")
+        assert_same(run_dir, undisturbed, log)
+        assert "Traceback" not in log.read_text() and "Exception" not in log.read_text()
+        # A job whose run was done when the signal came is not requeued.
+        assert len(stopped) in (len(moments), len(moments) - 1)
+        for text in stopped:
+            saved = STOP.search(text)
+            after = text[saved.end() :].partition("\n")[2] if saved else ""
+            assert all(OF_SLURM.fullmatch(line) for line in after.splitlines()), text
+            phase = "start" if not saved else "ending" if saved[1] == str(STEPS) else "step"
+            results.add("SIGUSR1 to the job", phase, "requeued, the same bytes")
+        if len(stopped) < len(moments):
+            results.add("SIGUSR1 to the job", "ending", "done, the same bytes")
+
+
+# --- what else happens to jobs ------------------------------------------------------------------------------------
+
+
+def test_the_job_of_a_dead_node_is_requeued_and_completed(cluster, undisturbed, tmp_path, results):
     run_dir, log = tmp_path / "run", tmp_path / "run.log"
     job = train(cluster, run_dir, words=[*WORDS, "engine.hang_seconds=20"])
     cluster.wait_for(lambda: step_of(run_dir) >= 20, "step 20")
@@ -117,18 +215,20 @@ def test_the_job_of_a_dead_node_is_requeued_and_completed(cluster, undisturbed, 
     cluster.start_node("n1")
     assert cluster.wait_for_state(job, "COMPLETED", "FAILED")["JobState"] == "COMPLETED", log.read_text()[-3000:]
     assert_same(run_dir, undisturbed, log)
+    results.add("a node dies", "step", "requeued, the same bytes")
 
 
-def test_an_array_trains_one_seed_per_task(cluster, tmp_path):
+def test_an_array_trains_one_seed_per_task(cluster, tmp_path, results):
     job = train(cluster, tmp_path / "run", "--array=0-1", "--nodes=1", words=[*WORDS, "epochs=1"])
     for task in (0, 1):
         cluster.wait_for(lambda task=task: (tmp_path / f"run-seed{task}" / "summary.json").is_file(), f"seed {task}")
     cluster.wait_for(lambda: not cluster.run("squeue", "-h", "-j", str(job)).strip(), "the array has ended")
     seeds = [json.loads((tmp_path / f"run-seed{task}" / "summary.json").read_text())["seed"] for task in (0, 1)]
     assert seeds == [0, 1]
+    results.add("nothing", "an array", "one seed per task")
 
 
-def test_doctor_runs_as_a_job_on_both_nodes(cluster, tmp_path):
+def test_doctor_runs_as_a_job_on_both_nodes(cluster, tmp_path, results):
     script, found = tmp_path / "doctor.sh", tmp_path / "health.json"
     script.write_text(
         "#!/usr/bin/env bash\nexport PET_RDZV_ENDPOINT=n0:29611\n"
@@ -143,13 +243,14 @@ def test_doctor_runs_as_a_job_on_both_nodes(cluster, tmp_path):
     assert report["fit"] and report["world_size"] == 2
     [world] = [row for row in report["checks"] if row["check"] == "world"]
     assert all(node in world["figure"] for node in NODES)
+    results.add("nothing", "doctor", "both nodes are fit to train")
 
 
-def test_a_cancelled_job_leaves_no_process(cluster, tmp_path):
+def test_a_cancelled_job_leaves_no_process(cluster, tmp_path, results):
     run_dir = tmp_path / "run"
     job = train(cluster, run_dir, words=[*WORDS, "epochs=4000"])
     cluster.wait_for(lambda: step_of(run_dir) >= 8, "step 8")
     cluster.run("scancel", str(job))
     cluster.wait_for_state(job, "CANCELLED")
     cluster.wait_for(lambda: not cluster.processes(), "no process on the nodes")
-    shutil.rmtree(run_dir)
+    results.add("scancel", "step", "no process is left")

@@ -1,4 +1,4 @@
-"""Warps of a batch equal torchvision's affine warps of each image, stay in range and follow the random numbers."""
+"""The warps of a batch equal torchvision's affine warps of each image, and their parameters stay in range."""
 
 import math
 

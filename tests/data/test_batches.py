@@ -81,28 +81,38 @@ def test_the_rows_of_all_ranks_in_order_are_the_global_batch(batch_size, world_s
         assert max(sizes) - min(sizes) <= 1 and sizes == sorted(sizes, reverse=True)
 
 
-# --- warps --------------------------------------------------------------------------------------------------------
+# --- random changes -----------------------------------------------------------------------------------------------
 
 
-def test_the_plan_has_no_warps_without_augmentation():
-    assert Batches(10, 5, seed=0).plan(0).warps is None
-    assert Batches(10, 5, seed=0, augmentation=Augmentation(scale=(1.0, 1.0))).plan(0).warps is None
+def test_there_are_no_changes_without_augmentation():
+    rows = torch.arange(10)
+    assert Batches(10, 5, seed=0).changes(0, rows) is None
+    assert Batches(10, 5, seed=0, augmentation=Augmentation(scale=(1.0, 1.0))).changes(0, rows) is None
 
 
-def test_a_warp_depends_on_seed_epoch_and_sample_only():
-    augmentation = Augmentation(rotation=10, translation=0.1, scale=(0.9, 1.1), shear=5)
+@pytest.mark.parametrize(
+    "words", [{"rotation": 10, "translation": 0.1, "scale": (0.9, 1.1), "shear": 5}, {"elastic": 1}]
+)
+def test_a_change_depends_on_seed_epoch_and_sample_only(words):
+    augmentation = Augmentation(**words)
 
-    def warps(num_samples: int, batch_size: int, seed: int, epoch: int) -> Tensor:
-        return Batches(num_samples, batch_size, seed, augmentation=augmentation).plan(epoch).warps
+    def changes(seed: int, epoch: int, rows: Tensor) -> Tensor:
+        return Batches(5000, 10, seed, augmentation=augmentation).changes(epoch, rows)
 
-    expected = warps(100, 10, 0, 0)
-    assert expected.shape == (100, 2, 3)
-    assert torch.equal(warps(60, 7, 0, 0), expected[:60])
-    elastic = Batches(60, 7, 0, augmentation=replace(augmentation, elastic=1.0)).plan(0).warps
-    torch.testing.assert_close(elastic[:, :, :3], expected[:60])
-    assert elastic[:, :, 3:].unique(dim=0).shape == (60, 2, 64)
+    rows = torch.randperm(5000, generator=torch.Generator().manual_seed(0))
+    expected = changes(0, 0, rows)
+    for size in (1, 2, 3, 7, 16, 31, 100, 128, 4097):  # a vectorised sine must not depend on the position
+        assert torch.equal(changes(0, 0, rows[:size]), expected[:size]), size
     for seed, epoch in [(0, 1), (1, 0)]:
-        assert (warps(100, 10, seed, epoch) != expected).flatten(1).any(dim=1).all()
+        assert (changes(seed, epoch, rows) != expected).flatten(1).any(dim=1).all()
+
+
+def test_elastic_changes_extend_the_affine_ones():
+    rows, augmentation = torch.arange(60), Augmentation(rotation=10, translation=0.1, scale=(0.9, 1.1), shear=5)
+    plain = Batches(60, 7, 0, augmentation=augmentation).changes(0, rows)
+    elastic = Batches(60, 7, 0, augmentation=replace(augmentation, elastic=1.0)).changes(0, rows)
+    assert torch.equal(elastic[:, :, :3], plain)
+    assert elastic[:, :, 3:].unique(dim=0).shape == (60, 2, 64)
 
 
 # --- random numbers per sample ------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Pictures of any size, colour and file format become the same image in the format of MNIST."""
+"""Pictures of a figure in any size, colour and file format give the same image in the format of MNIST."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ BAD_PICTURES = {
     "figure.svg": (lambda path: path.write_text("<svg></svg>"), "SVG"),
     "noise.png": (lambda path: Image.fromarray(noise_page()).save(path), "blank"),
 }
-"""File name -> (function that writes the file, word of the error)."""
+"""File name -> (function that writes the file, pattern of the error)."""
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -195,7 +195,7 @@ def test_light_noise_specks_and_bit_depth_change_little(tmp_path, seven, name):
         ([(150, 100, 170, 300), (300, 100, 320, 300)], ("two figures",)),
     ],
 )
-def test_parts_of_a_figure_are_kept_and_a_second_figure_is_a_doubt(tmp_path, boxes, doubts):
+def test_parts_of_a_figure_are_kept_and_a_second_figure_is_doubtful(tmp_path, boxes, doubts):
     page = Image.new("L", (560, 420), 235)
     for box in boxes:
         page.paste(30, box)
@@ -206,7 +206,7 @@ def test_parts_of_a_figure_are_kept_and_a_second_figure_is_a_doubt(tmp_path, box
     assert rows[-1] - rows[0] == 19 and columns[-1] - columns[0] <= 2  # 20 pixels high: all parts of the first figure
 
 
-def test_a_faint_figure_is_a_doubt(tmp_path, seven):
+def test_a_faint_figure_is_doubtful(tmp_path, seven):
     Image.fromarray(200 - np.kron(seven, np.ones((10, 10), np.uint8)) // 10).save(tmp_path / "page.png")
     assert prepare_picture(tmp_path / "page.png").doubts == ("little contrast",)
 
@@ -241,7 +241,7 @@ def test_a_set_without_a_ground_keeps_its_images(tmp_path):
     assert torch.equal(read_picture(tmp_path / "own.png", geometry), images[0])
 
 
-def test_mnists_geometry_is_the_default_and_its_images_are_used_as_they_are(tmp_path, mnist_root):
+def test_mnists_geometry_is_the_default_and_its_images_are_used_unchanged(tmp_path, mnist_root):
     images = load_dataset("mnist", root=mnist_root, limit_test=20)
     geometry = measure_geometry(images.train.images)
     assert (geometry.ground, geometry.figure, geometry.centre) == ("dark", 20, "mass")

@@ -493,7 +493,7 @@ def test_the_parts_of_the_published_sets_are_their_last_and_first_rows(request, 
 def test_mean_and_deviation_are_those_of_the_complete_training_set(synthetic, sizes):
     dataset = load_dataset("synthetic", **sizes)
     fractions = synthetic.train.images.double() / 255
-    expected = (round(float(fractions.mean()), 4), round(float(fractions.std(correction=0)), 4))
+    expected = (round(float(fractions.mean()), 4),), (round(float(fractions.std(correction=0)), 4),)
     for part in (dataset.train, dataset.held_out, dataset.test):
         assert (part.mean, part.std) == expected
 
@@ -557,7 +557,7 @@ def test_synthetic_images_have_the_same_bytes_on_every_machine(synthetic):
 def test_mnist_has_its_published_sizes_and_label_counts(mnist):
     assert mnist.train.images.shape == (60_000, 1, 28, 28)
     assert mnist.test.images.shape == (10_000, 1, 28, 28)
-    assert (mnist.train.mean, mnist.train.std) == (0.1307, 0.3081)
+    assert (mnist.train.mean, mnist.train.std) == ((0.1307,), (0.3081,))
     train_counts = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
     test_counts = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
     assert torch.bincount(mnist.train.labels).tolist() == train_counts

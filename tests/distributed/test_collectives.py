@@ -1,4 +1,4 @@
-"""An action on all ranks: an error of one rank reaches all of them."""
+"""An action that runs on all ranks: an error on one rank is raised on all of them."""
 
 from __future__ import annotations
 
@@ -70,4 +70,4 @@ def test_any_error_on_one_rank_ends_all_and_is_named(error, name, failing):
     other = done[1 - failing]
     assert other.returncode == 1 and "Traceback" not in other.stderr
     assert f"rank {failing} " in other.stderr and name in other.stderr
-    assert name == "SystemExit" or name in done[failing].stderr.splitlines()[-1], "its own traceback"
+    assert name == "SystemExit" or name in done[failing].stderr.splitlines()[-1], "the failed rank prints its traceback"

@@ -1,4 +1,4 @@
-"""The number of threads of a process on the CPU."""
+"""The number of threads of a CPU process."""
 
 from __future__ import annotations
 

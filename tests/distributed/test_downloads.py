@@ -1,4 +1,4 @@
-"""With a shared folder one process of the world downloads the data; nodes with disks of their own each do."""
+"""In a shared folder, one process of the world downloads the data. With a disk on each node, one process per node."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import torchvision
 from mnist_dist import load_recipe
 from mnist_dist.distributed.launcher import launched_world
-from mnist_dist.run.build import load_data
+from mnist_dist.run.data import load_data
 from tests.data.test_sources import family_files, write_family
 
 def download(root, download):

@@ -9,7 +9,7 @@ from mnist_dist.models import build_model
 
 
 def test_the_entries_of_a_module_list_are_sharded_separately():
-    """FSDP2 refuses a list of modules, which is never called."""
+    """FSDP2 refuses a list of modules, because it is never called."""
     network = build_model("separable_cnn")
     children = list(_callable_children(network))
     assert not any(isinstance(child, nn.ModuleList) for child in children)

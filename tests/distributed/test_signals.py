@@ -1,4 +1,4 @@
-"""Signals ask for a stop once; a second signal ends the process."""
+"""The first signal requests a stop; a second signal ends the process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_a_second_signal_ends_at_once_but_an_echo_of_the_first_does_not(accelera
     with Interrupts(accelerator) as interrupts:
         assert not interrupts.stop_requested()
         for seconds, number in ((0, signal.SIGINT), (0.5, signal.SIGTERM), (0.5, signal.SIGHUP), (9, signal.SIGUSR1)):
-            now[0] += seconds  # Ctrl-C, the launcher that forwards it, the terminal, the launcher that dies of it
+            now[0] += seconds  # Ctrl-C, the launcher forwards it, the terminal closes, the launcher dies of it
             signal.raise_signal(number)
         assert interrupts.stop_requested() and not ended
         signal.raise_signal(signal.SIGTERM)

@@ -21,11 +21,11 @@ from mnist_dist.engine.train_step import TrainStep
 from mnist_dist.train import main
 
 inputs = TrainStep.inputs
-def patience(self, plan, rows):
+def patience(self, batch):
     self.calls = getattr(self, "calls", 0) + 1
     if self.calls == 6 and self.accelerator.process_index == 1:
         os.kill(os.getpid(), signal.SIGSTOP) if sys.argv[1] == "frozen" else time.sleep(600)
-    return inputs(self, plan, rows)
+    return inputs(self, batch)
 TrainStep.inputs = patience
 sys.exit(run_command(lambda: main(sys.argv[2:])))
 """
@@ -50,10 +50,10 @@ def test_a_process_that_hangs_is_reported_with_its_stack_and_all_end(how, tmp_pa
             for each in ranks:
                 each.kill()  # a frozen process cannot end itself
     message = (tmp_path / "errors").read_text()
-    # Of a frozen process only the last published report is known, up to a second old.
-    assert ("is frozen or gone in step" if how == "frozen" else "hangs in step 5") in message
+    # A frozen process publishes no report: the last one is up to a second old, so its step and stack may be older.
+    assert ("is frozen or has ended in step" if how == "frozen" else "hangs in step 5") in message
     assert "rank 1 (" in message and ("hangs.py" in message or how == "frozen")
-    assert "rank 0" in message.splitlines()[-2], "who waits for it"
+    assert "rank 0" in message.splitlines()[-2], "the rank that waits"
     assert (tmp_path / "run" / "STATUS").read_text() == "failed\n"
 
 

@@ -1,10 +1,11 @@
-"""Every launcher's variables give one world of the right size on CPUs, or are refused before anything is written."""
+"""The variables of each launcher give one world of the right size, or are refused before anything is written."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -14,10 +15,11 @@ import pytest
 import torch
 
 from mnist_dist import load_run
+from mnist_dist.distributed.joining import join
 from mnist_dist.distributed.world import first_host, read_world
 from mnist_dist.errors import RecipeError
 from tests.distributed.training import WITHOUT_TRACKING
-from tests.processes import ROOT, free_port, run, run_in_each
+from tests.processes import ROOT, free_port, popen, run, run_in_each
 
 LAUNCHERS = ("ACCELERATE_", "SLURM_", "OMPI_", "PMI", "MPI_", "MV2_", "TORCHELASTIC_", "LOCAL_", "MASTER_", "GROUP_")
 
@@ -29,6 +31,16 @@ total = torch.tensor([2.0 ** state.process_index])
 if state.num_processes > 1:
     torch.distributed.all_reduce(total)
 print(state.num_processes, state.process_index, state.local_process_index, state.backend, int(total))
+"""
+
+
+WAITS = """
+from mnist_dist.distributed import joining
+from mnist_dist.distributed.launcher import launched_world
+from mnist_dist.distributed.signals import exit_on_signals
+exit_on_signals()
+joining.NOTE_SECONDS = 0
+launched_world()
 """
 
 
@@ -150,13 +162,13 @@ def test_a_local_rank_in_a_world_of_one_gets_an_address():
     assert (world["RANK"], world["MASTER_ADDR"]) == ("0", "127.0.0.1") and int(world["MASTER_PORT"]) > 0
 
 
-def test_complete_variables_of_torch_count_more_than_those_of_the_launcher_of_torchrun():
+def test_complete_variables_of_torch_are_used_even_if_mpirun_or_srun_started_torchrun():
     torchrun = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
     torchrun |= {"MASTER_ADDR": "head", "MASTER_PORT": "29400"}
     assert read_world(TWO_NODES | open_mpi(1, 1) | torchrun) == torchrun
 
 
-def test_a_step_of_srun_on_two_nodes_meets_on_the_first_one():
+def test_the_ranks_of_an_srun_step_on_two_nodes_use_the_first_node_s_address():
     world = read_world(TWO_NODES)
     assert 20000 <= int(world.pop("MASTER_PORT")) < 30000
     expected = {"RANK": "2", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "a07"}
@@ -168,7 +180,7 @@ def test_a_step_of_srun_on_two_nodes_meets_on_the_first_one():
     ("hosts", "first"),
     [("", ""), ("a", "a"), ("a,b", "a"), ("n[3-5],m", "n3"), ("r[01]-x,b", "r01-x"), ("n-[7,9]", "n-7")],
 )
-def test_the_first_host_of_a_list(hosts, first):
+def test_the_first_host_of_a_slurm_host_list(hosts, first):
     assert first_host(hosts) == first
 
 
@@ -239,3 +251,22 @@ def test_a_port_that_is_taken_is_refused(tmp_path, cpu_only):
         done = run(command, env=environment, cwd=tmp_path, timeout=120)
     assert done.returncode == 2 and "MASTER_ADDR" in done.stderr, done.stderr
     assert not list(tmp_path.iterdir())
+
+
+# --- a process that does not start --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rank", "missing"), [(0, "rank 1 of 2"), (1, "rank 0 at 127.0.0.1")])
+def test_a_world_whose_other_process_does_not_start_is_refused_by_name(rank, missing, monkeypatch):
+    monkeypatch.setattr("mnist_dist.distributed.joining.JOIN_SECONDS", 0.5)
+    with pytest.raises(TimeoutError, match=missing):
+        join(pytorchjob(rank, free_port()))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_waits_for_the_others_can_be_stopped(rank, cpu_only):
+    command = [sys.executable, "-c", WAITS]
+    process = popen(command, env=without_launcher() | pytorchjob(rank, free_port()), stderr=subprocess.PIPE)
+    assert "waits for rank" in process.stderr.readline()
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=60) == 75

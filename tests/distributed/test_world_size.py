@@ -1,4 +1,4 @@
-"""A recipe on any number of CPU processes: the same losses, the same evaluation, one run folder."""
+"""A recipe has the same losses, the same evaluation and one run folder at any number of CPU processes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_lenet5_has_the_same_losses_at_every_world_size(tmp_path):
         assert several[-1]["eval/accuracy"] == one[-1]["eval/accuracy"]
 
 
-def test_evaluation_is_the_same_where_it_depends_on_the_batch(tmp_path):
+def test_evaluation_is_the_same_even_if_outputs_depend_on_the_batch(tmp_path):
     # The learning rate is too small to change the weights: both worlds evaluate the same ones, and batch norm uses the
     # statistics of the evaluated batch.
     words = ["--recipe", "simple_cnn", "data.dataset=synthetic", "data.limit_train=640", "data.limit_test=550"]
@@ -33,7 +33,7 @@ def test_evaluation_is_the_same_where_it_depends_on_the_batch(tmp_path):
     assert three["eval/loss"] == pytest.approx(one["eval/loss"], rel=1e-6)
 
 
-def test_two_processes_write_one_run_folder_with_figures_of_each(tmp_path):
+def test_two_processes_write_one_run_folder_with_the_speed_of_each(tmp_path):
     train_in_world(2, tmp_path / "run", "--recipe", "debug", "epochs=1")
     run = load_run(tmp_path / "run")
     assert len([line for line in run.metrics if "eval/loss" in line]) == 1

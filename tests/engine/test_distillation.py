@@ -65,7 +65,7 @@ def test_a_teacher_gets_images_normalised_as_in_its_training():
     teacher, images = teacher_of("lenet5", 1), DATA.images[:5]
     distillation = Distillation([(teacher, 0.2, 0.4)], weight=0.5, temperature=1.0, **STUDENT)
     with torch.no_grad():
-        expected = teacher(replace(DATA, mean=0.2, std=0.4).normalize(images)).softmax(1)
+        expected = teacher(replace(DATA, mean=(0.2,), std=(0.4,)).normalize(images)).softmax(1)
     torch.testing.assert_close(distillation.probabilities(DATA.normalize(images)), expected)
 
 

@@ -20,7 +20,7 @@ def noise_images(count: int = COUNT) -> Images:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (count, 1, 28, 28), generator=generator, dtype=torch.uint8)
     labels = torch.randint(0, 10, (count,), generator=generator)
-    return Images(images, labels, tuple("0123456789"), mean=0.5, std=0.29)
+    return Images(images, labels, tuple("0123456789"), mean=(0.5,), std=(0.29,))
 
 
 DATA = noise_images()
@@ -113,6 +113,22 @@ def test_batch_size_matters_to_a_network_that_normalises_by_the_batch(accelerato
     module = build("simple_cnn")
     found, other = (evaluate(accelerator, module, DATA, batch_size=size) for size in (32, 33))
     assert not torch.allclose(found.probabilities, other.probabilities, atol=1e-4)
+
+
+def test_an_evaluation_waits_for_the_device_once(accelerator, monkeypatch):
+    calls: list[str] = []
+    for name in ("cpu", "item", "tolist", "numpy", "__bool__", "__float__", "__int__"):
+        method = getattr(Tensor, name)
+
+        def spied(self, *arguments, name=name, method=method):
+            calls.append(name)
+            return method(self, *arguments)
+
+        monkeypatch.setattr(Tensor, name, spied)
+    # From then on all tensors are on the CPU.
+    monkeypatch.setattr("mnist_dist.engine.evaluation.score", lambda table, labels: calls.append("score"))
+    evaluate(accelerator, build("lenet5"), DATA, batch_size=20)
+    assert calls == ["cpu", "score"]
 
 
 def test_training_modes_and_weights_do_not_change(accelerator):

@@ -101,6 +101,110 @@ def test_interval_step_equals_pytorch_stepped_at_every_update():
     assert_same_rates(linear, expected)
 
 
+@pytest.mark.parametrize("keywords", [{"milestones": [3, 7]}, {"milestones": [8, 2, 2, 50], "gamma": 0.5}])
+def test_multistep_is_multisteplr(keywords):
+    assert_same_rates(build("multistep", **keywords), walk(lambda made: lr_scheduler.MultiStepLR(made, **keywords)))
+
+
+@pytest.mark.parametrize("gamma", [0.9, 0.5, 1.1])
+def test_exponential_is_exponentiallr(gamma):
+    expected = walk(lambda optimizer: lr_scheduler.ExponentialLR(optimizer, gamma))
+    assert_same_rates(build("exponential", gamma=gamma), expected)
+
+
+@pytest.mark.parametrize("keywords", [{"total_iters": 5}, {"total_iters": EPOCHS, "power": 2.0}, {"total_iters": 20}])
+def test_polynomial_is_polynomiallr(keywords):
+    expected = walk(lambda optimizer: lr_scheduler.PolynomialLR(optimizer, **keywords))
+    assert_same_rates(build("polynomial", **keywords), expected)
+
+
+@pytest.mark.parametrize(
+    "keywords", [{"T_0": 3}, {"T_0": 1, "eta_min": 0.01}, {"T_0": 2, "T_mult": 2}, {"T_0": 1, "T_mult": 3}]
+)
+@pytest.mark.parametrize("interval", ["epoch", "step"])
+def test_cosine_restarts_is_cosineannealingwarmrestarts(keywords, interval):
+    every = STEPS_PER_EPOCH if interval == "epoch" else 1
+    lengths = keywords | {"T_0": keywords["T_0"] * STEPS_PER_EPOCH // every}
+    expected = walk(lambda made: lr_scheduler.CosineAnnealingWarmRestarts(made, **lengths), every=every)
+    assert_same_rates(build("cosine_restarts", interval=interval, **keywords), expected)
+
+
+def test_polynomial_covers_the_complete_run_unless_told_otherwise():
+    schedule = build("polynomial", interval="step", power=2.0)
+    assert [schedule.lr_at(step) for step in (0, TOTAL_STEPS // 2, TOTAL_STEPS)] == pytest.approx([LR, LR / 4, 0])
+
+
+# --- warm-up ------------------------------------------------------------------------------------------------------
+
+WARM_UPS: dict[str, tuple[dict, Callable[[Optimizer], lr_scheduler.LRScheduler]]] = {
+    "constant": ({}, lambda made: lr_scheduler.ConstantLR(made, factor=1.0)),
+    "step": ({"step_size": 4}, lambda made: lr_scheduler.StepLR(made, 4 * STEPS_PER_EPOCH)),
+    "multistep": (
+        {"milestones": [2, 5]},
+        lambda made: lr_scheduler.MultiStepLR(made, [2 * STEPS_PER_EPOCH, 5 * STEPS_PER_EPOCH]),
+    ),
+    "exponential": (
+        {"gamma": 0.5, "interval": "step"},
+        lambda made: lr_scheduler.ExponentialLR(made, 0.5 ** (1 / STEPS_PER_EPOCH)),
+    ),
+    "linear": (
+        {"start_factor": 1.0, "end_factor": 0.1, "total_iters": 6, "interval": "step"},
+        lambda made: lr_scheduler.LinearLR(made, 1.0, 0.1, 6 * STEPS_PER_EPOCH),
+    ),
+    "polynomial": (
+        {"power": 2.0, "interval": "step"},
+        lambda made: lr_scheduler.PolynomialLR(made, TOTAL_STEPS - 3 * STEPS_PER_EPOCH, 2.0),
+    ),
+    "cosine": (
+        {"eta_min": 1e-3, "interval": "step"},
+        lambda made: lr_scheduler.CosineAnnealingLR(made, TOTAL_STEPS - 3 * STEPS_PER_EPOCH, 1e-3),
+    ),
+    "cosine_restarts": (
+        {"T_0": 2, "T_mult": 2, "interval": "step"},
+        lambda made: lr_scheduler.CosineAnnealingWarmRestarts(made, 2 * STEPS_PER_EPOCH, 2),
+    ),
+}
+"""Schedule -> its keywords, and PyTorch's scheduler, stepped at every update. The warm-up takes 3 epochs."""
+
+
+@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step")  # SequentialLR passes it itself
+@pytest.mark.parametrize("name", sorted(set(SCHEDULES) - {"onecycle", "plateau"}))
+def test_a_warm_up_is_sequentiallr_with_linearlr(name):
+    keywords, make_after = WARM_UPS[name]
+    steps = 3 * STEPS_PER_EPOCH
+
+    def make(optimizer: Optimizer) -> lr_scheduler.LRScheduler:
+        schedulers = [lr_scheduler.LinearLR(optimizer, 0.1, 1.0, steps), make_after(optimizer)]
+        return lr_scheduler.SequentialLR(optimizer, schedulers, [steps])
+
+    schedule = build(name, warmup_epochs=3, warmup_start_factor=0.1, **keywords)
+    assert_same_rates(schedule, walk(make, every=1))
+
+
+def test_a_warm_up_ends_at_the_learning_rate_and_starts_near_zero():
+    schedule = build("cosine", warmup_epochs=0.5)
+    steps = round(0.5 * STEPS_PER_EPOCH)
+    assert schedule.lr_at(0) == pytest.approx(LR / 100)
+    assert schedule.lr_at(steps) == LR > schedule.lr_at(steps - 1)
+    assert build("constant", warmup_epochs=1e-9).lr_at(1) == LR, "a warm-up takes at least one step"
+
+
+@pytest.mark.parametrize("name", sorted(WARM_UPS))
+def test_without_a_warm_up_a_schedule_does_not_change(name):
+    keywords, _ = WARM_UPS[name]
+    plain, explicit = build(name, **keywords), build(name, warmup_epochs=0, **keywords)
+    assert [plain.lr_at(step) for step in range(TOTAL_STEPS)] == [explicit.lr_at(step) for step in range(TOTAL_STEPS)]
+    assert plain.lr_at(0) == LR
+
+
+@pytest.mark.parametrize("name", ["onecycle", "plateau"])
+def test_schedules_without_a_warm_up_refuse_its_keywords(name):
+    with pytest.raises(TypeError, match="warmup_epochs"):
+        build(name, warmup_epochs=1, **({"max_lr": 0.1} if name == "onecycle" else {}))
+
+
+# --- onecycle -----------------------------------------------------------------------------------------------------
+
 ONECYCLES = [
     {},
     {"anneal_strategy": "linear"},
@@ -207,7 +311,7 @@ def test_plateau_resumes_from_its_state(count):
 
 @pytest.mark.parametrize("name", sorted(set(SCHEDULES) - {"plateau"}))
 def test_other_schedules_ignore_evaluations(name):
-    schedule = build(name, **{"step": {"step_size": 2}, "onecycle": {"max_lr": 0.4}}.get(name, {}))
+    schedule = build(name, **({"max_lr": 0.4} if name == "onecycle" else WARM_UPS[name][0]))
     before = [schedule.lr_at(step) for step in range(TOTAL_STEPS)]
     for loss in LOSSES:
         schedule.observe(loss)
@@ -261,6 +365,18 @@ def test_set_rates_leaves_the_momentum_unchanged_if_the_schedule_has_none():
         ("onecycle", {"max_lr": 0.1, "final_div_factor": -1.0}, "final_div_factor"),
         ("onecycle", {"max_lr": 0.1, "pct_start": 1.5}, "pct_start"),
         ("onecycle", {"max_lr": 0.1, "anneal_strategy": "cosine"}, "anneal_strategy"),
+        ("multistep", {"milestones": []}, "milestones"),
+        ("multistep", {"milestones": [3, 0]}, "milestones"),
+        ("multistep", {"milestones": [3], "gamma": -1.0}, "gamma"),
+        ("exponential", {"gamma": 0.0}, "gamma"),
+        ("exponential", {"gamma": 0.5, "interval": "steps"}, "interval"),
+        ("polynomial", {"total_iters": 0}, "total_iters"),
+        ("polynomial", {"power": 0.0}, "power"),
+        ("cosine_restarts", {"T_0": 0}, "T_0"),
+        ("cosine_restarts", {"T_0": 1, "T_mult": 0}, "T_mult"),
+        ("cosine_restarts", {"T_0": 1, "eta_min": -1.0}, "eta_min"),
+        ("cosine", {"warmup_epochs": -1}, "warmup_epochs"),
+        ("constant", {"warmup_start_factor": 2.0}, "warmup_start_factor"),
         ("plateau", {"factor": 1.0}, "[Ff]actor"),
         ("plateau", {"threshold_mode": "relative"}, "threshold mode|threshold_mode"),
     ],
@@ -273,4 +389,4 @@ def test_a_bad_schedule_is_refused(name, keywords, message):
 @pytest.mark.parametrize("name", sorted(set(SCHEDULES) - {"onecycle"}))
 def test_a_schedule_without_a_learning_rate_is_refused(name):
     with pytest.raises(ValueError, match=r"optimizer\.lr"):
-        build(name, lr=None, **({"step_size": 1} if name == "step" else {}))
+        build(name, lr=None, **(WARM_UPS[name][0] if name in WARM_UPS else {}))

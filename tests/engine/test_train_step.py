@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mnist_dist.data import Augmentation, Batches, EpochPlan, Images
 from mnist_dist.engine.distillation import Distillation
@@ -29,7 +30,7 @@ def noise_images() -> Images:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (NUM_SAMPLES, 1, 28, 28), generator=generator, dtype=torch.uint8)
     labels = torch.randint(0, 10, (NUM_SAMPLES,), generator=generator)
-    return Images(images, labels, tuple("0123456789"), mean=0.5, std=0.29)
+    return Images(images, labels, tuple("0123456789"), mean=(0.5,), std=(0.29,))
 
 
 DATA = noise_images()
@@ -76,7 +77,7 @@ def make_step(
 ) -> TrainStep:
     """Builds a training step with SGD and momentum 0.9, as `mnist_dist.run.build` does."""
     batches = Batches(NUM_SAMPLES, batch_size, seed, augmentation=augmentation)
-    optimizer = build_optimizer(module.parameters(), "sgd", lr=lr, momentum=0.9, weight_decay=weight_decay)
+    optimizer = build_optimizer(module, "sgd", lr=lr, momentum=0.9, weight_decay=weight_decay)
     fill_momentum(optimizer)
     model = module
     if isinstance(accelerator, Accelerator):
@@ -135,11 +136,24 @@ def test_a_step_equals_the_plain_pytorch_step(accelerator, label_smoothing, clip
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 7, 32])
-def test_micro_batches_do_not_change_the_update(accelerator, micro_batch_size):
+def test_micro_batches_do_not_change_the_update_without_batch_norm_and_dropout(accelerator, micro_batch_size):
     module, unsplit = lenet(), lenet()
     train(make_step(accelerator, unsplit, label_smoothing=0.1, clip_grad_norm=1.0))
     train(make_step(accelerator, module, label_smoothing=0.1, clip_grad_norm=1.0, micro_batch_size=micro_batch_size))
     assert_close(weights(module), weights(unsplit))
+
+
+def normalised_linear() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(784), nn.Linear(784, 10))
+
+
+@pytest.mark.parametrize("build", [noisy_linear, normalised_linear])
+def test_micro_batches_change_the_update_with_batch_norm_or_dropout(accelerator, build):
+    module, unsplit = build(), build()
+    train(make_step(accelerator, unsplit), steps=1)
+    train(make_step(accelerator, module, micro_batch_size=16), steps=1)
+    assert (gradient(module) - gradient(unsplit)).norm() > 0.01 * gradient(unsplit).norm()
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 5])
@@ -158,10 +172,12 @@ def test_inputs_are_warped_sample_by_sample_then_normalised(accelerator):
     augmentation = Augmentation(rotation=20, translation=0.1, scale=(0.8, 1.2))
     step = make_step(accelerator, lenet(), augmentation=augmentation)
     plan = step.batches.plan(1)
-    rows = torch.tensor([70, 3, 3, 11])
-    one_by_one = [augmentation.apply(DATA.images[[row]].float(), plan.warps[[row]]) for row in rows.tolist()]
+    rows = step.batches.rows(plan, 1)
+    changes = step.batches.changes(1, rows)
+    images = DATA.images[rows].float()
+    one_by_one = [augmentation.apply(images[[i]], changes[[i]]) for i in range(len(rows))]
     expected = (torch.cat(one_by_one) / 255 - 0.5) / 0.29
-    found = step.inputs(plan, rows)
+    found = step.inputs(step.load(plan, 1))
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert not torch.allclose(found, DATA.normalize(DATA.images[rows]))
@@ -225,12 +241,41 @@ def test_the_smallest_micro_batch_is_predicted(batch_size, world_size, micro_bat
         process = FakeProcess(rank, world_size)
         step = make_step(process, lenet(), batch_size=batch_size, micro_batch_size=micro_batch_size)
         for index in range(step.batches.steps_per_epoch):
-            rows, largest = step.rows(step.batches.plan(0), index), -(-step.batches.size(index) // world_size)
             # A process without rows computes one sample with weight 0.
-            micro_batches = step._micro_batches(rows, largest) if len(rows) else [[0]]
+            largest = -(-step.batches.size(index) // world_size)
+            micro_batches = step._micro_batches(step.load(step.batches.plan(0), index), largest)
             smallest = min(smallest, *map(len, micro_batches))
     words = f"batch_size={batch_size}", f"micro_batch_size={'null' if micro_batch_size is None else micro_batch_size}"
     assert _smallest_micro_batch(load_recipe("debug", *words), NUM_SAMPLES, world_size)[0] == smallest
+
+
+# --- waits for the device ----------------------------------------------------------------------------------------
+
+
+class CountReads(TorchDispatchMode):
+    """Counts how often Python reads a value of a tensor. On a GPU each read waits for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.reads += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
+@pytest.mark.parametrize(("guard_is_on_device", "reads"), [(True, 0), (False, 1)])
+def test_a_step_waits_for_the_device_at_most_once(monkeypatch, on_nonfinite, guard_is_on_device, reads):
+    module = lenet()
+    average = MovingAverage(module, 0.9)
+    step = make_step(FakeProcess(0, 1), module, average=average, micro_batch_size=9, on_nonfinite=on_nonfinite)
+    step.guard_is_on_device = guard_is_on_device
+    plan = step.batches.plan(0)
+    for index in range(2):
+        with CountReads() as counted:
+            step(plan, index, index)
+        assert counted.reads == reads
 
 
 # --- averaged weights ---------------------------------------------------------------------------------------------
@@ -360,7 +405,7 @@ def test_grad_norm_is_that_of_the_complete_gradient_before_clipping(accelerator,
     F.cross_entropy(plain(DATA.normalize(DATA.images[rows])), DATA.labels[rows]).backward()
     norm = float(gradient(plain).norm())
     assert norm > 0.02
-    assert step.grad_norm() == pytest.approx(norm, rel=1e-5)
+    assert float(step.health()[0]) == pytest.approx(norm, rel=1e-5)
     clipped_norm = norm if clip_grad_norm is None else min(norm, clip_grad_norm)
     assert float(gradient(module).norm()) == pytest.approx(clipped_norm, rel=1e-3)
 
@@ -377,7 +422,7 @@ def test_frozen_parameters_stay_bit_identical(accelerator):
 
 def test_dropout_depends_on_seed_step_and_rank_only():
     # Both processes get the same rows, so their gradients differ only by dropout.
-    plan = EpochPlan(0, torch.arange(16).repeat(2), None)
+    plan = EpochPlan(0, torch.arange(16).repeat(2))
 
     def noise(*, seed: int = 4, step: int = 0, rank: int = 0, drawn_before: int = 0) -> Tensor:
         module = noisy_linear()

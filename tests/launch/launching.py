@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,6 +73,17 @@ def launch(*command: str | Path, **variables: str) -> str:
     """Runs a command that must succeed; returns its output."""
     with started(*command, **variables) as process:
         return finish(process)
+
+
+def wait_for_lines(run_dir: Path, count: int, process: subprocess.Popen) -> None:
+    """Waits until metrics.jsonl has this number of lines."""
+    deadline = time.monotonic() + 240
+    while process.poll() is None and time.monotonic() < deadline:
+        file = run_dir / "metrics.jsonl"
+        if file.is_file() and file.read_bytes().count(b"\n") >= count:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"step {count} was not reached:\n{process.stdout.read() if process.poll() else ''}")
 
 
 def executable(path: Path, text: str) -> None:

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from tests.launch.launching import (
     launch,
     losses,
     started,
+    wait_for_lines,
 )
 
 # --- two machines -------------------------------------------------------------------------------------------------
@@ -110,17 +110,6 @@ def metrics_without_speed(run_dir: Path) -> list[dict]:
     return [{key: value for key, value in line.items() if key != "train/images_per_second"} for line in lines]
 
 
-def wait_for_lines(run_dir: Path, count: int, process: subprocess.Popen) -> None:
-    """Waits until metrics.jsonl has this number of lines."""
-    deadline = time.monotonic() + 240
-    while process.poll() is None and time.monotonic() < deadline:
-        file = run_dir / "metrics.jsonl"
-        if file.is_file() and file.read_bytes().count(b"\n") >= count:
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"step {count} was not reached:\n{process.stdout.read() if process.poll() else ''}")
-
-
 def test_a_preempted_slurm_job_is_requeued_and_ends_with_the_bytes_of_an_undisturbed_trainjob(tmp_path):
     # Long enough for the signal to arrive in the middle of the run.
     words = [*WORDS, "max_steps=300", "epochs=10", "data.limit_train=2048", "data.limit_test=128"]
@@ -137,8 +126,10 @@ def test_a_preempted_slurm_job_is_requeued_and_ends_with_the_bytes_of_an_undistu
     with started(*job, **slurm) as process:
         wait_for_lines(run_dir, 10, process)
         process.send_signal(signal.SIGUSR1)
-        finish(process, expected=75)
+        output = finish(process, expected=75)
     assert (run_dir / "STATUS").read_text() == "preempted\n"
+    saved, requeued = output.splitlines()[-2:]
+    assert "checkpoint saved at step" in saved and slurm["SLURM_JOB_ID"] in requeued, output
     assert (tmp_path / "calls").read_text() == f"requeue {slurm['SLURM_JOB_ID']}\n"
     assert len(metrics_without_speed(run_dir)) < len(metrics_without_speed(tmp_path / "undisturbed"))
     before = (run_dir / "metrics.jsonl").read_text()
@@ -167,3 +158,43 @@ def test_sbatch_does_not_requeue_a_run_that_failed(tmp_path):
     with started(*job, PATH=environment(tmp_path)["PATH"], **slurm) as process:
         finish(process, expected=3)
     assert not (tmp_path / "c").exists()
+
+
+# Ends when the script forwards the signal.
+STOPPED_SRUN = """#!/bin/sh
+trap 'exit {code}' USR1
+{before}
+while :; do sleep 0.1; done
+"""
+
+
+@pytest.mark.parametrize(("status", "code", "expected"), [("failed", 75, 75), ("failed", 1, 1), ("done", 75, 0)])
+def test_sbatch_decides_by_status_and_exit_code_whether_a_stopped_job_is_requeued(status, code, expected, tmp_path):
+    """STATUS may be that of an earlier start of the job; a run may be done when its launcher is stopped."""
+    # srun is stopped by the signal that the script forwards.
+    executable(
+        tmp_path / "srun", f"#!/bin/sh\ntrap 'exit {code}' USR1\nkill -USR1 $PPID\nwhile :; do sleep 0.1; done\n"
+    )
+    executable(tmp_path / "scontrol", SCONTROL)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "STATUS").write_text(f"{status}\n")
+    slurm = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "a", "SLURM_JOB_NUM_NODES": "1", "CALLS": str(tmp_path / "c")}
+    job = ["bash", LAUNCH / "slurm.sbatch", tmp_path / "run", *WORDS]
+    with started(*job, PATH=environment(tmp_path)["PATH"], **slurm) as process:
+        finish(process, expected=expected)
+    assert (tmp_path / "c").exists() == (expected == 75)
+
+
+def test_a_signal_before_srun_runs_stops_the_job_and_requeues_it(tmp_path):
+    # The signal comes while the script asks scontrol for the nodes.
+    executable(tmp_path / "srun", STOPPED_SRUN.format(code=75, before=":"))
+    asks = """#!/bin/sh
+case $1 in show) kill -USR1 "$(cat "$CALLS.pid")"; echo a ;; *) echo "$@" >>"$CALLS" ;; esac
+"""
+    executable(tmp_path / "scontrol", asks)
+    slurm = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "a", "SLURM_JOB_NUM_NODES": "1", "CALLS": str(tmp_path / "c")}
+    script = 'echo $$ >"$CALLS.pid"; exec bash "$@"'
+    job = ["bash", "-c", script, "-", LAUNCH / "slurm.sbatch", tmp_path / "run", *WORDS]
+    with started(*job, PATH=environment(tmp_path)["PATH"], **slurm) as process:
+        finish(process, expected=75)
+    assert (tmp_path / "c").read_text() == "requeue 1\n"

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import re
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
 
 from mnist_dist import load_run
-from tests.launch.launching import LAUNCH, ROOT, WORDS, environment, executable, launch, losses
+from tests.launch.launching import (
+    LAUNCH,
+    ROOT,
+    WORDS,
+    environment,
+    executable,
+    finish,
+    launch,
+    losses,
+    started,
+    wait_for_lines,
+)
 
-PRINTS_ITS_ARGUMENTS = '#!/bin/sh\nshift; printf "%s\\n" "$@"\n'
-
-# multi_node.sh starts accelerate through launch.py; for the other scripts torch sees four GPUs.
+# In the place of `python`: prints the arguments of launch.py, and four as the number of GPUs.
 PRINTS_ITS_ARGUMENTS_OR_FOUR = """#!/bin/sh
 case "$1" in
 */launch.py) shift; printf "%s\\n" "$@" ;;
@@ -52,11 +64,7 @@ STARTS_FOUR = {
 
 @pytest.mark.parametrize("script", STARTS_FOUR)
 def test_the_launcher_gets_a_configuration_file_and_the_trainer_the_world_size(script, tmp_path):
-    # multi_node.sh starts accelerate through launch.py; for the others torch sees four GPUs.
-    executable(
-        tmp_path / "python", '#!/bin/sh\ncase "$1" in */launch.py) shift; printf "%s\\n" "$@" ;; *) echo 4 ;; esac\n'
-    )
-    executable(tmp_path / "accelerate", PRINTS_ITS_ARGUMENTS)
+    executable(tmp_path / "python", PRINTS_ITS_ARGUMENTS_OR_FOUR)
     (first, config), path = STARTS_FOUR[script], environment(tmp_path)["PATH"]
     words = launch(LAUNCH / script, *first, "--recipe", "lenet5", "model.name=a b", PATH=path).splitlines()
     arguments = launch_command_parser().parse_args(words)
@@ -68,17 +76,52 @@ def test_the_launcher_gets_a_configuration_file_and_the_trainer_the_world_size(s
 @pytest.mark.parametrize(("cores", "processes"), [(3, 3), (64, 8)])
 def test_cpu_sh_starts_one_process_per_core_by_default(cores, processes, tmp_path):
     executable(tmp_path / "nproc", f"#!/bin/sh\necho {cores}\n")
-    executable(tmp_path / "accelerate", PRINTS_ITS_ARGUMENTS)
+    executable(tmp_path / "python", PRINTS_ITS_ARGUMENTS_OR_FOUR)
     words = launch(LAUNCH / "cpu.sh", "--recipe", "lenet5", PATH=environment(tmp_path)["PATH"]).splitlines()
     arguments = launch_command_parser().parse_args(words)
     assert arguments.num_processes == processes
     assert arguments.training_script_args == ["--world-size", str(processes), "--recipe", "lenet5"]
 
 
-@pytest.mark.parametrize("script", [["local.sh"], ["cpu.sh", "1"]], ids=lambda words: words[0])
+ONE_PROCESS = [["local.sh"], ["cpu.sh", "1"], ["multi_node.sh", "a:1", "1", "1"]]
+
+
+@pytest.mark.parametrize("script", ONE_PROCESS, ids=lambda words: words[0])
 def test_one_process_is_started_without_a_launcher(script, tmp_path):
     # Prints the number of GPUs, 0, or its arguments.
     executable(tmp_path / "python", '#!/bin/sh\n[ "$1" = -c ] && echo 0 || printf "%s\\n" "$@"\n')
     path = environment(tmp_path)["PATH"]
     words = launch(LAUNCH / script[0], *script[1:], "--recipe", "lenet5", "epochs=1", PATH=path).splitlines()
     assert words == ["-m", "mnist_dist.train", "--world-size", "1", "--recipe", "lenet5", "epochs=1"]
+
+
+# --- the launcher's end -------------------------------------------------------------------------------------------
+
+
+def test_the_launcher_ends_with_the_exit_code_of_the_training_processes(tmp_path):
+    command = [LAUNCH / "cpu.sh", "2", "1", *WORDS, "batch_size=0", "--run-dir", tmp_path / "run"]
+    with started(*command) as process:
+        output = finish(process, expected=2)
+    assert "batch_size" in output and "Traceback" not in output and "ChildFailedError" not in output
+
+
+def test_a_launcher_that_is_stopped_ends_with_75_and_the_line_of_the_trainer(tmp_path):
+    command = [LAUNCH / "cpu.sh", "2", "1", *WORDS, "max_steps=null", "epochs=1000", "--run-dir", tmp_path / "run"]
+    with started(*command) as process:
+        wait_for_lines(tmp_path / "run", 10, process)
+        process.send_signal(signal.SIGUSR1)
+        output = finish(process, expected=75)
+    assert (tmp_path / "run" / "STATUS").read_text() == "preempted\n"
+    assert "checkpoint saved at step" in output.splitlines()[-1]
+
+
+def test_a_launcher_that_is_stopped_before_it_has_started_a_process_ends_with_75(tmp_path):
+    with started(LAUNCH / "cpu.sh", "2", "1", *WORDS, "--run-dir", tmp_path / "run") as process:
+        status, deadline = Path(f"/proc/{process.pid}/status"), time.monotonic() + 60
+        while time.monotonic() < deadline:  # until the process handles SIGUSR1
+            [caught] = re.findall(r"(?m)^SigCgt:\s*(\w+)", status.read_text())
+            if int(caught, 16) >> (signal.SIGUSR1 - 1) & 1:
+                break
+        process.send_signal(signal.SIGUSR1)
+        assert finish(process, expected=75) == ""
+    assert not (tmp_path / "run").exists()

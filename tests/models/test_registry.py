@@ -56,7 +56,7 @@ def test_patches_that_do_not_cover_the_image_are_refused(keywords):
     [
         ("torchvision/resnet18", "weights"),
         ("timm/resnet18", "in_chans"),
-        ("timm/resnet18", "pretrained"),
+        ("timm/resnet18", "in_channels"),
         ("timm/resnet18", "checkpoint_path"),
     ],
 )

@@ -1,4 +1,4 @@
-"""A recipe that this world, its data or its network cannot train is refused before anything is built."""
+"""A recipe is refused before anything is built if its world, its data or its network rules out training."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +12,8 @@ from mnist_dist import build_model, load_recipe
 from mnist_dist.data import load_dataset
 from mnist_dist.engine.train_step import TrainStep
 from mnist_dist.errors import RecipeError
-from mnist_dist.run.build import build_components, check_world, data_root, load_data
+from mnist_dist.run.build import build_components, check_world
+from mnist_dist.run.data import data_root, load_data
 from mnist_dist.run.model_setup import build_module
 
 DATASET = load_dataset("synthetic", limit_train=128, limit_test=10)
@@ -45,12 +46,19 @@ def world(num_processes: int, device: str = "cpu") -> SimpleNamespace:
     ],
     ids=str,
 )
-def test_this_world_can_train_the_recipe_or_refuses_it(refused, words, state, key):
+def test_a_recipe_that_this_world_cannot_train_is_refused(refused, words, state, key):
     recipe = load_recipe("debug", *words)
     if key is None:
         assert check_world(recipe, state) == (recipe.mixed_precision or "no")
     else:
         assert refused(lambda: check_world(recipe, state)) == [(key, "unsupported")]
+
+
+def test_a_gpu_without_bf16_refuses_it(refused, monkeypatch):
+    monkeypatch.setattr("mnist_dist.distributed.devices.is_bf16_available", lambda ignore_tpu: False)
+    recipe = load_recipe("debug", "mixed_precision=bf16")
+    assert refused(lambda: check_world(recipe, world(1, "mps"))) == [("mixed_precision", "unsupported")]
+    assert check_world(recipe, world(1)) == "bf16"
 
 
 def test_an_unknown_precision_of_the_launcher_is_refused(monkeypatch):
@@ -90,7 +98,7 @@ def test_data_that_cannot_be_read_is_refused(refused, monkeypatch, accelerator, 
     def fail(*arguments, **keywords):
         raise error
 
-    monkeypatch.setattr("mnist_dist.run.build.load_dataset", fail)
+    monkeypatch.setattr("mnist_dist.run.data.load_dataset", fail)
     assert refused(lambda: load_data(load_recipe("debug"), PartialState())) == [(key, kind)]
 
 

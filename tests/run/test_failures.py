@@ -71,13 +71,17 @@ def one_bad_image(monkeypatch):
     monkeypatch.setattr(Breaks, "broken", True)
 
 
-@pytest.fixture(params=["host", "device"])
+@pytest.fixture(params=["host", "device", "device, read behind"])
 def guard(request, monkeypatch) -> list[str]:
-    """Where a gradient that is not finite is detected. The device reports it at the next log line, as on a GPU."""
-    if request.param == "device":
-        from mnist_dist.engine import train_step as module
+    """Where a gradient that is not finite is detected. The device reports it at a log line, as on a GPU.
 
-        monkeypatch.setattr(module, "guards_on_device", lambda optimizer, accelerator: True)
+    A GPU's log line is read when the next one begins.
+    """
+    if request.param != "host":
+        monkeypatch.setattr("mnist_dist.engine.train_step.guards_on_device", lambda optimizer, accelerator: True)
+    if request.param == "device, read behind":
+        monkeypatch.setattr("mnist_dist.engine.metrics.runs_behind", lambda device: True)
+        return ["ema_decay=0.9", "log_every=1"]
     return ["ema_decay=0.9", *(["log_every=4"] if request.param == "device" else [])]
 
 
@@ -95,7 +99,7 @@ def test_a_nonfinite_loss_stops_the_run_before_the_update_and_names_the_sample(t
     assert all(torch.isfinite(value).all() for value in state["components"]["model"].values())
     assert torch.isfinite(torch.tensor(state["components"]["meter"]["sums"])).all()
 
-    Breaks.broken = False  # without the cause, the same command ends like a run that never had it
+    Breaks.broken = False  # without the cause, the same command gives the weights of a run that never failed
     assert train(recipe, tmp_path / "run")["steps"] == 10
     train(recipe, tmp_path / "undisturbed")
     assert last_bytes(tmp_path / "run") == last_bytes(tmp_path / "undisturbed")
@@ -195,7 +199,7 @@ def test_a_new_run_starts_from_another_run_s_checkpoint(tmp_path, refused):
 
 # --- Weights & Biases ---------------------------------------------------------------------------------------------
 
-# A user waits 30 s for a server that does not answer; a test need not.
+# Shortens the 30 s that a run waits for a server that does not answer.
 SOONER = """
 import sys
 from mnist_dist.tracking import wandb as weights_and_biases

@@ -37,7 +37,7 @@ def holder(tmp_path):
     process.wait()
 
 
-def test_a_folder_that_another_process_writes_is_refused_by_name(tmp_path, holder, refused):
+def test_a_folder_that_another_process_writes_is_refused_and_the_process_is_named(tmp_path, holder, refused):
     content = json.loads((tmp_path / FILE).read_text())
     with pytest.raises(ValueError) as caught:
         RunLock(tmp_path).__enter__()
@@ -52,7 +52,7 @@ def test_a_second_training_of_the_same_folder_is_refused(debug_run, refused):
     metrics = (debug_run / "metrics.jsonl").read_bytes()
     parent = lock.psutil.Process(os.getppid())
     with RunLock(debug_run):
-        # The lock of this very process would count as left over: write the parent's name.
+        # A lock with this process's own id counts as left over, so write the id of the parent.
         own = json.loads((debug_run / FILE).read_text())
         (debug_run / FILE).write_text(json.dumps(own | {"pid": parent.pid, "started": parent.create_time()}))
         assert refused(lambda: train(recipe, debug_run)) == [("--run-dir", "exists")]
@@ -126,4 +126,4 @@ with lock.RunLock(folder):
 """
     done = run([sys.executable, "-c", script, tmp_path])
     assert done.returncode == 1 and "node7" in done.stderr
-    assert (tmp_path / FILE).exists(), "the lock is the other's now"
+    assert (tmp_path / FILE).exists(), "the lock now belongs to the other process"

@@ -1,4 +1,4 @@
-"""A network is tried before training as training will run it: layout, precision, optimizer, number of processes."""
+"""A network is tried before training, with the layout, precision, optimizer and number of processes of the run."""
 
 import random
 import sys
@@ -123,7 +123,7 @@ def test_a_network_that_does_not_run_in_channels_last_trains_in_contiguous_layou
     assert [note.split(":")[0] for note in prepared.notes if "channels_last" in note] == ["engine.channels_last"]
     components = build_components(prepared.recipe, "no", DATASET.train, prepared.module)
     for step in range(2):
-        components.update(components.batches.plan(0, torch.device("cpu")), step, step)
+        components.update(components.batches.plan(0), step, step)
     assert components.evaluate(DATASET.test, 5).loss > 0
     assert prepare(network, "engine.channels_last=false").notes == [n for n in prepared.notes if "channels" not in n]
 
@@ -133,7 +133,7 @@ def test_a_network_that_runs_in_channels_last_keeps_that_layout():
     assert prepared.recipe.engine.channels_last is True and prepared.notes == []
 
 
-def test_a_network_of_timm_with_five_dimensions_falls_back():
+def test_a_network_of_timm_with_five_dimensions_trains_in_contiguous_layout():
     pytest.importorskip("timm", reason="timm is not installed: pip install timm")
     assert prepare("timm/lambda_resnet26t").recipe.engine.channels_last is False
 
@@ -157,7 +157,7 @@ class NeedsFloat32(Flat):
         return output
 
 
-def test_the_precision_is_the_runs(refused):
+def test_the_trial_uses_the_precision_of_the_run(refused):
     assert prepare(NeedsFloat32).notes == []
     assert refused(lambda: prepare(NeedsFloat32, "mixed_precision=bf16")) == [("model.name", "model")]
 
@@ -242,7 +242,7 @@ def test_two_processes_refuse_a_layer_that_is_not_always_called(network):
     assert prepare(network, "logical_shards=2", world_size=2).module.training
 
 
-def test_a_layer_that_is_never_called_is_mentioned(monkeypatch):
+def test_a_note_names_a_layer_that_is_never_called(monkeypatch):
     for world_size, words in [(1, []), (2, ["ddp.find_unused_parameters=true"])]:
         [note] = prepare(HasAnUnusedLayer, *words, world_size=world_size).notes
         assert "spare.weight, spare.bias" in note
@@ -251,7 +251,7 @@ def test_a_layer_that_is_never_called_is_mentioned(monkeypatch):
 
 
 @pytest.mark.parametrize("find", [False, True])
-def test_two_processes_train_an_unused_layer_with_the_key(tmp_path, find):
+def test_two_processes_train_an_unused_layer_only_with_find_unused_parameters(tmp_path, find):
     words = ["--recipe", "debug", f"model={{name: '{__name__}:SkipsALayerByChance'}}", "max_steps=6", *QUIET]
     words += ["--run-dir", str(tmp_path / "run"), f"ddp.find_unused_parameters={find}".lower()]
     with nullcontext() if find else pytest.raises(AssertionError, match=r"ddp\.find_unused_parameters"):
@@ -311,8 +311,54 @@ class StridesOver(nn.Sequential):
 
 
 @pytest.mark.parametrize("network", [StartsAtZero, Pools, Binarizes, StridesOver, "simple_cnn", "mnistnet", "ms_ran"])
-def test_no_part_of_the_image_is_named_where_all_of_it_matters(network):
+def test_no_part_of_the_image_is_named_if_all_of_it_has_an_effect(network):
     assert prepare(network).notes == []
+
+
+class Normalizes(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(784, 10))
+
+
+class Drops(Flat):
+    """Dropout that is no module."""
+
+    def forward(self, images):
+        return super().forward(F.dropout(images, 0.1, self.training))
+
+
+class NormalizesAndDrops(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(Normalizes(), nn.Dropout(0.1))
+
+
+@pytest.mark.parametrize(
+    ("network", "effects"),
+    [
+        (Flat, []),
+        ("lenet5", []),
+        (Normalizes, ["batch norm"]),
+        (Drops, ["dropout"]),
+        (NormalizesAndDrops, ["batch norm", "dropout"]),
+    ],
+)
+@pytest.mark.parametrize(
+    ("words", "world_size", "splits"),
+    [
+        ([], 1, False),
+        (["micro_batch_size=128"], 1, False),
+        (["micro_batch_size=64"], 1, True),
+        (["micro_batch_size=64"], 2, False),
+        (["micro_batch_size=63"], 2, True),
+        (["micro_batch_size=64", "logical_shards=2"], 1, False),
+        (["micro_batch_size=auto"], 1, True),
+    ],
+)
+def test_a_note_says_if_micro_batches_change_the_result(network, effects, words, world_size, splits):
+    notes = [note for note in prepare(network, *words, world_size=world_size).notes if "micro_batch_size" in note]
+    assert len(notes) == (splits and len(effects) > 0)
+    for note in notes:
+        assert [effect for effect in ("batch norm", "dropout") if effect in note] == effects
 
 
 def test_a_region_is_described_by_rows_and_columns():
@@ -444,7 +490,7 @@ def test_a_network_does_not_change_the_default_type_of_new_tensors(accelerator):
     assert torch.get_default_dtype() == torch.float32
 
 
-# --- what a trial leaves alone ------------------------------------------------------------------------------------
+# --- what a trial must not change ----------------------------------------------------------------------------------
 
 
 class Stateful(nn.Module):

@@ -1,4 +1,4 @@
-"""Resuming with another recipe: batch size, optimizer, length; and the first figures after a resume."""
+"""Resuming with another recipe: batch size, optimizer, length; and the first speed after a resume."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def last_weights(run_dir):
     return (run_dir / "last.safetensors").read_bytes()
 
 
-def test_an_adopted_checkpoint_says_nothing_of_missing_weights(tmp_path, capsys):
+def test_a_run_from_a_copied_checkpoint_prints_no_message_about_missing_weights(tmp_path, capsys):
     recipe = load_recipe("debug", *SMALL, "batch_size=50", "epochs=2", "checkpoint.every_steps=6")
     train(recipe, tmp_path / "first")
     capsys.readouterr()
@@ -71,7 +71,18 @@ def test_a_shorter_run_than_the_checkpoint_is_refused(tmp_path, refused):
         assert found == [(word.partition("=")[0], "conflict")]
 
 
-@pytest.mark.parametrize("schedule", ["{name: constant}", "{name: step, step_size: 1}", "{name: cosine, T_max: 9}"])
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        "{name: constant, warmup_epochs: 1}",
+        "{name: step, step_size: 1}",
+        "{name: multistep, milestones: [1, 3]}",
+        "{name: exponential, gamma: 0.5}",
+        "{name: polynomial, total_iters: 5}",
+        "{name: cosine, T_max: 9}",
+        "{name: cosine_restarts, T_0: 2}",
+    ],
+)
 def test_a_finished_run_trains_longer(schedule, tmp_path, refused):
     words = [*SMALL, "batch_size=50", f"schedule={schedule}"]
     three, four = (load_recipe("debug", *words, f"epochs={epochs}") for epochs in (3, 4))
@@ -84,8 +95,16 @@ def test_a_finished_run_trains_longer(schedule, tmp_path, refused):
     assert refused(lambda: train(shorter, tmp_path / "run", allow_recipe_change=True)) == [("--run-dir", "exists")]
 
 
-@pytest.mark.parametrize("schedule", ["{name: cosine}", "{name: onecycle, max_lr: 0.1}"])
-def test_a_schedule_of_the_whole_run_cannot_be_prolonged(schedule, tmp_path, refused):
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        "{name: cosine}",
+        "{name: cosine, interval: step, warmup_epochs: 1}",
+        "{name: polynomial}",
+        "{name: onecycle, max_lr: 0.1}",
+    ],
+)
+def test_a_run_whose_schedule_depends_on_its_length_is_not_prolonged(schedule, tmp_path, refused):
     words = [*SMALL, "batch_size=50", f"schedule={schedule}"]
     train(load_recipe("debug", *words, "epochs=2"), tmp_path / "run")
     three = load_recipe("debug", *words, "epochs=3")
@@ -93,7 +112,7 @@ def test_a_schedule_of_the_whole_run_cannot_be_prolonged(schedule, tmp_path, ref
     assert (tmp_path / "run" / "STATUS").read_text() == "done\n"
 
 
-def test_the_first_line_after_a_resume_has_a_true_speed(accelerator, monkeypatch):
+def test_the_first_speed_after_a_resume_counts_only_time_since_then(accelerator, monkeypatch):
     now = [100.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     first, second = Meter(accelerator), Meter(accelerator)

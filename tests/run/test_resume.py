@@ -57,7 +57,7 @@ def test_a_run_resumes_with_the_same_samples_at_another_world_size(tmp_path):
 
 
 @pytest.mark.parametrize("step", [4, 8])  # in the middle, and after the last step
-def test_the_time_of_a_resumed_run_is_that_of_all_its_steps(tmp_path, step):
+def test_the_training_time_of_a_resumed_run_includes_the_steps_before(tmp_path, step):
     words = ("data.limit_train=200", "data.limit_test=50", "batch_size=50", "epochs=2", "checkpoint.every_steps=4")
     words += ("tracking.wandb.mode=offline",)
     first = train(load_recipe("debug", *words), tmp_path / "first")

@@ -32,6 +32,7 @@ from mnist_dist import (
     train,
 )
 from mnist_dist.compare.__main__ import main as compare_main
+from mnist_dist.data.geometry import Geometry
 from mnist_dist.data.pictures import read_picture
 from mnist_dist.data.sources.idx import read_idx
 from mnist_dist.engine.checkpoint import MANIFEST, STATE, _fingerprint, load_checkpoint, load_weights, save_weights
@@ -155,7 +156,7 @@ def test_compare_reads_a_recipe_that_names_a_module(debug_run, trap):
 
 @pytest.fixture
 def own_run(trap, tmp_path):
-    """A run of the network my_nets:Net, trained from a recipe that the user named; `trap` starts again after it."""
+    """A run of the network my_nets:Net, trained from a recipe that the user named. `trap` is empty after it."""
     train(load_recipe("debug", *QUIET, "model={name: my_nets:Net}"), tmp_path / "own")
     for name in trap():
         Path(name).unlink()
@@ -163,7 +164,7 @@ def own_run(trap, tmp_path):
     return tmp_path / "own"
 
 
-def test_a_network_of_the_users_own_is_loaded_where_it_is_allowed(own_run, picture, trap):
+def test_a_users_own_network_is_loaded_if_it_is_allowed(own_run, picture, trap):
     assert predict.main([str(own_run), str(picture), "--allow-code", "other", "--allow-code", "my_nets"]) == 0
     assert trap() == ["built", "imported"]
     assert load_run(own_run, allow_code=("my_nets",)).model(torch.zeros(1, 1, 28, 28)).shape == (1, 10)
@@ -182,7 +183,7 @@ def test_a_package_allows_the_modules_in_it(debug_run):
         assert not isinstance(found.value, CodeRefused), "it is built, and has other tensors than the file"
 
 
-def test_the_own_run_resumes_and_teaches_without_permission(own_run, tmp_path, trap, refused):
+def test_a_run_of_the_users_own_network_resumes_and_teaches_without_permission(own_run, tmp_path, trap, refused):
     words = (*QUIET, "model={name: my_nets:Net}")
     recipe = load_recipe("debug", *words)
     (own_run / "STATUS").write_text("preempted\n")
@@ -260,7 +261,7 @@ def test_a_pickle_in_a_checkpoint_does_not_run(how, checkpoint, tmp_path, trap, 
 
 
 @pytest.mark.parametrize("step", ["1/../../../outside", -1, 1.5, None, [1]])
-def test_a_step_in_a_checkpoint_is_no_path(step, checkpoint, tmp_path, refused):
+def test_a_step_in_a_checkpoint_is_not_used_as_a_path(step, checkpoint, tmp_path, refused):
     state = load_checkpoint(checkpoint)
     state["progress"]["step"] = step
     torch.save(state, checkpoint / STATE)
@@ -318,6 +319,10 @@ def test_sizes_in_the_metadata_are_refused_before_building(model, keywords, debu
         {"mean": float("nan")},
         {"std": "1"},
         {"mean": None},
+        {"mean": [0.5, 0.5]},
+        {"shape": [1, 28]},
+        {"shape": [1, 28.0, 28]},
+        {"shape": [1, 10**9, 10**9]},
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -326,7 +331,7 @@ def test_a_description_of_other_types_is_damaged(values, debug_run, picture, ref
     assert refused(lambda: predict.main([str(debug_run), str(picture)])) == [(str(debug_run), "damaged")]
 
 
-def test_a_description_that_is_no_object_is_damaged(debug_run, picture, refused):
+def test_a_description_that_is_not_an_object_is_damaged(debug_run, picture, refused):
     tensors, _ = load_weights(debug_run / "last.safetensors")
     save_weights(debug_run / "last.safetensors", tensors, ["a", "list"])
     assert refused(lambda: predict.main([str(debug_run), str(picture)])) == [(str(debug_run), "damaged")]
@@ -473,7 +478,7 @@ def test_pictures_that_are_links_are_not_shown(debug_run, tmp_path, picture):
     page = tmp_path / "page.html"
     shutil.copy(picture, plots / "confusion_matrix.png")
     compare_main([str(debug_run), "--html", str(page)])
-    assert "data:image/webp" in page.read_text(), "the test can fail"
+    assert "data:image/webp" in page.read_text(), "a picture that is no link is shown"
     (plots / "confusion_matrix.png").unlink()
     (plots / "confusion_matrix.png").symlink_to(picture)
     compare_main([str(debug_run), "--html", str(page)])
@@ -536,12 +541,13 @@ def test_no_text_of_a_run_is_html_markdown_or_a_terminal_code(debug_run, tmp_pat
 
 
 def test_the_page_to_draw_on_shows_names_as_text():
-    page = build_page(b"", [HTML, "b"], HTML, {"script": b"", "wasm": b""})
-    plain = build_page(b"", ["a", "b"], "c", {"script": b"", "wasm": b""})
+    runtime = {"script": b"", "wasm": b""}
+    page = build_page(b"", [HTML, "b"], HTML, runtime, Geometry())
+    plain = build_page(b"", ["a", "b"], "c", runtime, Geometry())
     assert page.count("<script") == plain.count("<script") and "<img src=x" not in page
 
 
-def test_class_names_are_no_markup_on_the_console(debug_run, capsys):
+def test_class_names_are_not_read_as_markup_on_the_console(debug_run, capsys):
     describe(debug_run, classes=["[red]", "[/nothing]", "<b>", "$\\frac$", "[link=x]", *"56789"])
     assert evaluate.main([str(debug_run)]) == 0
     out = capsys.readouterr().out

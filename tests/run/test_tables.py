@@ -1,4 +1,4 @@
-"""Text for people: tables in Markdown files."""
+"""Tables in Markdown files."""
 
 from __future__ import annotations
 

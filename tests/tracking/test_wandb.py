@@ -204,7 +204,8 @@ def test_the_artifact_rebuilds_the_network_under_both_aliases(logged, run_dir, t
         about = json.loads(artifacts[alias]["metadata"])
         assert (about["model"], about["keywords"], about["classes"]) == ("lenet5", {}, [str(n) for n in range(10)])
         assert about["accuracy"] == load_run(run_dir).summary[f"eval.{alias}.accuracy"]
-        assert 0 < about["mean"] < 1 and 0 < about["std"] < 1
+        assert 0 < about["mean"][0] < 1 and 0 < about["std"][0] < 1
+        assert about["shape"] == [1, 28, 28]
         downloaded = tmp_path / alias
         downloaded.mkdir()
         for name, file in local(artifacts[alias]).items():

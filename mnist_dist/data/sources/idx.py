@@ -16,8 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mnist_dist.data.images import SIDE
-
 TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 """Third byte of an IDX file -> type of its values."""
 
@@ -87,17 +85,18 @@ def _damaged(path: Path, message: str) -> ValueError:
 
 
 def as_images(values: Tensor, path: Path) -> Tensor:
-    """Returns the images of a file as uint8 (N, 28, 28).
+    """Returns the images of a file as uint8 (N, H, W).
 
-    One channel axis, first or last, is dropped; so are three equal channels of grey images. Rows of 784 values are
-    images too. Values of another type are accepted if they are whole numbers from 0 to 255, or fractions k / 255.
+    One channel axis, first or last, is dropped; so are three equal channels of grey images. Rows of n² values are
+    square images. Values of another type are accepted if they are whole numbers from 0 to 255, or fractions k / 255.
 
     Raises:
-        ValueError: the values do not stand for grey images of 28×28 pixels.
+        ValueError: the values do not stand for grey images.
     """
-    found = f"found {_described(values)}"
-    expected = f"{path}: expected grey images of {SIDE}×{SIDE} pixels as whole numbers from 0 to 255"
-    images = values.unflatten(1, (SIDE, SIDE)) if values.shape[1:] == (SIDE**2,) else values
+    found = f"found {described(values)}"
+    expected = f"{path}: expected grey images as whole numbers from 0 to 255"
+    side = math.isqrt(values.shape[1]) if values.ndim == 2 else 0
+    images = values.unflatten(1, (side, side)) if side and side**2 == values.shape[1] else values
     if images.ndim == 4:
         channels = next((axis for axis in (1, 3) if images.shape[axis] in (1, 3)), None)
         if channels is None:
@@ -106,7 +105,7 @@ def as_images(values: Tensor, path: Path) -> Tensor:
         if any(not torch.equal(first, images.select(channels, at)) for at in range(1, images.shape[channels])):
             raise ValueError(f"{expected}, {found}: the {images.shape[channels]} channels differ, so it is in colour")
         images = first
-    if images.ndim != 3 or images.shape[1:] != (SIDE, SIDE):
+    if images.ndim != 3 or 0 in images.shape[1:]:
         raise ValueError(f"{expected}, {found}")
     if images.dtype == torch.uint8 or not images.numel():
         return images.to(torch.uint8)
@@ -125,11 +124,12 @@ def as_labels(values: Tensor, path: Path) -> Tensor:
         ValueError: the values are not whole numbers.
     """
     if values.is_floating_point() and not torch.equal(values, values.round()):
-        raise ValueError(f"{path}: expected labels, which are whole numbers, found {_described(values)}")
+        raise ValueError(f"{path}: expected labels, which are whole numbers, found {described(values)}")
     return values.long()
 
 
-def _described(values: Tensor) -> str:
+def described(values: Tensor) -> str:
+    """Returns type and shape of values as text."""
     return f"{values.dtype} of shape {tuple(values.shape)}".removeprefix("torch.")
 
 

@@ -11,7 +11,15 @@ from pathlib import Path
 from torch import Tensor
 
 from mnist_dist.data.images import Images
-from mnist_dist.data.sources.idx import as_images, as_labels, candidate_folders, find_file, find_files, read_idx
+from mnist_dist.data.sources.idx import (
+    as_images,
+    as_labels,
+    candidate_folders,
+    described,
+    find_file,
+    find_files,
+    read_idx,
+)
 
 DIGITS = tuple("0123456789")
 """The class names of data sets of digits."""
@@ -87,7 +95,7 @@ def _read_files(
         fetch: downloads the files as torchvision does, into `folder` relative to a root that it takes.
 
     Returns:
-        Images as uint8 (N, 28, 28); labels as int64, of the shape that their file has.
+        Images as uint8 (N, H, W); labels as int64, of the shape that their file has.
     """
     name = folder.parent.name
     folders = candidate_folders(root, name, unmistakable=stems[0].startswith(f"{name.lower()}-"))
@@ -101,10 +109,14 @@ def _read_files(
                 f"{folder} does not hold {missing} (plain or .gz){failure}{_elsewhere(root, name, stems)}"
             )
     contents = [read_idx(path) for path in paths]
-    return [
+    tensors = [
         as_images(content, path) if index in (0, 2) else as_labels(content, path)
         for index, (content, path) in enumerate(zip(contents, paths, strict=True))
     ]
+    if tensors[0].shape[1:] != tensors[2].shape[1:]:
+        shapes = [f"{path}: found {described(content)}" for content, path in zip(contents, paths, strict=True)]
+        raise ValueError(f"{shapes[0]}, but {shapes[2]}; training and test images need one size")
+    return tensors
 
 
 def _download(root: Path, folder: Path, fetch: Callable[[Path], object]) -> str:
@@ -152,7 +164,7 @@ def _train_and_test(tensors: list[Tensor], classes: tuple[str, ...], folder: Pat
 
 
 def _pair(images: Tensor, labels: Tensor, classes: tuple[str, ...], folder: Path) -> Images:
-    """Joins images uint8 (N, 28, 28) and labels int64 (N,) after checking that they match."""
+    """Joins images uint8 (N, H, W) and labels int64 (N,) after checking that they match."""
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     if labels.ndim != 1:

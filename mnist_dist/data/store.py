@@ -1,0 +1,131 @@
+"""Where the images of a training run lie: on the device, in host memory, or in a memory-mapped file on disk.
+
+The place changes speed and memory, never a value: all three places hold the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from mnist_dist.data.images import Images
+
+Place = Literal["device", "host", "disk"]
+
+LARGEST_SHARE = 0.5
+"""Share of the free memory that images may take with `data.place: auto`. The network needs the rest."""
+
+CHUNK = 2**24
+"""Bytes that are hashed and written at once."""
+
+
+def choose_place(images: Tensor, device: torch.device, processes: int = 1) -> tuple[Place, str]:
+    """Returns the fastest place whose memory can hold the images, and the reason if it is not the device.
+
+    Args:
+        images: uint8 (N, C, H, W), on the CPU.
+        processes: processes of this machine, each of which has its own images.
+    """
+    size, reasons = images.numel(), []
+    if device.type == "cpu" and not is_memory_mapped(images):
+        return "device", ""  # they are in memory already
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        if size <= LARGEST_SHARE * free:
+            return "device", ""
+        reasons.append(f"the device has {_gigabytes(free)} of free memory")
+    elif device.type != "cpu":
+        return "device", ""  # PyTorch cannot tell how much memory such a device has
+    free = psutil.virtual_memory().available
+    if processes * size <= LARGEST_SHARE * free:
+        return ("device" if device.type == "cpu" else "host"), "; ".join(reasons)
+    copies = f" for {processes} processes" if processes > 1 else ""
+    return "disk", "; ".join([*reasons, f"the host has {_gigabytes(free)}{copies}"])
+
+
+def describe_place(place: Place, images: Tensor, reason: str) -> str:
+    """Returns a note for the user: where the images lie, their size, and the reason."""
+    where = {"device": "on the device", "host": "in host memory", "disk": "on disk, memory-mapped"}[place]
+    return f"data.place: the {_gigabytes(images.numel())} of images stay {where}{reason and ': '}{reason}"
+
+
+def place_images(data: Images, place: Place, device: torch.device, cache: Path | None = None) -> Images:
+    """Returns the images in their place; with `device`, the labels move to the device too.
+
+    Args:
+        data: on the CPU.
+        cache: folder for the file of images that have none; None for the user's cache folder.
+
+    Raises:
+        OSError: the cache cannot be written.
+    """
+    if place == "disk":
+        mapped = is_memory_mapped(data.images)
+        return data if mapped else replace(data, images=write_mapped(data.images, cache or cache_folder()))
+    if is_memory_mapped(data.images) and (place == "host" or device.type == "cpu"):
+        return replace(data, images=data.images.clone())
+    return data if place == "host" else data.to(device)
+
+
+def cache_folder() -> Path:
+    """Returns the folder of this user for images of sources that have no file of their own."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return home / "mnist_dist" / "images"
+
+
+def write_mapped(images: Tensor, folder: Path) -> Tensor:
+    """Returns the images as a memory-mapped file in `folder`, named by a hash of its content.
+
+    The file is written under another name and renamed when it is complete, so several processes may write it at once.
+
+    Args:
+        images: uint8 (N, C, H, W), on the CPU.
+    """
+    parts = images.split(max(1, CHUNK // max(1, images[:1].numel())))
+    digest = hashlib.blake2b(repr(tuple(images.shape)).encode(), digest_size=16)
+    for part in parts:
+        digest.update(part.contiguous().numpy())
+    path = folder / f"{digest.hexdigest()}.bin"
+    if not path.is_file() or path.stat().st_size != images.numel():
+        folder.mkdir(parents=True, exist_ok=True)
+        staged = path.with_name(f"{path.name}.{os.getpid()}.part")
+        try:
+            with staged.open("wb") as file:
+                for part in parts:
+                    file.write(part.contiguous().numpy())
+                file.flush()
+                os.fsync(file.fileno())
+            staged.replace(path)
+        finally:
+            with suppress(OSError):
+                staged.unlink(missing_ok=True)
+    # Copy-on-write: the pages stay those of the file, and torch gets an array that it may write.
+    return torch.from_numpy(np.memmap(path, dtype=np.uint8, mode="c", shape=tuple(images.shape)))
+
+
+def is_memory_mapped(images: Tensor) -> bool:
+    """Returns whether a CPU tensor lies in a memory-mapped file. Known on Linux only; elsewhere False."""
+    if images.device.type != "cpu" or not images.numel() or not sys.platform.startswith("linux"):
+        return False
+    address = images.data_ptr()
+    with suppress(OSError):
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            span, _, _, _, inode, *_ = line.split(maxsplit=5)
+            start, end = (int(each, 16) for each in span.split("-"))
+            if start <= address < end:
+                return inode != "0"
+    return False
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"
