@@ -15,6 +15,7 @@ from mnist_dist.data import load_dataset
 from mnist_dist.engine.checkpoint import load_weights, save_weights
 from mnist_dist.predict import _newest_run, main, predict_digit
 from mnist_dist.run.prediction import predict
+from tests.colour import CLASSES, CODE, write_pictures
 from tests.data.test_pictures import disturbed
 
 
@@ -42,7 +43,7 @@ def test_photos_of_mnist_digits_are_recognised(mnist_root, tmp_path, capsys):
     capsys.readouterr()  # discards what the training printed
     assert main([str(tmp_path / "run"), str(tmp_path / "photos"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert [set(each) for each in found] == [{"path", "digit", "confidence", "top3", "unsure"}] * 100
+    assert [set(each) for each in found] == [{"path", "class", "digit", "confidence", "top3", "unsure"}] * 100
     assert sum(each["digit"] == test.classes[label] for each, label in zip(found, test.labels[:100], strict=True)) >= 90
     digit, confidence = predict_digit(tmp_path / "photos" / "000.png", tmp_path / "run")
     assert (digit, confidence) == (found[0]["digit"], found[0]["confidence"])
@@ -129,9 +130,26 @@ def test_lines_and_json_agree(debug_run, picture, capsys):
     line = capsys.readouterr().out
     assert main([str(debug_run), str(picture), "--json"]) == 0
     [found] = json.loads(capsys.readouterr().out)
-    assert found["path"] == str(picture) and found["top3"][0] == {key: found[key] for key in ("digit", "confidence")}
+    assert found["path"] == str(picture) and found["top3"][0] == {
+        key: found[key] for key in ("class", "digit", "confidence")
+    }
     for each in found["top3"]:
         assert f"{each['digit']} " in line and f"{100 * each['confidence']:.1f} %" in line
+
+
+def test_pictures_in_colour_are_classified_by_the_names_of_the_classes(colour_run, colour_data, tmp_path, capsys):
+    paths = write_pictures(tmp_path / "pictures", colour_data.test)
+    large = tmp_path / "pictures" / "large.jpg"
+    Image.open(paths[0]).resize((400, 240), Image.Resampling.NEAREST).save(large, quality=95)
+    command = [str(colour_run.folder.path), str(tmp_path / "pictures"), "--allow-code", CODE]
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [each["class"] for each in found] == [CLASSES[position % 3] for position in range(9)] + [CLASSES[0]]
+    assert all({"path", "class", "confidence", "top3", "unsure"} == set(each) for each in found)
+    for each, exact in zip(found, predict(colour_run, colour_data.test.images[:9]), strict=False):
+        assert each["top3"] == exact["top3"], "a picture of the training set's shape is used as it is"
+    assert main(command) == 0
+    assert f"{paths[0]}: {CLASSES[0]} " in capsys.readouterr().out
 
 
 def test_an_empty_folder_is_named(debug_run, tmp_path, capsys):
