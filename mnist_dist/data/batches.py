@@ -105,6 +105,8 @@ class Batch:
     """int64 (n,)."""
     changes: Tensor | None = None
     """The random changes of each image: the return value of `Batches.changes`."""
+    scale: Tensor | None = None
+    """float32 (n,), factor of each sample's loss; None: 1."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -113,7 +115,7 @@ class Batch:
         """Returns consecutive samples of this batch, without a copy."""
         return Batch(self.size, self.start + part.indices(len(self))[0], *(
             None if each is None else each[part] for each in self._tensors()
-        ))  # type: ignore[arg-type]  # only `changes` may be None  # fmt: skip
+        ))  # type: ignore[arg-type]  # only the last two may be None  # fmt: skip
 
     def split(self, count: int) -> list[Batch]:
         """Returns `count` consecutive pieces, the larger ones first; the sizes differ by at most one."""
@@ -130,8 +132,8 @@ class Batch:
             if tensor is not None and value is not None:
                 tensor.copy_(value)
 
-    def _tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        return self.images, self.labels, self.changes
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        return self.images, self.labels, self.changes, self.scale
 
 
 def piece(size: int, rank: int, world_size: int) -> range:
