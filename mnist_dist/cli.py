@@ -69,7 +69,7 @@ def answer_early(command: str) -> None:
         sys.exit(code)
 
 
-@safe_output()
+@safe_output
 def run_command(main: Callable[[], int]) -> int:
     """Runs a command's `main`. Prints an error that the user can act on as one screen on stderr.
 
@@ -154,7 +154,7 @@ def _evaluate(parser: Parser) -> None:
     _add_run(parser)
     _add_weights(parser)
     parser.add_argument("--split", choices=["test", "validation"], default="test", help="images to use (default: test)")
-    parser.add_argument("--tta", choices=["flip"], help="also evaluate the mean of each image and its mirror image")
+    parser.add_argument("--tta", choices=["flip"], help="also evaluate the mean prediction for image and mirror image")
     _add_data(parser)
     _add_json(parser, "the report")
     _add_overrides(parser, "recipe keys, e.g. data.root=/data")

@@ -38,10 +38,16 @@ class LabelLoss:
         whole = labels[batches.rows(plan, index).to(labels.device)].to(self._weights.device)
         return replace(batch, scale=(batch.size / self._weights[whole].sum()).repeat(len(batch)))
 
-    def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Returns the loss (scalar), summed over samples; logits are float32 (n, classes)."""
-        if batch.scale is None:
-            return F.cross_entropy(logits, batch.labels, reduction="sum", label_smoothing=self._smoothing)
+    def __call__(self, logits: Tensor, targets: Tensor, scale: Tensor | None) -> Tensor:
+        """Returns the loss (scalar), summed over samples.
+
+        Args:
+            logits: float32 (n, classes).
+            targets: int64 (n,), or without class weights the probability of each class, float32 (n, classes).
+            scale: of the batch; see `weigh`.
+        """
+        if scale is None:
+            return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=self._smoothing)
         weights, smoothing = self._weights, self._smoothing
-        losses = F.cross_entropy(logits, batch.labels, weight=weights, reduction="none", label_smoothing=smoothing)
-        return (losses * batch.scale).sum()
+        losses = F.cross_entropy(logits, targets, weight=weights, reduction="none", label_smoothing=smoothing)
+        return (losses * scale).sum()

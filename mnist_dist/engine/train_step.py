@@ -88,7 +88,7 @@ class TrainStep:
 
     A step whose gradient contains inf or NaN changes no weight, buffer or counter. There are three ways to detect it:
 
-    - On a CPU, and for an optimizer without a fused kernel, the host reads a flag after each backward pass.
+    - On a CPU, and for an optimizer without a fused kernel, the host reads a flag once after the backward passes.
     - The fused kernel of an optimizer on a GPU reads the flag on the device, and the host never waits. With
       on_nonfinite="stop" the flag stays set, so no later step changes anything until `check` raises `NotFinite`.
     - In fp16 the GradScaler skips such steps while it looks for a scale. With on_nonfinite="stop", `check` raises
@@ -174,8 +174,7 @@ class TrainStep:
 
         self._norm.copy_(self._clip())
         if self.accelerator.scaler is None:
-            self._guard_nonfinite(before)
-            if not self.guard_is_on_device and self._bad:
+            if self._guard_nonfinite(before):
                 self.check()
                 return
             self.optimizer.step()
@@ -230,8 +229,9 @@ class TrainStep:
         return not torch.equal(after, self._generator().get_state())
 
     def _generator(self) -> torch.Generator:
-        device = self.accelerator.device
-        return torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
+        if (device := self.accelerator.device).type != "cuda":
+            return torch.default_generator
+        return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
 
     def _micro_batches(self, batch: Batch, largest_share: int) -> list[Batch]:
         """Splits a batch into micro-batches. All processes have equally many if the forward pass is collective."""
@@ -245,23 +245,23 @@ class TrainStep:
             weight: factor of the summed loss.
             reduces: whether this backward pass reduces the gradient over the processes.
         """
-        images, labels = self.inputs(batch), batch.labels
+        images, targets = self.inputs(batch), self.targets(batch)
         logits = model(images).float()
-        loss_sum = self._label_loss(logits, batch)
+        loss_sum = self._label_loss(logits, targets, batch.scale)
         if self.distillation is not None:
             loss_sum = self.distillation(loss_sum, images, logits)
         with self.clock.backward() if reduces else nullcontext():
             self.accelerator.backward(loss_sum * weight)
         if weight:
-            self.meter.add(loss_sum.detach(), logits.detach(), labels)
+            self.meter.add(loss_sum.detach(), logits.detach(), targets)
 
     def inputs(self, batch: Batch) -> Tensor:
         """Returns the augmented and normalised images of a batch, float32 (n, C, H, W)."""
-        images = batch.images
-        if batch.changes is not None:
-            assert self.batches.augmentation is not None
-            images = self.batches.augmentation.apply(images.float(), batch.changes)
-        return self.data.normalize(images)
+        return self.data.normalize(self.batches.augmented(batch))
+
+    def targets(self, batch: Batch) -> Tensor:
+        """Returns the labels, int64 (n,), or for mixed images the classes' probabilities, float32 (n, classes)."""
+        return self.batches.targets(batch, len(self.data.classes))
 
     def _clip(self) -> Tensor:
         """Clips the gradient if the recipe asks for it; returns its norm before clipping (scalar on the device)."""
@@ -271,14 +271,12 @@ class TrainStep:
             self.accelerator.unscale_gradients(self.optimizer)
         return unshard(nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None]))
 
-    def grad_norm(self) -> float:
-        """Returns the norm of the last gradient over all parameters, before clipping. Waits for the device.
+    def health(self) -> tuple[Tensor, Tensor]:
+        """Returns the norm of the last gradient over all parameters before clipping, and whether a gradient was bad.
 
-        Raises:
-            NotFinite: as `check`.
+        Both are scalars on the device. If the second is true, `check` may raise `NotFinite`.
         """
-        self.check()
-        return float(self._norm)
+        return self._norm, self._bad
 
     @property
     def skipped(self) -> int:
@@ -303,25 +301,28 @@ class TrainStep:
             self._first_bad.fill_(-1)
             raise NotFinite(step)
 
-    def _guard_nonfinite(self, before: list[Tensor]) -> None:
-        """Skips the update and restores buffers and metrics if the gradient is not finite.
+    def _guard_nonfinite(self, before: list[Tensor]) -> bool:
+        """Restores buffers and metrics if the gradient is not finite, and has the device skip the update if it can.
 
         Args:
             before: the network's buffers before the forward pass.
+
+        Returns:
+            Whether the host must skip the update. To know it the host waits for the device, once.
         """
         bad = ~torch.isfinite(self._norm)
         self._bad.copy_(bad if self.on_nonfinite == "skip" else self._bad | bad)
         self._step_count += 1  # counted on the device: passing the step's number would cost a transfer
-        if self.guard_is_on_device or self._bad:
-            self._first_bad.copy_(torch.where(self._bad & (self._first_bad < 0), self._step_count, self._first_bad))
+        if host_skips := not self.guard_is_on_device and bool(self._bad):
+            self.optimizer.zero_grad()
+        elif not self.guard_is_on_device:
+            return False
+        self._first_bad.copy_(torch.where(self._bad & (self._first_bad < 0), self._step_count, self._first_bad))
         if self.guard_is_on_device:
             self.optimizer.found_inf = self._found_inf.copy_(self._bad)  # type: ignore[attr-defined]  # torch reads this attribute but does not declare it
-        elif self._bad:
-            self.optimizer.zero_grad()
-        else:
-            return
         self._skipped += self._bad
         self._restore(before, self._bad)
+        return host_skips
 
     def _restore(self, before: list[Tensor], bad: Tensor) -> None:
         """Restores buffers and metrics to their state before the step if `bad` (bool scalar on the device)."""
@@ -342,7 +343,7 @@ class TrainStep:
         with unsharded_parameters(self.module), evaluating(self.module):
             for number in range(len(batch) if self.shards or self.shares.own(batch.size) else 0):
                 sample = batch[number : number + 1]
-                if not torch.isfinite(F.cross_entropy(self.module(self.inputs(sample)).float(), sample.labels)):
+                if not torch.isfinite(F.cross_entropy(self.module(self.inputs(sample)).float(), self.targets(sample))):
                     found.append(int(order[batch.start + number]))
         return [
             (rank, samples) for rank, samples in gather_object([(self.accelerator.process_index, found)]) if samples

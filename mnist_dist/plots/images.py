@@ -125,10 +125,15 @@ def plot_augmented_samples(originals: Any, augmented: Any, path: str | Path, *, 
         row, column = divmod(index, columns)
         for line, (name, tiles) in enumerate([("original", before), ("augmented", after)]):
             top = row * block + line * pitch
-            style.draw_tile(sheet, indent + column * pitch, top, tiles[index, 0])
+            style.draw_tile(sheet, indent + column * pitch, top, _tile(tiles[index]))
             if column == 0:
                 sheet.text(indent - 0.1, top + style.TILE / 2, name, fontsize=9, ha="right", va="center")
     return style.write_png(figure, path)
+
+
+def _tile(image: np.ndarray) -> np.ndarray:
+    """Returns an image (C, H, W) of levels 0..255 as matplotlib draws it: (H, W), or uint8 (H, W, 3) in colour."""
+    return image.clip(0, 255).astype(np.uint8).transpose(1, 2, 0) if len(image) == 3 else image[0]
 
 
 def _draw_groups(predictions: Predictions, groups: list[tuple[str, np.ndarray]], columns: int, title: str) -> Figure:

@@ -230,6 +230,12 @@ def check_combinations(recipe: Recipe, build_network: bool = True) -> Iterator[F
         yield "data.split", f"only emnist has splits, not {recipe.data.dataset}; remove this key", "conflict"
     if not recipe.distill.teachers and recipe.distill != DistillSection():
         yield "distill.from", "this key is required, e.g. `distill: {from: runs/teacher}`", "missing"
+    if (recipe.data.augment.mixup or recipe.data.augment.cutmix) and recipe.data.class_weights != "none":
+        yield (
+            "data.class_weights",
+            "mixed images have no class of their own; remove mixup, cutmix or this key",
+            "conflict",
+        )
     if recipe.distill.teachers and recipe.data.class_weights != "none":
         yield "data.class_weights", "distillation has no class weights; remove this key or distill", "conflict"
     yield from _attempt("data.augment", recipe.data.augment.model_dump(), Augmentation)[1]

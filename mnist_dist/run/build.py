@@ -114,6 +114,8 @@ def build_components(
     accelerator = _build_accelerator(recipe, precision)
     device = accelerator.device
     augmentation = recipe.data.augment.build()
+    if misfits := list(augmentation.misfits(train_data.shape)):
+        raise RecipeError([recipe.problem(f"data.augment.{key}", text, "conflict") for key, text in misfits])
     batches = Batches(len(train_data), recipe.batch_size, recipe.seed, train_data.shape, augmentation)
     total_steps = min(recipe.epochs * batches.steps_per_epoch, recipe.max_steps or sys.maxsize)
     schedule = build_schedule(

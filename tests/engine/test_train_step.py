@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mnist_dist.data import Augmentation, Batches, EpochPlan, Images
 from mnist_dist.engine.distillation import Distillation
@@ -257,6 +258,39 @@ def test_the_mean_gradient_over_processes_is_that_of_the_global_batch(world_size
     torch.testing.assert_close(sums, figures, rtol=1e-6, atol=0)
 
 
+MIXED = Augmentation(flip=True, crop_padding=2, contrast=0.3, cutout=5, mixup=0.5, cutmix=1.0)
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 4])
+@pytest.mark.parametrize(("world_size", "index"), [(2, 0), (3, 2), (7, 1)])
+def test_the_loss_of_mixed_images_is_the_mean_over_the_global_batch(world_size, index, micro_batch_size):
+    words = {"augmentation": MIXED, "batch_size": 39, "label_smoothing": 0.1}
+    alone, plain = lenet(), lenet()
+    one_process = make_step(FakeProcess(0, 1), alone, **words)
+    plan = one_process.batches.plan(0)
+    one_process(plan, index, 0)
+    batch = one_process.load(plan, index)
+    images, targets = one_process.inputs(batch), one_process.targets(batch)
+    logits = plain(images)
+    loss = F.cross_entropy(logits, targets, label_smoothing=0.1)
+    loss.backward()
+    torch.testing.assert_close(gradient(alone), gradient(plain), rtol=0, atol=1e-6)
+    figures = one_process.meter._sums
+    right = targets[torch.arange(len(targets)), logits.argmax(dim=1)].sum()
+    expected = torch.tensor([float(loss) * len(batch), float(right), len(batch)])
+    torch.testing.assert_close(figures, expected.double(), rtol=1e-5, atol=1e-5)
+
+    total, sums = torch.zeros_like(gradient(alone)), torch.zeros_like(figures)
+    for rank in range(world_size):
+        module = lenet()
+        step = make_step(FakeProcess(rank, world_size), module, micro_batch_size=micro_batch_size, **words)
+        step(plan, index, 0)
+        total += gradient(module)
+        sums += step.meter._sums
+    torch.testing.assert_close(total / world_size, gradient(alone), rtol=0, atol=1e-6)
+    torch.testing.assert_close(sums, figures, rtol=1e-5, atol=1e-5)
+
+
 def test_some_of_these_shares_are_unequal_or_empty():
     shares = {}
     for world_size, batch_size, index in [(3, 32, 1), (3, 39, 2), (7, 77, 1)]:
@@ -281,6 +315,35 @@ def test_the_smallest_micro_batch_is_predicted(batch_size, world_size, micro_bat
             smallest = min(smallest, *map(len, micro_batches))
     words = f"batch_size={batch_size}", f"micro_batch_size={'null' if micro_batch_size is None else micro_batch_size}"
     assert _smallest_micro_batch(load_recipe("debug", *words), NUM_SAMPLES, world_size)[0] == smallest
+
+
+# --- waits for the device ----------------------------------------------------------------------------------------
+
+
+class CountReads(TorchDispatchMode):
+    """Counts how often Python reads a value of a tensor. On a GPU each read waits for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.reads += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
+@pytest.mark.parametrize(("guard_is_on_device", "reads"), [(True, 0), (False, 1)])
+def test_a_step_waits_for_the_device_at_most_once(monkeypatch, on_nonfinite, guard_is_on_device, reads):
+    module = lenet()
+    average = MovingAverage(module, 0.9)
+    step = make_step(FakeProcess(0, 1), module, average=average, micro_batch_size=9, on_nonfinite=on_nonfinite)
+    step.guard_is_on_device = guard_is_on_device
+    plan = step.batches.plan(0)
+    for index in range(2):
+        with CountReads() as counted:
+            step(plan, index, index)
+        assert counted.reads == reads
 
 
 # --- averaged weights ---------------------------------------------------------------------------------------------
@@ -410,7 +473,7 @@ def test_grad_norm_is_that_of_the_complete_gradient_before_clipping(accelerator,
     F.cross_entropy(plain(DATA.normalize(DATA.images[rows])), DATA.labels[rows]).backward()
     norm = float(gradient(plain).norm())
     assert norm > 0.02
-    assert step.grad_norm() == pytest.approx(norm, rel=1e-5)
+    assert float(step.health()[0]) == pytest.approx(norm, rel=1e-5)
     clipped_norm = norm if clip_grad_norm is None else min(norm, clip_grad_norm)
     assert float(gradient(module).norm()) == pytest.approx(clipped_norm, rel=1e-3)
 
