@@ -220,6 +220,9 @@ class DataSection(Section):
     height and width separately; `pad` puts it into the middle of a black image, reduced if it is larger."""
     on_bad_image: Literal["stop", "skip"] = "stop"
     """If image files cannot be read: `stop` names all of them and ends; `skip` leaves them out."""
+    class_weights: Literal["none", "balanced"] | list[AboveZero] = "none"
+    """Weight of each class in the training loss, which is the weighted mean over the batch. `balanced`: in inverse
+    proportion to the number of its training images. A list: one weight for each class, in the order of the classes."""
     augment: AugmentSection = AugmentSection()
     """Random changes of the training images."""
 

@@ -135,6 +135,41 @@ def test_a_step_equals_the_plain_pytorch_step(accelerator, label_smoothing, clip
     assert not torch.equal(weights(module)["features.0.weight"], weights(lenet())["features.0.weight"])
 
 
+CLASS_WEIGHTS = (0.2, 1.5, 1.0, 3.0, 0.7, 1.0, 2.0, 0.4, 1.0, 1.1)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("micro_batch_size", [None, 5])
+def test_class_weights_give_the_weighted_mean_over_the_batch(accelerator, label_smoothing, micro_batch_size):
+    module, plain = lenet(), lenet()
+    settings = {"label_smoothing": label_smoothing, "micro_batch_size": micro_batch_size}
+    step = make_step(accelerator, module, class_weights=CLASS_WEIGHTS, **settings)
+    train(step, steps=6)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.05, momentum=0.9)
+    for number in range(6):
+        epoch, index = divmod(number, 3)
+        rows = step.batches.plan(epoch).order[index * BATCH_SIZE : (index + 1) * BATCH_SIZE]
+        optimizer.zero_grad()
+        logits, weight = plain(DATA.normalize(DATA.images[rows])), torch.tensor(CLASS_WEIGHTS)
+        F.cross_entropy(logits, DATA.labels[rows], weight=weight, label_smoothing=label_smoothing).backward()
+        optimizer.step()
+    assert_close(weights(module), weights(plain))
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_the_divisor_of_the_weighted_mean_is_that_of_the_global_batch(world_size):
+    """Not of a process's own part: the mean of weighted means over unequal parts would be another number."""
+    scales = []
+    for rank in range(world_size):
+        step = make_step(FakeProcess(rank, world_size), lenet(), class_weights=CLASS_WEIGHTS)
+        plan = step.batches.plan(0)
+        batch = step.load(plan, 0)
+        assert len(batch.scale) == len(batch)
+        scales.append(batch.scale.unique())
+    used = torch.tensor(CLASS_WEIGHTS)[DATA.labels[plan.order[:BATCH_SIZE]]]
+    torch.testing.assert_close(torch.cat(scales), (BATCH_SIZE / used.sum()).repeat(world_size))
+
+
 @pytest.mark.parametrize("micro_batch_size", [1, 7, 32])
 def test_micro_batches_do_not_change_the_update_without_batch_norm_and_dropout(accelerator, micro_batch_size):
     module, unsplit = lenet(), lenet()
