@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from mnist_dist.engine.checkpoint import list_checkpoints, newest_checkpoint, save_checkpoint
+from tests.faults import training
 from tests.faults.__main__ import table_of
 from tests.faults.damage import KINDS, Scene
-from tests.faults.training import EVERY_STATE, STEPS, bytes_of, differences, finish
+from tests.faults.training import EVERY_STATE, STEPS, bytes_of, differences, finish, use_colour_folder
 from tests.faults.trials import (
     PLACES,
     Blow,
@@ -73,6 +74,15 @@ def test_a_run_that_is_killed_and_stopped_several_times_ends_with_the_same_bytes
     assert trial.problem is None, str(trial)
     # The end is short: the run may be over before a blow at any moment of it, and then no other blow follows.
     assert len(trial.blows) >= len([place for place, _ in blows if place != Place("ending")])
+
+
+def test_a_killed_run_on_colour_pictures_from_disk_ends_with_the_same_bytes(monkeypatch, tmp_path):
+    monkeypatch.setattr(training, "WORDS", [*training.WORDS])
+    use_colour_folder(tmp_path / "pictures")
+    finish(tmp_path / "undisturbed", 1, *EVERY_STATE)
+    blows = [(Place("step"), KILL), (Place("saving", "state half written"), KILL)]
+    trial = blow_trial(tmp_path, bytes_of(tmp_path / "undisturbed"), seed=0, world_size=1, blows=blows)
+    assert trial.problem is None and len(trial.blows) == 2, str(trial)
 
 
 def test_a_run_skips_a_damaged_checkpoint_and_ends_with_the_same_bytes(tmp_path, undisturbed):
