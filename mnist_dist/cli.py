@@ -69,7 +69,7 @@ def answer_early(command: str) -> None:
         sys.exit(code)
 
 
-@safe_output()
+@safe_output
 def run_command(main: Callable[[], int]) -> int:
     """Runs a command's `main`. Prints an error that the user can act on as one screen on stderr.
 

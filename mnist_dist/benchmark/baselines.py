@@ -24,6 +24,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from mnist_dist.data import Dataset
+from mnist_dist.data.augment import OTHERS
 from mnist_dist.distributed.collectives import run_on_all_ranks
 from mnist_dist.distributed.devices import choose_threads, device_name, synchronize
 from mnist_dist.distributed.launcher import check_size, launched_world
@@ -83,6 +84,9 @@ class BenchmarkSetup:
         if recipe.distill.teachers:
             message = 'the frameworks learn from labels alone; remove the teachers: "distill={}"'
             raise RecipeError([recipe.problem("distill.from", message, "unsupported")])
+        if others := [name for name in OTHERS if getattr(recipe.data.augment, name)]:
+            message = "the frameworks' augmentation of single images has only warps; remove this key"
+            raise RecipeError([recipe.problem(f"data.augment.{name}", message, "unsupported") for name in others])
         dataset = load_data(recipe, state)
         if recipe.batch_size > len(dataset.train):
             message = (
@@ -214,11 +218,10 @@ def tensor_loop(setup: BenchmarkSetup) -> TimedLoop:
         while True:
             order = torch.randperm(len(data), generator=shuffle, device=device)
             for rows in order[: len(data) // size * size].view(-1, size)[:, state.process_index :: state.num_processes]:
-                batch = data.images[rows].float()
+                batch = data.images[rows]
                 if not augmentation.is_identity:
-                    side = batch.shape[-1]
-                    draws = torch.rand(len(rows), augmentation.count_draws(side), device=device)
-                    batch = augmentation.apply(batch, augmentation.warps(draws, side))
+                    draws = torch.rand(len(rows), augmentation.count_draws(data.shape[1:]), device=device)
+                    batch = augmentation.apply(batch, augmentation.changes(draws, data.shape[1:]))
                 yield data.normalize(batch), data.labels[rows]
 
     return setup.baseline("plain loop, device tensors", plain_step(setup), batches())

@@ -29,6 +29,7 @@ from torchvision.transforms import InterpolationMode
 
 from mnist_dist.benchmark.baselines import BenchmarkSetup, TimedLoop, fastest_kernels, plain_step, training_step
 from mnist_dist.data import Images
+from mnist_dist.data.images import as_numbers
 from mnist_dist.recipe.schema import Recipe
 
 HAS_LIGHTNING = importlib.util.find_spec("lightning") is not None
@@ -207,7 +208,7 @@ class _PerImage(TorchDataset):
     def __init__(self, recipe: Recipe, data: Images):
         augment = recipe.data.augment
         steps: list[Any] = [transforms.ToPILImage()]
-        if not augment.build().is_identity:
+        if augment.build().warps_images:
             steps.append(
                 transforms.RandomAffine(
                     augment.rotation,
@@ -215,7 +216,7 @@ class _PerImage(TorchDataset):
                     scale=tuple(augment.scale) if augment.scale else None,
                     shear=augment.shear or None,
                     interpolation=InterpolationMode(augment.interpolation),
-                    fill=int(augment.fill),
+                    fill=[int(level) for level in as_numbers(augment.fill)],
                 )
             )
         steps.append(transforms.ToTensor())

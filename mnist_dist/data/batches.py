@@ -7,7 +7,8 @@ numbers of a sample. A resume therefore needs no saved state, and no result depe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -55,18 +56,19 @@ def derive_seed(*parts: int) -> int:
     return _hash(*parts) >> 1
 
 
-def uniform(seed: int, epoch: int, indices: Tensor, count: int) -> Tensor:
+def uniform(seed: int, epoch: int, indices: Tensor, count: int, first: int = 0) -> Tensor:
     """Returns uniform random numbers that depend only on seed, epoch and sample, not on process, batch or device.
 
     Args:
         indices: int64 (N,), positions in the data set.
         count: random numbers per sample.
+        first: number of the first one, of any sign.
 
     Returns:
         float32 in [0, 1), shape (N, count), on the device of `indices`. Each has 24 random bits, which float32 holds
         exactly.
     """
-    columns = torch.arange(count, device=indices.device)
+    columns = torch.arange(first, first + count, device=indices.device)
 
     def draw(part: Tensor) -> Tensor:
         bits = _hash_with(_hash_with(_hash(seed, epoch), part[:, None]), columns[None, :])
@@ -105,15 +107,17 @@ class Batch:
     """int64 (n,)."""
     changes: Tensor | None = None
     """The random changes of each image: the return value of `Batches.changes`."""
+    partner: Batch | None = None
+    """The samples that these are mixed with, one for each."""
+    scale: Tensor | None = None
+    """float32 (n,), factor of each sample's loss; None: 1."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, part: slice) -> Batch:
         """Returns consecutive samples of this batch, without a copy."""
-        return Batch(self.size, self.start + part.indices(len(self))[0], *(
-            None if each is None else each[part] for each in self._tensors()
-        ))  # type: ignore[arg-type]  # only `changes` may be None  # fmt: skip
+        return replace(self._map(lambda tensor: tensor[part]), start=self.start + part.indices(len(self))[0])
 
     def split(self, count: int) -> list[Batch]:
         """Returns `count` consecutive pieces, the larger ones first; the sizes differ by at most one."""
@@ -122,16 +126,28 @@ class Batch:
 
     def clone(self) -> Batch:
         """Returns a copy with its own memory."""
-        return Batch(self.size, self.start, *(None if each is None else each.clone() for each in self._tensors()))  # type: ignore[arg-type]  # as above
+        return self._map(Tensor.clone)
 
     def copy_(self, source: Batch) -> None:
         """Overwrites the tensors of this batch with those of a batch of the same shape."""
-        for tensor, value in zip(self._tensors(), source._tensors(), strict=True):
-            if tensor is not None and value is not None:
-                tensor.copy_(value)
+        for tensor, value in zip(self.tensors(), source.tensors(), strict=True):
+            tensor.copy_(value)
 
-    def _tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        return self.images, self.labels, self.changes
+    def tensors(self) -> list[Tensor]:
+        """Returns all tensors, with those of the partner."""
+        own = [each for each in (self.images, self.labels, self.changes, self.scale) if each is not None]
+        return own + (self.partner.tensors() if self.partner else [])
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        return Batch(
+            self.size,
+            self.start,
+            function(self.images),
+            function(self.labels),
+            None if self.changes is None else function(self.changes),
+            self.partner and self.partner._map(function),
+            None if self.scale is None else function(self.scale),
+        )
 
 
 def piece(size: int, rank: int, world_size: int) -> range:
@@ -184,6 +200,40 @@ class Batches:
         first = index * self.batch_size
         return order[first + positions.start : first + positions.stop]
 
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed with a partner."""
+        return self.augmentation is not None and self.augmentation.mixes
+
+    def partners_at(self, order: Tensor, index: int, positions: range) -> Tensor:
+        """Returns the partners of the samples at these positions of global batch `index`: int64 (n,).
+
+        The partner is the sample before, and of the first sample the last one of the global batch. The order is random,
+        so the partner is too, and it is the same at any number of processes.
+        """
+        before = self.rows_at(order, index, range(positions.start - 1, positions.stop - 1))
+        if positions.start > 0 or not positions:
+            return before
+        last = self.size(index) - 1
+        others = self.rows_at(order, index, range(0, positions.stop - 1))
+        return torch.cat([self.rows_at(order, index, range(last, last + 1)), others])
+
+    def augmented(self, batch: Batch) -> Tensor:
+        """Returns the changed and mixed images of a batch: levels 0 to 255, float32 (uint8 without augmentation)."""
+        if self.augmentation is None or batch.changes is None:
+            return batch.images
+        images = self.augmentation.apply(batch.images, batch.changes)
+        if batch.partner is None or batch.partner.changes is None:
+            return images
+        partners = self.augmentation.apply(batch.partner.images, batch.partner.changes)
+        return self.augmentation.mix(images, partners, batch.changes)
+
+    def targets(self, batch: Batch, classes: int) -> Tensor:
+        """Returns the labels, int64 (n,), or for mixed images the classes' probabilities, float32 (n, classes)."""
+        if self.augmentation is None or batch.changes is None or batch.partner is None:
+            return batch.labels
+        return self.augmentation.mix_labels(batch.labels, batch.partner.labels, batch.changes, classes)
+
     def changes(self, epoch: int, rows: Tensor) -> Tensor | None:
         """Returns the random changes of samples in an epoch, for `Augmentation.apply`; None without augmentation.
 
@@ -193,5 +243,6 @@ class Batches:
         augmentation = self.augmentation
         if augmentation is None or augmentation.is_identity:
             return None
-        draws = uniform(self.seed, epoch, rows, augmentation.count_draws(self.shape[-1]))
-        return augmentation.warps(draws, self.shape[-1])
+        size = self.shape[1:]
+        draws = uniform(self.seed, epoch, rows, augmentation.count_draws(size), augmentation.first_draw)
+        return augmentation.changes(draws, size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -62,7 +62,11 @@ class Loader:
         size = batches.size(index)
         positions, order = self._positions(size), self._order_on_device(plan.order)
         images, labels = self._fetch(batches, plan, index)
-        return Batch(size, positions.start, images, labels, self._changes(batches, plan, order, index))
+        batch = Batch(size, positions.start, images, labels, self._changes(batches, plan, order, index))
+        if not batches.mixes:
+            return batch
+        count = len(positions)
+        return replace(batch[:count], partner=batch[count:])
 
     # --- images and labels --------------------------------------------------------------------------------------------
 
@@ -94,7 +98,10 @@ class Loader:
         return plan.order, *self._gather(self._rows(batches, plan.order, index))
 
     def _rows(self, batches: Batches, order: Tensor, index: int) -> Tensor:
-        return batches.rows_at(order, index, self._positions(batches.size(index)))
+        """Returns the sample indices of this process's part of a batch; after them those of the partners."""
+        positions = self._positions(batches.size(index))
+        rows = batches.rows_at(order, index, positions)
+        return torch.cat([rows, batches.partners_at(order, index, positions)]) if batches.mixes else rows
 
     def _gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         images, labels = self.data.images, self.data.labels
@@ -134,7 +141,7 @@ class Loader:
         first = index - index % count
         if self._block is None or not _is_same(self._block[:3], (batches, plan, first)):
             indices = range(first, min(first + count, batches.steps_per_epoch))
-            rows = [batches.rows_at(order, each, self._positions(batches.size(each))) for each in indices]
+            rows = [self._rows(batches, order, each) for each in indices]
             changes = batches.changes(plan.epoch, torch.cat(rows))
             parts = [None] * len(rows) if changes is None else list(changes.split([len(each) for each in rows]))
             self._block = (batches, plan, first, parts)

@@ -269,7 +269,7 @@ def train_alone(device: torch.device) -> dict[str, Any]:
         rows = batches.rows(plan, step).to(device)
         changes = batches.changes(plan.epoch, rows)
         assert changes is not None
-        images = augmentation.apply(data.images[rows].float(), changes)
+        images = augmentation.apply(data.images[rows], changes)
         loss = F.cross_entropy(module(data.normalize(images)), data.labels[rows])
         optimizer.zero_grad()
         loss.backward()

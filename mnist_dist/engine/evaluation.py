@@ -90,10 +90,13 @@ def evaluate(
             if interrupted():
                 raise Interrupted
             start = turn + accelerator.process_index * batch_size
-            rows = slice(start, start + batch_size)
+            # FSDP2 plans the communication of the next training step by the forward passes that it has seen. A process
+            # without a batch therefore computes the first one too, and drops the result.
+            first = start if start < len(data) else 0
+            rows = slice(first, first + batch_size)
+            with accelerator.autocast():
+                logits = module(data.normalize(data.images[rows].to(accelerator.device)))
             if start < len(data):
-                with accelerator.autocast():
-                    logits = module(data.normalize(data.images[rows].to(accelerator.device)))
                 table[rows] = F.log_softmax(logits.float(), dim=1)
     return score(accelerator.reduce(table, reduction="sum").cpu(), labels)  # the only wait for the device
 

@@ -62,10 +62,16 @@ class Meter:
         """Mean seconds of a step in the latest interval that all processes know; 0 before the first. Equal on all."""
         self._speeds: list[float] = []
 
-    def add(self, loss_sum: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Adds a micro-batch: its summed loss (scalar), logits (n, classes) and labels int64 (n,)."""
-        correct = (logits.argmax(dim=1) == labels).sum()
-        self._sums += torch.stack([loss_sum.double(), correct.double(), torch.full_like(correct, len(labels)).double()])
+    def add(self, loss_sum: Tensor, logits: Tensor, targets: Tensor) -> None:
+        """Adds a micro-batch: its summed loss (scalar), logits (n, classes) and labels int64 (n,).
+
+        The targets of mixed images are the classes' probabilities, float (n, classes). Such an image counts as correct
+        with the probability of the predicted class.
+        """
+        found = logits.argmax(dim=1)
+        correct = (found == targets).sum() if targets.ndim == 1 else targets.gather(1, found[:, None]).sum()
+        count = torch.full_like(correct, len(targets))
+        self._sums += torch.stack([loss_sum.double(), correct.double(), count.double()])
 
     def count_step(self, samples: int) -> None:
         """Counts a step and this process's samples in it, on the host."""

@@ -27,7 +27,7 @@ def find_micro_batch_size(step: TrainStep, plan: EpochPlan) -> int:
     def attempt(size: int) -> None:
         images = step.inputs(batch[:size])
         logits = step.module(images).float()
-        loss = F.cross_entropy(logits, batch.labels[:size])
+        loss = F.cross_entropy(logits, step.targets(batch[:size]))
         step.accelerator.backward(step.distillation(loss, images, logits) if step.distillation else loss)
 
     buffers = list(step.module.buffers())

@@ -21,6 +21,7 @@ from mnist_dist.distributed.logical_shards import LogicalShards
 from mnist_dist.engine.distillation import Distillation
 from mnist_dist.engine.ema import MovingAverage
 from mnist_dist.engine.evaluation import evaluating
+from mnist_dist.engine.label_loss import LabelLoss
 from mnist_dist.engine.metrics import Meter
 from mnist_dist.engine.shares import Shares, count_micro_batches
 
@@ -43,6 +44,8 @@ class StepSettings:
     clip_grad_norm: float | None = None
     """Largest norm of the gradient; None: no clipping."""
     label_smoothing: float = 0.0
+    class_weights: tuple[float, ...] | None = None
+    """Weight of each class in the loss, which is the weighted mean over the global batch; None: all 1."""
     micro_batch_size: int | None = None
     """Samples per forward and backward pass; None: all samples of this process.
 
@@ -116,14 +119,12 @@ class TrainStep:
         self.module, self.model, self.optimizer = network.module, network.model, network.optimizer
         self.average, self.shards = network.average, network.shards
         self.communicates_in_forward = network.communicates_in_forward
-        self.shares = Shares(
-            accelerator.process_index,
-            accelerator.num_processes,
-            None if network.shards is None else network.shards.count,
-            network.communicates_in_forward,
-        )
+        rank, world_size, shards = accelerator.process_index, accelerator.num_processes, network.shards
+        count = None if shards is None else shards.count
+        self.shares = Shares(rank, world_size, count, network.communicates_in_forward)
         self._loader = Loader(data, self.shares.loaded, accelerator.device, ahead)
-        self.clip_grad_norm, self.label_smoothing = settings.clip_grad_norm, settings.label_smoothing
+        self._label_loss = LabelLoss(settings.label_smoothing, settings.class_weights, accelerator.device)
+        self.clip_grad_norm = settings.clip_grad_norm
         self.micro_batch_size, self.on_nonfinite = settings.micro_batch_size, settings.on_nonfinite
         self.clock, self.distillation = clock or GradientClock(), distillation
         self.seeds_itself = True
@@ -137,7 +138,6 @@ class TrainStep:
         self._step_count, self._skipped = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
         self._last_step = -1
-
         self._parameters, self._buffers = list(self.module.parameters()), list(self.module.buffers())
 
     def __call__(self, plan: EpochPlan, index: int, step: int) -> None:
@@ -159,7 +159,8 @@ class TrainStep:
 
     def load(self, plan: EpochPlan, index: int) -> Batch:
         """Returns this process's part of global batch `index` of the epoch."""
-        return self._loader.load(self.batches, plan, index)
+        batch = self._loader.load(self.batches, plan, index)
+        return self._label_loss.weigh(batch, self.batches, plan, index, self.data.labels)
 
     def compute(self, batch: Batch, step: int) -> None:
         """Computes a step on the device. Can be captured and replayed if the guard is on the device."""
@@ -244,23 +245,23 @@ class TrainStep:
             weight: factor of the summed loss.
             reduces: whether this backward pass reduces the gradient over the processes.
         """
-        images, labels = self.inputs(batch), batch.labels
+        images, targets = self.inputs(batch), self.targets(batch)
         logits = model(images).float()
-        loss_sum = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.label_smoothing)
+        loss_sum = self._label_loss(logits, targets, batch.scale)
         if self.distillation is not None:
             loss_sum = self.distillation(loss_sum, images, logits)
         with self.clock.backward() if reduces else nullcontext():
             self.accelerator.backward(loss_sum * weight)
         if weight:
-            self.meter.add(loss_sum.detach(), logits.detach(), labels)
+            self.meter.add(loss_sum.detach(), logits.detach(), targets)
 
     def inputs(self, batch: Batch) -> Tensor:
         """Returns the augmented and normalised images of a batch, float32 (n, C, H, W)."""
-        images = batch.images
-        if batch.changes is not None:
-            assert self.batches.augmentation is not None
-            images = self.batches.augmentation.apply(images.float(), batch.changes)
-        return self.data.normalize(images)
+        return self.data.normalize(self.batches.augmented(batch))
+
+    def targets(self, batch: Batch) -> Tensor:
+        """Returns the labels, int64 (n,), or for mixed images the classes' probabilities, float32 (n, classes)."""
+        return self.batches.targets(batch, len(self.data.classes))
 
     def _clip(self) -> Tensor:
         """Clips the gradient if the recipe asks for it; returns its norm before clipping (scalar on the device)."""
@@ -342,7 +343,7 @@ class TrainStep:
         with unsharded_parameters(self.module), evaluating(self.module):
             for number in range(len(batch) if self.shards or self.shares.own(batch.size) else 0):
                 sample = batch[number : number + 1]
-                if not torch.isfinite(F.cross_entropy(self.module(self.inputs(sample)).float(), sample.labels)):
+                if not torch.isfinite(F.cross_entropy(self.module(self.inputs(sample)).float(), self.targets(sample))):
                     found.append(int(order[batch.start + number]))
         return [
             (rank, samples) for rank, samples in gather_object([(self.accelerator.process_index, found)]) if samples

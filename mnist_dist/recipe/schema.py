@@ -74,6 +74,17 @@ _DATASET_NAMES = {
 }
 _MODEL_NAMES = {"type": "string", "anyOf": [{"type": "string", "enum": list(MODELS)}, _OTHER_MODELS]}
 
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+_LEVEL = {"type": "number", "minimum": 0, "maximum": 255}
+
+Levels = Annotated[
+    float | list[float],  # the range is checked by `Augmentation`: pydantic would report both members of the union
+    WithJsonSchema({"anyOf": [_LEVEL, {"type": "array", "items": _LEVEL, "minItems": 1}]}),
+]
+
+Alpha = Annotated[float, Field(ge=0, le=100)]
+
 # --- sections -----------------------------------------------------------------------------------------------------
 
 
@@ -113,8 +124,17 @@ class ScheduleSection(OpenSection):
 
 
 class AugmentSection(Section):
-    """Random changes of the training images, with new random numbers for every image in every epoch."""
+    """Random changes of the training images, with new random numbers for every image in every epoch.
 
+    They are made in this order: crop, flip, warp (rotation to elastic), brightness, contrast, saturation, RandAugment,
+    cutout, mixing.
+    """
+
+    flip: bool = False
+    """Mirror every second image, left to right."""
+    crop_padding: Annotated[int, Field(ge=0)] = 0
+    """Pixels by which an image is padded on every side, by its reflection, before a crop of the image's size at a
+    random place. Less than the image's side."""
     rotation: Annotated[float, Field(ge=0, le=180)] = 0.0
     """Largest rotation, in degrees; the angle is uniform in ±`rotation`."""
     translation: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -126,13 +146,37 @@ class AugmentSection(Section):
     """Largest shear along x, in degrees; the angle is uniform in ±`shear`."""
     interpolation: Literal["nearest", "bilinear"] = "nearest"
     """How a warped image is sampled. Elastic displacements need `bilinear` to show movements below a pixel."""
-    fill: Annotated[float, Field(ge=0, le=255)] = 0.0
-    """Grey level, 0 (black) to 255 (white), of pixels that come from outside the image."""
+    fill: Levels = 0.0
+    """Level, 0 (black) to 255 (white), of pixels that come from outside the image and of the squares of `cutout`: one
+    number, or a list with one number for each channel."""
     elastic: Annotated[float, Field(ge=0)] = 0.0
     """Elastic distortion: standard deviation of each pixel's displacement, in pixels. 0: none. 1.4 corresponds to
     Simard et al. 2003 (alpha 34, sigma 4)."""
     elastic_sigma: Annotated[float, Field(ge=3)] = 4.0
     """Distance, in pixels, over which neighbouring pixels move alike. Only with `elastic`."""
+    brightness: Fraction = 0.0
+    """Largest change of the brightness: the levels are multiplied by a factor uniform in 1 ± `brightness`."""
+    contrast: Fraction = 0.0
+    """Largest change of the contrast: the distances to the image's mean grey level are multiplied by a factor uniform
+    in 1 ± `contrast`."""
+    saturation: Fraction = 0.0
+    """Largest change of the saturation: the distances to the grey image are multiplied by a factor uniform in
+    1 ± `saturation`. No effect on images with one channel."""
+    randaugment: (
+        Annotated[tuple[Annotated[int, Field(ge=1, le=10)], Annotated[int, Field(ge=0, le=30)]], Strict(False)] | None
+    ) = None
+    """RandAugment (Cubuk et al. 2019): [operations, magnitude], the number of random operations on every image, 1 to
+    10, and their strength, 0 to 30. [2, 9] is usual. Null: none."""
+    cutout: Annotated[int, Field(ge=0)] = 0
+    """Side, in pixels, of a square at a random place of every image that is filled with `fill` (DeVries, Taylor 2017).
+    At most the image's side. 0: none."""
+    mixup: Alpha = 0.0
+    """Mixes every image and its label with another of the same global batch (Zhang et al. 2018). The shares are
+    distributed as Beta(`mixup`, `mixup`); 0.2 gives mild mixtures. 0: none. With `cutmix` too, each image gets one of
+    the two. The training accuracy then counts the predicted class with its share."""
+    cutmix: Alpha = 0.0
+    """Replaces a random rectangle of every image by that of another image of the same global batch, and mixes the
+    labels by area (Yun et al. 2019). The areas are distributed as Beta(`cutmix`, `cutmix`); 1 is usual. 0: none."""
 
     def build(self) -> Augmentation:
         """Builds the augmentation that the data package computes with."""
@@ -176,6 +220,9 @@ class DataSection(Section):
     height and width separately; `pad` puts it into the middle of a black image, reduced if it is larger."""
     on_bad_image: Literal["stop", "skip"] = "stop"
     """If image files cannot be read: `stop` names all of them and ends; `skip` leaves them out."""
+    class_weights: Literal["none", "balanced"] | list[AboveZero] = "none"
+    """Weight of each class in the training loss, which is the weighted mean over the batch. `balanced`: in inverse
+    proportion to the number of its training images. A list: one weight for each class, in the order of the classes."""
     augment: AugmentSection = AugmentSection()
     """Random changes of the training images."""
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 
-from mnist_dist.data import Batches, Dataset, Images
+from mnist_dist.data import Batches, Dataset, Images, Loader
 from mnist_dist.distributed.collectives import count_nodes
 from mnist_dist.distributed.devices import device_name
 from mnist_dist.distributed.launcher import launch_settings
@@ -319,9 +319,5 @@ def _augmented_samples(batches: Batches, data: Images, count: int = 10) -> tuple
     Returns:
         Two tensors (count, channels, height, width): uint8, and float32 if there is augmentation.
     """
-    rows = batches.plan(0).order[:count]
-    originals = data.images[rows]
-    changes = batches.changes(0, rows)
-    if changes is None or batches.augmentation is None:
-        return originals, originals
-    return originals, batches.augmentation.apply(originals.float(), changes)
+    batch = Loader(data, lambda size: range(min(size, count))).load(batches, batches.plan(0), 0)
+    return batch.images, batches.augmented(batch)

@@ -5,15 +5,16 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision.transforms.functional as TF
+import torchvision.transforms.v2.functional as TF
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
 from mnist_dist.data import Augmentation
-from mnist_dist.data.augment import affine_grid, affine_matrices, elastic_shift
 from mnist_dist.data.batches import uniform
+from mnist_dist.data.warps import affine_grid, affine_matrices, elastic_shift
 
 COUNT, SIDE = 40, 28
+SIZE = (SIDE, SIDE)
 INTERPOLATIONS = ["nearest", "bilinear"]
 
 
@@ -55,7 +56,7 @@ def warps_of(parameters: dict[str, Tensor]) -> Tensor:
         parameters["shift"],
         parameters["zoom"],
         torch.tan(torch.deg2rad(parameters["shear"])),
-        SIDE,
+        SIZE,
     )
 
 
@@ -90,21 +91,21 @@ def assert_same_images(found: Tensor, expected: Tensor, interpolation: str) -> N
 def test_affine_grid_equals_pytorchs():
     warps = warps_of(random_parameters())
     expected = F.affine_grid(warps, [COUNT, 1, SIDE, SIDE], align_corners=False)
-    torch.testing.assert_close(affine_grid(warps, SIDE), expected, rtol=0, atol=2e-6)
+    torch.testing.assert_close(affine_grid(warps, SIZE), expected, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
 @pytest.mark.parametrize("kinds", [("angle",), ("shift",), ("zoom",), ("shear",), ("angle", "shift", "zoom", "shear")])
 def test_warps_equal_torchvisions_affine(kinds, interpolation):
     images, parameters = grey_images(), only(*kinds)
-    found = Augmentation(interpolation=interpolation).apply(images, warps_of(parameters))
+    found = Augmentation(interpolation=interpolation).warp(images, warps_of(parameters))
     assert_same_images(found, torchvision_affine(images, parameters, interpolation), interpolation)
 
 
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
 def test_angles_are_opposite_to_torchvisions_rotate(interpolation):
     images, parameters = grey_images(), only("angle")
-    found = Augmentation(interpolation=interpolation).apply(images, warps_of(parameters))
+    found = Augmentation(interpolation=interpolation).warp(images, warps_of(parameters))
     mode = InterpolationMode(interpolation)
     angles = parameters["angle"].tolist()
     expected = [TF.rotate(image, -angle, mode) for image, angle in zip(images, angles, strict=True)]
@@ -115,7 +116,7 @@ def test_angles_are_opposite_to_torchvisions_rotate(interpolation):
 def test_whole_pixel_translation_moves_pixels_right_and_down(interpolation):
     images = grey_images(1)
     parameters = {name: value[:1] for name, value in only().items()} | {"shift": torch.tensor([[3.0, -2.0]])}
-    found = Augmentation(interpolation=interpolation).apply(images, warps_of(parameters))
+    found = Augmentation(interpolation=interpolation).warp(images, warps_of(parameters))
     expected = torch.zeros_like(images)
     expected[..., :-2, 3:] = images[..., 2:, :-3]
     assert_same_images(found, expected, interpolation)
@@ -124,7 +125,7 @@ def test_whole_pixel_translation_moves_pixels_right_and_down(interpolation):
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
 def test_pixels_from_outside_the_image_have_the_fill_level(interpolation):
     images, parameters, margin, fill = grey_images(), random_parameters(), 70, 200.0
-    found = Augmentation(interpolation=interpolation, fill=fill).apply(images, warps_of(parameters))
+    found = Augmentation(interpolation=interpolation, fill=fill).warp(images, warps_of(parameters))
     surrounded = F.pad(images, (margin,) * 4, value=fill)
     expected = torchvision_affine(surrounded, parameters, interpolation)
     expected = expected[..., margin : margin + SIDE, margin : margin + SIDE]
@@ -136,8 +137,8 @@ def test_pixels_from_outside_the_image_have_the_fill_level(interpolation):
 def test_the_identity_changes_nothing(fill):
     images = grey_images()
     identity = warps_of(only())
-    assert torch.equal(Augmentation(fill=fill).apply(images, identity), images)
-    bilinear = Augmentation(interpolation="bilinear", fill=fill).apply(images, identity)
+    assert torch.equal(Augmentation(fill=fill).warp(images, identity), images)
+    bilinear = Augmentation(interpolation="bilinear", fill=fill).warp(images, identity)
     assert_same_images(bilinear, images, "bilinear")
 
 
@@ -145,7 +146,7 @@ def test_the_identity_changes_nothing(fill):
 
 
 def draws(count: int) -> Tensor:
-    return uniform(0, 0, torch.arange(count), Augmentation.DRAWS)
+    return uniform(0, 0, torch.arange(count), Augmentation.WARP_DRAWS)
 
 
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
@@ -160,13 +161,13 @@ def test_each_random_number_sets_one_parameter(interpolation):
         "shear": 20 * signed[:, 4],
     }
     images = grey_images()
-    found = augmentation.apply(images, augmentation.warps(numbers, SIDE))
+    found = augmentation.warp(images, augmentation.warps(numbers, SIZE))
     assert_same_images(found, torchvision_affine(images, parameters, interpolation), interpolation)
 
 
 @pytest.mark.parametrize("rotation", [7.0, 180.0])
 def test_angles_cover_plus_minus_rotation(rotation):
-    warps = Augmentation(rotation=rotation).warps(draws(20_000), SIDE)
+    warps = Augmentation(rotation=rotation).warps(draws(20_000), SIZE)
     angles = torch.rad2deg(torch.atan2(warps[:, 0, 1], warps[:, 0, 0]))
     assert angles.abs().max() <= rotation + 1e-4
     assert angles.max() > 0.99 * rotation
@@ -176,7 +177,7 @@ def test_angles_cover_plus_minus_rotation(rotation):
 
 @pytest.mark.parametrize(("translation", "most"), [(0.1, 3), (0.05, 1), (0.25, 7), (1.0, 28)])
 def test_translations_are_whole_pixels_within_their_range(translation, most):
-    warps = Augmentation(translation=translation).warps(draws(20_000), SIDE)
+    warps = Augmentation(translation=translation).warps(draws(20_000), SIZE)
     shifts = -warps[:, :, 2] * SIDE / 2
     assert (shifts - shifts.round()).abs().max() < 1e-4
     for axis in (0, 1):
@@ -185,14 +186,14 @@ def test_translations_are_whole_pixels_within_their_range(translation, most):
 
 
 def test_zooms_cover_the_scale():
-    warps = Augmentation(scale=(0.8, 1.5)).warps(draws(20_000), SIDE)
+    warps = Augmentation(scale=(0.8, 1.5)).warps(draws(20_000), SIZE)
     zooms = torch.linalg.det(warps[:, :, :2]).rsqrt()
     assert 0.8 - 1e-4 <= zooms.min() < 0.81
     assert 1.49 < zooms.max() <= 1.5 + 1e-4
 
 
 def test_shears_cover_plus_minus_shear():
-    warps = Augmentation(shear=15).warps(draws(20_000), SIDE)
+    warps = Augmentation(shear=15).warps(draws(20_000), SIZE)
     shears = torch.rad2deg(torch.atan(warps[:, 0, 1]))
     assert shears.abs().max() <= 15 + 1e-4
     assert shears.max() > 14.85
@@ -249,13 +250,13 @@ ELASTIC = Augmentation(elastic=1.4, elastic_sigma=4.0, interpolation="bilinear")
 
 
 def elastic_draws(augmentation: Augmentation, count: int) -> Tensor:
-    return uniform(0, 0, torch.arange(count), augmentation.count_draws(SIDE))
+    return uniform(0, 0, torch.arange(count), augmentation.count_draws(SIZE))
 
 
 def elastic_shifts(augmentation: Augmentation, count: int) -> Tensor:
     """Displacements in pixels, (count, SIDE, SIDE, 2)."""
-    knots = augmentation.warps(elastic_draws(augmentation, count), SIDE)[:, :, 3:]
-    return elastic_shift(knots, SIDE, augmentation.elastic_sigma).double() * SIDE / 2
+    knots = augmentation.warps(elastic_draws(augmentation, count), SIZE)[:, :, 3:]
+    return elastic_shift(knots, SIZE, augmentation.elastic_sigma).double() * SIDE / 2
 
 
 def test_displacements_have_the_given_deviation_and_correlate_between_neighbours():
@@ -275,8 +276,8 @@ def test_displacements_have_the_given_deviation_and_correlate_between_neighbours
 def test_an_elastic_warp_moves_pixels_by_its_displacements():
     # On a ramp, a displacement along x is a change of grey level.
     ramp = torch.arange(SIDE).float().expand(1, 1, SIDE, SIDE)
-    warps = ELASTIC.warps(elastic_draws(ELASTIC, 30), SIDE)
-    found = ELASTIC.apply(ramp.expand(30, 1, SIDE, SIDE), warps)
+    warps = ELASTIC.warps(elastic_draws(ELASTIC, 30), SIZE)
+    found = ELASTIC.warp(ramp.expand(30, 1, SIDE, SIDE), warps)
     expected = ramp[0] + elastic_shifts(ELASTIC, 30)[..., 0]
     inside = (slice(None), 0, slice(7, -7), slice(7, -7))
     torch.testing.assert_close(found[inside].double(), expected[:, 7:-7, 7:-7], rtol=0, atol=1e-3)
@@ -286,16 +287,16 @@ def test_the_elastic_displacement_is_added_to_the_affine_warp():
     rotated = Augmentation(rotation=30, elastic=1e-6, interpolation="bilinear")
     numbers, images = elastic_draws(rotated, COUNT), grey_images()
     plain = Augmentation(rotation=30, interpolation="bilinear")
-    expected = plain.apply(images, plain.warps(numbers[:, : plain.DRAWS], SIDE))
-    assert_same_images(rotated.apply(images, rotated.warps(numbers, SIDE)), expected, "bilinear")
+    expected = plain.warp(images, plain.warps(numbers[:, : plain.WARP_DRAWS], SIZE))
+    assert_same_images(rotated.warp(images, rotated.warps(numbers, SIZE)), expected, "bilinear")
 
 
 def test_the_elastic_warp_of_a_sample_is_the_same_in_any_batch():
     images, numbers = grey_images(), elastic_draws(ELASTIC, COUNT)
-    at_once = ELASTIC.apply(images, ELASTIC.warps(numbers, SIDE))
+    at_once = ELASTIC.warp(images, ELASTIC.warps(numbers, SIZE))
     for size in (1, 7, 16):
         parts = zip(images.split(size), numbers.split(size), strict=True)
-        found = torch.cat([ELASTIC.apply(part, ELASTIC.warps(draws, SIDE)) for part, draws in parts])
+        found = torch.cat([ELASTIC.warp(part, ELASTIC.warps(draws, SIZE)) for part, draws in parts])
         torch.testing.assert_close(found, at_once, rtol=0, atol=0.01)
     assert (at_once - images).abs().mean() > 20
 
@@ -303,11 +304,11 @@ def test_the_elastic_warp_of_a_sample_is_the_same_in_any_batch():
 def test_affine_warps_do_not_depend_on_the_elastic_parameters():
     plain = Augmentation(rotation=10, shear=5)
     for other in (Augmentation(rotation=10, shear=5, elastic=0.0, elastic_sigma=9.0), plain):
-        assert other.count_draws(SIDE) == Augmentation.DRAWS
-        assert torch.equal(other.warps(draws(COUNT), SIDE), plain.warps(draws(COUNT), SIDE))
-        assert other.warps(draws(COUNT), SIDE).shape == (COUNT, 2, 3)
+        assert other.count_draws(SIZE) == Augmentation.WARP_DRAWS
+        assert torch.equal(other.warps(draws(COUNT), SIZE), plain.warps(draws(COUNT), SIZE))
+        assert other.warps(draws(COUNT), SIZE).shape == (COUNT, 2, 3)
     # The affine random numbers of a sample are the same with and without elastic ones after them.
     with_elastic = Augmentation(rotation=10, shear=5, elastic=1.0)
     assert torch.equal(
-        with_elastic.warps(elastic_draws(with_elastic, COUNT), SIDE)[:, :, :3], plain.warps(draws(COUNT), SIDE)
+        with_elastic.warps(elastic_draws(with_elastic, COUNT), SIZE)[:, :, :3], plain.warps(draws(COUNT), SIZE)
     )

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mnist_dist import load_recipe, load_run, train
-from mnist_dist.data import Augmentation, Batches, Images
+from mnist_dist.data import Augmentation, Batches, Images, mixing
 from mnist_dist.engine import train_step
 from mnist_dist.engine.cuda_graph import WARM_UP_STEPS, CapturedStep, capture_obstacle, rates_on_device
 from mnist_dist.engine.distillation import Distillation
@@ -34,6 +34,11 @@ from mnist_dist.run.data import load_data
 from mnist_dist.run.model_setup import build_module
 
 NUM_SAMPLES, BATCH_SIZE, STEPS = 144, 16, 24  # nine full batches per epoch
+
+EVERYTHING = Augmentation(
+    flip=True, crop_padding=2, rotation=10, elastic=1.0, brightness=0.2, contrast=0.2, saturation=0.2,
+    randaugment=(2, 9), cutout=4, mixup=0.2, cutmix=1.0,
+)  # fmt: skip
 
 # --- a stand-in for CUDA graphs -----------------------------------------------------------------------------------
 
@@ -121,6 +126,8 @@ def run(
     steps: int = STEPS,
     first: int = 0,
     accelerator: Accelerator | None = None,
+    augmentation: Augmentation | None = None,
+    ahead: bool = False,
     checks: tuple[int, ...] = (),
     **settings: Any,
 ) -> TrainStep | CapturedStep:
@@ -133,14 +140,15 @@ def run(
     accelerator, data = accelerator or Accelerator(cpu=True), data or noise()
     torch.manual_seed(0)
     module = build().to(accelerator.device)
-    batches = Batches(len(data), batch_size, 3, augmentation=Augmentation(rotation=20, translation=0.1))
+    augmentation = augmentation or Augmentation(rotation=20, translation=0.1)
+    batches = Batches(len(data), batch_size, 3, augmentation=augmentation)
     made = build_optimizer(module, optimizer, lr=0.25, **(keywords or {}))
     average = MovingAverage(module, 0.75) if ema else None
     lengths = {"steps_per_epoch": batches.steps_per_epoch, "total_steps": steps}
     schedule = build_schedule("step", lr=2**-5, step_size=1, gamma=0.5, **lengths)
     network = TrainedNetwork(module, accelerator.prepare_model(module), made, average)
     meter, data = Meter(accelerator), data.to(accelerator.device)
-    eager = TrainStep(accelerator, network, batches, data, meter, StepSettings(**settings))
+    eager = TrainStep(accelerator, network, batches, data, meter, StepSettings(**settings), ahead=ahead)
     update = wrap(eager) if wrap else eager
     for number in range(first, steps):
         epoch, index = divmod(number, batches.steps_per_epoch)
@@ -191,6 +199,7 @@ def guard_on_device(monkeypatch):
         {"optimizer": "sgd", "keywords": {"momentum": 0.9, "nesterov": True}, "clip_grad_norm": 0.5},
         {"optimizer": "adam", "ema": True},
         {"optimizer": "adamw", "label_smoothing": 0.1, "micro_batch_size": 7},
+        {"augmentation": EVERYTHING, "ahead": True, "batch_size": 20, "steps": 16},
         {"build": lambda: build_model("lenet5"), "batch_size": 20, "steps": 30},  # the short last batch stays eager
     ],
     ids=lambda words: "-".join(words) or "plain",
@@ -432,6 +441,7 @@ def run_fake_steps(
     ema: bool = False,
     teacher: bool = False,
     elastic: float = 0.0,
+    everything: bool = False,
     **settings: Any,
 ) -> None:
     """Runs two steps on fake tensors, the second with learning rates on the device."""
@@ -444,13 +454,15 @@ def run_fake_steps(
     monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda self, memo: self, raising=False)
     monkeypatch.setattr(TrainStep, "seed", lambda self, step, share: None)
     monkeypatch.setattr("mnist_dist.engine.metrics.Moment", Marked)
+    # A fake tensor must not stay in a cache.
+    monkeypatch.setattr(mixing, "_probabilities", mixing._probabilities.__wrapped__)
     with FakeTensorMode():
         with GPU:
             module, other = build(), build_model("lenet5").eval()
             images = torch.zeros(64, 1, 28, 28, dtype=torch.uint8)
             data = Images(images, torch.zeros(64, dtype=torch.int64), tuple("0123456789"), mean=(0.1,), std=(0.3,))
         augmentation = Augmentation(rotation=10, elastic=elastic, fill=elastic, interpolation="bilinear")
-        batches = Batches(64, 16, 0, augmentation=augmentation)
+        batches = Batches(64, 16, 0, augmentation=EVERYTHING if everything else augmentation)
         made = build_optimizer(module, optimizer, lr=0.1)
         monkeypatch.setattr(made, "step", lambda: None)
         accelerator: Any = FakeGPU(module)
@@ -476,6 +488,7 @@ def run_fake_steps(
     [
         {"optimizer": "sgd"},
         {"ema": True, "clip_grad_norm": 1.0, "on_nonfinite": "skip"},
+        {"everything": True},
         {"teacher": True, "label_smoothing": 0.1, "micro_batch_size": 5, "elastic": 1.4},
     ],
     ids=lambda words: "-".join(words),

@@ -135,6 +135,41 @@ def test_a_step_equals_the_plain_pytorch_step(accelerator, label_smoothing, clip
     assert not torch.equal(weights(module)["features.0.weight"], weights(lenet())["features.0.weight"])
 
 
+CLASS_WEIGHTS = (0.2, 1.5, 1.0, 3.0, 0.7, 1.0, 2.0, 0.4, 1.0, 1.1)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("micro_batch_size", [None, 5])
+def test_class_weights_give_the_weighted_mean_over_the_batch(accelerator, label_smoothing, micro_batch_size):
+    module, plain = lenet(), lenet()
+    settings = {"label_smoothing": label_smoothing, "micro_batch_size": micro_batch_size}
+    step = make_step(accelerator, module, class_weights=CLASS_WEIGHTS, **settings)
+    train(step, steps=6)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.05, momentum=0.9)
+    for number in range(6):
+        epoch, index = divmod(number, 3)
+        rows = step.batches.plan(epoch).order[index * BATCH_SIZE : (index + 1) * BATCH_SIZE]
+        optimizer.zero_grad()
+        logits, weight = plain(DATA.normalize(DATA.images[rows])), torch.tensor(CLASS_WEIGHTS)
+        F.cross_entropy(logits, DATA.labels[rows], weight=weight, label_smoothing=label_smoothing).backward()
+        optimizer.step()
+    assert_close(weights(module), weights(plain))
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_the_divisor_of_the_weighted_mean_is_that_of_the_global_batch(world_size):
+    """Not of a process's own part: the mean of weighted means over unequal parts would be another number."""
+    scales = []
+    for rank in range(world_size):
+        step = make_step(FakeProcess(rank, world_size), lenet(), class_weights=CLASS_WEIGHTS)
+        plan = step.batches.plan(0)
+        batch = step.load(plan, 0)
+        assert len(batch.scale) == len(batch)
+        scales.append(batch.scale.unique())
+    used = torch.tensor(CLASS_WEIGHTS)[DATA.labels[plan.order[:BATCH_SIZE]]]
+    torch.testing.assert_close(torch.cat(scales), (BATCH_SIZE / used.sum()).repeat(world_size))
+
+
 @pytest.mark.parametrize("micro_batch_size", [1, 7, 32])
 def test_micro_batches_do_not_change_the_update_without_batch_norm_and_dropout(accelerator, micro_batch_size):
     module, unsplit = lenet(), lenet()
@@ -221,6 +256,39 @@ def test_the_mean_gradient_over_processes_is_that_of_the_global_batch(world_size
         sums += step.meter._sums
     torch.testing.assert_close(total / world_size, expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(sums, figures, rtol=1e-6, atol=0)
+
+
+MIXED = Augmentation(flip=True, crop_padding=2, contrast=0.3, cutout=5, mixup=0.5, cutmix=1.0)
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 4])
+@pytest.mark.parametrize(("world_size", "index"), [(2, 0), (3, 2), (7, 1)])
+def test_the_loss_of_mixed_images_is_the_mean_over_the_global_batch(world_size, index, micro_batch_size):
+    words = {"augmentation": MIXED, "batch_size": 39, "label_smoothing": 0.1}
+    alone, plain = lenet(), lenet()
+    one_process = make_step(FakeProcess(0, 1), alone, **words)
+    plan = one_process.batches.plan(0)
+    one_process(plan, index, 0)
+    batch = one_process.load(plan, index)
+    images, targets = one_process.inputs(batch), one_process.targets(batch)
+    logits = plain(images)
+    loss = F.cross_entropy(logits, targets, label_smoothing=0.1)
+    loss.backward()
+    torch.testing.assert_close(gradient(alone), gradient(plain), rtol=0, atol=1e-6)
+    figures = one_process.meter._sums
+    right = targets[torch.arange(len(targets)), logits.argmax(dim=1)].sum()
+    expected = torch.tensor([float(loss) * len(batch), float(right), len(batch)])
+    torch.testing.assert_close(figures, expected.double(), rtol=1e-5, atol=1e-5)
+
+    total, sums = torch.zeros_like(gradient(alone)), torch.zeros_like(figures)
+    for rank in range(world_size):
+        module = lenet()
+        step = make_step(FakeProcess(rank, world_size), module, micro_batch_size=micro_batch_size, **words)
+        step(plan, index, 0)
+        total += gradient(module)
+        sums += step.meter._sums
+    torch.testing.assert_close(total / world_size, gradient(alone), rtol=0, atol=1e-6)
+    torch.testing.assert_close(sums, figures, rtol=1e-5, atol=1e-5)
 
 
 def test_some_of_these_shares_are_unequal_or_empty():

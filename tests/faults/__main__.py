@@ -20,7 +20,7 @@ from mnist_dist.distributed.devices import processor
 from mnist_dist.run.provenance import git_commit, versions
 from mnist_dist.run.tables import replace_between_marks
 from tests.faults.damage import KINDS
-from tests.faults.training import EVERY_STATE, bytes_of, finish
+from tests.faults.training import EVERY_STATE, bytes_of, finish, use_colour_folder
 from tests.faults.trials import (
     BLOWS_PER_RUN,
     PHASES,
@@ -48,6 +48,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--restarts", type=int, default=0, metavar="N", help=restarts)
     parser.add_argument("--world-size", type=int, choices=[1, 2], default=1)
     parser.add_argument("--seed", type=int, default=0, help="seed of the first run; each run adds 1")
+    colour = "train from a folder of colour pictures on disk, with mixed labels, instead of grey images in memory"
+    parser.add_argument("--colour", action="store_true", help=colour)
     markdown = "write the table between the marks of this file (tests/README.md)"
     parser.add_argument("--markdown", type=Path, metavar="FILE", help=markdown)
     return parser
@@ -89,7 +91,10 @@ def run_trials(arguments: argparse.Namespace, home: Path) -> tuple[list[Trial], 
     Returns:
         All trials; and for each failed trial the arguments that repeat it.
     """
+    colour = " --colour" if arguments.colour else ""
     trials, failures, begun = [], [], time.monotonic()
+    if arguments.colour:
+        use_colour_folder(home / "pictures")
     finish(home / "undisturbed", arguments.world_size, *EVERY_STATE)
     reference = bytes_of(home / "undisturbed")
     print(f"undisturbed run: {len(reference):,} values to compare with, {time.monotonic() - begun:.0f} s", flush=True)
@@ -109,7 +114,7 @@ def run_trials(arguments: argparse.Namespace, home: Path) -> tuple[list[Trial], 
             seconds = time.monotonic() - started
             print(f"{option} {done}/{wanted}  seed {seed}  {seconds:.0f} s  {trial}", flush=True)
             if trial.problem:
-                failures.append(f"--{option} {count} --seed {seed} --world-size {arguments.world_size}")
+                failures.append(f"--{option} {count} --seed {seed} --world-size {arguments.world_size}{colour}")
             seed += 1
     return trials, failures
 

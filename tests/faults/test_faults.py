@@ -14,12 +14,14 @@ import pytest
 import torch
 
 from mnist_dist.engine.checkpoint import list_checkpoints, newest_checkpoint, save_checkpoint
+from tests.faults import training
 from tests.faults.__main__ import table_of
 from tests.faults.damage import KINDS, Scene
-from tests.faults.training import EVERY_STATE, STEPS, bytes_of, differences, finish
+from tests.faults.training import EVERY_STATE, STEPS, bytes_of, differences, finish, use_colour_folder
 from tests.faults.trials import (
     PLACES,
     Blow,
+    Notes,
     Place,
     Trial,
     blow_trial,
@@ -72,6 +74,15 @@ def test_a_run_that_is_killed_and_stopped_several_times_ends_with_the_same_bytes
     assert trial.problem is None, str(trial)
     # The end is short: the run may be over before a blow at any moment of it, and then no other blow follows.
     assert len(trial.blows) >= len([place for place, _ in blows if place != Place("ending")])
+
+
+def test_a_killed_run_on_colour_pictures_from_disk_ends_with_the_same_bytes(monkeypatch, tmp_path):
+    monkeypatch.setattr(training, "WORDS", [*training.WORDS])
+    use_colour_folder(tmp_path / "pictures")
+    finish(tmp_path / "undisturbed", 1, *EVERY_STATE)
+    blows = [(Place("step"), KILL), (Place("saving", "state half written"), KILL)]
+    trial = blow_trial(tmp_path, bytes_of(tmp_path / "undisturbed"), seed=0, world_size=1, blows=blows)
+    assert trial.problem is None and len(trial.blows) == 2, str(trial)
 
 
 def test_a_run_skips_a_damaged_checkpoint_and_ends_with_the_same_bytes(tmp_path, undisturbed):
@@ -146,6 +157,11 @@ def test_the_driver_detects_every_byte_that_differs(tmp_path, undisturbed):
     assert differences(gone, undisturbed) == ["metrics.jsonl, line 3"]
     kept = {name: value for name, value in undisturbed.items() if not re.match(r"step-\d\b", name)}
     assert differences(kept, undisturbed) == []
+
+
+def test_all_that_a_run_does_after_its_last_step_is_its_ending():
+    assert Notes(["step", "evaluation"], 64, False).phase == "evaluation"
+    assert Notes(["ending"], 64, False).phase == Notes(["ending", "evaluation"], 64, False).phase == "ending"
 
 
 def test_no_blow_of_a_run_that_ends_with_other_bytes_counts_as_survived():

@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from mnist_dist.engine.checkpoint import list_checkpoints, load_checkpoint
 from mnist_dist.run.folder import RunFolder
@@ -32,6 +34,24 @@ EVERY_STATE = ("checkpoint.every_steps=1", "checkpoint.keep=1000")
 """For the undisturbed run: a disturbed run also saves at the step where a signal stops it, and that is compared too."""
 VARIABLES = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 OF_THE_LAUNCHER = {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"}  # as launch/cpu.sh sets it
+
+
+COLOUR_WORDS = [
+    *("data.dataset=folder", "data.place=disk", "data.image_size=28", "data.limit_train=null", "data.limit_test=null"),
+    "data.augment={flip: true, crop_padding: 2, rotation: 7, contrast: 0.2, cutout: 6, cutmix: 1.0}",
+]
+"""Replace words of `WORDS`: colour images of files, decoded to a memory-mapped file, with mixed labels."""
+
+
+def use_colour_folder(folder: Path) -> None:
+    """Makes a small folder of pictures, and has every later run train from it."""
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 250), ("test", 100)):
+        for number in range(count):
+            path = folder / part / f"class{number % 10}" / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(generator.integers(0, 256, (30, 34, 3), dtype=np.uint8)).save(path)
+    WORDS.extend([*COLOUR_WORDS, f"data.root={folder}"])
 
 
 def command(run_dir: Path, world_size: int = 1, *words: str, module: str = "mnist_dist.train") -> list[str]:

@@ -96,7 +96,8 @@ class Notes(NamedTuple):
 
     @property
     def phase(self) -> str:
-        return self.phases[-1]
+        """The innermost phase; all that the run does after its last step counts as its ending."""
+        return "ending" if "ending" in self.phases else self.phases[-1]
 
     @property
     def before_the_loop(self) -> bool:

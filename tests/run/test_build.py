@@ -210,3 +210,23 @@ def test_components_follow_the_recipe(accelerator):
     assert (components.batches.steps_per_epoch, components.total_steps) == (4, 3)
     assert components.eval_model is step.average.module and components.module is step.module
     assert [note.split()[0] for note in components.notes] == ["ddp.comm_hook", "micro_batch_size"]
+
+
+# --- the images' shape and place ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "keys"),
+    [
+        (["data.augment.crop_padding=28"], ["crop_padding"]),
+        (["data.augment.cutout=29", "data.augment.fill=[1, 2, 3]"], ["fill", "cutout"]),
+        (["data.augment.crop_padding=27", "data.augment.cutout=28", "data.augment.fill=[9]"], []),
+    ],
+)
+def test_augmentation_that_does_not_fit_the_images_is_refused(accelerator, refused, words, keys):
+    recipe = load_recipe("debug", *words)
+    if not keys:
+        build_components(recipe, "no", DATASET.train, build_module(recipe, DATASET))
+        return
+    found = refused(lambda: build_components(recipe, "no", DATASET.train, build_module(recipe, DATASET)))
+    assert found == [(f"data.augment.{key}", "conflict") for key in keys]

@@ -60,8 +60,8 @@ def one_bad_image(monkeypatch):
 
     load = module.load_data
 
-    def load_marked(recipe, state):
-        dataset = load(recipe, state)
+    def load_marked(*arguments):
+        dataset = load(*arguments)
         dataset.train.images[:, 0, 0, 0] = 0
         dataset.train.images[7, 0, 0, 0] = 255
         return dataset
