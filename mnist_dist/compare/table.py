@@ -50,22 +50,9 @@ SHORT_COLUMNS = ("recipe", "parameters", "claim", "last epoch", "n", "epochs", "
 """Columns of a Markdown table of selected recipes."""
 
 WIDE_COLUMNS = (
-    "recipe",
-    "data",
-    "parameters",
-    "last epoch",
-    "best epoch",
-    "test",
-    "n",
-    "epochs",
-    "images/s",
-    "time",
-    "world size",
-    "precision",
-    "status",
-    "verdict",
-    "device",
-)
+    "recipe", "data", "parameters", "last epoch", "best epoch", "test", "n", "epochs", "images/s", "time",
+    "world size", "precision", "status", "verdict", "device",
+)  # fmt: skip
 """Columns of the printed table and of the page, except those that are empty in every row."""
 
 # --- rows ---------------------------------------------------------------------------------------------------------
@@ -109,6 +96,11 @@ class Row:
     def recipe(self) -> str:
         return self.runs[0].summary["recipe"]
 
+    @property
+    def data(self) -> str:
+        """The data set; empty for a kept summary."""
+        return self.runs[0].run.data if self.runs[0].run else ""
+
     def values(self, key: str) -> list[float]:
         """Returns the finite numbers of the runs' summaries under a key."""
         return numbers([run.summary for run in self.runs], key)
@@ -128,9 +120,9 @@ class Row:
         accuracy = {which: self.values(f"{which}.accuracy") for which in ("eval.last", "eval.best", "test")}
         texts: dict[str, tuple[str, Any]] = {
             "recipe": (self.label or self.recipe, None),
-            "data": (self.runs[0].run.data if self.runs[0].run else "", None),
+            "data": (self.data, None),
             "parameters": (f"{parameters:,.0f}" if parameters else "", parameters),
-            "claim": (_claimed(self.recipe)[1], None),
+            "claim": (_claimed(self.recipe, self.data)[1], None),
             "last epoch": (mean_and_deviation(accuracy["eval.last"]), self.mean("eval.last.accuracy")),
             "best epoch": (mean_and_deviation(accuracy["eval.best"]), self.mean("eval.best.accuracy")),
             "test": (mean_and_deviation(accuracy["test"]), self.mean("test.accuracy")),
@@ -154,7 +146,7 @@ class Row:
 
         The documents report the best epoch, so a claim may be "met at the best epoch" only.
         """
-        path, claim, full = _claimed(self.recipe)
+        path, claim, full = _claimed(self.recipe, self.data)
         if not self.runs[0].is_finished or path is None or not (claimed := re.search(r"(\d+(?:\.\d+)?) %", claim)):
             return ""
         if (epochs := self.mean("epochs") or 0.0) < full:
@@ -185,10 +177,16 @@ def _short(commit: str) -> str:
 
 
 @cache  # a live page asks every two seconds
-def _claimed(recipe: str) -> tuple[Path | None, str, float]:
-    """Returns the file of a shipped recipe, the document's claim and the recipe's number of epochs."""
-    path = _shipped().get(recipe)
-    return (path, recipe_notes(path).get("claim", ""), load_recipe(path).epochs) if path else (None, "", 0.0)
+def _claimed(name: str, data: str) -> tuple[Path | None, str, float]:
+    """Returns the file of a shipped recipe, the document's claim and the recipe's number of epochs.
+
+    None, an empty text and 0 if `data`, the data set of a run, is not the recipe's.
+    """
+    path = _shipped().get(name)
+    recipe = load_recipe(path) if path else None
+    if path is None or recipe is None or data not in ("", recipe.data.dataset):
+        return None, "", 0.0
+    return path, recipe_notes(path).get("claim", ""), recipe.epochs
 
 
 def _time(seconds: float) -> str:
@@ -307,12 +305,12 @@ def representative_rows(rows: list[Row]) -> dict[str, Row]:
     """
 
     def rank(row: Row) -> tuple[float, int, int, int]:
-        distance = abs((row.mean("epochs") or 0.0) - _claimed(row.recipe)[2])
+        distance = abs((row.mean("epochs") or 0.0) - _claimed(row.recipe, row.data)[2])
         return -distance, -_overrides(row), len(row.runs), row.newest
 
     chosen: dict[str, Row] = {}
     for row in rows:
-        if row.recipe in _shipped():
+        if _claimed(row.recipe, row.data)[0]:
             chosen[row.recipe] = max(chosen.get(row.recipe, row), row, key=rank)
     return chosen
 

@@ -358,3 +358,11 @@ def test_the_data_set_of_each_run_is_named(colour_run, debug_run, tmp_path, caps
     assert any("folder birds" in line and "100.00" in line for line in lines)
     assert any(" synthetic " in line for line in lines)
     assert "folder birds" in Path("page.html").read_text()
+
+
+@pytest.mark.parametrize("data", ["mnist", "kmnist"])
+def test_a_run_on_other_data_does_not_count_for_the_claim_of_its_recipe(tmp_path, data):
+    write_run(tmp_path / "run", recipe={"name": "lenet5", "data": {"dataset": data}})
+    [row] = compare.group(compare.Comparison([tmp_path / "run"]).read())
+    assert bool(row.verdict()) == bool(cell(row, "claim")) == (data == "mnist")
+    assert bool(run_table.representative_rows([row])) == (data == "mnist")
