@@ -69,7 +69,7 @@ def answer_early(command: str) -> None:
         sys.exit(code)
 
 
-@safe_output()
+@safe_output
 def run_command(main: Callable[[], int]) -> int:
     """Runs a command's `main`. Prints an error that the user can act on as one screen on stderr.
 
@@ -154,7 +154,7 @@ def _evaluate(parser: Parser) -> None:
     _add_run(parser)
     _add_weights(parser)
     parser.add_argument("--split", choices=["test", "validation"], default="test", help="images to use (default: test)")
-    parser.add_argument("--tta", choices=["flip"], help="also evaluate the mean of each image and its mirror image")
+    parser.add_argument("--tta", choices=["flip"], help="also evaluate the mean prediction for image and mirror image")
     _add_data(parser)
     _add_json(parser, "the report")
     _add_overrides(parser, "recipe keys, e.g. data.root=/data")
@@ -237,7 +237,7 @@ EXPORT_ENDINGS = {"torch": ".pt2", "onnx": ".onnx", "onnx-int8": "-int8.onnx", "
 
 def _export(parser: Parser) -> None:
     _add_run(parser)
-    formats = "torch: a torch.export archive; onnx, onnx-int8: ONNX files; page: one HTML file to draw digits in"
+    formats = "torch: a torch.export archive; onnx, onnx-int8: ONNX files; page: one HTML file to try the network in"
     parser.add_argument("--format", required=True, choices=list(EXPORT_ENDINGS), help=formats)
     _add_weights(parser)
     parser.add_argument("--output", type=path, metavar="FILE", help="a file (default: RUN/export/<weights>.<ending>)")
@@ -270,11 +270,11 @@ exit code: 0 done, 1 failed, 2 bad input, 75 stopped by a signal after a checkpo
 """,
     ),
     "predict": (
-        "Recognize the digits in pictures.",
+        "Classify pictures.",
         _predict,
         """\
   mnist-dist predict runs/simple_cnn/20260101-120000 photo.jpg
-  mnist-dist predict runs/mine scans/ --json > digits.json
+  mnist-dist predict runs/mine scans/ --json > classes.json
 """,
     ),
     "explain": (
@@ -341,7 +341,7 @@ exit code: 0 fit to train (slow ranks and warnings are named), 1 not fit, 2 bad 
         _export,
         """\
   mnist-dist export runs/simple_cnn/20260101-120000 --format onnx
-  mnist-dist export runs/mine --format onnx-int8 --weights best --output digits.onnx
+  mnist-dist export runs/mine --format onnx-int8 --weights best --output mine.onnx
   mnist-dist export runs/mine --format page data.root=/data
 """,
     ),

@@ -27,6 +27,9 @@ from mnist_dist.engine.precision import PRECISION_NAMES
 from mnist_dist.errors import Kind, Problem, RecipeError
 from mnist_dist.run.evaluation import (
     calibration_error,
+    class_average_notes,
+    class_averages,
+    describe_averages,
     evaluate_run,
     evaluation_precision,
     load_evaluation_data,
@@ -35,7 +38,7 @@ from mnist_dist.run.evaluation import (
     write_report,
 )
 from mnist_dist.run.reader import Run, open_run
-from mnist_dist.run.tables import table_console
+from mnist_dist.run.tables import printable, table_console
 
 
 def ensemble(runs: list[Run], *overrides: str) -> dict[str, Any]:
@@ -49,8 +52,8 @@ def ensemble(runs: list[Run], *overrides: str) -> dict[str, Any]:
 
     Returns:
         What `evaluate` returns but `precision`, for the mean of the probabilities; `members`, for each its `run`,
-        `precision`, `accuracy`, `loss` and `calibration_error`; and `disagreements`, the number of images on which not
-        all members predict the same class.
+        `precision`, `accuracy`, `loss`, `calibration_error` and averages over the classes; and `disagreements`, the
+        number of images on which not all members predict the same class.
 
     Raises:
         RecipeError: there are fewer than two runs, a run is named twice, the runs have different classes or test sets,
@@ -69,7 +72,7 @@ def ensemble(runs: list[Run], *overrides: str) -> dict[str, Any]:
         "split": "test",
         "weights": runs[0].weights,
         "disagreements": int((predictions != predictions[0]).any(dim=0).sum()),
-        "notes": precision_notes(*recipes),
+        "notes": precision_notes(*recipes) + class_average_notes(),
         "members": [
             {
                 "run": str(run.folder.path),
@@ -77,6 +80,7 @@ def ensemble(runs: list[Run], *overrides: str) -> dict[str, Any]:
                 "accuracy": each.accuracy,
                 "loss": each.loss,
                 "calibration_error": calibration_error(each.probabilities, labels),
+                **class_averages(each.probabilities, labels),
             }
             for run, recipe, each in zip(runs, recipes, evaluations, strict=True)
         ],
@@ -151,10 +155,12 @@ def append_summary(path: Path, runs: list[Run], accuracy: float) -> None:
 def show(result: dict[str, Any]) -> None:
     """Prints a table with one row for each member and one for the mean."""
     console = table_console()
-    table = Table("run", "accuracy", "loss", "calibration error", box=None)
+    averages = list(describe_averages(result))
+    table = Table("run", "accuracy", "loss", "calibration error", *averages, box=None)
     for each in [*result["members"], {"run": f"mean of {len(result['members'])}"} | result]:
         figures = f"{each['accuracy']:.2f} %", f"{each['loss']:.4f}", f"{each['calibration_error']:.4f}"
-        table.add_row(each["run"], *figures)
+        described = describe_averages(each)
+        table.add_row(printable(each["run"]), *figures, *(described.get(name, "") for name in averages))
     console.print(table)
     data = f"{result['images']:,} images ({result['dataset']}, {result['split']}), {result['weights']} weights"
     for note in result["notes"]:

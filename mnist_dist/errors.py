@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import functools
 import os
 import re
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -89,6 +91,8 @@ class SafeStream:
 
     def __init__(self, stream: Any):
         self.stream: Any = stream.stream if isinstance(stream, SafeStream) else stream
+        self.full: OSError | None = None
+        """The error of a full disk, after which output is missing in the file."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -100,18 +104,20 @@ class SafeStream:
             except UnicodeEncodeError:
                 encoding = self.stream.encoding or "ascii"
                 self.stream.write(text.encode(encoding, "replace").decode(encoding))
-        except (OSError, ValueError):  # ValueError: the file is closed
-            self._drop()
+        except (OSError, ValueError) as error:  # ValueError: the file is closed
+            self._drop(error)
         return len(text)
 
     def flush(self) -> None:
         try:
             self.stream.flush()
-        except (OSError, ValueError):
-            self._drop()
+        except (OSError, ValueError) as error:
+            self._drop(error)
 
-    def _drop(self) -> None:
+    def _drop(self, error: Exception) -> None:
         """Redirects the file to the null device. Buffered text goes there too, so Python's flush at exit succeeds."""
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            self.full = error
         with suppress(OSError, ValueError):
             nothing = os.open(os.devnull, os.O_WRONLY)
             try:
@@ -121,15 +127,28 @@ class SafeStream:
                 os.close(nothing)
 
 
-@contextmanager
-def safe_output() -> Iterator[None]:
-    """Replaces stdout and stderr by safe streams inside the context. Also works as a decorator."""
-    before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (stream and SafeStream(stream) for stream in before)
-    try:
-        yield
-    finally:
-        for stream in (sys.stdout, sys.stderr):
-            if stream:
-                SafeStream(stream).flush()
-        sys.stdout, sys.stderr = before
+def safe_output(command: Callable[..., int]) -> Callable[..., int]:
+    """Decorates a command: its stdout and stderr are safe streams.
+
+    A full disk that took no output of the command makes exit code 0 a 1, with the reason on stderr. The console of a
+    training does not count: the run folder is complete without it.
+    """
+
+    @functools.wraps(command)
+    def run(*arguments: Any) -> int:
+        before = sys.stdout, sys.stderr
+        streams = [stream and SafeStream(stream) for stream in before]
+        sys.stdout, sys.stderr = streams
+        try:
+            code = command(*arguments)
+        finally:
+            for stream in filter(None, streams):
+                stream.flush()
+            sys.stdout, sys.stderr = before
+        if code == 0 and streams[0] and streams[0].full:
+            message = f"mnist_dist: the output could not be written: {streams[0].full.strerror}"
+            print(message, file=streams[1])
+            return 1
+        return code
+
+    return run

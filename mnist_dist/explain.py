@@ -1,8 +1,8 @@
 """Draws what a network's prediction depends on, as one PNG: `python -m mnist_dist.explain runs/mine photo.jpg`.
 
 The PNG shows the picture as the network sees it, the three likeliest classes, where more and where less ink would raise
-the likeliest class's logit, and the feature maps of chosen layers. All of it is computed in fp32, in whatever precision
-the network was trained.
+the likeliest class's logit (in colour: on which pixels that logit depends most), and the feature maps of chosen layers.
+All of it is computed in fp32, in whatever precision the network was trained.
 """
 
 from __future__ import annotations
@@ -90,17 +90,17 @@ def smooth_gradient(model: nn.Module, image: Tensor, target: int, samples: int =
     """Returns the gradient of a class's logit with respect to the pixels, averaged over noisy copies of the image.
 
     Smilkov, Thorat, Kim, Viégas, Wattenberg, "SmoothGrad: removing noise by adding noise", 2017 (arXiv:1706.03825). The
-    sign is kept: where the gradient is positive, more ink raises the logit; where it is negative, less ink does.
+    sign is kept: where the gradient is positive, a higher level raises the logit; where it is negative, a lower one.
 
     Args:
-        image: float32 (1, 1, H, W), normalised.
+        image: float32 (1, C, H, W), normalised.
         target: position of the class.
         samples: number of noisy copies. Their noise is the same in every call. They are evaluated one at a time,
             because a network may normalise by the batch.
         noise: standard deviation of the noise, as a fraction of the image's range.
 
     Returns:
-        float32 (1, 1, H, W).
+        float32 (1, C, H, W).
     """
     generator = torch.Generator().manual_seed(0)
     deviation, total = noise * (image.max() - image.min()), torch.zeros_like(image)
@@ -130,17 +130,18 @@ def explain(run: Run, picture: Tensor, path: Path, layers: list[str] | None = No
 
     [found] = predict(run, picture[None])
     image = normalize(picture[None], run.about["mean"], run.about["std"])
-    maps, target = get_feature_maps(run.model, image, layers), run.about["classes"].index(found["digit"])
+    maps, target = get_feature_maps(run.model, image, layers), run.about["classes"].index(found["class"])
     names = list(maps)
     if layers is None and len(names) > MOST_LAYERS:
         names = [names[round(each * (len(names) - 1) / (MOST_LAYERS - 1))] for each in range(MOST_LAYERS)]
     return plot_explanation(
-        picture[0],
-        smooth_gradient(run.model, image, target)[0, 0],
-        [(each["digit"], each["confidence"]) for each in found["top3"]],
+        picture,
+        smooth_gradient(run.model, image, target)[0],
+        [(each["class"], each["confidence"]) for each in found["top3"]],
         {name: maps[name][0] for name in names},
         path,
         title=title or run.about["model"],
+        ground=run.geometry.ground,
     )
 
 

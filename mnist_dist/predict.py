@@ -1,4 +1,4 @@
-"""Recognizes the digits in picture files: `python -m mnist_dist.predict runs/mine photo.jpg folder/`.
+"""Classifies picture files: `python -m mnist_dist.predict runs/mine photo.jpg folder/`.
 
 A picture may have any size, colour, bit depth or transparency, and may be dark on light or light on dark. It is
 prepared as the images that the network was trained with; see `mnist_dist.data.pictures`. The network is computed on the
@@ -27,7 +27,7 @@ from mnist_dist.run.tables import printable
 def predict_digit(
     path: str | Path, run: str | Path | None = None, allow_code: str | Iterable[str] = ()
 ) -> tuple[str, float]:
-    """Classifies the digit (or letter, or garment) in a picture file.
+    """Classifies a picture file: a digit, or whatever the run was trained on.
 
     Args:
         path: a picture file.
@@ -43,7 +43,7 @@ def predict_digit(
     """
     opened = load_run(_newest_run() if run is None else run, "last", allow_code)
     found = predict_picture(opened, Path(path))
-    return found["digit"], found["confidence"]
+    return found["class"], found["confidence"]
 
 
 def _newest_run() -> Path:
@@ -73,10 +73,10 @@ def main(argv: list[str] | None = None) -> int:
     else:
         console = Console(soft_wrap=True, highlight=False, markup=False)
         for each in found:
-            others = ", ".join(f"{other['digit']} {100 * other['confidence']:.1f} %" for other in each["top3"][1:])
+            others = ", ".join(f"{other['class']} {100 * other['confidence']:.1f} %" for other in each["top3"][1:])
             unsure = f"  unsure: {each['unsure']}" if each["unsure"] else ""
             console.print(
-                f"{each['path']}: {each['digit']}  {100 * each['confidence']:.1f} %  (next: {others}){unsure}"
+                f"{each['path']}: {each['class']}  {100 * each['confidence']:.1f} %  (next: {others}){unsure}"
             )
     return FAILED if failed else 0
 

@@ -43,6 +43,7 @@ from mnist_dist.run.checkpointing import Checkpointer
 from mnist_dist.run.components import Progress, TrainingComponents
 from mnist_dist.run.data import load_data
 from mnist_dist.run.folder import RunFolder
+from mnist_dist.run.log_lines import LogLines
 from mnist_dist.run.model_setup import prepare_model
 from mnist_dist.run.model_summary import summarize_model
 from mnist_dist.run.plan import Plan
@@ -65,7 +66,7 @@ def fit(
 ) -> bool:
     """Trains from `progress` to the last step. Returns False if a signal stopped it earlier, after a checkpoint."""
     accelerator, batches, update = components.accelerator, components.batches, components.update
-    meter, plan = components.meter, batches.plan(progress.step // batches.steps_per_epoch)
+    lines, plan = LogLines(components), batches.plan(progress.step // batches.steps_per_epoch)
     watchdog = Watchdog(accelerator, recipe.engine.hang_seconds, update.clock, checkpointer.mark_failed)
     with interrupts or Interrupts(accelerator) as interrupts, watchdog:
 
@@ -76,17 +77,18 @@ def fit(
         while True:
             # Evaluate every image once; keep the best weights.
             if components.evaluation_is_due(progress, recipe.eval_every):
+                lines.finish()
                 try:
                     evaluation = components.evaluate(held_out, recipe.eval_batch_size, asked_to_stop)
                 except Interrupted:
                     checkpointer.save()
                     return False
-                if progress.note(evaluation, meter.read_epoch(), components.epoch(progress)):
+                if progress.note(evaluation, components.meter.read_epoch(), components.epoch(progress)):
                     checkpointer.save_best()
                 accelerator.log({"step": progress.step, "epoch": components.epoch(progress), **progress.last})
                 checkpointer.log_evaluation(evaluation)
                 components.schedule.observe(evaluation.loss)
-                meter.resume()
+                components.meter.resume()
 
             # Stop after the last step, or early if the recipe asks for it.
             patience = recipe.early_stopping.patience or sys.maxsize
@@ -101,17 +103,16 @@ def fit(
             update(plan, index, progress.step)
             progress.step += 1
 
-            # Log. Between two log lines nothing waits for the device.
+            # Log. A GPU is not waited for: its figures are written one log line late.
             logged = progress.step % recipe.log_every == 0 or components.evaluation_is_due(progress, recipe.eval_every)
             if logged:
-                lr = components.schedule.lr_at(progress.step - 1)
-                rates = {"train/lr": lr, "train/grad_norm": update.grad_norm()}
-                accelerator.log({"step": progress.step, "epoch": components.epoch(progress), **meter.read(), **rates})
-                interrupts.set_interval(meter.seconds_per_step)
+                lines.add(progress)
+                interrupts.set_interval(components.meter.seconds_per_step)
 
             # Save if a checkpoint is due; save and stop if any process received a signal.
             asked = asked_to_stop()
             if asked or checkpointer.is_due(logged):
+                lines.finish()
                 checkpointer.save()
             if asked:
                 return False

@@ -4,11 +4,16 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+
+if TYPE_CHECKING:
+    from mnist_dist.data import Dataset
+    from mnist_dist.run.reader import Run
 
 # Several tests run at once on few cores: waiting threads would take most of the time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -99,6 +104,36 @@ def _finished_debug_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def debug_run(_finished_debug_run: Path, tmp_path: Path) -> Path:
     """A copy of a finished run of the recipe `debug` (synthetic data), trained once per test session."""
     return shutil.copytree(_finished_debug_run, tmp_path / "debug_run")
+
+
+@pytest.fixture
+def colour_data() -> Iterator["Dataset"]:
+    """Colour images of 24×40 pixels in three classes, which are the data set `synthetic` during the test."""
+    from mnist_dist.data import load_dataset
+    from tests.colour import as_synthetic
+
+    with as_synthetic():
+        yield load_dataset("synthetic")
+
+
+@pytest.fixture(scope="session")
+def _finished_colour_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.colour import train_on_colour
+
+    folder = tmp_path_factory.mktemp("colour") / "run"
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train_on_colour(folder)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return folder
+
+
+@pytest.fixture
+def colour_run(_finished_colour_run: Path, colour_data: "Dataset", tmp_path: Path) -> "Run":
+    """A copy of a finished run on `colour_data`, trained once per test session."""
+    from mnist_dist import load_run
+    from tests.colour import CODE
+
+    return load_run(shutil.copytree(_finished_colour_run, tmp_path / "colour_run"), "last", CODE)
 
 
 @pytest.fixture

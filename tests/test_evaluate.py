@@ -12,8 +12,9 @@ import torchvision
 
 from mnist_dist import load_recipe, load_run, train
 from mnist_dist.data import DATASETS
-from mnist_dist.evaluate import evaluate, main
-from mnist_dist.run.evaluation import calibration_error, evaluate_run, load_evaluation_data
+from mnist_dist.evaluate import evaluate, main, show
+from mnist_dist.run.evaluation import calibration_error, class_averages, evaluate_run, load_evaluation_data
+from tests.colour import CLASSES
 
 QUIET = ["tracking.plots=false", "tracking.wandb.mode=disabled"]
 
@@ -58,6 +59,72 @@ def test_calibration_error():
     assert calibration_error(sure.flip(1), labels) == 1
     # A confidence of 0.9 and an accuracy of 0.5.
     assert calibration_error(torch.tensor([[0.9, 0.1]] * 4), labels) == pytest.approx(0.4)
+
+
+def test_averages_over_the_classes_count_each_class_the_same():
+    pytest.importorskip("sklearn")
+    # Class a: 8 images, all right. Class b: 2 images, one taken for a. Class c: no image.
+    labels = torch.tensor([0] * 8 + [1] * 2)
+    probabilities = torch.tensor([[0.8, 0.1, 0.1]] * 8 + [[0.2, 0.7, 0.1], [0.6, 0.3, 0.1]])
+    found = class_averages(probabilities, labels)
+    assert found["balanced_accuracy"] == pytest.approx(75)
+    assert found["macro_f1"] == pytest.approx((2 * 8 / 17 + 2 * 1 / 3) / 2)
+    assert found["auroc"] == 1  # the images of b have the lowest probabilities of a
+    probabilities[9, :2] = torch.tensor([0.85, 0.05])
+    # Of 16 pairs of an image of a and one of b, 8 are in the wrong order, for either class.
+    assert class_averages(probabilities, labels)["auroc"] == pytest.approx(0.5)
+    assert class_averages(probabilities, torch.zeros(10, dtype=torch.int64))["auroc"] is None
+    assert class_averages(probabilities * torch.nan, labels)["auroc"] is None
+
+
+def test_averages_agree_with_the_report(validated_run, capsys):
+    pytest.importorskip("sklearn")
+    found = evaluate(load_run(validated_run, "last"))
+    accuracies = [each["accuracy"] for each in found["classes"].values() if each["images"]]
+    assert found["balanced_accuracy"] == pytest.approx(sum(accuracies) / len(accuracies))
+    assert 0 < found["macro_f1"] < 1 and 0.5 < found["auroc"] <= 1
+    show(found)
+    printed = capsys.readouterr().out
+    for figure in (f"{found['balanced_accuracy']:.2f} %", f"{found['macro_f1']:.4f}", f"{found['auroc']:.4f}"):
+        assert figure in printed.splitlines()[1]
+
+
+def test_without_scikit_learn_one_note_says_what_is_missing(validated_run, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    found = evaluate(load_run(validated_run, "last"))
+    assert [found[key] for key in ("balanced_accuracy", "macro_f1", "auroc")] == [None] * 3
+    [note] = found["notes"]
+    assert "scikit-learn" in note
+    show(found)
+    assert "F1" not in capsys.readouterr().out.replace(note, "")
+
+
+def result_of(classes: list[str]) -> dict:
+    """A report in which every class has four images, of which the first class loses two to the second."""
+    confusion = (4 * torch.eye(len(classes), dtype=torch.int64)).tolist()
+    confusion[0][:2] = [2, 2]
+    figures = {name: {"images": 4, "correct": 4, "accuracy": 100.0} for name in classes}
+    figures[classes[0]] = {"images": 4, "correct": 2, "accuracy": 50.0}
+    totals = {"accuracy": 90.0, "loss": 1.0, "images": 9, "calibration_error": 0.1, "dataset": "mine", "split": "test"}
+    averages = {"balanced_accuracy": 90.0, "macro_f1": 0.9, "auroc": 0.9}
+    return {**totals, **averages, "weights": "last", "notes": [], "classes": figures, "confusion": confusion}
+
+
+@pytest.mark.parametrize("count", [3, 12, 20, 21, 100])
+def test_many_classes_with_long_names_fit_into_the_printed_table(capsys, count):
+    names = [f"class number {position} of a large collection" for position in range(count)]
+    show(result_of(names))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 200
+    [row] = [line for line in lines if names[0] in line and "50.00 %" in line]
+    assert (names[1] in row) == (count > 20)
+    assert sum("100.00 %" in line for line in lines) == min(count, 40) - 1
+
+
+def test_colour_images_are_evaluated(colour_run):
+    found = evaluate(colour_run)
+    assert found["accuracy"] == colour_run.summary["eval.last.accuracy"]
+    assert list(found["classes"]) == list(CLASSES)
 
 
 def test_the_command_prints_the_figures_and_writes_json(validated_run, tmp_path, capsys):

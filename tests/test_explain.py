@@ -12,6 +12,7 @@ from torch import nn
 from mnist_dist import build_model, get_feature_maps
 from mnist_dist.data import load_dataset
 from mnist_dist.explain import main, smooth_gradient
+from tests.colour import CODE, write_pictures
 
 
 def noise(count: int) -> torch.Tensor:
@@ -109,6 +110,15 @@ def test_the_command_writes_a_png_of_all_or_of_chosen_layers(debug_run, picture,
     assert main([str(debug_run), str(picture), "--layers", "classifier.1", "--output", str(chosen)]) == 0
     both, one = (Image.open(each).size for each in (path, chosen))
     assert both[0] == one[0] and both[1] > one[1] > 300
+
+
+def test_a_picture_in_colour_is_explained(colour_run, colour_data, tmp_path, capsys):
+    [path] = write_pictures(tmp_path, colour_data.test, count=1)
+    assert main([str(colour_run.folder.path), str(path), "--allow-code", CODE]) == 0
+    drawn = Image.open(capsys.readouterr().out.strip()).convert("RGB")
+    # The input of the network, in which the rectangle is bright in the colour of its class.
+    picture = drawn.crop((140, 195, 240, 255)).resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
+    assert picture[0] > picture[1] + 50 and picture[0] > picture[2] + 50
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,17 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from mnist_dist import load_recipe, load_run, train
 from mnist_dist.data import load_dataset
 from mnist_dist.engine.checkpoint import load_weights, save_weights
 from mnist_dist.predict import _newest_run, main, predict_digit
 from mnist_dist.run.prediction import predict
+from tests.colour import CLASSES, CODE, write_pictures
+from tests.data.test_pictures import disturbed
 
 
 @pytest.fixture
@@ -40,10 +43,48 @@ def test_photos_of_mnist_digits_are_recognised(mnist_root, tmp_path, capsys):
     capsys.readouterr()  # discards what the training printed
     assert main([str(tmp_path / "run"), str(tmp_path / "photos"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert [set(each) for each in found] == [{"path", "digit", "confidence", "top3", "unsure"}] * 100
+    assert [set(each) for each in found] == [{"path", "class", "digit", "confidence", "top3", "unsure"}] * 100
     assert sum(each["digit"] == test.classes[label] for each, label in zip(found, test.labels[:100], strict=True)) >= 90
     digit, confidence = predict_digit(tmp_path / "photos" / "000.png", tmp_path / "run")
     assert (digit, confidence) == (found[0]["digit"], found[0]["confidence"])
+
+
+RIGHT_OF_40 = {
+    "plain": 36,
+    "specks": 36,
+    "side": 34,
+    "corner": 34,
+    "pencil": 32,
+    "ten bits": 36,
+    "float": 36,
+    "thin": 32,
+}
+"""Disturbance of `disturbed` -> the number of 40 pages whose digit must be recognised. "thin" are small pictures."""
+
+
+def test_digits_on_pages_under_bad_light_are_recognised(mnist_root, tmp_path, capsys):
+    words = [f"data.root={mnist_root}", "data.limit_train=12000", "data.limit_test=100", "batch_size=64", "epochs=2"]
+    words += ["optimizer.lr=0.003", "mixed_precision=no", "tracking.plots=false", "tracking.wandb.mode=disabled"]
+    train(load_recipe("small_cnn", *words), tmp_path / "run")
+    test, random = load_dataset("mnist", root=mnist_root).test, np.random.default_rng(1)
+    (tmp_path / "pages").mkdir()
+    for position in range(40):
+        figure = Image.fromarray(test.images[position, 0].numpy()).resize((200, 200), Image.Resampling.BICUBIC)
+        ink, top, left = np.zeros((420, 560)), random.integers(10, 210), random.integers(20, 340)
+        ink[top : top + 200, left : left + 200] = np.asarray(figure) / 255
+        for name in RIGHT_OF_40.keys() - {"thin"}:
+            disturbed(name, ink).save(tmp_path / "pages" / f"{position:02}_{name}.tif")
+        thin = figure.filter(ImageFilter.MinFilter(9)).resize((28, 28), Image.Resampling.BOX)
+        thin.save(tmp_path / "pages" / f"{position:02}_thin.png")
+    capsys.readouterr()
+    assert main([str(tmp_path / "run"), str(tmp_path / "pages"), "--json"]) == 0
+    right = dict.fromkeys(RIGHT_OF_40, 0)
+    for found in json.loads(capsys.readouterr().out):
+        position, name = Path(found["path"]).stem.split("_")
+        right[name] += found["digit"] == test.classes[test.labels[int(position)]]
+    print(right)  # shown by pytest -s, and if the test fails
+    assert all(right[name] >= least for name, least in RIGHT_OF_40.items())
+    assert right["ten bits"] == right["float"] == right["plain"]  # the depth of the file loses nothing
 
 
 def test_bad_pictures_are_named_and_the_others_classified(debug_run, picture, capsys):
@@ -89,9 +130,26 @@ def test_lines_and_json_agree(debug_run, picture, capsys):
     line = capsys.readouterr().out
     assert main([str(debug_run), str(picture), "--json"]) == 0
     [found] = json.loads(capsys.readouterr().out)
-    assert found["path"] == str(picture) and found["top3"][0] == {key: found[key] for key in ("digit", "confidence")}
+    assert found["path"] == str(picture) and found["top3"][0] == {
+        key: found[key] for key in ("class", "digit", "confidence")
+    }
     for each in found["top3"]:
         assert f"{each['digit']} " in line and f"{100 * each['confidence']:.1f} %" in line
+
+
+def test_pictures_in_colour_are_classified_by_the_names_of_the_classes(colour_run, colour_data, tmp_path, capsys):
+    paths = write_pictures(tmp_path / "pictures", colour_data.test)
+    large = tmp_path / "pictures" / "large.jpg"
+    Image.open(paths[0]).resize((400, 240), Image.Resampling.NEAREST).save(large, quality=95)
+    command = [str(colour_run.folder.path), str(tmp_path / "pictures"), "--allow-code", CODE]
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [each["class"] for each in found] == [CLASSES[position % 3] for position in range(9)] + [CLASSES[0]]
+    assert all({"path", "class", "confidence", "top3", "unsure"} == set(each) for each in found)
+    for each, exact in zip(found, predict(colour_run, colour_data.test.images[:9]), strict=False):
+        assert each["top3"] == exact["top3"], "a picture of the training set's shape is used as it is"
+    assert main(command) == 0
+    assert f"{paths[0]}: {CLASSES[0]} " in capsys.readouterr().out
 
 
 def test_an_empty_folder_is_named(debug_run, tmp_path, capsys):

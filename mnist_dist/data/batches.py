@@ -109,6 +109,8 @@ class Batch:
     """The random changes of each image: the return value of `Batches.changes`."""
     partner: Batch | None = None
     """The samples that these are mixed with, one for each."""
+    scale: Tensor | None = None
+    """float32 (n,), factor of each sample's loss; None: 1."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -133,7 +135,7 @@ class Batch:
 
     def tensors(self) -> list[Tensor]:
         """Returns all tensors, with those of the partner."""
-        own = [self.images, self.labels, *([] if self.changes is None else [self.changes])]
+        own = [each for each in (self.images, self.labels, self.changes, self.scale) if each is not None]
         return own + (self.partner.tensors() if self.partner else [])
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
@@ -144,6 +146,7 @@ class Batch:
             function(self.labels),
             None if self.changes is None else function(self.changes),
             self.partner and self.partner._map(function),
+            None if self.scale is None else function(self.scale),
         )
 
 

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import track
 
 from mnist_dist.data.cache import Decoded, cache_folders, open_cache, publish, remove_stale, writable_folder
-from mnist_dist.data.form import DataError, Form, fit_picture
+from mnist_dist.data.form import DataError, Form, convert_picture, fit_picture
 
 VERSION = 1
 """Of the decoding; a change of the arithmetic needs another number."""
@@ -199,22 +199,7 @@ def open_picture(path: str | BinaryIO, channels: int) -> Image.Image:
             raise ValueError(f"{file.format} files are programs")
         file.load()
         picture: Image.Image = ImageOps.exif_transpose(file) if file.getexif().get(0x0112, 1) != 1 else file
-        if picture.has_transparency_data:
-            opaque = Image.new("RGBA", picture.size, "black")
-            picture = Image.alpha_composite(opaque, picture.convert("RGBA"))
-        if picture.mode[0] in "IF":
-            picture = _eight_bits(picture)
-        return picture.convert("L" if channels == 1 else "RGB")
-
-
-def _eight_bits(picture: Image.Image) -> Image.Image:
-    """Returns a picture of more than 8 bits per pixel in 8: by its mode for 16 bits, else by its own range."""
-    levels = np.asarray(picture).astype(np.float64)
-    if not np.isfinite(levels).all():
-        raise ValueError("a pixel is not finite")
-    largest = 65535.0 if picture.mode.startswith("I;16") else max(float(levels.max()), 1.0)
-    scale = 255 / (65535 if largest > 255 else 255 if largest > 1 else 1)
-    return Image.fromarray(np.clip(np.rint(levels * scale), 0, 255).astype(np.uint8))
+        return convert_picture(picture, channels)
 
 
 def _reason(error: Exception) -> str:

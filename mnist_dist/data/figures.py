@@ -184,7 +184,8 @@ def _smooth(ink: np.ndarray) -> tuple[np.ndarray, float]:
 
 def _noise(ink: np.ndarray) -> float:
     """Estimates the standard deviation of the noise from the paper: the pixels that are not clearly ink."""
-    return 1.4826 * float(np.median(np.abs(ink[ink < 0.3 * ink.max()])))
+    paper = ink[ink < 0.3 * ink.max()]
+    return 1.4826 * float(np.median(np.abs(paper))) if paper.size else 0.0  # an empty page has no noise
 
 
 def _blur(values: np.ndarray) -> np.ndarray:

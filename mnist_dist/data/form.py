@@ -84,6 +84,26 @@ def _centred(inner: tuple[int, int], outer: tuple[int, int]) -> tuple[int, int, 
     return (outer[0] - inner[0]) // 2, (outer[1] - inner[1]) // 2, *inner
 
 
+def convert_picture(picture: Image.Image, channels: int) -> Image.Image:
+    """Returns a picture in mode L (1 channel) or RGB (3 channels), on black where it is transparent."""
+    if picture.has_transparency_data:
+        opaque = Image.new("RGBA", picture.size, "black")
+        picture = Image.alpha_composite(opaque, picture.convert("RGBA"))
+    if picture.mode[0] in "IF":
+        picture = _eight_bits(picture)
+    return picture.convert("L" if channels == 1 else "RGB")
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """Returns a picture of more than 8 bits per pixel in 8: by its mode for 16 bits, else by its own range."""
+    levels = np.asarray(picture).astype(np.float64)
+    if not np.isfinite(levels).all():
+        raise ValueError("a pixel is not finite")
+    largest = 65535.0 if picture.mode.startswith("I;16") else max(float(levels.max()), 1.0)
+    scale = 255 / (65535 if largest > 255 else 255 if largest > 1 else 1)
+    return Image.fromarray(np.clip(np.rint(levels * scale), 0, 255).astype(np.uint8))
+
+
 def fit_picture(picture: Image.Image, size: tuple[int, int], channels: int, resize: Resize) -> np.ndarray:
     """Returns a picture in a form, uint8 (C, H, W).
 

@@ -11,9 +11,10 @@ from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
+from mnist_dist.data.form import Resize
 from mnist_dist.data.images import SHAPE
 
 FAINT = 0.2
@@ -24,6 +25,9 @@ Centre = Literal["mass", "box"]
 
 GROUND_SHARE = 0.9
 """Fraction of the images that must have dark corners, or light ones, for the training set to have a ground."""
+
+LARGEST_FIGURE = 0.9
+"""Longer side of a figure, as a share of the image's shorter side, up to which it keeps a distance from the edges."""
 
 SAMPLE = 2000
 """Number of training images that are measured, evenly spaced."""
@@ -44,6 +48,8 @@ class Geometry:
         centre: which point of the figure lies in the centre of the image: its centre of mass ("mass"), or the centre of
             its bounding box ("box").
         shape: channels, height and width of the images.
+        resize: how the training images got their size, and how a picture gets it; see `mnist_dist.data.form.Form`. None
+            for published sets of figures: their figures were placed by their authors.
     """
 
     ground: Ground = "dark"
@@ -52,13 +58,15 @@ class Geometry:
     most: int = 20
     centre: Centre = "mass"
     shape: tuple[int, int, int] = SHAPE
+    resize: Resize | None = None
 
     def __post_init__(self) -> None:
         sizes = (self.least, self.figure, self.most)
         valid = all(type(each) is int for each in sizes) and 1 <= sizes[0] <= sizes[1] <= sizes[2] <= max(
             self.shape[1:]
         )
-        if not valid or self.ground not in get_args(Ground) or self.centre not in get_args(Centre):
+        chosen = ((self.ground, Ground), (self.centre, Centre), (self.resize or "crop", Resize))
+        if not valid or any(value not in get_args(known) for value, known in chosen):
             raise ValueError(f"the geometry of the weights is damaged: {asdict(self)}")
 
     def place(self, ink: np.ndarray) -> Tensor:
@@ -101,8 +109,6 @@ class Geometry:
         """
         if grey.shape != self.shape[1:]:
             return False
-        if self.ground == "none":
-            return True
         image = torch.from_numpy(np.round(grey).astype(np.uint8))[None, None]
         if _ground(image) != self.ground:
             return False
@@ -111,27 +117,19 @@ class Geometry:
         within = self.least - 1 <= int(longest) <= self.most + 1
         return within and int(ink.max()) >= 128 and (self.centre == "box" or float(mass.abs().max()) <= 1)
 
-    def fill(self, grey: np.ndarray) -> Tensor:
-        """Crops a picture to the proportions of the training set's images and scales it to uint8 (1, height, width)."""
-        whole = Image.fromarray(np.clip(np.round(grey), 0, 255).astype(np.uint8))
-        return torch.from_numpy(np.array(ImageOps.fit(whole, self.shape[:0:-1], Image.Resampling.BOX)))[None]
 
-    def fill_colour(self, picture: Image.Image) -> Tensor:
-        """Crops and scales a picture in RGB in the same way; returns uint8 (3, height, width)."""
-        fitted = ImageOps.fit(picture, self.shape[:0:-1], Image.Resampling.BOX)
-        return torch.from_numpy(np.array(fitted)).movedim(-1, 0).contiguous()
-
-
-def measure_geometry(images: Tensor) -> Geometry:
+def measure_geometry(images: Tensor, resize: Resize | None = None) -> Geometry:
     """Returns the geometry of a training set.
 
     Args:
         images: uint8 (N, C, H, W), on any device. Images in colour have no ground.
+        resize: how the images got their size; None for published sets of figures. Other images with dark corners may be
+            of any kind, such as X-rays. They have a ground only if nearly all figures keep a distance from the edges.
     """
     images = images[:: max(1, len(images) // SAMPLE)][:SAMPLE].cpu()
     channels, height, width = images.shape[1:]
     shape, side = (channels, height, width), min(height, width)
-    whole = Geometry("none", side, side, side, "box", shape)
+    whole = Geometry("none", side, side, side, "box", shape, resize)
     ground = _ground(images) if channels == 1 else "none"
     if ground == "none":
         return whole
@@ -139,8 +137,10 @@ def measure_geometry(images: Tensor) -> Geometry:
     if not len(longest):
         return whole
     least, figure, most = (round(float(longest.quantile(level))) for level in (0.005, 0.5, 0.995))
+    if resize and most > LARGEST_FIGURE * side:
+        return whole
     centre: Centre = "mass" if float(mass.abs().mean()) <= float(box.abs().mean()) else "box"
-    return Geometry(ground, figure, least, most, centre, shape)
+    return Geometry(ground, figure, least, most, centre, shape, resize)
 
 
 def read_geometry(about: dict[str, Any]) -> Geometry:

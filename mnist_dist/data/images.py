@@ -115,6 +115,16 @@ def _channel_tensor(values: tuple[float, ...], device: torch.device) -> Tensor:
         return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
+def balanced_weights(labels: Tensor, classes: int) -> tuple[float, ...]:
+    """Returns a weight for each class, so that all classes have one share of the loss and the mean weight is 1.
+
+    Args:
+        labels: int64 (N,).
+    """
+    counts = torch.bincount(labels.cpu(), minlength=classes).double()
+    return tuple((len(labels) / (classes * counts.clamp(min=1))).tolist())
+
+
 CHUNK = 2**26
 """Bytes of images that are counted at once."""
 

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from mnist_dist.data.figures import find_figure
+from mnist_dist.data.form import convert_picture, fit_picture
 from mnist_dist.data.geometry import Geometry
 
 PROGRAMS = ("EPS", "WMF")
@@ -50,15 +51,23 @@ def prepare_picture(path: str | Path, geometry: Geometry | None = None) -> Prepa
         ValueError: the file cannot be read, is not a picture, or is damaged, blank or too large, as the message states.
     """
     geometry = geometry or Geometry()
-    if geometry.shape[0] == 3:
-        return Prepared(geometry.fill_colour(_read_colour(_open(path))), ())
-    grey = _read_grey(_open(path))
+    picture = _open(path)
+    if geometry.ground == "none":
+        return Prepared(_fit(picture, geometry), ())
+    if geometry.resize and geometry.fits((image := _fit(picture, geometry))[0].numpy()):
+        return Prepared(image, ())  # prepared as the training images were, it has their geometry
+    grey = _read_grey(picture)
     if geometry.fits(grey):
         return Prepared(torch.from_numpy(np.round(grey).astype(np.uint8))[None], ())
-    if geometry.ground == "none":
-        return Prepared(geometry.fill(grey), ())
     figure = find_figure(grey)
     return Prepared(geometry.place(figure.ink), figure.doubts)
+
+
+def _fit(picture: Image.Image, geometry: Geometry) -> Tensor:
+    """Returns a picture in the form of the training images, uint8 (C, H, W), as `data.decoding` reads image files."""
+    channels, height, width = geometry.shape
+    levels = fit_picture(convert_picture(picture, channels), (height, width), channels, geometry.resize or "crop")
+    return torch.from_numpy(np.array(levels))
 
 
 def read_picture(path: str | Path, geometry: Geometry | None = None) -> Tensor:
@@ -131,16 +140,6 @@ def _read_grey(picture: Image.Image) -> np.ndarray:
     if picture.mode[0] in "IF":  # more than 8 bits per pixel, which Pillow's conversion would clip at 255
         return _scale_levels(np.asarray(picture).astype(np.float64), fractions=picture.mode[0] == "F")
     return np.asarray(picture.convert("RGB").convert("L"), dtype=np.float32)
-
-
-def _read_colour(picture: Image.Image) -> Image.Image:
-    """Returns a picture in RGB, on white where it is transparent."""
-    if picture.has_transparency_data:
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
-    if picture.mode[0] in "IF":
-        grey = _scale_levels(np.asarray(picture).astype(np.float64), fractions=picture.mode[0] == "F")
-        picture = Image.fromarray(np.round(grey).astype(np.uint8))
-    return picture.convert("RGB")
 
 
 def _scale_levels(levels: np.ndarray, fractions: bool) -> np.ndarray:

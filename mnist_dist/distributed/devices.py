@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import sys
+import time
 from pathlib import Path, PurePosixPath
 
 import psutil
@@ -114,3 +115,37 @@ def synchronize(device: torch.device) -> None:
     """Waits until a GPU has finished its work. On a CPU every operation has finished when its call returns."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def runs_behind(device: torch.device) -> bool:
+    """Returns whether the device works behind the host, and can mark a `Moment` without a wait of the host."""
+    return device.type == "cuda"
+
+
+class Moment:
+    """The moment at which a device finishes the work that was queued before. On other devices than CUDA: now.
+
+    Marking a moment does not make the host wait for a CUDA device.
+    """
+
+    def __init__(self, device: torch.device):
+        self._event = torch.cuda.Event(enable_timing=True) if runs_behind(device) else None
+        if self._event is None:
+            synchronize(device)
+        else:
+            self._event.record(torch.cuda.current_stream(device))
+        self._time = time.perf_counter()
+
+    def wait(self) -> None:
+        """Waits until the moment has come."""
+        if self._event is not None:
+            self._event.synchronize()
+
+    def seconds_since(self, earlier: Moment) -> float:
+        """Returns the seconds from an earlier moment to this one. Waits until this moment has come."""
+        if self._event is None or earlier._event is None:
+            return self._time - earlier._time
+        self.wait()
+        return earlier._event.elapsed_time(self._event) / 1000

@@ -46,8 +46,11 @@ def join(world: dict[str, str]) -> dict[str, Any]:
     if not hosts:
         _wait(lambda: _accepts(host, port), lambda: f"for rank 0 at {host}:{port}", rank, deadline)
     left = timedelta(seconds=max(deadline - time.monotonic(), 1))
-    store = dist.TCPStore(host, port, is_master=hosts, wait_for_workers=False, multi_tenant=hosts, timeout=left)
+    store: dist.Store = dist.TCPStore(
+        host, port, is_master=hosts, wait_for_workers=False, multi_tenant=hosts, timeout=left
+    )
     store.set_timeout(default_pg_timeout)
+    store = dist.PrefixStore(_attempt(), store)
     keys = [f"joined/{each}" for each in range(size)]
     store.set(keys[rank], "")
 
@@ -57,6 +60,16 @@ def join(world: dict[str, str]) -> dict[str, Any]:
 
     _wait(lambda: store.check(keys), describe_missing, rank, deadline)
     return {"store": dist.PrefixStore("default_pg", store), "rank": rank, "world_size": size}
+
+
+def _attempt() -> str:
+    """Returns a name that torchrun's processes share until torchrun restarts them.
+
+    On one machine torchrun keeps its store, which holds the addresses of dead processes after a restart
+    (https://github.com/pytorch/pytorch/issues/135712). Several machines count their restarts differently.
+    """
+    single = os.environ.get("GROUP_WORLD_SIZE") == "1"
+    return f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if single else '0'}"
 
 
 def _accepts(host: str, port: int) -> bool:

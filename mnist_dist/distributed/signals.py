@@ -1,4 +1,4 @@
-"""Turns SIGTERM, SIGINT and SIGUSR1 into a stop request that all ranks see at the same step.
+"""Turns SIGTERM, SIGINT, SIGUSR1 and SIGHUP into a stop request that all ranks see at the same step.
 
 Imports torch only when ranks exchange a request, because a command calls `exit_on_signals` before it imports torch.
 """
@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+"""SIGHUP comes when the terminal or the SSH connection closes."""
 
 PREEMPTED = 75
 """Exit code of a run that saved a checkpoint and stopped on request, or stopped before it began.
@@ -37,12 +38,17 @@ LAUNCHER_DIED = signal.SIGUSR1
 request."""
 
 
+def handled_signals() -> list[signal.Signals]:
+    """Returns the signals that request a stop. `nohup` ignores SIGHUP, and then this process does too."""
+    return [each for each in SIGNALS if each != signal.SIGHUP or signal.getsignal(each) is not signal.SIG_IGN]
+
+
 def exit_on_signals() -> None:
     """Makes a signal end this process at once with exit code 75, until `Interrupts` handles signals.
 
     For a command that has not yet opened its run folder: there is nothing to save.
     """
-    for number in SIGNALS:
+    for number in handled_signals():
         signal.signal(number, _exit_preempted)
     _request_signal_when_launcher_dies()
 
@@ -72,7 +78,7 @@ class Interrupts:
     def __enter__(self) -> Interrupts:
         self._depth += 1
         if self._depth == 1 and threading.current_thread() is threading.main_thread():  # only it can set handlers
-            self._previous_handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+            self._previous_handlers = {number: signal.signal(number, self._on_signal) for number in handled_signals()}
             _request_signal_when_launcher_dies()
         return self
 
@@ -98,9 +104,11 @@ class Interrupts:
         """Sets the number of steps between two exchanges of stop requests.
 
         Args:
-            seconds_per_step: duration of a training step; must be the same number on every rank.
+            seconds_per_step: duration of a training step; must be the same number on every rank. 0: not known yet,
+                the interval stays.
         """
-        self._interval = max(1, int(AGREE_SECONDS / max(seconds_per_step, 1e-6)))
+        if seconds_per_step:
+            self._interval = max(1, int(AGREE_SECONDS / max(seconds_per_step, 1e-6)))
 
     def stop_requested(self) -> bool:
         """Returns whether any rank has received a stop request; the same value on every rank.

@@ -112,10 +112,10 @@ class CapturedStep:
         self.finish()
         self._step.check()
 
-    def grad_norm(self) -> float:
-        """Returns the norm of the last gradient before clipping, as `TrainStep.grad_norm`."""
+    def health(self) -> tuple[Tensor, Tensor]:
+        """Runs the waiting steps, then returns what `TrainStep.health` returns."""
         self.finish()
-        return self._step.grad_norm()
+        return self._step.health()
 
     @property
     def skipped(self) -> int:

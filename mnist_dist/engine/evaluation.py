@@ -84,17 +84,21 @@ def evaluate(
         Interrupted: `interrupted` returned True.
     """
     table = torch.zeros(len(data), len(data.classes), device=accelerator.device)
+    labels = data.labels.to("cpu", non_blocking=True)  # complete when the table is
     with evaluating(module):
         for turn in range(0, len(data), batch_size * accelerator.num_processes):
             if interrupted():
                 raise Interrupted
             start = turn + accelerator.process_index * batch_size
-            rows = slice(start, start + batch_size)
+            # FSDP2 plans the communication of the next training step by the forward passes that it has seen. A process
+            # without a batch therefore computes the first one too, and drops the result.
+            first = start if start < len(data) else 0
+            rows = slice(first, first + batch_size)
+            with accelerator.autocast():
+                logits = module(data.normalize(data.images[rows].to(accelerator.device)))
             if start < len(data):
-                with accelerator.autocast():
-                    logits = module(data.normalize(data.images[rows].to(accelerator.device)))
                 table[rows] = F.log_softmax(logits.float(), dim=1)
-    return score(accelerator.reduce(table, reduction="sum").cpu(), data.labels.cpu())
+    return score(accelerator.reduce(table, reduction="sum").cpu(), labels)  # the only wait for the device
 
 
 def score(log_probabilities: Tensor, labels: Tensor) -> Evaluation:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
@@ -10,28 +10,56 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from mnist_dist.distributed.devices import Moment, runs_behind
 from mnist_dist.distributed.gradients import GradientClock
 
 
+@dataclass(frozen=True)
+class Reading:
+    """The figures of an interval of training, on their way from the device to the host."""
+
+    figures: Tensor
+    """float64, on the host: sums of loss, correct predictions and samples, seconds that all processes agree on, samples
+    of each process, then the values that were read with them. Valid once `end` has come."""
+    own_sums: Tensor
+    """The sums of this process, on the device."""
+    steps: int
+    """Steps of the interval, with `steps_before`."""
+    steps_before: int
+    seconds_before: float
+    """Steps since the last reading, and their duration, that a resumed run made before."""
+    agreed_steps: int
+    """Steps of the seconds that the row holds."""
+    start: Moment
+    end: Moment
+
+
 class Meter:
-    """Sums loss, correct predictions and samples on the device. Only `read` and `state_dict` wait for the device."""
+    """Sums loss, correct predictions and samples on the device, and measures the time.
+
+    The figures are read in two parts. `start_reading` queues the copy to the host and ends the interval; nothing waits.
+    `finish_reading` waits for the copy. If other work is queued between the two, the device is never idle.
+    """
 
     def __init__(self, accelerator: Accelerator):
         self._accelerator = accelerator
+        self.reads_behind = runs_behind(accelerator.device) and accelerator.scaler is None
+        """Whether figures are better read an interval late. With a gradient scaler the host waits anyway."""
         self._sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
         self._epoch_sums = [0.0, 0.0, 0.0]
         self._steps = 0
         self._before_step = torch.zeros_like(self._sums)
-        self._started = time.perf_counter()
+        self._start = Moment(accelerator.device)
         self._steps_before, self._seconds_before = 0, 0.0
-        """Steps since the last read, and their duration by rank 0's clock, that a resumed run made before."""
+        self._unsent = 0, 0.0
+        """Steps and seconds by this process's clock that no row has sent to the other processes."""
         self._own_samples = 0
         self.own_seconds = 0.0
         """Seconds of training in this process, without the time before a resume."""
         self.train_seconds = 0.0
         """Seconds of training since the start of the run, by rank 0's clock; equal on all processes."""
         self.seconds_per_step = 0.0
-        """Mean seconds of a step between the last two reads; equal on all processes."""
+        """Mean seconds of a step in the latest interval that all processes know; 0 before the first. Equal on all."""
         self._speeds: list[float] = []
 
     def add(self, loss_sum: Tensor, logits: Tensor, targets: Tensor) -> None:
@@ -63,26 +91,87 @@ class Meter:
 
         Waits for the device. Collective: call on every rank.
         """
-        own = self._sums.tolist()  # waits for the device, so the clock below includes its work
-        seconds = self._seconds_unread() if self._accelerator.is_main_process else 0.0
-        seen_by = [0.0] * self._accelerator.num_processes
-        seen_by[self._accelerator.process_index] = own[2]
-        row = torch.tensor([*own, seconds, *seen_by], dtype=torch.float64, device=self._accelerator.device)
-        loss, correct, seen, seconds, *seen_by = self._accelerator.reduce(row, reduction="sum").tolist()
-        self._speeds = [each / seconds for each in seen_by]
-        self.own_seconds += seconds - self._seconds_before
-        self._epoch_sums = [old + new for old, new in zip(self._epoch_sums, (loss, correct, seen), strict=True)]
-        self.train_seconds += seconds
-        self.seconds_per_step = seconds / max(self._steps + self._steps_before, 1)
-        self._steps_before, self._seconds_before = 0, 0.0
+        figures = self.finish_reading(self.start_reading())
+        self.agree()
+        return figures
+
+    def start_reading(self, *values: Tensor) -> Reading:
+        """Queues the copy of the figures since the last reading to the host, and resets them.
+
+        Collective: call on every rank.
+
+        Args:
+            values: scalars on the device, which are read with the figures; see `Reading.figures`.
+        """
+        device, rank = self._accelerator.device, self._accelerator.process_index
+        steps, start, own_sums = self._steps + self._steps_before, self._start, self._sums.clone()
+        if not self.reads_behind:  # the row holds the seconds of this interval, else of intervals that are finished
+            end = Moment(device)
+            self._count_time(steps, end.seconds_since(start), self._seconds_before)
+        agreed_steps, seconds = self._unsent
+        self._unsent = 0, 0.0
+        row = torch.zeros(4 + self._accelerator.num_processes, dtype=torch.float64, device=device)
+        row[:3], row[4 + rank] = own_sums, own_sums[2]
+        row[3] = seconds if self._accelerator.is_main_process else 0.0
+        row = self._accelerator.reduce(row, reduction="sum")
+        row = torch.cat([row, *(value.double().reshape(1) for value in values)])
+        figures = row.to("cpu", non_blocking=self.reads_behind)
+        if self.reads_behind:
+            end = Moment(device)
+        reading = Reading(figures, own_sums, steps, self._steps_before, self._seconds_before, agreed_steps, start, end)
         self._sums.zero_()
-        self.resume()
+        self._steps = self._steps_before = 0
+        self._seconds_before = 0.0
+        self._start = end
+        return reading
+
+    def finish_reading(self, reading: Reading) -> dict[str, float]:
+        """Returns mean loss, accuracy in percent and images/s over all processes in the interval of `reading`.
+
+        Waits until the device has finished the interval.
+        """
+        reading.end.wait()
+        loss, correct, seen, agreed_seconds, *seen_by = reading.figures.tolist()[: 4 + self._accelerator.num_processes]
+        seconds = reading.end.seconds_since(reading.start) + reading.seconds_before
+        if self.reads_behind:
+            self._count_time(reading.steps, seconds - reading.seconds_before, reading.seconds_before)
+        self._note_agreed(reading.agreed_steps, agreed_seconds)
+        self._speeds = [each / seconds for each in seen_by]
+        self._epoch_sums = [old + new for old, new in zip(self._epoch_sums, (loss, correct, seen), strict=True)]
         seen_or_one = max(seen, 1.0)  # all steps since the last read may have been skipped
         return {
             "train/loss": loss / seen_or_one,
             "train/accuracy": 100 * correct / seen_or_one,
             "train/images_per_second": seen / seconds,
         }
+
+    def take_back(self, reading: Reading) -> None:
+        """Undoes `start_reading`: the figures of `reading`, which was made an interval ago, are unread again."""
+        reading.end.wait()
+        self._note_agreed(reading.agreed_steps, float(reading.figures[3]))
+        self._sums += reading.own_sums
+        self._steps += reading.steps - reading.steps_before
+        self._steps_before, self._seconds_before = reading.steps_before, reading.seconds_before
+        self._start = reading.start
+
+    def agree(self) -> None:
+        """Makes `train_seconds` complete on all processes. Waits for the device. Collective: call on every rank."""
+        if self.reads_behind:
+            steps, seconds = self._unsent
+            self._unsent = 0, 0.0
+            known = torch.tensor([seconds if self._accelerator.is_main_process else 0.0], dtype=torch.float64)
+            self._note_agreed(
+                steps, float(self._accelerator.reduce(known.to(self._accelerator.device), reduction="sum"))
+            )
+
+    def _count_time(self, steps: int, own_seconds: float, seconds_before: float) -> None:
+        self.own_seconds += own_seconds
+        self._unsent = self._unsent[0] + steps, self._unsent[1] + own_seconds + seconds_before
+
+    def _note_agreed(self, steps: int, seconds: float) -> None:
+        self.train_seconds += seconds
+        if steps:
+            self.seconds_per_step = seconds / steps
 
     def read_epoch(self) -> dict[str, float]:
         """Returns mean loss and accuracy of everything read since the last call: the epoch's training figures."""
@@ -117,12 +206,12 @@ class Meter:
     def resume(self) -> None:
         """Restarts the clock after time that does not count as training, such as an evaluation."""
         self._steps = 0
-        self._started = time.perf_counter()
+        self._start = Moment(self._accelerator.device)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the sums of all processes that have not been read yet, with their steps and duration.
 
-        Collective: call on every rank.
+        Every reading must be finished. Collective: call on every rank.
         """
         sums = self._accelerator.gather(self._sums[None]).tolist()  # waits for the device
         steps = self._steps + self._steps_before
@@ -137,7 +226,7 @@ class Meter:
         }
 
     def _seconds_unread(self) -> float:
-        return time.perf_counter() - self._started + self._seconds_before
+        return Moment(self._accelerator.device).seconds_since(self._start) + self._seconds_before
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores the sums: each process its own, or rank 0 their total if the number of processes has changed."""

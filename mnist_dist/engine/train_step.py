@@ -21,6 +21,7 @@ from mnist_dist.distributed.logical_shards import LogicalShards
 from mnist_dist.engine.distillation import Distillation
 from mnist_dist.engine.ema import MovingAverage
 from mnist_dist.engine.evaluation import evaluating
+from mnist_dist.engine.label_loss import LabelLoss
 from mnist_dist.engine.metrics import Meter
 from mnist_dist.engine.shares import Shares, count_micro_batches
 
@@ -43,6 +44,8 @@ class StepSettings:
     clip_grad_norm: float | None = None
     """Largest norm of the gradient; None: no clipping."""
     label_smoothing: float = 0.0
+    class_weights: tuple[float, ...] | None = None
+    """Weight of each class in the loss, which is the weighted mean over the global batch; None: all 1."""
     micro_batch_size: int | None = None
     """Samples per forward and backward pass; None: all samples of this process.
 
@@ -85,7 +88,7 @@ class TrainStep:
 
     A step whose gradient contains inf or NaN changes no weight, buffer or counter. There are three ways to detect it:
 
-    - On a CPU, and for an optimizer without a fused kernel, the host reads a flag after each backward pass.
+    - On a CPU, and for an optimizer without a fused kernel, the host reads a flag once after the backward passes.
     - The fused kernel of an optimizer on a GPU reads the flag on the device, and the host never waits. With
       on_nonfinite="stop" the flag stays set, so no later step changes anything until `check` raises `NotFinite`.
     - In fp16 the GradScaler skips such steps while it looks for a scale. With on_nonfinite="stop", `check` raises
@@ -116,14 +119,12 @@ class TrainStep:
         self.module, self.model, self.optimizer = network.module, network.model, network.optimizer
         self.average, self.shards = network.average, network.shards
         self.communicates_in_forward = network.communicates_in_forward
-        self.shares = Shares(
-            accelerator.process_index,
-            accelerator.num_processes,
-            None if network.shards is None else network.shards.count,
-            network.communicates_in_forward,
-        )
+        rank, world_size, shards = accelerator.process_index, accelerator.num_processes, network.shards
+        count = None if shards is None else shards.count
+        self.shares = Shares(rank, world_size, count, network.communicates_in_forward)
         self._loader = Loader(data, self.shares.loaded, accelerator.device, ahead)
-        self.clip_grad_norm, self.label_smoothing = settings.clip_grad_norm, settings.label_smoothing
+        self._label_loss = LabelLoss(settings.label_smoothing, settings.class_weights, accelerator.device)
+        self.clip_grad_norm = settings.clip_grad_norm
         self.micro_batch_size, self.on_nonfinite = settings.micro_batch_size, settings.on_nonfinite
         self.clock, self.distillation = clock or GradientClock(), distillation
         self.seeds_itself = True
@@ -137,7 +138,6 @@ class TrainStep:
         self._step_count, self._skipped = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
         self._last_step = -1
-
         self._parameters, self._buffers = list(self.module.parameters()), list(self.module.buffers())
 
     def __call__(self, plan: EpochPlan, index: int, step: int) -> None:
@@ -159,7 +159,8 @@ class TrainStep:
 
     def load(self, plan: EpochPlan, index: int) -> Batch:
         """Returns this process's part of global batch `index` of the epoch."""
-        return self._loader.load(self.batches, plan, index)
+        batch = self._loader.load(self.batches, plan, index)
+        return self._label_loss.weigh(batch, self.batches, plan, index, self.data.labels)
 
     def compute(self, batch: Batch, step: int) -> None:
         """Computes a step on the device. Can be captured and replayed if the guard is on the device."""
@@ -173,8 +174,7 @@ class TrainStep:
 
         self._norm.copy_(self._clip())
         if self.accelerator.scaler is None:
-            self._guard_nonfinite(before)
-            if not self.guard_is_on_device and self._bad:
+            if self._guard_nonfinite(before):
                 self.check()
                 return
             self.optimizer.step()
@@ -229,8 +229,9 @@ class TrainStep:
         return not torch.equal(after, self._generator().get_state())
 
     def _generator(self) -> torch.Generator:
-        device = self.accelerator.device
-        return torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
+        if (device := self.accelerator.device).type != "cuda":
+            return torch.default_generator
+        return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
 
     def _micro_batches(self, batch: Batch, largest_share: int) -> list[Batch]:
         """Splits a batch into micro-batches. All processes have equally many if the forward pass is collective."""
@@ -246,7 +247,7 @@ class TrainStep:
         """
         images, targets = self.inputs(batch), self.targets(batch)
         logits = model(images).float()
-        loss_sum = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=self.label_smoothing)
+        loss_sum = self._label_loss(logits, targets, batch.scale)
         if self.distillation is not None:
             loss_sum = self.distillation(loss_sum, images, logits)
         with self.clock.backward() if reduces else nullcontext():
@@ -270,14 +271,12 @@ class TrainStep:
             self.accelerator.unscale_gradients(self.optimizer)
         return unshard(nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None]))
 
-    def grad_norm(self) -> float:
-        """Returns the norm of the last gradient over all parameters, before clipping. Waits for the device.
+    def health(self) -> tuple[Tensor, Tensor]:
+        """Returns the norm of the last gradient over all parameters before clipping, and whether a gradient was bad.
 
-        Raises:
-            NotFinite: as `check`.
+        Both are scalars on the device. If the second is true, `check` may raise `NotFinite`.
         """
-        self.check()
-        return float(self._norm)
+        return self._norm, self._bad
 
     @property
     def skipped(self) -> int:
@@ -302,25 +301,28 @@ class TrainStep:
             self._first_bad.fill_(-1)
             raise NotFinite(step)
 
-    def _guard_nonfinite(self, before: list[Tensor]) -> None:
-        """Skips the update and restores buffers and metrics if the gradient is not finite.
+    def _guard_nonfinite(self, before: list[Tensor]) -> bool:
+        """Restores buffers and metrics if the gradient is not finite, and has the device skip the update if it can.
 
         Args:
             before: the network's buffers before the forward pass.
+
+        Returns:
+            Whether the host must skip the update. To know it the host waits for the device, once.
         """
         bad = ~torch.isfinite(self._norm)
         self._bad.copy_(bad if self.on_nonfinite == "skip" else self._bad | bad)
         self._step_count += 1  # counted on the device: passing the step's number would cost a transfer
-        if self.guard_is_on_device or self._bad:
-            self._first_bad.copy_(torch.where(self._bad & (self._first_bad < 0), self._step_count, self._first_bad))
+        if host_skips := not self.guard_is_on_device and bool(self._bad):
+            self.optimizer.zero_grad()
+        elif not self.guard_is_on_device:
+            return False
+        self._first_bad.copy_(torch.where(self._bad & (self._first_bad < 0), self._step_count, self._first_bad))
         if self.guard_is_on_device:
             self.optimizer.found_inf = self._found_inf.copy_(self._bad)  # type: ignore[attr-defined]  # torch reads this attribute but does not declare it
-        elif self._bad:
-            self.optimizer.zero_grad()
-        else:
-            return
         self._skipped += self._bad
         self._restore(before, self._bad)
+        return host_skips
 
     def _restore(self, before: list[Tensor], bad: Tensor) -> None:
         """Restores buffers and metrics to their state before the step if `bad` (bool scalar on the device)."""

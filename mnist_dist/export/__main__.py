@@ -1,7 +1,12 @@
 """Exports a run folder as one file that works without this package: `mnist-dist export runs/mine --format onnx`.
 
-Every file takes grey levels, uint8 (N, C, H, W), and returns probabilities, float32 (N, classes). A file is compared
-with the network in PyTorch on the whole test set before it gets its name; a file that fails is deleted.
+Every file takes levels, uint8 (N, C, H, W), and returns probabilities, float32 (N, classes). Its metadata are two JSON
+texts, in an ONNX file as properties, in a torch archive as extra files. `classes`: the names of the classes. `image`:
+channels, height, width, colours (grey or RGB), and how a picture gets this form (`resize`; for figures on a common
+`ground` also their size and centre, see `mnist_dist.data.geometry`).
+
+A file is compared with the network in PyTorch on the whole test set before it gets its name; a file that fails is
+deleted.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from mnist_dist.data import Dataset
-from mnist_dist.data.geometry import read_geometry
+from mnist_dist.data.geometry import describe_geometry, read_geometry
 from mnist_dist.distributed.devices import choose_threads
 from mnist_dist.distributed.launcher import launched_world
 from mnist_dist.engine.files import fsync_path, rename_flushed
@@ -44,6 +44,17 @@ class Source:
     """The test set is complete: the recipe's limits do not apply to the verification."""
     network: Form
     """The network in PyTorch, as measured on the test set."""
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What a file says of itself, as JSON by name: the names of the classes, and the form of the images."""
+        geometry = read_geometry(self.about)
+        channels, height, width = geometry.shape
+        image = {"channels": channels, "height": height, "width": width, "colours": "RGB" if channels == 3 else "grey"}
+        return {
+            "classes": json.dumps(self.about["classes"]),
+            "image": json.dumps(image | describe_geometry(geometry) | {"resize": geometry.resize or "crop"}),
+        }
 
     def measure(self, name: str, path: Path, predict: Predictor) -> Form:
         return measure_form(name, path.stat().st_size, predict, self.data.test, self.recipe.eval_batch_size)
@@ -133,14 +144,15 @@ def _load_source(run: Run, deployed: Deployed, overrides: tuple[str, ...]) -> So
 
 
 def _write_torch(source: Source, program: Any, made: Path) -> list[Form]:
-    torch.export.save(program, made, extra_files={"classes.json": json.dumps(source.about["classes"])})
+    files = {f"{name}.json": text for name, text in source.metadata.items()}
+    torch.export.save(program, made, extra_files=files)
     form = source.measure("torch", made, torch.export.load(made).module())
     check_agreement(source.network, form, source.about["classes"])
     return [form]
 
 
 def _write_onnx(source: Source, program: Any, made: Path) -> list[Form]:
-    write_onnx(program, made, source.about)
+    write_onnx(program, made, source.about["model"], source.metadata)
     form = source.measure("onnx", made, onnx_session(made))
     check_agreement(source.network, form, source.about["classes"])
     return [form]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,20 @@ from mnist_dist.export.verify import Predictor
 from mnist_dist.run.onnx_export import export_onnx, open_session
 
 
-def write_onnx(program: Any, path: Path, about: dict[str, Any]) -> None:
-    """Writes a program as an ONNX file. The metadata `classes` holds the names of the classes as JSON.
+def write_onnx(program: Any, path: Path, name: str, metadata: dict[str, str]) -> None:
+    """Writes a program as an ONNX file with metadata.
+
+    Args:
+        name: the network's name, for messages.
 
     Raises:
         RecipeError: torch.onnx cannot convert the program.
     """
     import onnx
 
-    model = export_onnx(program, about["model"], "probabilities")
+    model = export_onnx(program, name, "probabilities")
     slim_onnx(model)
-    onnx.helper.set_model_props(model, {"classes": json.dumps(about["classes"])})
+    onnx.helper.set_model_props(model, metadata)
     onnx.save(model, path)
 
 

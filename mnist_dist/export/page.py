@@ -1,4 +1,8 @@
-"""Builds an HTML page to draw in. It contains the network and onnxruntime-web, so it needs no server and no network."""
+"""Builds an HTML page to try a network in. It contains the network and onnxruntime-web: no server, no network needed.
+
+A network of figures on a common ground, such as digits, gets a page to draw in; any other network gets a page into
+which pictures are dropped.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +32,35 @@ ARCHIVE = f"{PACKAGE}-{VERSION}.tgz"
 SHA512 = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
 """The SHA-512 of the archive in base64, as in the `integrity` fields of npm's lock files."""
 FILES = {"script": "ort.wasm.bundle.min.mjs", "wasm": "ort-wasm-simd-threaded.wasm"}
-"""Placeholder in draw.html -> file in the archive."""
+"""Placeholder in page.html -> file in the archive."""
+
+INPUTS = {
+    "draw": {
+        "title": "Draw and classify",
+        "how": "Use a mouse, a pen or a finger.",
+        "board": """\
+      <div class="sheet">
+        <canvas id="paper" width="420" height="420" role="img"></canvas>
+        <div id="hint" aria-hidden="true">draw here</div>
+      </div>""",
+        "buttons": "",
+    },
+    "picture": {
+        "title": "Classify a picture",
+        "how": "Drop a picture, paste it, or choose a file.",
+        "board": """\
+      <label id="drop" class="sheet drop">
+        <canvas id="picture" width="1" height="1" role="img" aria-label="No picture"></canvas>
+        <span id="hint">drop a picture here, or click to choose one</span>
+        <input id="file" class="hidden" type="file" accept="image/*" aria-label="Choose a picture">
+      </label>""",
+        "buttons": """\
+        <label class="button touch">Photograph
+          <input id="photo" class="hidden" type="file" accept="image/*" capture="environment">
+        </label>""",
+    },
+}
+"""How a page gets its input -> the parts of page.html; the script is in the file of that name."""
 
 PACK_COMMAND = f"npm pack {PACKAGE}@{VERSION}"
 PACK_SECONDS = 900
@@ -129,8 +161,14 @@ def build_page(
     parts["geometry"] = json.dumps(asdict(geometry))
     parts["caption"] = html.escape(caption)
     parts["version"] = VERSION
-    template = Path(__file__).with_name("draw.html").read_text(encoding="utf-8")
+    kind = "picture" if geometry.ground == "none" else "draw"
+    parts |= INPUTS[kind] | {"kind": kind, "input": _read(f"{kind}.js")}
+    template = _read("page.html")
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
+
+
+def _read(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8").rstrip("\n")
 
 
 def _packed(data: bytes) -> str:

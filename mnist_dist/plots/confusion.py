@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,10 +16,19 @@ from matplotlib.ticker import MaxNLocator
 
 from mnist_dist.plots import style
 
+MOST_COUNTED = 20
+"""With more classes the cells are too small for numbers."""
+
+MOST_NAMED = 110
+"""With more classes only some of them are named on the axes."""
+
+LONGEST_NAME = 30
+"""Letters of a class's name on an axis; a longer name is shortened."""
+
 
 @style.house_style()
 def plot_confusion_matrix(matrix: Any, path: str | Path, *, classes: Sequence[str], title: str) -> Path:
-    """Draws a confusion matrix. Only mistakes are coloured. Counts are written for up to 20 classes.
+    """Draws a confusion matrix. Only mistakes are coloured. Counts are written for up to `MOST_COUNTED` classes.
 
     Args:
         matrix: int (C, C), number of images by truth (row) and prediction (column).
@@ -32,7 +42,9 @@ def plot_confusion_matrix(matrix: Any, path: str | Path, *, classes: Sequence[st
     counts, size = style.as_array(matrix).astype(np.int64), len(classes)
     if counts.shape != (size, size):
         raise ValueError(f"a confusion matrix of {size} classes is {size} × {size}, not {counts.shape}")
-    figure = style.new_figure(8.5, 7.6, title) if size <= 20 else style.new_figure(10, 9.2, title)
+    # Names of 8 pt need 0.15 inches each.
+    side = min(max(10.0, 0.16 * size + 2), 18.0)
+    figure = style.new_figure(8.5, 7.6, title) if size <= MOST_COUNTED else style.new_figure(side, 0.92 * side, title)
     axes = figure.subplots()
 
     # Correct predictions are a hundred times as frequent: one colour scale for both would show no mistake.
@@ -44,27 +56,36 @@ def plot_confusion_matrix(matrix: Any, path: str | Path, *, classes: Sequence[st
     bar.ax.yaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     bar.outline.set_visible(False)
 
-    if size <= 20:
+    if size <= MOST_COUNTED:
         for (row, column), value in np.ndenumerate(counts):
             if value:
                 dark = row != column and paint(value) > 0.6
                 axes.text(column, row, f"{value:,}", ha="center", va="center", color="white" if dark else style.INK)
-    _name_classes(axes, classes)
-    axes.set_title(_describe_confusion(counts, classes), fontsize=9, color=style.GREY)
+    names = [style.shorten(name, LONGEST_NAME) for name in classes]
+    _name_classes(axes, names)
+    axes.set_title(_describe_confusion(counts, names), fontsize=9, color=style.GREY)
     return style.write_png(figure, path)
 
 
 def _name_classes(axes: Axes, classes: Sequence[str]) -> None:
-    positions, fontsize = np.arange(len(classes)), 10 if len(classes) <= 20 else 8
+    positions, fontsize = np.arange(len(classes)), 10 if len(classes) <= MOST_COUNTED else 8
     tilted = max(map(len, classes)) > 3
-    slant: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if tilted else {}
-    axes.set_xticks(positions, classes, fontsize=fontsize, **slant)
-    axes.set_yticks(positions, classes, fontsize=fontsize)
-    axes.set(xlabel="prediction (class)", ylabel="truth (class)")
+    # Many tilted names would overlap.
+    angle = 40 if len(classes) <= MOST_COUNTED else 90
+    slant: dict[str, Any] = {"rotation": angle, "ha": "right", "rotation_mode": "anchor"} if tilted else {}
+    if tilted and angle == 90:
+        slant["va"] = "center"
+    named = positions[:: math.ceil(len(classes) / MOST_NAMED)]
+    names = [classes[each] for each in named]
+    axes.set_xticks(named, names, fontsize=fontsize, **slant)
+    axes.set_yticks(named, names, fontsize=fontsize)
+    some = "" if len(named) == len(classes) else f"; every {named[1]}th is named"
+    axes.set(xlabel=f"prediction (class{some})", ylabel=f"truth (class{some})")
     axes.grid(False)
-    axes.set_xticks(positions[1:] - 0.5, minor=True)
-    axes.set_yticks(positions[1:] - 0.5, minor=True)
-    axes.grid(which="minor")
+    if len(classes) <= MOST_NAMED:
+        axes.set_xticks(positions[1:] - 0.5, minor=True)
+        axes.set_yticks(positions[1:] - 0.5, minor=True)
+        axes.grid(which="minor")
     axes.tick_params(which="both", length=0)
     axes.spines[:].set_visible(False)
 
@@ -73,7 +94,17 @@ def _describe_confusion(counts: np.ndarray, classes: Sequence[str]) -> str:
     """Returns the accuracy and the five most frequent pairs of true and predicted class."""
     total, correct = int(counts.sum()), int(np.trace(counts))
     text = f"{100 * correct / max(total, 1):.2f} % of {total:,} images correct (grey), {total - correct:,} wrong (blue)"
-    mistakes = [(-count, *pair) for pair, count in np.ndenumerate(counts) if count and pair[0] != pair[1]]
-    most = sorted(mistakes)[:5]
-    pairs = [f"{classes[truth]} → {classes[predicted]} ({-count:,})" for count, truth, predicted in most]
-    return text + "\n" + textwrap.fill("most often, truth → prediction:  " + ",  ".join(pairs), 110) if pairs else text
+    pairs = [
+        f"{classes[truth]} → {classes[predicted]} ({count:,})" for truth, predicted, count in _confusions(counts, 5)
+    ]
+    if not pairs:
+        return text
+    width = 110 - int(1.3 * max(map(len, classes)))  # the names at the left take space from the heading
+    return text + "\n" + textwrap.fill("most often, truth → prediction:  " + ",  ".join(pairs), width)
+
+
+def _confusions(counts: np.ndarray, most: int) -> list[tuple[int, int, int]]:
+    """Returns the most frequent pairs of true class and another predicted class, each with its number of images."""
+    truths, predictions = np.nonzero(counts * ~np.eye(len(counts), dtype=bool))
+    found = sorted(zip(-counts[truths, predictions], truths, predictions, strict=True))[:most]
+    return [(int(truth), int(predicted), -int(count)) for count, truth, predicted in found]

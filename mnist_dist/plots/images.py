@@ -16,26 +16,33 @@ from matplotlib.figure import Figure
 
 from mnist_dist.plots import style
 
+LONGEST_NAME = 28
+"""Letters of a class's name in a caption; a longer name is shortened."""
+
 
 @dataclass(frozen=True)
 class Predictions:
     """Images with their true and predicted classes, as NumPy arrays."""
 
-    pictures: np.ndarray  # (N, H, W), grey levels
+    pictures: np.ndarray  # (N, C, H, W), levels 0 to 255
     labels: np.ndarray  # (N,), the true classes
     predicted: np.ndarray  # (N,), the predicted classes
     confidences: np.ndarray  # (N,), probability of the predicted class
     classes: Sequence[str]
+    inverted: bool = True  # draw grey images as ink on paper
 
     @classmethod
-    def read(cls, images: Any, labels: Any, probabilities: Any, classes: Sequence[str]) -> Predictions:
+    def read(
+        cls, images: Any, labels: Any, probabilities: Any, classes: Sequence[str], *, inverted: bool = True
+    ) -> Predictions:
         """Builds the predictions.
 
         Args:
             images: uint8 (N, C, H, W).
             labels: int64 (N,), the true classes.
-            probabilities: float (N, C).
-            classes: the C names of the classes.
+            probabilities: float (N, classes).
+            classes: the names of the classes.
+            inverted: draw grey images as ink on paper: level 0 is white.
 
         Raises:
             ValueError: the lengths differ, or there is no image.
@@ -44,7 +51,7 @@ class Predictions:
         if not 0 < len(pictures) == len(truth) == len(scores):
             lengths = f"{len(pictures)}, {len(truth)} and {len(scores)}"
             raise ValueError(f"images, labels and probabilities must have the same length, at least 1: {lengths}")
-        return cls(pictures[:, 0], truth, scores.argmax(axis=1), scores.max(axis=1), classes)
+        return cls(pictures, truth, scores.argmax(axis=1), scores.max(axis=1), classes, inverted)
 
     def mistakes(self) -> np.ndarray:
         """Returns the indices of wrong predictions, the most confident first."""
@@ -61,8 +68,9 @@ class Predictions:
 
     def caption(self, index: int) -> tuple[str, str]:
         """Returns the text above an image and its colour. The sign ✓ or ✗ has the same meaning as the colour."""
-        predicted, truth = self.classes[self.predicted[index]], self.classes[self.labels[index]]
-        if predicted == truth:
+        indices = self.predicted[index], self.labels[index]
+        predicted, truth = (style.shorten(self.classes[each], LONGEST_NAME) for each in indices)
+        if self.predicted[index] == self.labels[index]:
             return f"{predicted} ✓", style.GREEN
         confidence = f"{self.confidences[index]:.2f}"
         if len(predicted) + len(truth) < 6:
@@ -100,14 +108,17 @@ def plot_misclassified(predictions: Predictions, path: str | Path, *, title: str
 
 
 @style.house_style()
-def plot_augmented_samples(originals: Any, augmented: Any, path: str | Path, *, title: str) -> Path:
+def plot_augmented_samples(
+    originals: Any, augmented: Any, path: str | Path, *, title: str, inverted: bool = True
+) -> Path:
     """Draws each original above its augmented image, ten per row.
 
     Args:
-        originals: (N, C, H, W), grey levels 0..255.
+        originals: (N, C, H, W), levels 0..255.
         augmented: as `originals`.
         path: the PNG to write.
         title: the title of the figure.
+        inverted: draw grey images as ink on paper: level 0 is white.
 
     Raises:
         ValueError: the shapes differ, or there is no image.
@@ -125,15 +136,10 @@ def plot_augmented_samples(originals: Any, augmented: Any, path: str | Path, *, 
         row, column = divmod(index, columns)
         for line, (name, tiles) in enumerate([("original", before), ("augmented", after)]):
             top = row * block + line * pitch
-            style.draw_tile(sheet, indent + column * pitch, top, _tile(tiles[index]))
+            style.draw_tile(sheet, indent + column * pitch, top, tiles[index], inverted=inverted)
             if column == 0:
                 sheet.text(indent - 0.1, top + style.TILE / 2, name, fontsize=9, ha="right", va="center")
     return style.write_png(figure, path)
-
-
-def _tile(image: np.ndarray) -> np.ndarray:
-    """Returns an image (C, H, W) of levels 0..255 as matplotlib draws it: (H, W), or uint8 (H, W, 3) in colour."""
-    return image.clip(0, 255).astype(np.uint8).transpose(1, 2, 0) if len(image) == 3 else image[0]
 
 
 def _draw_groups(predictions: Predictions, groups: list[tuple[str, np.ndarray]], columns: int, title: str) -> Figure:
@@ -152,7 +158,8 @@ def _draw_groups(predictions: Predictions, groups: list[tuple[str, np.ndarray]],
             row, column = divmod(position, columns)
             middle = style.MARGIN + (column + 0.5) * across
             top = y + 0.25 + (row + 1) * down - style.TILE
-            style.draw_tile(sheet, middle - style.TILE / 2, top, predictions.pictures[index])
+            picture = predictions.pictures[index]
+            style.draw_tile(sheet, middle - style.TILE / 2, top, picture, inverted=predictions.inverted)
             weight = "normal" if colour == style.GREEN else "bold"
             sheet.text(middle, top - 0.05, text, color=colour, fontsize=8, weight=weight, ha="center", va="bottom")
         y += height

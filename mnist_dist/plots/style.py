@@ -95,10 +95,39 @@ def new_sheet(width: float, height: float, title: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def draw_tile(axes: Axes, x: float, y: float, image: np.ndarray, side: float = TILE) -> None:
-    """Draws one image, (H, W) of grey levels 0..255, dark on white, with its top left corner at (x, y) inches."""
-    axes.imshow(image, cmap="gray_r", vmin=0, vmax=255, extent=(x, x + side, y + side, y), interpolation="nearest")
-    axes.add_patch(Rectangle((x, y), side, side, fill=False, edgecolor="#BBBBBB", linewidth=0.5))
+def draw_tile(axes: Axes, x: float, y: float, image: np.ndarray, side: float = TILE, *, inverted: bool = True) -> None:
+    """Draws one image into a square with its top left corner at (x, y) inches. An oblong image lies at its top.
+
+    Args:
+        axes: of `new_sheet`.
+        image: (H, W) or (1, H, W) of grey levels 0..255, or (3, H, W) of red, green and blue.
+        side: of the square, in inches.
+        inverted: draw grey level 0 white and 255 black: ink on paper. Has no effect on images in colour.
+    """
+    planes = image if image.ndim == 3 else image[None]
+    height, width = planes.shape[1:]
+    dots, longest = round(side * DPI), max(height, width)
+    # Enlarged by a whole number, all pixels have one width. A reduced image is smoothed.
+    scale = max(1, dots // longest) if longest <= dots else dots / longest
+    wide, high = width * scale / DPI, height * scale / DPI
+    left = x + round((side - wide) / 2 * DPI) / DPI
+    extent = (left, left + wide, y + high, y)
+    smoothing = "nearest" if longest <= dots else "antialiased"
+    if len(planes) == 3:
+        colours = np.clip(np.round(planes), 0, 255).astype(np.uint8).transpose(1, 2, 0)
+        axes.imshow(colours, extent=extent, interpolation=smoothing)
+    else:
+        grey = "gray_r" if inverted else "gray"
+        axes.imshow(planes[0], cmap=grey, vmin=0, vmax=255, extent=extent, interpolation=smoothing)
+    axes.add_patch(Rectangle((left, y), wide, high, fill=False, edgecolor="#BBBBBB", linewidth=0.5))
+
+
+def shorten(name: str, most: int) -> str:
+    """Returns a name of at most `most` letters: the middle of a longer one is replaced by an ellipsis."""
+    if len(name) <= most:
+        return name
+    end = (most - 1) // 2
+    return f"{name[: most - 1 - end]}…{name[len(name) - end :]}"
 
 
 def write_png(figure: Figure, path: str | Path) -> Path:

@@ -37,6 +37,10 @@ def check_schema(values: dict[str, Any]) -> Iterator[Finding]:
         by_key: dict[str, list[Any]] = {}
         for each in error.errors():
             by_key.setdefault(_dotted(each["loc"]), []).append(each)
+        # A list that no member of a union accepts: the error of an element says more than "not a number".
+        by_key = {
+            key: errors for key, errors in by_key.items() if not any(each.startswith(f"{key}.") for each in by_key)
+        }
         for key, errors in by_key.items():
             *sections, last = errors[0]["loc"]
             if errors[0]["type"] == "extra_forbidden":
@@ -226,6 +230,14 @@ def check_combinations(recipe: Recipe, build_network: bool = True) -> Iterator[F
         yield "data.split", f"only emnist has splits, not {recipe.data.dataset}; remove this key", "conflict"
     if not recipe.distill.teachers and recipe.distill != DistillSection():
         yield "distill.from", "this key is required, e.g. `distill: {from: runs/teacher}`", "missing"
+    if (recipe.data.augment.mixup or recipe.data.augment.cutmix) and recipe.data.class_weights != "none":
+        yield (
+            "data.class_weights",
+            "mixed images have no class of their own; remove mixup, cutmix or this key",
+            "conflict",
+        )
+    if recipe.distill.teachers and recipe.data.class_weights != "none":
+        yield "data.class_weights", "distillation has no class weights; remove this key or distill", "conflict"
     yield from _attempt("data.augment", recipe.data.augment.model_dump(), Augmentation)[1]
     yield from _check_training(recipe)
     if recipe.model.pretrained and recipe.model.init_from:

@@ -109,8 +109,7 @@ class OptimizerSection(OpenSection):
     """The optimizer, and its learning rate."""
 
     name: Literal[tuple(sorted(optimizers.OPTIMIZERS))] = "sgd"  # type: ignore[valid-type]  # made at run time for pydantic
-    """A class of `torch.optim`, in lower case; `lion`; or `muon`, which updates hidden matrices and convolutions by
-    Muon and the other parameters by AdamW."""
+    """A class of `torch.optim` in lower case, `lion`, or `muon`, which leaves biases, first and last layer to AdamW."""
     lr: AboveZero | None = None
     """Learning rate that the schedule scales; with the schedule `onecycle`, the rate of the first step. Null: the
     optimizer's default in PyTorch; with `onecycle`, `max_lr / div_factor`."""
@@ -120,9 +119,8 @@ class ScheduleSection(OpenSection):
     """The learning rate as a function of the step."""
 
     name: Literal[tuple(schedules.SCHEDULES)] = "constant"  # type: ignore[valid-type]  # made at run time for pydantic
-    """The schedule. Its keywords have the names of PyTorch's scheduler; durations are in epochs. Apart from `onecycle`
-    and `plateau`, every schedule can follow a warm-up: `warmup_epochs`, over which the rate rises linearly from
-    `warmup_start_factor` × `lr` to `lr`. The schedule then begins, and its durations count from there."""
+    """The schedule. Its keywords have the names of PyTorch's scheduler; durations are in epochs. All but `onecycle` and
+    `plateau` can start after a linear warm-up of `warmup_epochs`, from `warmup_start_factor` × `lr` to `lr`."""
 
 
 class AugmentSection(Section):
@@ -222,6 +220,9 @@ class DataSection(Section):
     height and width separately; `pad` puts it into the middle of a black image, reduced if it is larger."""
     on_bad_image: Literal["stop", "skip"] = "stop"
     """If image files cannot be read: `stop` names all of them and ends; `skip` leaves them out."""
+    class_weights: Literal["none", "balanced"] | list[AboveZero] = "none"
+    """Weight of each class in the training loss, which is the weighted mean over the batch. `balanced`: in inverse
+    proportion to the number of its training images. A list: one weight for each class, in the order of the classes."""
     augment: AugmentSection = AugmentSection()
     """Random changes of the training images."""
 

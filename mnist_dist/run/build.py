@@ -19,6 +19,7 @@ from accelerate.utils import GradientAccumulationPlugin, patch_environment
 from torch import nn
 
 from mnist_dist.data import Batches, Images
+from mnist_dist.data.images import balanced_weights
 from mnist_dist.data.store import Place, choose_place, describe_place, place_images
 from mnist_dist.distributed.collectives import run_on_all_ranks
 from mnist_dist.distributed.devices import device_name, supports_precision
@@ -133,7 +134,7 @@ def build_components(
         batches,
         stored,
         meter,
-        _step_settings(recipe),
+        _step_settings(recipe, train_data),
         ahead=place != "device",
         clock=clock,
         distillation=_build_distillation(recipe, accelerator, train_data, teachers),
@@ -232,13 +233,29 @@ def _prepare_model(recipe: Recipe, accelerator: Accelerator, module: nn.Module) 
         return accelerator.prepare_model(module, evaluation_mode=reduces_itself)
 
 
-def _step_settings(recipe: Recipe) -> StepSettings:
+def _step_settings(recipe: Recipe, data: Images) -> StepSettings:
     return StepSettings(
+        class_weights=_class_weights(recipe, data),
         clip_grad_norm=recipe.clip_grad_norm,
         label_smoothing=recipe.label_smoothing,
         micro_batch_size=None if recipe.micro_batch_size == "auto" else recipe.micro_batch_size,
         on_nonfinite=recipe.on_nonfinite,
     )
+
+
+def _class_weights(recipe: Recipe, data: Images) -> tuple[float, ...] | None:
+    """Returns the weight of each class, scaled to the mean 1 over the training images; None for equal weights."""
+    wanted, classes = recipe.data.class_weights, len(data.classes)
+    if wanted == "none":
+        return None
+    balanced = balanced_weights(data.labels, classes)
+    if isinstance(wanted, str):
+        return balanced
+    if len(wanted) != classes:
+        message = f"expected {classes} weights, one for each class ({', '.join(data.classes)[:80]}), got {len(wanted)}"
+        raise RecipeError([recipe.problem("data.class_weights", message, "conflict")])
+    mean = float(torch.tensor(wanted, dtype=torch.float64)[data.labels.cpu()].mean())
+    return tuple(each / mean for each in wanted)
 
 
 def _build_distillation(

@@ -13,7 +13,8 @@ from accelerate.utils import broadcast
 from torch import nn
 
 from mnist_dist.data import Batches, Images
-from mnist_dist.data.geometry import describe_geometry, measure_geometry
+from mnist_dist.data.geometry import Geometry, describe_geometry, measure_geometry
+from mnist_dist.data.sources import SHAPES
 from mnist_dist.distributed.fsdp import shard_model_state, shard_optimizer_state, unshard, unsharded_parameters
 from mnist_dist.engine.checkpoint import save_weights
 from mnist_dist.engine.cuda_graph import CapturedStep
@@ -122,7 +123,7 @@ class TrainingComponents:
             data = self.update.data
             about = {"recipe": recipe.name, "model": recipe.model.name, "keywords": recipe.model.keywords}
             known = {"classes": data.classes, "shape": data.shape, "mean": data.mean, "std": data.std}
-            geometry = describe_geometry(measure_geometry(data.images))
+            geometry = describe_geometry(training_geometry(recipe, data))
             save_weights(path, weights, about | known | {"geometry": geometry})
 
 
@@ -148,3 +149,9 @@ class Progress:
             return False
         self.best_accuracy, self.best_epoch, self.evaluations_without_gain = evaluation.accuracy, epoch, 0
         return True
+
+
+def training_geometry(recipe: Recipe, data: Images) -> Geometry:
+    """Returns the geometry of a recipe's training images."""
+    published = recipe.data.dataset in SHAPES and data.shape[0] == 1
+    return measure_geometry(data.images, None if published else recipe.data.resize)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +113,9 @@ def report(evaluation: Evaluation, labels: Tensor, classes: tuple[str, ...]) -> 
         labels: int64 (N,), on the CPU.
 
     Returns:
-        `accuracy` (percent), `loss` (mean cross entropy), `images` (their number), `calibration_error` (0 to 1),
-        `classes` (for each its `images`, `correct` and `accuracy`; None without images), `confusion` (rows: true class,
-        columns: predicted class).
+        `accuracy` (percent), `loss` (mean cross entropy), `images` (their number), `calibration_error` (0 to 1), the
+        values of `class_averages`, `classes` (for each its `images`, `correct` and `accuracy`; None without images),
+        `confusion` (rows: true class, columns: predicted class).
     """
     counts, hits = evaluation.confusion.sum(dim=1).tolist(), evaluation.confusion.diagonal().tolist()
     return {
@@ -122,12 +123,57 @@ def report(evaluation: Evaluation, labels: Tensor, classes: tuple[str, ...]) -> 
         "loss": evaluation.loss,
         "images": len(labels),
         "calibration_error": calibration_error(evaluation.probabilities, labels),
+        **class_averages(evaluation.probabilities, labels),
         "classes": {
             name: {"images": count, "correct": hit, "accuracy": 100 * hit / count if count else None}
             for name, count, hit in zip(classes, counts, hits, strict=True)
         },
         "confusion": evaluation.confusion.tolist(),
     }
+
+
+def class_averages(probabilities: Tensor, labels: Tensor) -> dict[str, float | None]:
+    """Returns figures in which each class counts the same, however many images it has. Computed by scikit-learn.
+
+    Args:
+        probabilities: float32 (N, classes).
+        labels: int64 (N,).
+
+    Returns:
+        `balanced_accuracy` (percent): the mean of the classes' accuracies. `macro_f1` (0 to 1): the mean of their F1
+        scores. `auroc` (0 to 1): the mean of their areas under the ROC curve, each class against all others; None if
+        all images are of one class or a probability is not finite. Classes without images have no part in the means,
+        except that a predicted one has the F1 score 0. All are None without scikit-learn; see `class_average_notes`.
+    """
+    try:
+        from sklearn import metrics
+    except ImportError:
+        return dict.fromkeys(("balanced_accuracy", "macro_f1", "auroc"))
+    truth, predictions = labels.numpy(), probabilities.argmax(dim=1).numpy()
+    recalls = metrics.recall_score(truth, predictions, labels=labels.unique().numpy(), average="macro", zero_division=0)
+    areas = []
+    if probabilities.isfinite().all():
+        present = [each for each in labels.unique().tolist() if (labels != each).any()]
+        areas = [metrics.roc_auc_score(truth == each, probabilities[:, each].numpy()) for each in present]
+    return {
+        "balanced_accuracy": 100 * float(recalls),
+        "macro_f1": float(metrics.f1_score(truth, predictions, average="macro", zero_division=0)),
+        "auroc": float(sum(areas) / len(areas)) if areas else None,
+    }
+
+
+def describe_averages(result: dict[str, Any]) -> dict[str, str]:
+    """Returns the figures of `class_averages` in a report as text, by their names; without those that are None."""
+    forms = {"balanced_accuracy": "{:.2f} %", "macro_f1": "{:.4f}", "auroc": "{:.4f}"}
+    names = {"balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1", "auroc": "AUROC"}
+    return {names[key]: form.format(result[key]) for key, form in forms.items() if result[key] is not None}
+
+
+def class_average_notes() -> list[str]:
+    """Returns a note if the library for `class_averages` is missing."""
+    if find_spec("sklearn"):
+        return []
+    return ['balanced accuracy, macro F1 and AUROC need scikit-learn: pip install -e ".[demo]"']
 
 
 def calibration_error(probabilities: Tensor, labels: Tensor) -> float:

@@ -40,15 +40,17 @@ def predict(run: Run, images: Tensor) -> list[dict[str, Any]]:
         images: uint8 (N, C, H, W).
 
     Returns:
-        For each image the likeliest class as `digit`, its probability as `confidence` (0 to 1), and the three likeliest
-        classes as `top3`, a list of {digit, confidence}.
+        For each image the likeliest `class`, its probability as `confidence` (0 to 1), and the three likeliest classes
+        as `top3`, a list of {class, confidence}. Where all classes are digits, the class is also under `digit`.
     """
     classes, about = run.about["classes"], run.about
+    keys = ("class", "digit") if all(len(name) == 1 and name in "0123456789" for name in classes) else ("class",)
     # One at a time: a network may normalise by the batch, and a prediction must not depend on the other images.
     logits = torch.cat([run.model(normalize(image[None], about["mean"], about["std"])) for image in images])
     confidences, positions = logits.softmax(dim=1).topk(min(3, len(classes)))
     predictions = []
     for values, indices in zip(confidences.tolist(), positions.tolist(), strict=True):
-        top = [{"digit": classes[index], "confidence": value} for value, index in zip(values, indices, strict=True)]
+        found = zip(values, indices, strict=True)
+        top = [{**dict.fromkeys(keys, classes[index]), "confidence": value} for value, index in found]
         predictions.append({**top[0], "top3": top})
     return predictions

@@ -23,7 +23,7 @@ from mnist_dist.engine.checkpoint import (
     save_checkpoint,
 )
 from mnist_dist.engine.files import write_atomically
-from mnist_dist.errors import Kind, Problem, RecipeError
+from mnist_dist.errors import Kind, Problem, RecipeError, SafeStream
 from mnist_dist.recipe.changes import describe_changes, refuse_changes
 from mnist_dist.recipe.loading import load_recipe
 from mnist_dist.recipe.schema import Recipe
@@ -131,7 +131,8 @@ def finished_results(
         if describe_changes(load_recipe(folder.recipe, import_code=False), recipe):
             return None
         split, last, best = (results.get(f"eval.{key}", 0.0) for key in ("split", "last.accuracy", "best.accuracy"))
-        print(f"already done: {split} accuracy {last:.2f} % at the last epoch, best {best:.2f} %; run folder {run_dir}")
+        line = f"already done: {split} accuracy {last:.2f} % at the last epoch, best {best:.2f} %; run folder {run_dir}"
+        print(line, file=SafeStream(sys.stdout))  # a full disk does not make this command a failure
         return results
 
     results = run_on_all_ranks(state, read)

@@ -295,7 +295,9 @@ def _pictures(
     from mnist_dist.plots import confusion, curves, images  # here, because importing matplotlib takes time
 
     metrics, data = load_run(folder.path).metrics, dataset.test
-    predictions = images.Predictions.read(data.images, data.labels, test.probabilities, data.classes)
+    # Bright figures on a dark ground are drawn as ink on paper.
+    inverted = load_run(folder.path, "last").geometry.ground == "dark"
+    predictions = images.Predictions.read(data.images, data.labels, test.probabilities, data.classes, inverted=inverted)
     originals, warped = _augmented_samples(batches, dataset.train)
 
     def picture(plot: Callable[..., object], *content: object, name: str, **settings: object) -> Callable[[], object]:
@@ -307,7 +309,7 @@ def _pictures(
         picture(images.plot_predictions, predictions, name="predictions.png"),
         picture(images.plot_misclassified, predictions, name="misclassified.png"),
         picture(confusion.plot_confusion_matrix, test.confusion, name="confusion_matrix.png", classes=data.classes),
-        picture(images.plot_augmented_samples, originals, warped, name="augmented_samples.png"),
+        picture(images.plot_augmented_samples, originals, warped, name="augmented_samples.png", inverted=inverted),
     ]
 
 

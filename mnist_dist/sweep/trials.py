@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from mnist_dist.distributed.launcher import launched_world
-from mnist_dist.distributed.signals import PREEMPTED
+from mnist_dist.distributed.signals import PREEMPTED, handled_signals
 from mnist_dist.errors import Problem, RecipeError
 from mnist_dist.recipe.changes import describe_changes
 from mnist_dist.recipe.file import Dumper
@@ -126,8 +126,8 @@ def trial_names(choices: list[Choice]) -> list[str]:
 def train_trial(sweep: Sweep, trial: Trial, log: Path) -> int:
     """Trains a trial in its own process, whose output is written to `log`; returns its exit code.
 
-    SIGTERM and SIGUSR1 are passed on to the process, so that it saves a checkpoint and stops. The exit code is then
-    PREEMPTED.
+    SIGTERM, SIGUSR1 and SIGHUP are passed on to the process, so that it saves a checkpoint and stops. The exit code is
+    then PREEMPTED.
 
     Raises:
         RecipeError: the command cannot be started.
@@ -153,7 +153,8 @@ def train_trial(sweep: Sweep, trial: Trial, log: Path) -> int:
             received.append(number)
             process.send_signal(number)
 
-        before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        passed_on = (each for each in handled_signals() if each != signal.SIGINT)
+        before = {number: signal.signal(number, pass_on) for number in passed_on}
         try:
             code = process.wait()
             return PREEMPTED if received else code

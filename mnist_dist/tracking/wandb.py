@@ -22,6 +22,9 @@ from torch import Tensor
 INIT_SECONDS = 30
 """A run that does not reach the W&B server within this time is logged offline."""
 
+MOST_CELLS = 10_000
+"""W&B shows this many rows of a table."""
+
 PACKAGE = Path(__file__).parent.parent
 
 
@@ -199,7 +202,7 @@ class WandbTracker(WandBTracker):
         """Logs a table of the 32 images whose true class has the lowest probability.
 
         Args:
-            images: uint8 (N, 1, height, width).
+            images: uint8 (N, C, height, width).
             labels: int64 (N,).
             probabilities: float32 (N, classes).
         """
@@ -212,7 +215,7 @@ class WandbTracker(WandBTracker):
             of_truth = probabilities.gather(1, labels[:, None])[:, 0]
             for index in of_truth.argsort()[:32].tolist():
                 names = classes[int(labels[index])], classes[int(prediction[index])]
-                picture = Image(images[index, 0].numpy())
+                picture = Image(images[index].movedim(0, -1).squeeze(-1).cpu().numpy())
                 table.add_data(index, picture, *names, float(confidence[index]), float(of_truth[index]))
             return {"step": step, "test/most_wrong": table}
 
@@ -310,11 +313,12 @@ def _confusion_chart(confusion: Tensor, classes: tuple[str, ...]) -> Any:
     """Returns W&B's confusion chart from counts. `wandb.plot.confusion_matrix` would loop over all images in Python."""
     from wandb import Table, plot_table
 
-    rows = [
-        [truth, prediction, count]
-        for truth, counts in zip(classes, confusion.tolist(), strict=True)
-        for prediction, count in zip(classes, counts, strict=True)
-    ]
+    cells = confusion.flatten()
+    # W&B drops the rows that a table has too many, so the empty cells are left out first.
+    chosen = cells.argsort(descending=True)[: min(MOST_CELLS, int((cells > 0).sum()))].sort().values
+    indices = range(len(cells)) if len(cells) <= MOST_CELLS else chosen.tolist()
+    size = len(classes)
+    rows = [[classes[index // size], classes[index % size], int(cells[index])] for index in indices]
     fields: dict[str, Any] = {name: name for name in ("Actual", "Predicted", "nPredictions")}
     return plot_table("wandb/confusion_matrix/v1", Table(list(fields), rows), fields, {"title": "confusions"})
 

@@ -22,6 +22,8 @@ PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "munged", "ip", "nsenter", 
 NODES = {"n0": "10.77.0.10", "n1": "10.77.0.11"}
 HEAD = "10.77.0.1"
 BRIDGE = "mdtest"
+PID = Path("/run/mdtest-slurmctld.pid")
+"""Not below the root: the next cluster ends the slurmctld of one that was killed."""
 
 # `ip netns exec` would remount /sys and hide the cgroups from slurmd: nodes are entered with nsenter instead.
 CONFIGURATION = """\
@@ -32,7 +34,7 @@ AuthType=auth/munge
 # A requeued job waits until its credential has expired: 5 s instead of 120.
 AuthInfo=cred_expire=5
 StateSaveLocation={root}/head
-SlurmctldPidFile={root}/head/pid
+SlurmctldPidFile={pid}
 SlurmctldLogFile={root}/head/log
 SlurmdSpoolDir={root}/%n/spool
 SlurmdPidFile={root}/%n/pid
@@ -52,7 +54,6 @@ KillWait=20
 # By default a requeued job waits up to half a minute for the next pass of the scheduler.
 SchedulerParameters=sched_interval=2,bf_interval=1
 SlurmdParameters=config_overrides
-SwitchType=switch/none
 {nodes}
 PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
@@ -106,7 +107,7 @@ class Cluster:
         _run("mknod", gpu, "c", "1", "3")  # SLURM accepts device files only
         (self.root / "gres.conf").write_text(f"Name=gpu File={gpu}\n")
         nodes = [f"NodeName={name} NodeAddr={address} CPUs=2 Gres=gpu:1" for name, address in NODES.items()]
-        text = CONFIGURATION.format(head=HEAD, root=self.root, nodes="\n".join(nodes))
+        text = CONFIGURATION.format(head=HEAD, root=self.root, pid=PID, nodes="\n".join(nodes))
         (self.root / "slurm.conf").write_text(text)
         self._connect()
         if subprocess.run(["pgrep", "munged"], capture_output=True).returncode:
@@ -168,11 +169,13 @@ class Cluster:
             if Path(f"/run/netns/{node}").exists():
                 self.kill_node(node)
                 _run("ip", "netns", "del", node)
-        pid = self.root / "head" / "pid"
-        if pid.is_file():
-            with suppress(ProcessLookupError):
-                os.kill(int(pid.read_text()), signal.SIGKILL)
-        subprocess.run(["ip", "link", "del", BRIDGE], capture_output=True)
+        with suppress(OSError, ValueError):
+            pid = int(PID.read_text())
+            if Path(f"/proc/{pid}/comm").read_text() == "slurmctld\n":
+                os.kill(pid, signal.SIGKILL)
+            PID.unlink()
+        for device in (BRIDGE, *(f"md-{node}" for node in NODES)):  # a dead namespace gives its devices up with a delay
+            subprocess.run(["ip", "link", "del", device], capture_output=True)
 
     # --- jobs -----------------------------------------------------------------------------------------------------
 

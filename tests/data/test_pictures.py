@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -204,6 +205,13 @@ def test_parts_of_a_figure_are_kept_and_a_second_figure_is_doubtful(tmp_path, bo
     assert prepared.doubts == doubts
     rows, columns = prepared.image[0].amax(dim=1).nonzero(), prepared.image[0].amax(dim=0).nonzero()
     assert rows[-1] - rows[0] == 19 and columns[-1] - columns[0] <= 2  # 20 pixels high: all parts of the first figure
+
+
+@pytest.mark.parametrize("size", [(1, 1), (300, 300), (3000, 20)])
+def test_a_blank_picture_is_refused_without_a_warning(tmp_path, size):
+    Image.new("L", size, 255).save(tmp_path / "page.png")
+    with warnings.catch_warnings(action="error"), pytest.raises(ValueError, match="blank"):
+        prepare_picture(tmp_path / "page.png")
 
 
 def test_a_faint_figure_is_doubtful(tmp_path, seven):

@@ -237,7 +237,7 @@ def test_steps_wait_for_a_replay_until_a_result_is_read(guard_on_device):
     before = weight.detach().clone()
     update(update.batches.plan(0), WARM_UP_STEPS + 4, WARM_UP_STEPS + 4)
     assert torch.equal(weight, before)
-    update.grad_norm()
+    update.health()
     assert not torch.equal(weight, before)
 
 
@@ -398,6 +398,13 @@ def test_a_compiled_network_trains_like_the_eager_one(tmp_path):
 GPU = torch.device("cuda", 0)
 
 
+class Marked:
+    """Stands in for a moment of the device, which needs the driver. It has not come: waiting fails."""
+
+    def __init__(self, device: torch.device):
+        assert device.type == "cuda"
+
+
 class FakeGPU:
     """Stands in for the Accelerator of a GPU. PyTorch's fake tensors have a device and a shape, but no content.
 
@@ -418,6 +425,9 @@ class FakeGPU:
         assert loss.device == GPU and loss.ndim == 0
         for parameter in self._parameters:
             parameter.grad = torch.zeros_like(parameter)
+
+    def reduce(self, row: Tensor, reduction: str) -> Tensor:
+        return row.clone()
 
     def clip_grad_norm_(self, parameters: list[Tensor], max_norm: float) -> Tensor:
         return nn.utils.clip_grad_norm_(parameters, max_norm)
@@ -443,6 +453,7 @@ def run_fake_steps(
     # The averaged weights start as a deep copy, which must belong to the same fake mode.
     monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda self, memo: self, raising=False)
     monkeypatch.setattr(TrainStep, "seed", lambda self, step, share: None)
+    monkeypatch.setattr("mnist_dist.engine.metrics.Moment", Marked)
     # A fake tensor must not stay in a cache.
     monkeypatch.setattr(mixing, "_probabilities", mixing._probabilities.__wrapped__)
     with FakeTensorMode():
@@ -466,6 +477,9 @@ def run_fake_steps(
         rates_on_device(made)
         assert all(group["lr"].device == GPU for group in made.param_groups)
         step.compute(step.load(batches.plan(0), 1), 1)
+        assert step.meter.reads_behind
+        reading = step.meter.start_reading(*step.health())
+        assert reading.figures.shape == (7,) and reading.own_sums.device == GPU
 
 
 @pytest.mark.parametrize("name", ["model_v1", "model_v3", "simple_cnn", "mnistnet", "lenet5", "ms_ran", "resnet18"])

@@ -115,6 +115,22 @@ def test_batch_size_matters_to_a_network_that_normalises_by_the_batch(accelerato
     assert not torch.allclose(found.probabilities, other.probabilities, atol=1e-4)
 
 
+def test_an_evaluation_waits_for_the_device_once(accelerator, monkeypatch):
+    calls: list[str] = []
+    for name in ("cpu", "item", "tolist", "numpy", "__bool__", "__float__", "__int__"):
+        method = getattr(Tensor, name)
+
+        def spied(self, *arguments, name=name, method=method):
+            calls.append(name)
+            return method(self, *arguments)
+
+        monkeypatch.setattr(Tensor, name, spied)
+    # From then on all tensors are on the CPU.
+    monkeypatch.setattr("mnist_dist.engine.evaluation.score", lambda table, labels: calls.append("score"))
+    evaluate(accelerator, build("lenet5"), DATA, batch_size=20)
+    assert calls == ["cpu", "score"]
+
+
 def test_training_modes_and_weights_do_not_change(accelerator):
     module = build("mnistnet").train()
     module.convblock1.eval()  # frozen

@@ -23,7 +23,7 @@ def test_all_optimizers_of_pytorch_are_known_except_two():
     assert {"sgd", "adam", "adamw", "adadelta", "rmsprop"} <= OPTIMIZERS.keys()
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS.keys() - {"muon"})  # which needs to know the layers: test_muon.py
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS.keys() - {"muon"}))  # which needs to know the layers: test_muon.py
 def test_every_optimizer_makes_the_steps_of_its_class(name):
     built, plain = toy_parameter(), toy_parameter()
     optimizer = build_optimizer(only(built), name, lr=default_lr(name))

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mnist_dist.data import Augmentation, Batches, EpochPlan, Images
 from mnist_dist.engine.distillation import Distillation
@@ -132,6 +133,41 @@ def test_a_step_equals_the_plain_pytorch_step(accelerator, label_smoothing, clip
     assert clipped > 0 or clip_grad_norm is None, "no gradient was clipped"
     assert_close(weights(module), weights(plain))
     assert not torch.equal(weights(module)["features.0.weight"], weights(lenet())["features.0.weight"])
+
+
+CLASS_WEIGHTS = (0.2, 1.5, 1.0, 3.0, 0.7, 1.0, 2.0, 0.4, 1.0, 1.1)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("micro_batch_size", [None, 5])
+def test_class_weights_give_the_weighted_mean_over_the_batch(accelerator, label_smoothing, micro_batch_size):
+    module, plain = lenet(), lenet()
+    settings = {"label_smoothing": label_smoothing, "micro_batch_size": micro_batch_size}
+    step = make_step(accelerator, module, class_weights=CLASS_WEIGHTS, **settings)
+    train(step, steps=6)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.05, momentum=0.9)
+    for number in range(6):
+        epoch, index = divmod(number, 3)
+        rows = step.batches.plan(epoch).order[index * BATCH_SIZE : (index + 1) * BATCH_SIZE]
+        optimizer.zero_grad()
+        logits, weight = plain(DATA.normalize(DATA.images[rows])), torch.tensor(CLASS_WEIGHTS)
+        F.cross_entropy(logits, DATA.labels[rows], weight=weight, label_smoothing=label_smoothing).backward()
+        optimizer.step()
+    assert_close(weights(module), weights(plain))
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_the_divisor_of_the_weighted_mean_is_that_of_the_global_batch(world_size):
+    """Not of a process's own part: the mean of weighted means over unequal parts would be another number."""
+    scales = []
+    for rank in range(world_size):
+        step = make_step(FakeProcess(rank, world_size), lenet(), class_weights=CLASS_WEIGHTS)
+        plan = step.batches.plan(0)
+        batch = step.load(plan, 0)
+        assert len(batch.scale) == len(batch)
+        scales.append(batch.scale.unique())
+    used = torch.tensor(CLASS_WEIGHTS)[DATA.labels[plan.order[:BATCH_SIZE]]]
+    torch.testing.assert_close(torch.cat(scales), (BATCH_SIZE / used.sum()).repeat(world_size))
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 7, 32])
@@ -281,6 +317,35 @@ def test_the_smallest_micro_batch_is_predicted(batch_size, world_size, micro_bat
     assert _smallest_micro_batch(load_recipe("debug", *words), NUM_SAMPLES, world_size)[0] == smallest
 
 
+# --- waits for the device ----------------------------------------------------------------------------------------
+
+
+class CountReads(TorchDispatchMode):
+    """Counts how often Python reads a value of a tensor. On a GPU each read waits for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.reads += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
+@pytest.mark.parametrize(("guard_is_on_device", "reads"), [(True, 0), (False, 1)])
+def test_a_step_waits_for_the_device_at_most_once(monkeypatch, on_nonfinite, guard_is_on_device, reads):
+    module = lenet()
+    average = MovingAverage(module, 0.9)
+    step = make_step(FakeProcess(0, 1), module, average=average, micro_batch_size=9, on_nonfinite=on_nonfinite)
+    step.guard_is_on_device = guard_is_on_device
+    plan = step.batches.plan(0)
+    for index in range(2):
+        with CountReads() as counted:
+            step(plan, index, index)
+        assert counted.reads == reads
+
+
 # --- averaged weights ---------------------------------------------------------------------------------------------
 
 
@@ -408,7 +473,7 @@ def test_grad_norm_is_that_of_the_complete_gradient_before_clipping(accelerator,
     F.cross_entropy(plain(DATA.normalize(DATA.images[rows])), DATA.labels[rows]).backward()
     norm = float(gradient(plain).norm())
     assert norm > 0.02
-    assert step.grad_norm() == pytest.approx(norm, rel=1e-5)
+    assert float(step.health()[0]) == pytest.approx(norm, rel=1e-5)
     clipped_norm = norm if clip_grad_norm is None else min(norm, clip_grad_norm)
     assert float(gradient(module).norm()) == pytest.approx(clipped_norm, rel=1e-3)
 

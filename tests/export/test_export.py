@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import json
 import math
 import os
 import shutil
 import sys
 import tarfile
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,12 +24,15 @@ from PIL import Image
 
 from mnist_dist import build_model, load_recipe, load_run, train
 from mnist_dist.data import load_dataset, normalize
-from mnist_dist.data.pictures import read_picture
+from mnist_dist.data.geometry import Geometry
+from mnist_dist.data.pictures import prepare_picture, read_picture
 from mnist_dist.engine.checkpoint import save_weights
 from mnist_dist.errors import RecipeError, RunError
 from mnist_dist.export import __main__ as export
 from mnist_dist.export import exporter, quantize, verify
 from mnist_dist.export import page as draw_page
+from mnist_dist.run.prediction import predict_picture
+from tests.colour import CLASSES
 
 pytest_plugins = ["tests.browser"]
 
@@ -52,7 +57,7 @@ def fp32(run_dir):
 @pytest.fixture
 def known_onnx(fp32, monkeypatch):
     """Has an export of the same run copy its ONNX file: writing it again takes most of the time."""
-    monkeypatch.setattr(exporter, "write_onnx", lambda program, path, about: shutil.copy(fp32, path))
+    monkeypatch.setattr(exporter, "write_onnx", lambda program, path, *about: shutil.copy(fp32, path))
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +94,10 @@ def assert_agrees(predict, expected):
 def test_an_onnx_file_agrees_with_the_network_for_any_batch(fp32, expected):
     opened = session(fp32)
     assert opened.get_inputs()[0].type == "tensor(uint8)"
-    assert opened.get_modelmeta().custom_metadata_map["classes"].startswith('["0", "1"')
+    metadata = {key: json.loads(text) for key, text in opened.get_modelmeta().custom_metadata_map.items()}
+    assert metadata["classes"] == [str(digit) for digit in range(10)]
+    form = {"channels": 1, "height": 28, "width": 28, "colours": "grey", "ground": "none", "resize": "crop"}
+    assert form.items() <= metadata["image"].items()
     assert str(Path(export.__file__).parent).encode() not in fp32.read_bytes(), "the file holds paths of this machine"
     assert_agrees(lambda images: torch.from_numpy(opened.run(None, {"images": images.numpy()})[0]), expected)
 
@@ -400,11 +408,11 @@ def page_file(archive, mnist_root, tmp_path_factory):
 
 
 @pytest.fixture
-def opened(browser, page_file):
-    """Opens the page on a screen (width, height). At the end there must be no error and no request outside the file."""
+def open_file(browser):
+    """Opens a page on a screen (width, height). At the end there must be no error and no request outside the file."""
     contexts, errors, requests = [], [], []
 
-    def open_page(width, height, **settings):
+    def open_page(path, width, height, **settings):
         context = browser.new_context(viewport={"width": width, "height": height}, offline=True, **settings)
         contexts.append(context)
         page = context.new_page()
@@ -412,8 +420,8 @@ def opened(browser, page_file):
         page.on("console", lambda message: errors.append(message.text))
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("request", lambda sent: requests.append(sent.url))
-        page.goto(page_file.as_uri())
-        page.wait_for_selector("#confidence:has-text('while you draw')")
+        page.goto(path.as_uri())
+        page.wait_for_selector("#confidence:has-text('the prediction appears')")
         return page
 
     yield open_page
@@ -421,6 +429,12 @@ def opened(browser, page_file):
         context.close()
     assert not errors
     assert {url.partition(":")[0] for url in requests} == {"file", "blob"}
+
+
+@pytest.fixture
+def opened(open_file, page_file):
+    """Opens the page to draw in."""
+    return partial(open_file, page_file)
 
 
 TURN = [2 * math.pi * step / 20 for step in range(21)]
@@ -498,3 +512,133 @@ def test_the_page_prepares_a_drawing_as_predict_prepares_a_picture(opened, tmp_p
         assert (expected - found).abs().max() <= (8 if digit == "1" else 1)
         page.get_by_role("button", name="Clear").click()
         page.wait_for_selector("#announced:has-text('empty')")
+
+
+# --- colour ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["torch", "onnx", "onnx-int8"])
+def test_a_network_of_colour_images_is_exported_with_the_form_of_the_images(colour_run, colour_data, tmp_path, kind):
+    network, *_, form = exporter.export(colour_run, kind, tmp_path / "file")
+    assert abs(form.accuracy - network.accuracy) <= 0.1
+    if kind == "torch":
+        files = {"classes.json": "", "image.json": ""}
+        torch.export.load(tmp_path / "file", extra_files=files)
+        classes, image = (json.loads(text) for text in files.values())
+    else:
+        opened = session(tmp_path / "file")
+        assert opened.get_inputs()[0].shape == ["batch", 3, 24, 40]
+        metadata = opened.get_modelmeta().custom_metadata_map
+        classes, image = json.loads(metadata["classes"]), json.loads(metadata["image"])
+        found = opened.run(None, {"images": colour_data.test.images[:5].numpy()})[0]
+        np.testing.assert_allclose(found, network.probabilities[:5].numpy(), atol=1e-5 if kind == "onnx" else 0.1)
+    assert classes == list(CLASSES)
+    form = {"channels": 3, "height": 24, "width": 40, "colours": "RGB", "ground": "none", "resize": "crop"}
+    assert form.items() <= image.items()
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """Returns a function that writes a picture of another size and shape: a bright rectangle in noise."""
+
+    def write(name, size=(90, 130), mode="RGB", **settings):
+        levels = torch.randint(0, 110, (*size, 3), generator=torch.Generator().manual_seed(7), dtype=torch.uint8)
+        levels[size[0] // 4 : -size[0] // 4, size[1] // 3 : -size[1] // 5, 2] += 90
+        picture = Image.fromarray(levels.numpy()).convert(mode)
+        if mode == "RGBA":
+            picture.paste((0, 0, 0, 0), (0, 0, 30, 20))
+        picture.save(tmp_path / name, **settings)
+        return tmp_path / name
+
+    return write
+
+
+def preview_of(page):
+    """Returns the input of the network that the page shows, uint8 (3, height, width)."""
+    address = page.evaluate("document.getElementById('preview').toDataURL()")
+    shown = Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))).convert("RGB")
+    return torch.from_numpy(np.array(shown)).movedim(-1, 0).int()
+
+
+def page_for(archive, path, geometry, classes=CLASSES):
+    """Writes a page whose network, a constant, serves for tests of its input."""
+    channels, height, width = geometry.shape
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(channels * height * width, len(classes)))
+    deployed = verify.Deployed(network, (0.5,) * channels, (0.5,) * channels).eval()
+    images = torch.zeros(2, *geometry.shape, dtype=torch.uint8)
+    exporter.write_onnx(exporter.trace_program(deployed, images, "linear"), path.with_suffix(".onnx"), "linear", {})
+    model, runtime = path.with_suffix(".onnx").read_bytes(), draw_page.load_runtime(archive)
+    path.write_text(draw_page.build_page(model, classes, "a caption", runtime, geometry), encoding="utf-8")
+    return path
+
+
+def test_the_page_classifies_a_picture_as_predict_does(colour_run, archive, open_file, photo, tmp_path):
+    exporter.export(colour_run, "page", tmp_path / "page.html")
+    page = open_file(tmp_path / "page.html", 1100, 700)
+    assert "classes" in page.locator("#title").inner_text() and not page.locator("#photo").is_visible()
+    path = photo("photo.png")
+    expected = predict_picture(colour_run, path)
+    page.locator("#file").set_input_files(path)
+    page.wait_for_selector(f"#bars li.best .name:text-is('{expected['class']}')")
+    assert f"{100 * expected['confidence']:.1f} %" in page.locator("#confidence").inner_text()
+    page.wait_for_selector(f"#announced:has-text('{expected['class']}, ')")
+    page.get_by_role("button", name="Clear").click()
+    page.wait_for_selector("#bars li.best", state="detached")
+
+
+@pytest.mark.parametrize("resize", ["crop", "stretch", "pad"])
+@pytest.mark.parametrize("shape", [(3, 24, 40), (1, 32, 20)])
+def test_the_page_prepares_a_picture_as_predict_does(archive, open_file, photo, tmp_path, shape, resize):
+    side = min(shape[1:])
+    geometry = Geometry("none", side, side, side, "box", shape, resize)
+    page = open_file(page_for(archive, tmp_path / "page.html", geometry), 1100, 700)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    pictures = [
+        photo("wide.png", (60, 300)),
+        photo("tall.png", (300, 60)),
+        photo("small.png", (13, 17)),
+        photo("same.png", shape[1:]),
+        photo("holes.png", (90, 130), "RGBA"),
+        photo("grey.png", (50, 70), "L"),
+        photo("turned.jpg", (90, 130), exif=turned, quality=98, subsampling=0),
+    ]
+    for path in pictures:
+        page.locator("#file").set_input_files(path)
+        page.wait_for_selector(f"#picture[aria-label='Picture {path.name}']")
+        page.wait_for_selector("#announced:has-text('confidence')", state="attached")
+        expected = prepare_picture(path, geometry).image.int().expand(3, -1, -1)
+        # Browsers and Pillow decode JPEG with other rounding.
+        most = 4 if path.suffix == ".jpg" else 1
+        assert (preview_of(page) - expected).abs().max() <= most, path.name
+        page.get_by_role("button", name="Clear").click()
+        page.wait_for_selector("#announced:has-text('empty')", state="attached")
+
+
+def test_pictures_are_dropped_pasted_and_photographed(archive, open_file, photo, tmp_path):
+    geometry = Geometry("none", 24, 24, 24, "box", (3, 24, 40))
+    file = page_for(archive, tmp_path / "page.html", geometry, [f"kind {number}" for number in range(100)])
+    page = open_file(file, 390, 844, has_touch=True, is_mobile=True, color_scheme="dark")
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    assert page.locator("#bars li:visible").count() == 10
+    data = base64.b64encode(photo("dropped.png").read_bytes()).decode()
+    for kind in ("drop", "paste"):
+        page.evaluate(
+            """([kind, data]) => {
+                const transfer = new DataTransfer(), bytes = Uint8Array.from(atob(data), each => each.charCodeAt(0));
+                transfer.items.add(new File([bytes], kind + ".png", {type: "image/png"}));
+                const settings = {bubbles: true, cancelable: true};
+                document.body.dispatchEvent(kind === "drop" ? new DragEvent(kind, {...settings, dataTransfer: transfer})
+                    : new ClipboardEvent(kind, {...settings, clipboardData: transfer}));
+            }""",
+            [kind, data],
+        )
+        page.wait_for_selector(f"#picture[aria-label='Picture {kind}.png']")
+        page.wait_for_selector("#bars li.best")
+        assert page.locator("#bars li:visible").count() == 10
+    assert page.locator("#photo").get_attribute("capture") == "environment"
+    assert page.get_by_text("Photograph").is_visible()
+    (tmp_path / "text.png").write_text("no picture")
+    page.locator("#photo").set_input_files(tmp_path / "text.png")
+    page.wait_for_selector("#trouble:has-text('text.png')")
+    page.wait_for_selector("#bars li.best", state="detached")

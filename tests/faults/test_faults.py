@@ -21,6 +21,7 @@ from tests.faults.training import EVERY_STATE, STEPS, bytes_of, differences, fin
 from tests.faults.trials import (
     PLACES,
     Blow,
+    Notes,
     Place,
     Trial,
     blow_trial,
@@ -156,6 +157,11 @@ def test_the_driver_detects_every_byte_that_differs(tmp_path, undisturbed):
     assert differences(gone, undisturbed) == ["metrics.jsonl, line 3"]
     kept = {name: value for name, value in undisturbed.items() if not re.match(r"step-\d\b", name)}
     assert differences(kept, undisturbed) == []
+
+
+def test_all_that_a_run_does_after_its_last_step_is_its_ending():
+    assert Notes(["step", "evaluation"], 64, False).phase == "evaluation"
+    assert Notes(["ending"], 64, False).phase == Notes(["ending", "evaluation"], 64, False).phase == "ending"
 
 
 def test_no_blow_of_a_run_that_ends_with_other_bytes_counts_as_survived():

@@ -33,6 +33,7 @@ STEPS = 4 * 16
 EVERY_STATE = ("checkpoint.every_steps=1", "checkpoint.keep=1000")
 """For the undisturbed run: a disturbed run also saves at the step where a signal stops it, and that is compared too."""
 VARIABLES = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+OF_THE_LAUNCHER = {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"}  # as launch/cpu.sh sets it
 
 
 COLOUR_WORDS = [
@@ -58,14 +59,16 @@ def command(run_dir: Path, world_size: int = 1, *words: str, module: str = "mnis
 
     Args:
         run_dir: the run folder.
-        world_size: above 1 the command starts torchrun.
-        words: overrides, which replace those of `WORDS`; words with two dashes are options of torchrun.
+        world_size: above 1 the command starts torchrun, as launch/cpu.sh does.
+        words: overrides, which replace those of `WORDS`; words with two dashes are options of `accelerate launch`.
         module: the module to run.
     """
     launcher = [sys.executable]
     if world_size > 1:
         options = [word for word in words if word.startswith("--")]
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}", *options]
+        folder = REPOSITORY / "launch" / "accelerate"
+        launcher += [str(folder / "launch.py"), "--quiet", "--config_file", str(folder / "cpu.yaml")]
+        launcher += ["--num_processes", str(world_size), *options]
     overrides = [word for word in words if not word.startswith("--")]
     return [*launcher, "-m", module, "--recipe", "model_v1_onecycle", "--run-dir", str(run_dir), *WORDS, *overrides]
 
@@ -85,7 +88,7 @@ def start_launcher(line: list[str], **variables: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         line,
         cwd=REPOSITORY,
-        env=os.environ | VARIABLES | variables,
+        env=os.environ | VARIABLES | OF_THE_LAUNCHER | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

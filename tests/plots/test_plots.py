@@ -15,6 +15,7 @@ from matplotlib.colors import to_hex
 
 from mnist_dist.plots import confusion, curves, style
 from mnist_dist.plots import images as grids
+from mnist_dist.plots.explanation import plot_explanation
 from tests import processes
 
 pytestmark = pytest.mark.pictures
@@ -300,6 +301,86 @@ def test_augmented_samples_are_below_their_originals(tmp_path, figures, images):
         assert above.get_extent()[2] < below.get_extent()[3], "y runs down the sheet"
     with pytest.raises(ValueError, match=r"\(3, 1, 28, 28\), \(2, 1, 28, 28\)"):
         grids.plot_augmented_samples(images[:3], augmented[:2], tmp_path / "a.png", title="Turned")
+
+
+# --- colour and other shapes -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (3, 24, 40), (3, 300, 200), (1, 40, 24)])
+def test_images_of_any_shape_keep_their_colours_and_proportions(tmp_path, figures, labels, shape):
+    images = torch.randint(0, 256, (100, *shape), dtype=torch.uint8)
+    predictions = grids.Predictions.read(images, labels, torch.eye(10)[labels], DIGITS, inverted=False)
+    grids.plot_predictions(predictions, tmp_path / "p.png", title="A run")
+    grids.plot_augmented_samples(images[:4], images[:4].float() + 9, tmp_path / "a.png", title="A run", inverted=False)
+    for figure in figures:
+        tiles = figure.axes[0].images
+        found = tiles[0].get_array()
+        expected = images[0].movedim(0, -1).numpy() if shape[0] == 3 else images[0, 0].numpy()
+        np.testing.assert_array_equal(found, expected)
+        left, right, low, high = tiles[0].get_extent()
+        assert (right - left) / (low - high) == pytest.approx(shape[2] / shape[1])
+        assert max(right - left, low - high) <= style.TILE + 1e-9
+        assert shape[0] == 3 or tiles[0].get_cmap().name == "gray", "a photo must not be shown as its negative"
+        assert_texts_fit(figure)
+    brighter = figures[1].axes[0].images[1].get_array()
+    assert brighter.max() <= 255 if shape[0] == 3 else brighter.max() == int(images[0].max()) + 9
+
+
+def test_pixels_of_small_images_have_one_width(tmp_path, figures):
+    images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    grids.plot_augmented_samples(images, images, tmp_path / "a.png", title="A run")
+    left, right, *_ = figures[0].axes[0].images[0].get_extent()
+    assert (right - left) * style.DPI / 32 == pytest.approx(4)
+
+
+@pytest.mark.parametrize(("length", "most"), [(3, 5), (5, 5), (6, 5), (200, 30)])
+def test_long_names_keep_their_ends(length, most):
+    name = "".join(chr(97 + position % 26) for position in range(length))
+    found = style.shorten(name, most)
+    assert len(found) == min(length, most)
+    start, _, end = found.partition("…")
+    assert name.startswith(start) and name.endswith(end)
+
+
+@pytest.mark.parametrize(("channels", "ground"), [(1, "dark"), (1, "light"), (1, "none"), (3, "none")])
+def test_the_explanation_shows_what_raises_the_score(tmp_path, figures, channels, ground):
+    picture = torch.full((channels, 24, 40), 100, dtype=torch.uint8)
+    gradient = torch.zeros(channels, 24, 40)
+    gradient[0, :, :20], gradient[-1, :, 30:] = 2, -1
+    top = [("a class with a name of more than forty letters", 0.9), ("b", 0.1)]
+    plot_explanation(
+        picture, gradient, top, {"0": torch.rand(3, 5, 7)}, tmp_path / "e.png", title="A run", ground=ground
+    )
+    (sheet,) = figures[0].axes
+    first, second, third = (image.get_array()[12] for image in sheet.images[:3])
+    assert_texts_fit(figures[0])
+    if channels == 3:
+        assert first.shape == (40, 3) and (second[:20] == 255).all() and (second[20:30] == 0).all()
+        assert (third[:20] == 100).all() and (third[20:30] == 255).all(), "a pixel without effect is white"
+        assert (second[30:] > 100).all()
+        return
+    more, less = (third, second) if ground == "light" else (second, third)
+    assert (more[:20] == 255).all() and (more[20:] == 0).all()
+    assert (less[30:] == 127.5).all() and (less[:30] == 0).all()
+    assert sheet.images[0].get_cmap().name == ("gray_r" if ground == "dark" else "gray")
+
+
+@pytest.mark.parametrize("count", [12, 60, 300])
+def test_confusions_of_many_classes_with_long_names_are_readable(tmp_path, figures, count):
+    matrix = np.eye(count, dtype=int) * 9
+    matrix[0, 1] = 3
+    classes = [f"{position} is a name of a class with more than fifty letters" for position in range(count)]
+    confusion.plot_confusion_matrix(matrix, tmp_path / "c.png", classes=classes, title="A run")
+    axes, renderer = figures[0].axes[0], figures[0].canvas.get_renderer()
+    page = figures[0].bbox
+    names = [tick.get_window_extent(renderer) for tick in (*axes.get_yticklabels(), *axes.get_xticklabels())]
+    heading = axes.title if axes.title.get_text() else axes._left_title
+    for box in (*names, heading.get_window_extent(renderer)):
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= page.x1 and box.y1 <= page.y1
+    down = names[: len(names) // 2]
+    assert len(down) == (count if count < 100 else 100)
+    assert not any(one.overlaps(other) for one, other in itertools.pairwise(down))
+    assert "(3)" in axes.get_title(loc="left")
 
 
 # --- confusion matrix ------------------------------------------------------------------------------------------------

@@ -60,8 +60,8 @@ def one_bad_image(monkeypatch):
 
     load = module.load_data
 
-    def load_marked(recipe, state):
-        dataset = load(recipe, state)
+    def load_marked(*arguments):
+        dataset = load(*arguments)
         dataset.train.images[:, 0, 0, 0] = 0
         dataset.train.images[7, 0, 0, 0] = 255
         return dataset
@@ -71,13 +71,17 @@ def one_bad_image(monkeypatch):
     monkeypatch.setattr(Breaks, "broken", True)
 
 
-@pytest.fixture(params=["host", "device"])
+@pytest.fixture(params=["host", "device", "device, read behind"])
 def guard(request, monkeypatch) -> list[str]:
-    """Where a gradient that is not finite is detected. The device reports it at the next log line, as on a GPU."""
-    if request.param == "device":
-        from mnist_dist.engine import train_step as module
+    """Where a gradient that is not finite is detected. The device reports it at a log line, as on a GPU.
 
-        monkeypatch.setattr(module, "guards_on_device", lambda optimizer, accelerator: True)
+    A GPU's log line is read when the next one begins.
+    """
+    if request.param != "host":
+        monkeypatch.setattr("mnist_dist.engine.train_step.guards_on_device", lambda optimizer, accelerator: True)
+    if request.param == "device, read behind":
+        monkeypatch.setattr("mnist_dist.engine.metrics.runs_behind", lambda device: True)
+        return ["ema_decay=0.9", "log_every=1"]
     return ["ema_decay=0.9", *(["log_every=4"] if request.param == "device" else [])]
 
 

@@ -1,5 +1,6 @@
 """The console of a run, also where its output goes nowhere or cannot show every character."""
 
+import errno
 import io
 import os
 import subprocess
@@ -65,6 +66,15 @@ def test_other_commands_end_quietly_where_nobody_reads():
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=300)
     os.close(writing)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_command_whose_output_a_full_disk_does_not_take_fails():
+    command = [sys.executable, "-m", "mnist_dist.train", "--list-recipes"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert os.strerror(errno.ENOSPC) in done.stderr
 
 
 def test_characters_that_the_output_lacks_are_replaced_and_the_log_keeps_them(tmp_path):

@@ -1,0 +1,65 @@
+"""The log lines of the training."""
+
+from __future__ import annotations
+
+from mnist_dist.engine.metrics import Reading
+from mnist_dist.engine.train_step import NotFinite
+from mnist_dist.run.components import Progress, TrainingComponents
+
+
+class LogLines:
+    """Logs the figures of the training.
+
+    A CUDA device computes while a line is read: a line is written when the next one begins, or by `finish`. On other
+    devices, and in fp16, a line is written at once.
+    """
+
+    def __init__(self, components: TrainingComponents):
+        self._components = components
+        self._pending: tuple[dict[str, float], dict[str, float], Reading] | None = None
+        """The first and the last values of the line that is not written yet, and the reading of the others."""
+
+    def add(self, progress: Progress) -> None:
+        """Begins the line of the step that was made last, and writes the line before. Collective: call on every rank.
+
+        Raises:
+            NotFinite: as `TrainStep.check`; on a CUDA device for a step of the line before.
+        """
+        components, meter = self._components, self._components.meter
+        line_before = self._read()
+        if not meter.reads_behind:
+            components.update.check()
+        position = {"step": progress.step, "epoch": components.epoch(progress)}
+        rates = {"train/lr": components.schedule.lr_at(progress.step - 1)}
+        self._pending = position, rates, meter.start_reading(*components.update.health())
+        if line_before:
+            components.accelerator.log(line_before)
+        if not meter.reads_behind:
+            self.finish()
+
+    def finish(self) -> None:
+        """Writes the line that is not written yet. Call it before an evaluation and before a checkpoint.
+
+        Waits for the device. Collective: call on every rank.
+
+        Raises:
+            NotFinite: as `TrainStep.check`.
+        """
+        if line := self._read():
+            self._components.meter.agree()
+            self._components.accelerator.log(line)
+
+    def _read(self) -> dict[str, float] | None:
+        """Returns the line that is not written yet, and forgets it; None if there is none."""
+        if self._pending is None:
+            return None
+        (position, rates, reading), self._pending = self._pending, None
+        reading.end.wait()
+        norm, bad = reading.figures[-2:].tolist()
+        try:
+            if bad:
+                self._components.update.check()
+        except NotFinite:  # the checkpoint of the step before needs the figures
+            self._components.meter.take_back(reading)
+            raise
+        return position | self._components.meter.finish_reading(reading) | rates | {"train/grad_norm": norm}
