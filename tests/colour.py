@@ -56,12 +56,12 @@ def as_synthetic() -> Iterator[None]:
         yield
 
 
-def train_on_colour(folder: Path) -> None:
-    """Trains a run on the colour images."""
+def train_on_colour(folder: Path, *overrides: str) -> None:
+    """Trains a run on the colour images, with recipe keys overridden."""
     words = [f"model.name={CODE}:ColourNet", "epochs=3", "batch_size=20", "schedule.max_lr=0.01", "data.augment={}"]
     words += ["data.limit_train=null", "data.limit_test=null", "tracking.plots=false"]
     with as_synthetic():
-        train(load_recipe("debug", *words), folder)
+        train(load_recipe("debug", *words, *overrides), folder)
 
 
 def write_pictures(folder: Path, images: Images, count: int = 9) -> list[Path]:

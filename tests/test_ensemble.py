@@ -15,6 +15,7 @@ from mnist_dist.engine.checkpoint import load_weights, save_weights
 from mnist_dist.engine.evaluation import evaluate_mean, score
 from mnist_dist.ensemble import main
 from mnist_dist.evaluate import evaluate
+from tests.colour import CLASSES, CODE
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def test_each_member_has_its_own_figures_and_the_ensemble_those_of_the_mean(runs
     paths = [str(runs / name) for name in ("lenet5", "simple_cnn")]
     assert main([*paths, "data.limit_test=200", "--json", str(tmp_path / "report.json")]) == 0
     found, printed = json.loads((tmp_path / "report.json").read_text()), capsys.readouterr().out
-    figures = ("accuracy", "loss", "calibration_error", "precision")
+    figures = ("accuracy", "loss", "calibration_error", "precision", "balanced_accuracy", "macro_f1", "auroc")
     for path, member in zip(paths, found["members"], strict=True):
         alone = evaluate(load_run(path, "last"), "data.limit_test=200")
         assert member == {"run": path} | {key: alone[key] for key in figures}
@@ -141,3 +142,12 @@ def test_disagreements_are_counted_by_image(runs, monkeypatch, tmp_path):
 def test_bad_input_is_refused(refused, runs, monkeypatch, words, key, kind):
     monkeypatch.chdir(runs)
     assert refused(lambda: main(words)) == [(key, kind)]
+
+
+def test_networks_of_colour_images_are_averaged(colour_run, tmp_path, capsys):
+    twin = shutil.copytree(colour_run.folder.path, tmp_path / "twin")
+    assert main([str(colour_run.folder.path), str(twin), "--allow-code", CODE, "--json", str(tmp_path / "a.json")]) == 0
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert found["accuracy"] == colour_run.summary["eval.last.accuracy"] and found["disagreements"] == 0
+    assert list(found["classes"]) == list(CLASSES)
+    assert f"{found['macro_f1']:.4f}" in capsys.readouterr().out

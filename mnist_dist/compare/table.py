@@ -51,6 +51,7 @@ SHORT_COLUMNS = ("recipe", "parameters", "claim", "last epoch", "n", "epochs", "
 
 WIDE_COLUMNS = (
     "recipe",
+    "data",
     "parameters",
     "last epoch",
     "best epoch",
@@ -127,6 +128,7 @@ class Row:
         accuracy = {which: self.values(f"{which}.accuracy") for which in ("eval.last", "eval.best", "test")}
         texts: dict[str, tuple[str, Any]] = {
             "recipe": (self.label or self.recipe, None),
+            "data": (self.runs[0].run.data if self.runs[0].run else "", None),
             "parameters": (f"{parameters:,.0f}" if parameters else "", parameters),
             "claim": (_claimed(self.recipe)[1], None),
             "last epoch": (mean_and_deviation(accuracy["eval.last"]), self.mean("eval.last.accuracy")),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mnist_dist.data.geometry import Geometry, read_geometry
 from mnist_dist.data.images import SHAPE, as_numbers
+from mnist_dist.data.sources import OWN
 from mnist_dist.engine.checkpoint import load_weights
 from mnist_dist.engine.files import expand_path, read_regular
 from mnist_dist.errors import Kind, Problem, RecipeError
@@ -120,6 +121,12 @@ class RunReader:
             silent = time.time() - last[0] / 1e9
             text += f", silent for {_duration(silent)}" if silent > SILENCE else ""
         return text
+
+    @property
+    def data(self) -> str:
+        """The data set; for the user's own images also the last part of their path."""
+        name, root = (str(self.recipe.get(f"data.{key}") or "") for key in ("dataset", "root"))
+        return f"{name} {Path(root).name}".strip() if name in OWN else name
 
     @property
     def key(self) -> Hashable:

@@ -343,3 +343,18 @@ def test_a_file_that_cannot_be_written_is_refused(tmp_path, monkeypatch, refused
     write_run(tmp_path / "run")
     assert refused(lambda: compare.main(["run", *words])) == [(words[0], "unwritable")]
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_the_data_set_of_each_run_is_named(colour_run, debug_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = colour_run.folder.recipe
+    text = own.read_text()
+    assert "dataset: synthetic\n" in text and "root: null\n" in text
+    own.write_text(
+        text.replace("dataset: synthetic\n", "dataset: folder\n").replace("root: null\n", "root: /x/birds\n")
+    )
+    assert compare.main([str(colour_run.folder.path), str(debug_run), "--html", "page.html"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any("folder birds" in line and "100.00" in line for line in lines)
+    assert any(" synthetic " in line for line in lines)
+    assert "folder birds" in Path("page.html").read_text()

@@ -249,6 +249,22 @@ def test_a_set_without_a_ground_keeps_its_images(tmp_path):
     assert torch.equal(read_picture(tmp_path / "own.png", geometry), images[0])
 
 
+@pytest.mark.parametrize(("height", "ground"), [(28, "none"), (20, "dark")])
+def test_own_grey_images_with_dark_corners_are_figures_only_at_a_distance_from_the_edges(tmp_path, height, ground):
+    # An X-ray fills the frame between dark corners; a drawn figure does not.
+    image = np.zeros((28, 28), dtype=np.uint8)
+    image[14 - height // 2 : 14 + height // 2, 6:22] = 200
+    images = torch.from_numpy(image).expand(5, 1, 28, 28)
+    geometry = measure_geometry(images, "stretch")
+    assert (geometry.ground, geometry.resize) == (ground, "stretch")
+    assert measure_geometry(images).ground == "dark"
+    # A larger picture is prepared as the training images were, with or without a ground.
+    large = Image.fromarray(np.kron(image, np.ones((9, 9), dtype=np.uint8))).rotate(1)
+    large.save(tmp_path / "large.png")
+    expected = np.asarray(large.resize((28, 28), Image.Resampling.BILINEAR))
+    assert np.array_equal(read_picture(tmp_path / "large.png", geometry)[0].numpy(), expected)
+
+
 def test_mnists_geometry_is_the_default_and_its_images_are_used_unchanged(tmp_path, mnist_root):
     images = load_dataset("mnist", root=mnist_root, limit_test=20)
     geometry = measure_geometry(images.train.images)
@@ -258,7 +274,9 @@ def test_mnists_geometry_is_the_default_and_its_images_are_used_unchanged(tmp_pa
         assert torch.equal(read_picture(tmp_path / "own.png"), image)
 
 
-@pytest.mark.parametrize("stored", [None, 5, "mnist", {"figure": 10**9}, {"figure": 20.5}, {"ground": "x"}, {"x": 1}])
+@pytest.mark.parametrize(
+    "stored", [None, 5, "mnist", {"figure": 10**9}, {"figure": 20.5}, {"ground": "x"}, {"resize": 3}, {"x": 1}]
+)
 def test_a_damaged_geometry_is_refused(stored):
     with pytest.raises(ValueError, match="geometry"):
         read_geometry({"geometry": stored})

@@ -12,10 +12,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import wandb
 import yaml
+from PIL import Image
 
 from mnist_dist import load_recipe, load_run, train
 from mnist_dist.distributed.signals import PREEMPTED
@@ -23,6 +25,7 @@ from mnist_dist.recipe.schema import Recipe
 from mnist_dist.tracking import WandbTracker, resolve_mode, server_url
 from mnist_dist.tracking import wandb as weights_and_biases
 from tests import processes
+from tests.colour import train_on_colour
 
 ROOT = Path(__file__).parents[2]
 WORDS = ["data.dataset=synthetic", "data.limit_train=200", "data.limit_test=100", "batch_size=50", "log_every=2"]
@@ -195,6 +198,29 @@ def test_the_32_most_wrong_images_are_logged_with_their_pictures(logged, run_dir
     wrong = [row for row in rows if row[2] != row[3]]
     assert len(wrong) == min(32, round(100 - load_run(run_dir).summary["eval.last.accuracy"]))
     assert all(row[5] <= row[4] <= 1 for row in rows)
+
+
+def test_images_in_colour_are_logged_in_colour(tmp_path, colour_data):
+    train_on_colour(tmp_path / "run", "tracking.wandb.mode=offline", "epochs=1")
+    [folder] = offline_runs(tmp_path / "run")
+    [artifact] = [each for each in Logged(folder).artifacts("run_table") if "most_wrong" in each["name"]]
+    files = local(artifact)
+    rows = json.loads(files["test/most_wrong.table.json"].read_text())["data"]
+    assert {row[2] for row in rows} <= set(colour_data.test.classes)
+    for row in rows:
+        shown = np.asarray(Image.open(files[row[1]["path"]]))
+        assert np.array_equal(shown, colour_data.test.images[row[0]].movedim(0, -1).numpy())
+
+
+def test_a_confusion_chart_of_many_classes_keeps_the_mistakes():
+    confusion = torch.zeros(300, 300, dtype=torch.int64)
+    confusion[torch.arange(300), torch.arange(300)] = 5
+    confusion[7, 9] = 2
+    chart = weights_and_biases._confusion_chart(confusion, tuple(f"kind {number}" for number in range(300)))
+    rows = chart.table.data
+    assert len(rows) == 301 and ["kind 7", "kind 9", 2] in rows
+    small = weights_and_biases._confusion_chart(confusion[:3, :3], ("a", "b", "c")).table.data
+    assert len(small) == 9, "empty cells too"
 
 
 def test_the_artifact_rebuilds_the_network_under_both_aliases(logged, run_dir, tmp_path):
