@@ -20,7 +20,7 @@ from mnist_dist.engine.precision import PRECISION_NAMES
 from mnist_dist.errors import Problem, RecipeError, RunError
 from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.model_setup import build_module
-from mnist_dist.run.onnx_export import export_onnx, open_session, trace_program
+from mnist_dist.run.onnx_model import export_onnx, open_session, trace_program
 
 Call = Callable[[], object]
 """Computes the logits of one fixed batch."""

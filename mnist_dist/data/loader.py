@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mnist_dist.data.batches import CHUNK, Batch, Batches, EpochPlan
 from mnist_dist.data.images import Images
+from mnist_dist.data.store import is_memory_mapped, read_ahead
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Loader:
         """Batches, plan and first index of the newest block of random changes, and the changes of its batches."""
         self._thread = ThreadPoolExecutor(1, "loader") if ahead else None
         self._ahead: _Ahead | None = None
+        self._is_mapped = ahead and data.images.is_contiguous() and is_memory_mapped(data.images)
         self._stream = torch.cuda.Stream(self._device) if ahead and self._device.type == "cuda" else None
 
     def load(self, batches: Batches, plan: EpochPlan, index: int) -> Batch:
@@ -105,6 +107,8 @@ class Loader:
 
     def _gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         images, labels = self.data.images, self.data.labels
+        if self._is_mapped:
+            read_ahead(images, rows)
         if self._stream is None:
             return images[rows].to(self._device), labels[rows].to(self._device)
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):

@@ -5,11 +5,14 @@ The place changes speed and memory, never a value: all three places hold the sam
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import mmap
 import os
 import sys
 from contextlib import suppress
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -125,6 +128,33 @@ def is_memory_mapped(images: Tensor) -> bool:
             if start <= address < end:
                 return inode != "0"
     return False
+
+
+def read_ahead(images: Tensor, rows: Tensor) -> int:
+    """Asks the operating system to read rows of a memory-mapped tensor, all at once; does not wait for them.
+
+    Without it, the first access to each row waits for its own read of the disk, and that read includes 128 kB of
+    neighbours that no one has asked for. On a file that is not in the cache, a batch took fifty times as long.
+
+    Args:
+        images: contiguous (N, …), memory-mapped.
+        rows: int64 (n,), on the CPU.
+
+    Returns:
+        The number of rows that are being read or are in memory.
+    """
+    start, size, page = images.data_ptr(), images[0].nbytes, mmap.PAGESIZE
+    count, madvise = 0, _c_library().madvise
+    for row in rows.tolist():
+        first = (start + row * size) // page * page
+        length = start + (row + 1) * size - first
+        count += madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), mmap.MADV_WILLNEED) == 0
+    return count
+
+
+@lru_cache
+def _c_library() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 def _gigabytes(size: int) -> str:

@@ -17,7 +17,7 @@ from accelerate.commands.config.config_args import default_config_file
 from accelerate.utils import parse_flag_from_env, patch_environment
 
 from mnist_dist.distributed.joining import join
-from mnist_dist.distributed.world import ADDRESS, TORCH, read_world, step_size
+from mnist_dist.distributed.launcher_variables import ADDRESS, TORCH, read_world, step_size
 from mnist_dist.errors import Problem, RecipeError
 
 

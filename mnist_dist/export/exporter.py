@@ -29,7 +29,7 @@ from mnist_dist.recipe.loading import load_recipe
 from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.data import load_data
 from mnist_dist.run.evaluation import check_shape
-from mnist_dist.run.onnx_export import trace_program
+from mnist_dist.run.onnx_model import trace_program
 from mnist_dist.run.reader import Run
 
 

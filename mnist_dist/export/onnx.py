@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mnist_dist.export.verify import Predictor
-from mnist_dist.run.onnx_export import export_onnx, open_session
+from mnist_dist.run.onnx_model import export_onnx, open_session
 
 
 def write_onnx(program: Any, path: Path, name: str, metadata: dict[str, str]) -> None:

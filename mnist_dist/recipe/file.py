@@ -24,6 +24,12 @@ class Origins:
     """The recipe's file, for keys that are not in it."""
     places: dict[str, str] = field(default_factory=dict, compare=False)
     """Dotted key -> "file:line" or "command line"."""
+    named_by_user: bool = field(default=False, compare=False)
+    """Whether a person named the recipe's file, so that it may name code; False for the file of a run folder."""
+
+    def are_trusted(self, key: str) -> bool:
+        """Returns whether a person, not a file of a run, gave the value of a key."""
+        return self.named_by_user or self.places.get(key) == "command line"
 
     def problem(self, key: str, message: str, kind: Kind) -> Problem:
         """Returns a problem located at the key, or at the nearest enclosing section that was written."""

@@ -38,7 +38,7 @@ def load_recipe(name: str | Path, *overrides: str, import_code: bool = True) -> 
     problems += [origins.problem(*finding) for finding in check_combinations(recipe, import_code)]
     if problems:
         raise RecipeError(problems)
-    recipe._origins, recipe._named_by_user = origins, import_code
+    origins.named_by_user, recipe._origins = import_code, origins
     return recipe
 
 

@@ -323,7 +323,6 @@ class Recipe(Section):
     """What is drawn and reported."""
 
     _origins: Origins = PrivateAttr(default_factory=lambda: Origins())
-    _named_by_user: bool = PrivateAttr(default=False)
 
     def to_yaml(self) -> str:
         """Returns the resolved recipe as YAML, which loads as an equal recipe."""
@@ -331,7 +330,7 @@ class Recipe(Section):
 
     def may_import(self, key: str) -> bool:
         """Returns whether a person, not a file of a run, has named the code in the value of a dotted key."""
-        return self._named_by_user or self._origins.places.get(key) == "command line"
+        return self._origins.are_trusted(key)
 
     def problem(self, key: str, message: str, kind: Kind) -> Problem:
         """Returns a problem with the value of a dotted key, located at the file and line that gave the value."""

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from mnist_dist import load_recipe, train
-from mnist_dist.data import Images
-from mnist_dist.data.store import choose_place, is_memory_mapped, place_images, write_mapped
+from mnist_dist.data import Batches, Images, Loader, loader
+from mnist_dist.data.store import choose_place, is_memory_mapped, place_images, read_ahead, write_mapped
 from tests.processes import run, run_ranks
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -43,6 +43,26 @@ def test_a_memory_mapped_tensor_and_its_parts_are_known(tmp_path):
     assert is_memory_mapped(images) and is_memory_mapped(images[100:200])
     assert not is_memory_mapped(images.clone()) and not is_memory_mapped(noise().images)
     assert not is_memory_mapped(torch.empty(0))
+
+
+@linux
+def test_every_row_of_a_memory_mapped_tensor_can_be_read_ahead(tmp_path):
+    images = mapped(tmp_path / "images")
+    assert read_ahead(images, torch.arange(SHAPE[0])) == SHAPE[0]
+    assert read_ahead(images[-7:], torch.tensor([6, 0, 6])) == 3
+    assert read_ahead(images, torch.arange(0)) == 0
+    assert torch.equal(images, noise().images)
+
+
+@linux
+def test_the_loader_reads_the_rows_of_a_file_ahead(monkeypatch, tmp_path):
+    asked: list[list[int]] = []
+    monkeypatch.setattr(loader, "read_ahead", lambda images, rows: asked.append(rows.tolist()))
+    batches = Batches(SHAPE[0], 100, 0, SHAPE[1:])
+    for images in (noise().images, mapped(tmp_path / "images")):
+        data = Images(images, noise().labels, tuple("0123456789"))
+        Loader(data, range, ahead=True).load(batches, batches.plan(0), 1)
+    assert asked[0] == batches.rows(batches.plan(0), 1).tolist() and len(asked) <= 2, "the second batch is that ahead"
 
 
 @linux

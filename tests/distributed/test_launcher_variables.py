@@ -16,7 +16,7 @@ import torch
 
 from mnist_dist import load_run
 from mnist_dist.distributed.joining import join
-from mnist_dist.distributed.world import first_host, read_world
+from mnist_dist.distributed.launcher_variables import first_host, read_world
 from mnist_dist.errors import RecipeError
 from tests.distributed.training import WITHOUT_TRACKING
 from tests.processes import ROOT, free_port, popen, run, run_in_each
