@@ -6,6 +6,7 @@ the device during the capture is an error.
 """
 
 import gc
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -455,7 +456,7 @@ def run_fake_steps(
     monkeypatch.setattr(TrainStep, "seed", lambda self, step, share: None)
     monkeypatch.setattr("mnist_dist.engine.metrics.Moment", Marked)
     # A fake tensor must not stay in a cache.
-    monkeypatch.setattr(mixing, "_probabilities", mixing._probabilities.__wrapped__)
+    monkeypatch.setattr(mixing, "_probabilities", inspect.unwrap(mixing._probabilities))
     with FakeTensorMode():
         with GPU:
             module, other = build(), build_model("lenet5").eval()

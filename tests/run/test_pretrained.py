@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from mnist_dist import load_recipe, load_run, train
 from mnist_dist.data import DATASETS
+from mnist_dist.data.sources.request import Splits
 from mnist_dist.engine.checkpoint import load_weights
 from mnist_dist.engine.train_step import TrainStep
 from mnist_dist.errors import RecipeError
@@ -37,9 +38,12 @@ def source(tmp_path_factory):
 
 @pytest.fixture
 def seven_classes(monkeypatch):
-    def load(root, split, download):
-        splits = synthetic(root, split, download)
-        return [replace(images, labels=images.labels % 7, classes=tuple("abcdefg")) for images in splits]
+    def load(request):
+        splits = synthetic(request)
+        parts = (
+            replace(part, labels=part.labels % 7, classes=tuple("abcdefg")) for part in (splits.train, splits.test)
+        )
+        return Splits(*parts)
 
     synthetic = DATASETS["synthetic"]
     monkeypatch.setitem(DATASETS, "synthetic", load)
