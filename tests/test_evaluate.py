@@ -188,7 +188,7 @@ def test_data_with_another_number_of_classes_is_refused(refused, debug_run, monk
 
     def nine_classes(request):
         splits = source(request)
-        return Splits(*(replace(part, classes=part.classes[:9]) for part in (splits.train, splits.test)))
+        return Splits(*(replace(part, classes=part.classes[:9]) for part in splits.parts))
 
     monkeypatch.setitem(DATASETS, "synthetic", nine_classes)
     assert refused(lambda: main([str(debug_run)])) == [("data.dataset", "conflict")]

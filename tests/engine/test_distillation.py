@@ -15,6 +15,7 @@ from torch import nn
 
 from mnist_dist import build_model, load_recipe, load_run, train
 from mnist_dist.data import DATASETS
+from mnist_dist.data.sources.request import Splits
 from mnist_dist.engine.distillation import Distillation
 from mnist_dist.errors import Problem, RecipeError
 from mnist_dist.recipe.changes import describe_changes
@@ -187,9 +188,9 @@ def test_a_teacher_that_cannot_be_loaded_is_refused(teachers, tmp_path, damage, 
 def test_a_teacher_of_other_classes_is_refused(teachers, tmp_path, monkeypatch):
     ten_classes = DATASETS["synthetic"]
 
-    def seven_classes(root, split, download):
-        splits = ten_classes(root, split, download)
-        return tuple(replace(each, labels=each.labels % 7, classes=tuple("abcdefg")) for each in splits)
+    def seven_classes(request):
+        splits = ten_classes(request)
+        return Splits(*(replace(part, labels=part.labels % 7, classes=tuple("abcdefg")) for part in splits.parts))
 
     monkeypatch.setitem(DATASETS, "synthetic", seven_classes)
     problem = problem_of(load_recipe("debug", f"distill.from={teachers}/a"), tmp_path / "run")

@@ -40,10 +40,7 @@ def source(tmp_path_factory):
 def seven_classes(monkeypatch):
     def load(request):
         splits = synthetic(request)
-        parts = (
-            replace(part, labels=part.labels % 7, classes=tuple("abcdefg")) for part in (splits.train, splits.test)
-        )
-        return Splits(*parts)
+        return Splits(*(replace(part, labels=part.labels % 7, classes=tuple("abcdefg")) for part in splits.parts))
 
     synthetic = DATASETS["synthetic"]
     monkeypatch.setitem(DATASETS, "synthetic", load)
