@@ -185,8 +185,10 @@ def test_bad_input_is_refused(refused, debug_run, monkeypatch, words, key, kind)
 def test_data_with_another_number_of_classes_is_refused(refused, debug_run, monkeypatch):
     source = DATASETS["synthetic"]
 
-    def nine_classes(*arguments):
-        return [replace(each, classes=each.classes[:9]) for each in source(*arguments)]
+    def nine_classes(request):
+        splits = source(request)
+        train, test = (replace(each, classes=each.classes[:9]) for each in (splits.train, splits.test))
+        return replace(splits, train=train, test=test)
 
     monkeypatch.setitem(DATASETS, "synthetic", nine_classes)
     assert refused(lambda: main([str(debug_run)])) == [("data.dataset", "conflict")]
