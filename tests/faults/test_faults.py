@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from mnist_dist.distributed.signals import SIGNALS
 from mnist_dist.engine.checkpoint import list_checkpoints, newest_checkpoint, save_checkpoint
 from tests.faults import training
 from tests.faults.__main__ import table_of
@@ -129,7 +130,7 @@ def test_the_driver_uses_all_places_and_lets_each_run_reach_its_end():
     seeds = range(len(PLACES))
     assert {place for seed in seeds for place, _ in kills_of(seed)} == set(PLACES)
     assert {place.point for place in PLACES} == {None, *POINTS}
-    assert len({blow for seed in seeds for blow in signals_of(seed)}) == 3 * 5
+    assert len({blow for seed in seeds for blow in signals_of(seed)}) == len(SIGNALS) * 5
     for seed in seeds:
         places = [place for place, _ in kills_of(seed)]
         steps = [
