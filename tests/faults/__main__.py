@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command line."""
     parser = argparse.ArgumentParser("python -m tests.faults", description=__doc__)
     parser.add_argument("--kills", type=int, default=0, metavar="N", help="SIGKILLs, five per run")
-    parser.add_argument("--signals", type=int, default=0, metavar="N", help="SIGTERM, SIGINT, SIGUSR1, five per run")
+    parser.add_argument("--signals", type=int, default=0, metavar="N", help="signals that ask to stop, five per run")
     parser.add_argument("--damages", type=int, default=0, metavar="N", help="damaged checkpoints, one per run")
     restarts = "killed workers, one per run; requires --world-size 2"
     parser.add_argument("--restarts", type=int, default=0, metavar="N", help=restarts)

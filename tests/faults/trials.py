@@ -321,7 +321,7 @@ def ask_to_stop(run: Watched, number: signal.Signals, chance: random.Random, tri
     seconds, where, code = (time.monotonic_ns() - sent) / 1e9, run.where(sent), run.process.returncode
     word = status_of(run.run_dir)
     detail = f"{number.name}{whom} in {where.phase} (step {where.step}): exit {code}, {word}, {seconds:.1f} s"
-    trial.blows.append(Blow("TERM, INT, USR1", where.phase, f"{number.name}{whom}: exit {code}, {word}", detail))
+    trial.blows.append(Blow("a signal", where.phase, f"{number.name}{whom}: exit {code}, {word}", detail))
     saved = code == PREEMPTED and word == "preempted"
     not_begun = code == PREEMPTED and where.before_the_loop and word != "failed"  # STATUS is that of the attempt before
     # A launcher that is stopped while its processes exit does not know that they were done.
