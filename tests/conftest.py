@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+
+from mnist_dist.distributed.signals import SIGNALS
 
 if TYPE_CHECKING:
     from mnist_dist.data import Dataset
@@ -57,6 +60,15 @@ def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     """Switches off the pictures of runs, which take longer than the run. A test marked `pictures` draws them."""
     if request.node.get_closest_marker("pictures") is None:
         monkeypatch.setattr("mnist_dist.run.summary._pictures", lambda *arguments: [])
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers() -> Iterator[None]:
+    """Restores the signal handlers that a command sets. Programs that later tests start would inherit ignored ones."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
