@@ -37,9 +37,10 @@ sys.stdin.read()
 
 @pytest.mark.parametrize(("nohup", "code"), [(False, PREEMPTED), (True, 0)])
 def test_a_closed_terminal_requests_a_stop_unless_nohup_ignores_it(nohup, code):
-    ignore = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)" if nohup else ""
+    # Set in both cases: the tests themselves may run under `nohup`.
+    begin = f"import signal; signal.signal(signal.SIGHUP, signal.{'SIG_IGN' if nohup else 'SIG_DFL'})"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", ignore + SLEEPER], cwd=ROOT, text=True, **pipes) as process:
+    with subprocess.Popen([sys.executable, "-c", begin + SLEEPER], cwd=ROOT, text=True, **pipes) as process:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGHUP)
         process.communicate("", timeout=60)
