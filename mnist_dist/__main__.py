@@ -44,7 +44,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def entry_point() -> int:
     """Runs the console script `mnist-dist`; returns its exit code."""
-    return run_command(main)
+    code = run_command(main)
+    if "mnist_dist.distributed.launcher" in sys.modules:  # the command may have joined a world
+        import_module("mnist_dist.distributed.launcher").end_process(code)
+    return code
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from torch import nn
 from mnist_dist.data import Images
 from mnist_dist.distributed.collectives import run_on_all_ranks
 from mnist_dist.distributed.devices import choose_threads
-from mnist_dist.distributed.launcher import check_size, launched_world
+from mnist_dist.distributed.launcher import check_size, end_process, launched_world
 from mnist_dist.distributed.watchdog import Watchdog
 from mnist_dist.engine.evaluation import Interrupted
 from mnist_dist.engine.files import expand_path, write_atomically
@@ -226,7 +226,6 @@ def main(argv: list[str] | None = None) -> int:
         world_size=arguments.world_size,
         allow_code=arguments.allow_code,
     )
-    launched_world().destroy_process_group()
     return PREEMPTED if result.get("status") == "preempted" else 0
 
 
@@ -250,4 +249,4 @@ class _CallableModule(types.ModuleType):
 sys.modules[__name__].__class__ = _CallableModule
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    end_process(run_command(main))
