@@ -31,9 +31,6 @@ FIRST_STEPS = 3
 LAST_WORDS_SECONDS = 10.0
 """Time for the message and the callback; after it the process ends even if they have not finished."""
 
-JOIN_SECONDS = 10.0
-"""Time that the thread gets to end when the context ends. It may wait for the store."""
-
 COLLECTIVE_FILES = re.compile("distributed_c10d|_fully_shard")
 """Files of PyTorch in which a process waits for other processes."""
 
@@ -72,15 +69,11 @@ class Watchdog:
             store = dist.distributed_c10d._get_default_store()
             self._store = dist.PrefixStore("watchdog", store)
             self._publish()
-            self._thread = threading.Thread(target=self._watch, daemon=True)
-            self._thread.start()
+            threading.Thread(target=self._watch, daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._end.set()
-        # A thread that is inside a C++ call while Python ends aborts the process, even after a complete run.
-        if self._world_size > 1:
-            self._thread.join(JOIN_SECONDS)
 
     def beat(self, step: int) -> None:
         """Notes that the run has reached `step`. Costs microseconds, so it may be called in every step."""
