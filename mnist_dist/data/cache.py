@@ -28,10 +28,22 @@ class Decoded:
     kept: Tensor
 
 
+def user_cache() -> Path:
+    """Returns this user's folder for files that can be made or fetched again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mnist_dist"
+
+
+def map_file(path: Path, shape: tuple[int, ...]) -> Tensor:
+    """Returns a file of uint8 values as a memory-mapped tensor.
+
+    Copy-on-write: the pages stay those of the file, and torch gets an array that it may write.
+    """
+    return torch.from_numpy(np.memmap(path, dtype=np.uint8, mode="c", shape=shape))
+
+
 def cache_folders(root: Path) -> list[Path]:
     """Returns the folders that may hold caches: in the data's own folder, which nodes may share, and in the user's."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return [root / ".decoded", home / "mnist_dist" / "decoded"]
+    return [root / ".decoded", user_cache() / "decoded"]
 
 
 def open_cache(folder: Path) -> Decoded | None:
@@ -41,12 +53,11 @@ def open_cache(folder: Path) -> Decoded | None:
         path, shape = folder / "images.bin", tuple(about["shape"])
         if path.stat().st_size != int(np.prod(shape, dtype=np.int64)):
             return None
-        # Copy-on-write: the pages stay those of the file, and torch gets an array that it may write.
-        images = np.memmap(path, dtype=np.uint8, mode="c", shape=shape)
+        images = map_file(path, shape)
         kept = np.load(folder / "kept.npy")
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return Decoded(torch.from_numpy(images), torch.from_numpy(kept)) if len(kept) == shape[0] else None
+    return Decoded(images, torch.from_numpy(kept)) if len(kept) == shape[0] else None
 
 
 def writable_folder(folders: list[Path]) -> Path:

@@ -16,11 +16,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import psutil
 import torch
 from torch import Tensor
 
+from mnist_dist.data.cache import map_file, user_cache
 from mnist_dist.data.images import Images
 
 Place = Literal["device", "host", "disk"]
@@ -82,8 +82,7 @@ def place_images(data: Images, place: Place, device: torch.device, cache: Path |
 
 def cache_folder() -> Path:
     """Returns the folder of this user for images of sources that have no file of their own."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return home / "mnist_dist" / "images"
+    return user_cache() / "images"
 
 
 def write_mapped(images: Tensor, folder: Path) -> Tensor:
@@ -112,8 +111,7 @@ def write_mapped(images: Tensor, folder: Path) -> Tensor:
         finally:
             with suppress(OSError):
                 staged.unlink(missing_ok=True)
-    # Copy-on-write: the pages stay those of the file, and torch gets an array that it may write.
-    return torch.from_numpy(np.memmap(path, dtype=np.uint8, mode="c", shape=tuple(images.shape)))
+    return map_file(path, tuple(images.shape))
 
 
 def is_memory_mapped(images: Tensor) -> bool:

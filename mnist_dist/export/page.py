@@ -12,7 +12,6 @@ import hashlib
 import html
 import io
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -23,6 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from mnist_dist.data.cache import user_cache
 from mnist_dist.data.geometry import Geometry
 from mnist_dist.engine.files import fsync_path, rename_flushed
 
@@ -88,7 +88,7 @@ def load_runtime(archive: Path | None = None) -> dict[str, bytes]:
 
 def cached_archive() -> Path:
     """Returns the path of the fetched archive, in $XDG_CACHE_HOME or ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mnist_dist" / ARCHIVE
+    return user_cache() / ARCHIVE
 
 
 def _fetch(cache: Path) -> bytes:
