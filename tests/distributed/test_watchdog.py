@@ -53,7 +53,8 @@ def test_a_process_that_hangs_is_reported_with_its_stack_and_all_end(how, tmp_pa
     # A frozen process publishes no report: the last one is up to a second old, so its step and stack may be older.
     assert ("is frozen or has ended in step" if how == "frozen" else "hangs in step 5") in message
     assert "rank 1 (" in message and ("hangs.py" in message or how == "frozen")
-    assert "rank 0" in message.splitlines()[-2], "the rank that waits"
+    # Not by its place: PyTorch's store may warn on the other rank after this message, when rank 0 has ended.
+    assert "  waiting: rank 0" in message.splitlines()
     assert (tmp_path / "run" / "STATUS").read_text() == "failed\n"
 
 
