@@ -115,8 +115,10 @@ class Watchdog:
     def _collect(self) -> list[dict[str, Any]]:
         """Returns the last report of every rank. A rank is `alive` if its watchdog thread still publishes."""
         before = self._read()
-        self._end.wait(2 * self._period + 1)
-        self._publish()
+        until = time.monotonic() + 2 * self._period + 1
+        # All ranks collect at about the same time: each must go on publishing, or the others take it for frozen.
+        while time.monotonic() < until and not self._end.wait(self._period):
+            self._publish()
         after = self._read()
         unknown = {"serial": 0, "step": 0, "where": "no report", "waits": False, "saving": False, "stack": ""}
         reports = [{"rank": rank} | after.get(rank, unknown) for rank in range(self._world_size)]

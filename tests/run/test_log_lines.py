@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -95,7 +96,7 @@ def test_two_processes_write_the_same_run(tmp_path):
     train_in_world(2, tmp_path / "at_once", *words)
     words = ["--run-dir", tmp_path / "behind", *WITHOUT_TRACKING, *words]
     ranks = run_ranks(2, [sys.executable, "-c", READ_BEHIND, *words])
-    seconds = [json.loads(rank.stderr.splitlines()[-1]) for rank in ranks]
+    seconds = [json.loads(re.search(r"^\[\[.*", rank.stderr, re.MULTILINE).group()) for rank in ranks]
     assert seconds[0] == seconds[1] and len(seconds[0]) == 6, "the ranks do not agree on the time"
     assert all(later[0] > earlier[0] > 0 for earlier, later in itertools.pairwise(seconds[0]))
     assert weights_and_metrics(tmp_path / "behind") == weights_and_metrics(tmp_path / "at_once")
