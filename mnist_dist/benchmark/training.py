@@ -127,7 +127,11 @@ def trainer_loop(setup: BenchmarkSetup, folder: Path, name: str = OURS) -> tuple
         assert progress.step == last, "a round that ended early would look too fast"
         return components.meter.train_seconds - before
 
-    return TimedLoop(name, train, lambda: close_trackers(components)), components
+    def close() -> None:
+        close_trackers(components)
+        components.close()
+
+    return TimedLoop(name, train, close), components
 
 
 def _other_loops(setup: BenchmarkSetup, workers: int, folder: Path) -> Iterator[TimedLoop]:

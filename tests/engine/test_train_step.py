@@ -1,6 +1,5 @@
 """A training step equals a plain step on the global batch, also with micro-batches and with several processes."""
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -54,9 +53,6 @@ class FakeProcess:
     num_processes: int
     device: ClassVar = torch.device("cpu")
     scaler: ClassVar = None
-
-    def no_sync(self, model: nn.Module) -> AbstractContextManager[None]:
-        return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
