@@ -59,9 +59,7 @@ class TrainedNetwork:
     """The network that a step trains, and the objects that change its weights."""
 
     module: nn.Module
-    """The bare network."""
-    model: nn.Module
-    """The network as Accelerate prepared it."""
+    """The network, with Accelerate's autocast."""
     optimizer: Optimizer
     average: MovingAverage | None = None
     """Averaged weights, updated after every step."""
@@ -117,7 +115,7 @@ class TrainStep:
     ):
         settings = settings or StepSettings()
         self.accelerator, self.batches, self.data, self.meter = accelerator, batches, data, meter
-        self.module, self.model, self.optimizer = network.module, network.model, network.optimizer
+        self.module, self.optimizer = network.module, network.optimizer
         self.average, self.shards, self.reduction = network.average, network.shards, network.reduction
         self.communicates_in_forward = network.communicates_in_forward
         rank, world_size, shards = accelerator.process_index, accelerator.num_processes, network.shards
@@ -195,10 +193,10 @@ class TrainStep:
         self.seed(step, rank)
         *others, last = self._micro_batches(batch, -(-batch.size // world_size))
         for micro_batch in others:
-            self._accumulate(self.model, micro_batch, weight)
+            self._accumulate(micro_batch, weight)
         if self.reduction is not None:
             self.reduction.start()
-        self._accumulate(self.model, last, weight)
+        self._accumulate(last, weight)
         if self.reduction is not None:
             self.reduction.finish()
 
@@ -210,7 +208,7 @@ class TrainStep:
             positions = piece(batch.size, shard, shards.count)
             part = batch[positions.start - batch.start : positions.stop - batch.start]
             for micro_batch in self._micro_batches(part, len(part)):
-                self._accumulate(self.module, micro_batch, 1 / batch.size)
+                self._accumulate(micro_batch, 1 / batch.size)
         shards.combine(used)
 
     def seed(self, step: int, share: int) -> None:
@@ -243,10 +241,10 @@ class TrainStep:
         count = count_micro_batches(largest_share, self.micro_batch_size)
         return batch.split(count if self.communicates_in_forward else min(count, len(batch)))
 
-    def _accumulate(self, model: nn.Module, batch: Batch, weight: float) -> None:
+    def _accumulate(self, batch: Batch, weight: float) -> None:
         """Adds the gradient of a micro-batch, whose summed loss is multiplied by `weight`."""
         images, targets = self.inputs(batch), self.targets(batch)
-        logits = model(images).float()
+        logits = self.module(images).float()
         loss_sum = self._label_loss(logits, targets, batch.scale)
         if self.distillation is not None:
             loss_sum = self.distillation(loss_sum, images, logits)

@@ -191,13 +191,13 @@ def _build_network(
     fill_momentum(optimizer)
     if recipe.compile:  # at the first call; parameter names do not change
         module.compile(mode=None if recipe.compile is True else recipe.compile)
-    model = accelerator.prepare_model(module, evaluation_mode=True)  # adds autocast, but not DistributedDataParallel
+    accelerator.prepare_model(module, evaluation_mode=True)  # adds autocast in place, no DistributedDataParallel
     if accelerator.scaler is not None:
         optimizer = accelerator.prepare(optimizer)  # without a scaler the wrapper only costs time
     shards = LogicalShards(recipe.logical_shards, accelerator, module, clock) if recipe.logical_shards else None
     synchronizes = _synchronizes_batch_norm(recipe, accelerator)
     reduction = _build_reduction(recipe, accelerator, module, clock)
-    return TrainedNetwork(module, model, optimizer, average, reduction, shards, communicates_in_forward=synchronizes)
+    return TrainedNetwork(module, optimizer, average, reduction, shards, communicates_in_forward=synchronizes)
 
 
 def _distribute_module(recipe: Recipe, accelerator: Accelerator, module: nn.Module) -> nn.Module:

@@ -156,7 +156,8 @@ def run(
     schedule = build_schedule("step", lr=2**-5, step_size=1, gamma=0.5, **lengths)
     several = accelerator.num_processes > 1
     reduction = FlatGradients(module, "none", False, GradientClock()) if several else None
-    network = TrainedNetwork(module, accelerator.prepare_model(module, evaluation_mode=True), made, average, reduction)
+    accelerator.prepare_model(module, evaluation_mode=True)
+    network = TrainedNetwork(module, made, average, reduction)
     meter, data = Meter(accelerator), data.to(accelerator.device)
     eager = TrainStep(accelerator, network, batches, data, meter, StepSettings(**settings), ahead=ahead)
     update = wrap(eager) if wrap else eager
@@ -542,7 +543,7 @@ def run_fake_steps(
         made = build_optimizer(module, optimizer, lr=0.1)
         monkeypatch.setattr(made, "step", lambda: None)
         accelerator: Any = FakeGPU(module)
-        network = TrainedNetwork(module, module, made, MovingAverage(module, 0.9) if ema else None)
+        network = TrainedNetwork(module, made, MovingAverage(module, 0.9) if ema else None)
         distillation = Distillation([(other, 0.2, 0.3)], weight=0.5, temperature=2, mean=(0.1,), std=(0.3,))
         step = TrainStep(
             accelerator, network, batches, data, Meter(accelerator), StepSettings(**settings),
