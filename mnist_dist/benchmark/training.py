@@ -137,6 +137,8 @@ def trainer_loop(setup: BenchmarkSetup, folder: Path, name: str = OURS) -> tuple
 def _other_loops(setup: BenchmarkSetup, workers: int, folder: Path) -> Iterator[TimedLoop]:
     """Builds the baselines, the frameworks, and the variants that the recipe's settings call for, one after another."""
     yield bare_step(setup)
+    if setup.state.num_processes > 1:
+        yield bare_step(setup, with_ddp=True)
     tutorial = setup.in_default_layout()
     yield tensor_loop(setup)
     yield plain_loader(tutorial, workers)
