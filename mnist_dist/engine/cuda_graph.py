@@ -58,7 +58,8 @@ class CapturedStep:
 
     A graph reads its inputs from fixed memory. Images, labels, random changes and learning rates are copied there
     before each replay, and the random generator is seeded as before an eager step. Eager steps read the learning rate
-    from the device too, so with deterministic kernels a replayed step equals an eager one bit for bit.
+    from the device too, so with deterministic kernels both kinds of step must give the same bytes; a test on a GPU
+    compares them.
     Python code in a forward pass runs only during the capture. Every replay repeats the operations of that one pass,
     even if they depend on an `if`.
 

@@ -611,11 +611,14 @@ def test_a_cuda_graph_makes_the_eager_steps(gpu, name, precision):
 
 
 def test_a_captured_run_ends_like_the_eager_one(gpu, tmp_path):
-    words = ("epochs=1", "data.limit_train=3000", "tracking.wandb.mode=disabled", "log_every=5")
-    losses, notes = {}, {}
+    words = ("epochs=1", "data.limit_train=3000", "tracking.wandb.mode=disabled", "log_every=5", "deterministic=true")
+    losses, notes, weights = {}, {}, {}
     for choice in ("off", "step", "epoch"):
         recipe = load_recipe("model_v1_onecycle", *words, f"engine.capture={choice}")
         losses[choice] = train(recipe, tmp_path / choice)["train.last.loss"]
+        weights[choice] = load_run(tmp_path / choice).model.state_dict()
         notes[choice] = (tmp_path / choice / "console.log").read_text().count("engine.capture:")
     assert notes == {"off": 0, "step": 0, "epoch": 1}  # the network has dropout: one step per replay
     assert losses["step"] == losses["epoch"] == pytest.approx(losses["off"], rel=0.05)
+    for name, value in weights["off"].items():
+        assert torch.equal(weights["step"][name], value), name
