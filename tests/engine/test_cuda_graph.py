@@ -176,7 +176,7 @@ def state(update: TrainStep | CapturedStep) -> dict[str, Tensor]:
     for number, each in enumerate(step.optimizer.state.values()):
         found |= {f"{number}.{key}": value for key, value in each.items()}
     gradients = {f"{number}.grad": each.grad for number, each in enumerate(step.module.parameters())}
-    return found | gradients | {"sums": step.meter._sums, "norm": step._norm, "skipped": step._skipped}
+    return found | gradients | {"sums": step.meter.sums, "norm": step.health()[0], "skipped": step._guard._skipped}
 
 
 def assert_equal(found: TrainStep | CapturedStep, expected: TrainStep | CapturedStep) -> None:
@@ -422,7 +422,8 @@ class FakeGPU:
     def no_sync(self, model: nn.Module) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, gradient: Tensor) -> None:
+        assert gradient.device == GPU
         assert loss.device == GPU and loss.ndim == 0
         for parameter in self._parameters:
             parameter.grad = torch.zeros_like(parameter)
