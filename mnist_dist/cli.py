@@ -197,6 +197,7 @@ def _benchmark(parser: Parser) -> None:
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument("--recipe", metavar="NAME", help="a path, or the name of a bundled recipe")
     group.add_argument("--time-to-accuracy", metavar="NAME", help="time training up to an accuracy, and a reference")
+    group.add_argument("--operations", nargs="*", metavar="NAME", help="count a step's kernels; no NAME: all recipes")
     group.add_argument("--floors", type=path, nargs="+", metavar="FILE", help="check --json files against lower limits")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="interleaved rounds (default: 7)")
     parser.add_argument("--steps", type=int, default=50, metavar="N", help="steps or calls per round (default: 50)")

@@ -6,27 +6,23 @@ fake CUDA tensors while every operation is counted. The trainer's step is the on
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict, replace
+from datetime import datetime, timezone
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.utils._foreach_utils as foreach_utils
 from rich.table import Table
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.optim import optimizer as torch_optimizer
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from mnist_dist.benchmark.baselines import BenchmarkSetup, plain_step
+from mnist_dist.benchmark.fake_gpu import GPU, FakeAccelerator, OperationCounter, Operations, fake_gpu
 from mnist_dist.data import Dataset, Images
 from mnist_dist.data.sources import SHAPES
 from mnist_dist.engine.train_step import TrainStep
-from mnist_dist.errors import RecipeError
 from mnist_dist.models import build_model
 from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.build import build_components
@@ -34,214 +30,20 @@ from mnist_dist.run.model_trial import to_device
 from mnist_dist.run.provenance import git_commit, versions
 from mnist_dist.run.tables import markdown_table, table_console
 
-GPU = torch.device("cuda", 0)
 WORLD_SIZES = (1, 2)
 LARGEST_EXTRA = {"step": 12, "augmentation": 8, "average": 3}
 """Launches that the trainer's step may have more than the bare step, and more again with either feature."""
-SAMPLES = 60_000
-"""Of an epoch; several times as many as the batches that are loaded together."""
-
-# --- counting -----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Operations:
-    """What a part of the training asked of the device."""
-
-    launches: float = 0
-    """Kernels. An operation on a list of tensors counts once if PyTorch has one kernel for the list."""
-    syncs: float = 0
-    """Waits of the host for the device."""
-    copies: float = 0
-    """Copies from the host to the device."""
-
-    def __add__(self, other: Operations) -> Operations:
-        return Operations(self.launches + other.launches, self.syncs + other.syncs, self.copies + other.copies)
-
-    def per(self, steps: int) -> Operations:
-        """Returns the mean of a number of steps, rounded."""
-        return Operations(*(round(each / steps, 2) for each in asdict(self).values()))
-
-
-ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "lift_fresh", "detach")
-"""Operations without a kernel that are no views."""
-
-
-class OperationCounter(TorchDispatchMode):
-    """Counts the operations on CUDA tensors in its context. A value that the host reads is 1."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found = Operations()
-        self.names: list[str] = []
-        """Names of the operations that launch a kernel, wait or copy, in order."""
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if function is torch.ops.aten._local_scalar_dense.default:
-            self._count("read of a value", Operations(syncs=1) if _on_gpu(args) else Operations())
-            return False if args[0].dtype == torch.bool else 1
-        # The optimizers' kernels work in place, and PyTorch does not know all of them for fake tensors.
-        result = None if function.name().startswith("aten::_fused") else function(*args, **kwargs)
-        self._count(function.name(), _cost(function, args, kwargs, result))
-        return result
-
-    def _count(self, name: str, cost: Operations) -> None:
-        if any(asdict(cost).values()):
-            self.found += cost
-            self.names.append(name)
-
-
-def _cost(function: Any, args: Any, kwargs: Any, result: Any) -> Operations:
-    """Returns what an operation asks of the device."""
-    name, namespace = function._schema.name.partition("::")[2], function.namespace
-    if namespace in ("prim", "profiler") or function.is_view or name in ALLOCATIONS:
-        return Operations()
-    inputs = list(_tensors((args, kwargs)))
-    target = args[0] if name == "copy_" else result
-    if name in ("copy_", "_to_copy") and (args[1] if name == "copy_" else args[0]).device != target.device:
-        waits = target.device.type == "cpu" and not (kwargs.get("non_blocking") or args[2:3] == (True,))
-        return Operations(syncs=int(waits), copies=int(target.device.type != "cpu"))
-    if not any(each.device.type == "cuda" for each in [*inputs, *_tensors(result)]):
-        return Operations()
-    if name.startswith(("_foreach", "_fused")) and not _has_one_kernel(args):
-        return Operations(launches=len(args[0]))
-    return Operations(launches=1)
-
-
-def _has_one_kernel(args: Any) -> bool:
-    """Returns whether PyTorch updates lists of tensors in one kernel: same types, and layouts that match across lists."""
-    lists = [each for each in args if isinstance(each, list | tuple) and each and isinstance(each[0], Tensor)]
-    if len({each.dtype for part in lists[:2] for each in part}) > 1:
-        return False
-    return all(
-        each.shape == first.shape and each.stride() == first.stride()
-        for part in lists[1:2]
-        for first, each in zip(lists[0], part, strict=False)
-    )
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple | dict):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(each)
-
-
-def _on_gpu(args: Any) -> bool:
-    return any(each.device.type == "cuda" for each in _tensors(args))
-
-
-class PythonBackward(TorchFunctionMode):
-    """Computes `Tensor.backward` in Python, because PyTorch's engine needs the driver for a CUDA tensor."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is Tensor.backward:
-            return _backward(*args, **(kwargs or {}))
-        return function(*args, **(kwargs or {}))
-
-
-@torch.no_grad()
-def _backward(loss: Tensor, gradient: Tensor | None = None, **_: Any) -> None:
-    """Adds the gradients of a scalar to `grad` of its parameters, in the order of the graph."""
-    root: Any = loss.grad_fn
-    waiting, found = {}, [root]
-    for node in found:
-        for successor, _ in node.next_functions:
-            if successor is not None:
-                if successor not in waiting:
-                    found.append(successor)
-                waiting[successor] = waiting.get(successor, 0) + 1
-    gradients: dict[Any, dict[int, Tensor]] = {root: {0: torch.ones_like(loss) if gradient is None else gradient}}
-    ready = [root]
-    while ready:
-        node = ready.pop()
-        results = _apply(node, gradients.pop(node, {}))
-        for (successor, slot), result in zip(node.next_functions, results, strict=False):
-            if successor is None:
-                continue
-            if result is not None:
-                slots = gradients.setdefault(successor, {})
-                slots[slot] = slots[slot] + result if slot in slots else result
-            waiting[successor] -= 1
-            if not waiting[successor]:
-                ready.append(successor)
-
-
-def _apply(node: Any, gradients: dict[int, Tensor]) -> tuple[Tensor | None, ...]:
-    """Returns the gradients of a node's inputs; for a parameter, adds to its `grad` and returns nothing."""
-    shapes = [each.shape for each in node._input_metadata]
-    values = [
-        value if (value := gradients.get(slot)) is None or value.shape == shape else value.sum_to_size(shape)
-        for slot, shape in enumerate(shapes)
-    ]
-    if hasattr(node, "variable"):
-        parameter = node.variable
-        parameter.grad = values[0] if parameter.grad is None else parameter.grad + values[0]
-        for hook in (parameter._post_accumulate_grad_hooks or {}).values():
-            hook(parameter)
-        return ()
-    is_python = isinstance(node, torch.autograd.function.BackwardCFunction)
-    results = (node.apply if is_python else node)(*values)
-    return results if isinstance(results, tuple) else (results,)
-
+HEADINGS = (
+    "recipe", "processes", "bare step", "mnist_dist", "more", "allowed", "waits a step", "copies an epoch", "floor",
+)  # fmt: skip
+EXPLANATION = (
+    "Kernels that a step launches on a GPU, counted on fake tensors in fp32. An operation on a list of tensors counts "
+    "once. The reduction over several processes is counted in neither step. The one copy of an epoch is its order."
+)
+SAMPLES = 20_000
+"""Of an epoch: about as many small images as a GPU prepares at once."""
 
 # --- the two steps ------------------------------------------------------------------------------------------------
-
-
-class _FakeMode(FakeTensorMode):
-    def __deepcopy__(self, memo: Any) -> _FakeMode:
-        return self  # averaged weights start as a deep copy, which must belong to the same mode
-
-
-@contextmanager
-def fake_gpu() -> Iterator[None]:
-    """Makes CUDA tensors possible without a GPU inside the context; they have no content."""
-    supported: Any = [foreach_utils._foreach_supported_types, torch_optimizer._foreach_supported_types]
-    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    for types in supported:  # else PyTorch would update fake tensors one by one
-        types.append(FakeTensor)
-    try:
-        with _FakeMode(allow_non_fake_inputs=True), PythonBackward():
-            yield
-    finally:
-        for types in supported:
-            types.remove(FakeTensor)
-        torch.use_deterministic_algorithms(before[0], warn_only=True)
-        torch.backends.cudnn.benchmark = before[1]
-
-
-class FakeAccelerator:
-    """Stands in for the Accelerator of one of several processes with a GPU each, in fp32.
-
-    The reduction of gradients over the processes is left out, here and in the bare step.
-    """
-
-    device, scaler, is_main_process, process_index, mixed_precision = GPU, None, True, 0, "no"
-
-    def __init__(self, world_size: int):
-        self.num_processes = world_size
-
-    def prepare_model(self, model: nn.Module, **_: Any) -> nn.Module:
-        """Returns the network as it is."""
-        return model
-
-    def no_sync(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Does nothing."""
-        return nullcontext()
-
-    def autocast(self) -> AbstractContextManager[None]:
-        """Does nothing."""
-        return nullcontext()
-
-    def backward(self, loss: Tensor, **keywords: Any) -> None:
-        """Computes the gradients."""
-        loss.backward(**keywords)
-
-    def clip_grad_norm_(self, parameters: list[Tensor], max_norm: float) -> Tensor:
-        """Clips the gradients as Accelerate does."""
-        return nn.utils.clip_grad_norm_(parameters, max_norm)
 
 
 class _Setup(BenchmarkSetup):
@@ -268,7 +70,8 @@ def count_bare_step(recipe: Recipe, world_size: int) -> OperationCounter:
     """Counts one bare step on a process's share of the batch, without the reduction over the processes."""
     with fake_gpu():
         data = _images(recipe)
-        setup = _Setup(recipe, "no", Dataset(data, data, data), SimpleNamespace(device=GPU, num_processes=1))  # type: ignore[arg-type]  # stands in for PartialState
+        state: Any = SimpleNamespace(device=GPU, num_processes=1)
+        setup = _Setup(recipe, "no", Dataset(data, data, data), state)
         step = plain_step(setup, is_limit=True)
         share = recipe.batch_size // world_size
         images = torch.zeros(share, *data.shape, device=GPU)
@@ -284,7 +87,8 @@ def count_trainer_step(recipe: Recipe, world_size: int) -> tuple[Operations, Ope
     """Counts the trainer's steps.
 
     Returns:
-        The mean over an epoch, and the counter of one step without the loading of its batch.
+        The launches and waits of a step, as the mean over an epoch, with the copies of an epoch; and the counter of one
+        step without the loading of its batch.
     """
     module = _module(recipe)
     with fake_gpu():
@@ -295,13 +99,13 @@ def count_trainer_step(recipe: Recipe, world_size: int) -> tuple[Operations, Ope
             step.seeds_itself = False  # the seed is set on the host
             plan = step.batches.plan(0)
             step.compute(step.load(plan, 0), 0)  # allocates the optimizer's state
-        steps = step.batches.steps_per_epoch
-        step.load(plan, steps - 1)  # the order of the epoch is on the device now, and the first batches are not
+        steps, plan = step.batches.steps_per_epoch, step.batches.plan(1)
         with OperationCounter() as loading:
             batches = [step.load(plan, index) for index in range(steps)]
         with OperationCounter() as counter:
             step.compute(batches[0], 1)
-    return loading.found.per(steps) + counter.found, counter
+    epoch = loading.found + counter.found.times(steps)
+    return replace(epoch.per(steps), copies=epoch.copies), counter
 
 
 # --- results ------------------------------------------------------------------------------------------------------
@@ -310,17 +114,16 @@ def count_trainer_step(recipe: Recipe, world_size: int) -> tuple[Operations, Ope
 def count(recipe: Recipe, world_size: int) -> dict[str, Any]:
     """Returns the operations of the bare step and of the trainer's step, as plain values.
 
-    The recipe is counted in fp32, without teachers, compilation and capture, with its images on the device.
+    The recipe is counted in fp32, without teachers, compilation, capture and logical shards, with its images on the
+    device.
     """
     engine = recipe.engine.model_copy(update={"capture": "off"})
     data = recipe.data.model_copy(update={"place": "device"})
     changes = {"engine": engine, "data": data, "compile": False, "mixed_precision": "no", "logical_shards": None}
-    recipe = recipe.model_copy(update=changes)
-    bare = count_bare_step(recipe, world_size)
-    trainer, step = count_trainer_step(recipe, world_size)
-    allowed = bare.found.launches + LARGEST_EXTRA["step"]
-    allowed += LARGEST_EXTRA["augmentation"] * (not recipe.data.augment.build().is_identity)
-    allowed += LARGEST_EXTRA["average"] * (recipe.ema_decay is not None)
+    counted = recipe.model_copy(update=changes)
+    bare = count_bare_step(counted, world_size)
+    trainer, step = count_trainer_step(counted, world_size)
+    extra = {"step": True, "augmentation": not recipe.data.augment.build().is_identity, "average": recipe.ema_decay}
     return {
         "recipe": recipe.name,
         "world_size": world_size,
@@ -328,7 +131,57 @@ def count(recipe: Recipe, world_size: int) -> dict[str, Any]:
         "optimizer": recipe.optimizer.name,
         "bare_step": asdict(bare.found),
         "mnist_dist": asdict(trainer),
-        "launches_allowed": allowed,
-        "names": step.names,
-        "bare_names": bare.names,
+        "launches_allowed": bare.found.launches + sum(LARGEST_EXTRA[key] for key, used in extra.items() if used),
+        "syncs_allowed": 0 if step.has_fused_update else 1,
+        "more": _names(step.names, bare.names),
+        "less": _names(bare.names, step.names),
     }
+
+
+def _names(ours: list[str], others: list[str]) -> dict[str, int]:
+    return {name.removeprefix("aten::"): number for name, number in (Counter(ours) - Counter(others)).items()}
+
+
+def keeps_floors(result: dict[str, Any]) -> bool:
+    """Returns whether the trainer's step launches and waits no more than it may, and copies an epoch's order only."""
+    ours = result["mnist_dist"]
+    fits = ours["launches"] <= result["launches_allowed"] and ours["syncs"] <= result["syncs_allowed"]
+    return fits and ours["copies"] <= 1
+
+
+def measure(recipes: list[Recipe]) -> dict[str, Any]:
+    """Counts the operations of recipes at each world size; returns plain values."""
+    results = [count(recipe, world_size) for recipe, world_size in product(recipes, WORLD_SIZES)]
+    about = {"date": datetime.now(timezone.utc).date().isoformat(), "versions": versions(), "git_commit": git_commit()}
+    return {"operations": results, **about}
+
+
+def table_of(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Returns the counts as rows of text; the first row holds the column headings."""
+    rows: list[tuple[str, ...]] = [HEADINGS]
+    for each in result["operations"]:
+        bare, ours = each["bare_step"], each["mnist_dist"]
+        launches = [f"{number:,.10g}" for number in (bare["launches"], ours["launches"], each["launches_allowed"])]
+        more = f"{ours['launches'] - bare['launches']:+,.10g}"
+        waits = [f"{number:.10g}" for number in (ours["syncs"], ours["copies"])]
+        verdict = "met" if keeps_floors(each) else "not met"
+        rows.append((each["recipe"], str(each["world_size"]), *launches[:2], more, launches[2], *waits, verdict))
+    return rows
+
+
+def to_markdown(result: dict[str, Any], command: str) -> str:
+    """Returns a section of a Markdown file: the table, the command that repeats it, and versions."""
+    origin = f"{result['date']}, torch {result['versions']['torch']}, commit {str(result['git_commit'])[:12]}"
+    lines = ["\n### Operations of a training step\n", f"`{command}`, {origin}.", EXPLANATION + "\n"]
+    return "\n".join([*lines, markdown_table(table_of(result))]) + "\n"
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """Prints the counts."""
+    headings, *rows = table_of(result)
+    table = Table(*headings, box=None, title="operations of a training step")
+    for row in rows:
+        table.add_row(*row)
+    console = table_console()
+    console.print(table)
+    console.print(EXPLANATION, highlight=False)

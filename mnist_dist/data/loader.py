@@ -14,7 +14,6 @@ from mnist_dist.data.batches import CHUNK, Batch, Batches, EpochPlan
 from mnist_dist.data.images import Images
 from mnist_dist.data.store import is_memory_mapped, read_ahead
 
-
 BLOCK_BYTES = 2**26
 """Size of the normalised images that are prepared at once on a GPU, if that is more than one batch."""
 

@@ -90,8 +90,9 @@ class TrainStep:
     A step whose gradient contains inf or NaN changes no weight, buffer or counter. There are three ways to detect it:
 
     - On a CPU, and for an optimizer without a fused kernel, the host reads a flag once after the backward passes.
-    - The fused kernel of an optimizer on a GPU reads the flag on the device, and the host never waits. The gradients'
-      norm is then computed only when it is clipped or read. With on_nonfinite="stop" the flag stays set, so no later step changes anything until `check` raises `NotFinite`.
+    - The fused kernel of an optimizer on a GPU reads the flag on the device, and the host never waits. The norm of the
+      gradient is then computed only when it is clipped or read. With on_nonfinite="stop" the flag stays set, so no
+      later step changes anything until `check` raises `NotFinite`.
     - In fp16 the GradScaler skips such steps while it looks for a scale. With on_nonfinite="stop", `check` raises
       `NotFinite` once the scale is below 1: the gradient is then not finite at any scale.
 

@@ -456,6 +456,7 @@ def run_fake_steps(
     monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda self, memo: self, raising=False)
     monkeypatch.setattr(TrainStep, "seed", lambda self, step, share: None)
     monkeypatch.setattr("mnist_dist.engine.metrics.Moment", Marked)
+    monkeypatch.setattr(torch, "_fused_sgd_", lambda *lists, **settings: None)  # needs the driver
     # A fake tensor must not stay in a cache.
     monkeypatch.setattr(mixing, "_probabilities", inspect.unwrap(mixing._probabilities))
     with FakeTensorMode():
@@ -499,13 +500,13 @@ def test_a_step_on_a_gpu_uses_one_device_and_never_waits_for_it(monkeypatch, nam
     run_fake_steps(lambda: build_model(name), monkeypatch, **words)
 
 
-def test_fake_tensors_detect_a_counter_on_the_cpu(monkeypatch):
-    class CountsOnTheCPU(MovingAverage):
+def test_fake_tensors_detect_a_rate_on_the_cpu(monkeypatch):
+    class RatesOnTheCPU(MovingAverage):
         def __init__(self, module: nn.Module, decay: float):
             super().__init__(module, decay)
-            self.n_averaged = torch.zeros((), dtype=torch.int64, device="cpu")
+            self._smallest_rate = torch.zeros(1, device="cpu")
 
-    monkeypatch.setitem(globals(), "MovingAverage", CountsOnTheCPU)
+    monkeypatch.setitem(globals(), "MovingAverage", RatesOnTheCPU)
     with pytest.raises(RuntimeError, match="device"):
         run_fake_steps(lambda: build_model("lenet5"), monkeypatch, ema=True)
 
