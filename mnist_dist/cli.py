@@ -206,8 +206,8 @@ def _benchmark(parser: Parser) -> None:
     parser.add_argument("--sweep", metavar="KEY=a,b,c", help="measure with each of these values of a recipe key")
     parser.add_argument("--plot", type=path, metavar="FILE", help="picture of the sweep (default: sweep.png)")
     parser.add_argument("--inference", action="store_true", help="time inference instead of training")
-    batches = "batch sizes for --inference (default: 1,32,256,1024)"
-    parser.add_argument("--batches", default="1,32,256,1024", metavar="N,…", help=batches)
+    parser.add_argument("--whole-epochs", action="store_true", help="time epochs with evaluation and checkpoints")
+    parser.add_argument("--batches", default="1,32,256,1024", metavar="N,…", help="images a call (%(default)s)")
     _add_json(parser, "the figures")
     parser.add_argument("--markdown", type=path, metavar="FILE", help="also append the table to FILE")
     _add_overrides(parser)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mnist_dist.benchmark import time_to_accuracy
+from mnist_dist.benchmark.epochs import measure_epochs
 from mnist_dist.benchmark.inference import measure_inference
 from mnist_dist.benchmark.report import print_floors, print_table, to_markdown
 from mnist_dist.benchmark.training import measure
@@ -65,9 +66,11 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
             raise _refuse(f"--{key}", f"expected at least 1, got {number}", "range")
     if arguments.time_to_accuracy or arguments.operations is not None:
         chosen = "--time-to-accuracy" if arguments.time_to_accuracy else "--operations"
-        for key, is_given in {"--sweep": arguments.sweep is not None, "--inference": arguments.inference}.items():
-            if is_given:
-                raise _refuse(key, f"cannot be combined with {chosen}", "conflict")
+        for key in ("sweep", "inference", "whole_epochs"):
+            if getattr(arguments, key):
+                raise _refuse(f"--{key.replace('_', '-')}", f"cannot be combined with {chosen}", "conflict")
+    if arguments.whole_epochs and arguments.inference:
+        raise _refuse("--whole-epochs", "cannot be combined with --inference", "conflict")
     if arguments.note and not arguments.time_to_accuracy:
         raise _refuse("--note", "needs --time-to-accuracy", "conflict")
     if arguments.plot and arguments.sweep is None:
@@ -102,7 +105,8 @@ def _speed(arguments: argparse.Namespace, command: str) -> None:
             batch_sizes = [int(size) for size in arguments.batches.split(",")]
             result = measure_inference(recipe, batch_sizes, arguments.rounds, arguments.steps)
         else:
-            result = measure(recipe, arguments.rounds, arguments.steps)
+            timed = measure_epochs if arguments.whole_epochs else measure
+            result = timed(recipe, arguments.rounds, arguments.steps)
         if change:
             result["sweep"] = change
             if results:  # the time since the process started would include the earlier measurements

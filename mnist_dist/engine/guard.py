@@ -78,7 +78,8 @@ def _join(tensors: list[Tensor]) -> Tensor:
     sizes = [-(-each.nbytes // ALIGNMENT) * ALIGNMENT for each in tensors]
     block = torch.zeros(sum(sizes), dtype=torch.uint8, device=tensors[0].device)
     for tensor, piece in zip(tensors, block.split(sizes), strict=True):
-        view = piece[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        strides = torch.empty_like(tensor, device="meta").stride()  # of dense memory
+        view = piece.view(tensor.dtype).as_strided(tensor.shape, strides)
         view.copy_(tensor)
         tensor.data = view
     return block.view(torch.int64)
