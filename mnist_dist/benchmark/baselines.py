@@ -10,7 +10,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
@@ -192,22 +192,25 @@ def median_and_range(values: list[float], digits: int) -> dict[str, float]:
 # --- baselines ----------------------------------------------------------------------------------------------------
 
 
-def bare_step(setup: BenchmarkSetup, *, with_ddp: bool = False) -> TimedLoop:
+def bare_step(setup: BenchmarkSetup, *, fastest: bool = False, with_ddp: bool = False) -> TimedLoop:
     """Builds the upper limit for any trainer: forward, loss, backward and optimizer on one fixed batch on the device.
 
     The step is compiled, or captured as one CUDA graph, if the recipe compiles or captures. Several processes sum their
     gradients as the trainer does.
 
     Args:
+        fastest: use the fastest kernels instead of those that the recipe's `deterministic` chooses.
         with_ddp: make an eager step in which DistributedDataParallel sums the gradients, to compare the two sums.
     """
     data, device = setup.dataset.train[slice(setup.local_batch_size)], setup.state.device
     batch = data.normalize(data.images).to(device), data.labels.to(device)
     step = partial(plain_step(setup, is_limit=not with_ddp), *batch)
-    once = captured(step) if setup.is_captured and not with_ddp else step
-    return TimedLoop(
-        DDP_STEP if with_ddp else "bare step", lambda count: setup.time_steps(once, itertools.repeat(()), count)
-    )
+    with fastest_kernels() if fastest else nullcontext():  # a graph keeps the kernels of its capture
+        once = captured(step) if setup.is_captured and not with_ddp else step
+    if fastest:
+        return setup.baseline("bare step, fastest kernels", once, itertools.repeat(()))
+    name = DDP_STEP if with_ddp else "bare step"
+    return TimedLoop(name, lambda count: setup.time_steps(once, itertools.repeat(()), count))
 
 
 def tensor_loop(setup: BenchmarkSetup) -> TimedLoop:

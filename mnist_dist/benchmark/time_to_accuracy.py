@@ -141,7 +141,7 @@ def _train_seed(components: TrainingComponents, recipe: Recipe, dataset: Dataset
             value.zero_()
     if components.update.average:
         components.update.average.module.load_state_dict(components.module.state_dict())
-        components.update.average.n_averaged.zero_()
+        components.update.average.restart()
     components.update.batches = replace(components.batches, seed=recipe.seed)
     progress = Progress()
     _fit(recipe, replace(components, batches=components.update.batches), test, progress)

@@ -102,9 +102,9 @@ class Batch:
     start: int
     """Position of the first sample in the global batch."""
     images: Tensor
-    """uint8 (n, C, H, W), as they are in the data set."""
+    """uint8 (n, C, H, W), as they are in the data set; prepared ones are changed, mixed and normalised, float32."""
     labels: Tensor
-    """int64 (n,)."""
+    """int64 (n,); of prepared mixed images the classes' probabilities, float32 (n, classes)."""
     changes: Tensor | None = None
     """The random changes of each image: the return value of `Batches.changes`."""
     partner: Batch | None = None
@@ -114,6 +114,11 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether the images can be given to the network as they are."""
+        return self.images.is_floating_point()
 
     def __getitem__(self, part: slice) -> Batch:
         """Returns consecutive samples of this batch, without a copy."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from torch import Tensor
 from mnist_dist.data.batches import CHUNK, Batch, Batches, EpochPlan
 from mnist_dist.data.images import Images
 from mnist_dist.data.store import is_memory_mapped, read_ahead
+
+BLOCK_BYTES = 2**26
+"""Size of the normalised images that are prepared at once on a GPU, if that is more than one batch."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +32,14 @@ class _Ahead:
 class Loader:
     """Gathers the batches of one process.
 
-    Images on the device are gathered when they are asked for. Images in host memory or on disk are gathered by a
-    thread, one batch ahead: the order is a pure function, so the next rows are always known. On a GPU they are copied
-    from pinned memory on a stream of their own, so neither the host nor the network waits for them.
+    Images on a CPU that is the device are gathered when they are asked for. Images on a GPU are gathered, changed and
+    normalised for several batches at once: a small batch needs as many kernels, and a kernel's launch takes longer than
+    its work. Images in host memory or on disk, for a GPU, are gathered by a thread, one batch ahead: the order is a
+    pure function, so the next rows are always known. They are copied from pinned memory on a stream of their own, so
+    neither the host nor the network waits for them.
 
     Random changes are drawn on the device for several batches at once, because drawing them for one small batch costs
-    nearly as much. They are therefore equal wherever the images lie.
+    nearly as much. They are equal wherever the images lie.
 
     Args:
         data: images and labels, both on the device or both on the CPU.
@@ -54,6 +60,10 @@ class Loader:
         """The newest order, and its copy on the device."""
         self._block: tuple[Batches, EpochPlan, int, list[Tensor | None]] | None = None
         """Batches, plan and first index of the newest block of random changes, and the changes of its batches."""
+        self.prepares = not ahead and self._device.type != "cpu"
+        """Whether batches are prepared: see `Batch.is_prepared`."""
+        self._prepared: tuple[Batches, EpochPlan, int, list[Batch]] | None = None
+        """Batches, plan and first index of the newest block of prepared batches, and these."""
         self._thread = ThreadPoolExecutor(1, "loader") if ahead else None
         self._ahead: _Ahead | None = None
         self._is_mapped = ahead and data.images.is_contiguous() and is_memory_mapped(data.images)
@@ -61,14 +71,47 @@ class Loader:
 
     def load(self, batches: Batches, plan: EpochPlan, index: int) -> Batch:
         """Returns this process's part of global batch `index`."""
+        if self.prepares:
+            return self._prepare(batches, plan, index)
         size = batches.size(index)
         positions, order = self._positions(size), self._order_on_device(plan.order)
         images, labels = self._fetch(batches, plan, index)
         batch = Batch(size, positions.start, images, labels, self._changes(batches, plan, order, index))
-        if not batches.mixes:
-            return batch
-        count = len(positions)
-        return replace(batch[:count], partner=batch[count:])
+        return self._with_partner(batches, batch, len(positions))
+
+    def _with_partner(self, batches: Batches, batch: Batch, count: int) -> Batch:
+        """Returns a batch whose rows after the first `count` are the partners of these, if images are mixed."""
+        return replace(batch[:count], partner=batch[count:]) if batches.mixes else batch
+
+    def _prepare(self, batches: Batches, plan: EpochPlan, index: int) -> Batch:
+        """Returns a prepared batch; prepares the next ones too."""
+        images, positions = self.data.images, self._positions(batches.batch_size)
+        count = max(1, BLOCK_BYTES // (4 * images[:1].numel() * max(1, len(positions))))
+        first = index - index % count
+        if self._prepared is None or not _is_same(self._prepared[:3], (batches, plan, first)):
+            indices = range(first, min(first + count, batches.steps_per_epoch))
+            self._prepared = (batches, plan, first, self._prepare_block(batches, plan, indices))
+        return self._prepared[3][index - first]
+
+    def _prepare_block(self, batches: Batches, plan: EpochPlan, indices: range) -> list[Batch]:
+        """Returns this process's parts of several global batches, gathered, changed and normalised together."""
+        order, sizes = self._order_on_device(plan.order), [batches.size(each) for each in indices]
+        parts = [self._positions(size) for size in sizes]
+        rows = torch.cat([batches.rows_at(order, each, part) for each, part in zip(indices, parts, strict=True)])
+        count = len(rows)
+        if batches.mixes:
+            partners = (batches.partners_at(order, each, part) for each, part in zip(indices, parts, strict=True))
+            rows = torch.cat([rows, *partners])
+        changes = batches.changes(plan.epoch, rows)
+        block = Batch(count, 0, self.data.images[rows], self.data.labels[rows], changes)
+        block = self._with_partner(batches, block, count)
+        images = self.data.normalize(batches.augmented(block))
+        targets = batches.targets(block, len(self.data.classes))
+        ends = list(accumulate(len(part) for part in parts))
+        return [
+            Batch(size, part.start, images[end - len(part) : end], targets[end - len(part) : end])
+            for size, part, end in zip(sizes, parts, ends, strict=True)
+        ]
 
     # --- images and labels --------------------------------------------------------------------------------------------
 

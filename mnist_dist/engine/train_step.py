@@ -20,6 +20,7 @@ from mnist_dist.distributed.logical_shards import LogicalShards
 from mnist_dist.engine.distillation import Distillation
 from mnist_dist.engine.ema import MovingAverage
 from mnist_dist.engine.evaluation import evaluating
+from mnist_dist.engine.guard import Guard
 from mnist_dist.engine.label_loss import LabelLoss
 from mnist_dist.engine.metrics import Meter
 from mnist_dist.engine.shares import Shares, count_micro_batches
@@ -88,8 +89,9 @@ class TrainStep:
     A step whose gradient contains inf or NaN changes no weight, buffer or counter. There are three ways to detect it:
 
     - On a CPU, and for an optimizer without a fused kernel, the host reads a flag once after the backward passes.
-    - The fused kernel of an optimizer on a GPU reads the flag on the device, and the host never waits. With
-      on_nonfinite="stop" the flag stays set, so no later step changes anything until `check` raises `NotFinite`.
+    - The fused kernel of an optimizer on a GPU reads the flag on the device, and the host never waits. The norm of the
+      gradient is then computed only when it is clipped or read. With on_nonfinite="stop" the flag stays set, so no
+      later step changes anything until `check` raises `NotFinite`.
     - In fp16 the GradScaler skips such steps while it looks for a scale. With on_nonfinite="stop", `check` raises
       `NotFinite` once the scale is below 1: the gradient is then not finite at any scale.
 
@@ -128,16 +130,12 @@ class TrainStep:
         self.clock, self.distillation = clock or GradientClock(), distillation
         self.seeds_itself = True
         """Whether `compute` seeds the random generator. False while the caller seeds it instead."""
-        self.guard_is_on_device = guards_on_device(self.optimizer, accelerator)
-        # Written in place and never replaced: a replayed step addresses these tensors by their memory.
-        device = accelerator.device
-        self._norm = torch.zeros((), device=device)
-        self._bad = torch.zeros((), dtype=torch.bool, device=device)
-        self._found_inf = torch.zeros((), device=device)
-        self._step_count, self._skipped = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
-        self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
-        self._last_step = -1
-        self._parameters, self._buffers = list(self.module.parameters()), list(self.module.buffers())
+        self._norm = torch.zeros((), device=accelerator.device)
+        self._last_step, self._parameters = -1, list(self.module.parameters())
+        state = [meter.sums, *dict.fromkeys(self.module.buffers())]
+        on_device = guards_on_device(self.optimizer, accelerator)
+        self._guard = Guard(state, on_device=on_device, stays_set=self.on_nonfinite == "stop")
+        self.guard_is_on_device = on_device
 
     def __call__(self, plan: EpochPlan, index: int, step: int) -> None:
         """Trains on global batch `index` of the epoch; `step` counts updates from the start of the run.
@@ -163,27 +161,26 @@ class TrainStep:
 
     def compute(self, batch: Batch, step: int) -> None:
         """Computes a step on the device. Can be captured and replayed if the guard is on the device."""
-        self.meter.begin_step()
-        before = [buffer.clone() for buffer in self._buffers]
+        self._guard.store()
         self.optimizer.zero_grad()
         if self.shards is None:
             self._compute_share(batch, step)
         else:
             self._compute_shards(self.shards, batch, step)
 
-        self._norm.copy_(self._clip())
+        if self.clip_grad_norm is not None or not self.guard_is_on_device:
+            self._norm.copy_(self._clip())
         if self.accelerator.scaler is None:
-            if self._guard_nonfinite(before):
+            if self._guard_nonfinite():
                 self.check()
                 return
             self.optimizer.step()
         else:  # GradScaler skips a gradient that is not finite and halves its scale
             self.optimizer.step()
-            self._bad.copy_(~torch.isfinite(self._norm))
-            self._skipped += self._bad
-            self._restore(before, self._bad)
+            self._guard.bad.copy_(~torch.isfinite(self._norm))
+            self._guard.undo()
         if self.average is not None:
-            self.average.move(self.module, self._bad)
+            self.average.move(self.module, self._guard.found_inf if self.guard_is_on_device else self._guard.bad)
 
     def _compute_share(self, batch: Batch, step: int) -> None:
         """Computes the gradient of this process's rows, then the sum over the processes."""
@@ -248,13 +245,14 @@ class TrainStep:
         loss_sum = self._label_loss(logits, targets, batch.scale)
         if self.distillation is not None:
             loss_sum = self.distillation(loss_sum, images, logits)
-        self.accelerator.backward(loss_sum * weight)
+        # The same as the gradient of loss_sum * weight, without a kernel for the product.
+        self.accelerator.backward(loss_sum, gradient=torch.full_like(loss_sum, weight))
         if weight:
             self.meter.add(loss_sum.detach(), logits.detach(), targets)
 
     def inputs(self, batch: Batch) -> Tensor:
         """Returns the augmented and normalised images of a batch, float32 (n, C, H, W)."""
-        return self.data.normalize(self.batches.augmented(batch))
+        return batch.images if batch.is_prepared else self.data.normalize(self.batches.augmented(batch))
 
     def targets(self, batch: Batch) -> Tensor:
         """Returns the labels, int64 (n,), or for mixed images the classes' probabilities, float32 (n, classes)."""
@@ -266,19 +264,27 @@ class TrainStep:
             return unshard(self.accelerator.clip_grad_norm_(self._parameters, self.clip_grad_norm))
         if self.accelerator.scaler is not None:
             self.accelerator.unscale_gradients(self.optimizer)
-        return unshard(nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None]))
+        return self._total_norm()
+
+    def _total_norm(self) -> Tensor:
+        return unshard(nn.utils.get_total_norm(self._gradients()))
+
+    def _gradients(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self._parameters if parameter.grad is not None]
 
     def health(self) -> tuple[Tensor, Tensor]:
         """Returns the norm of the last gradient over all parameters before clipping, and whether a gradient was bad.
 
         Both are scalars on the device. If the second is true, `check` may raise `NotFinite`.
         """
-        return self._norm, self._bad
+        if self.clip_grad_norm is None and self.guard_is_on_device:  # else every step computes it
+            self._norm.copy_(self._total_norm())
+        return self._norm, self._guard.bad
 
     @property
     def skipped(self) -> int:
         """Number of steps skipped so far because their gradient was not finite. Waits for the device."""
-        return int(self._skipped)
+        return self._guard.skipped
 
     # --- gradients that are not finite ----------------------------------------------------------------------------
 
@@ -292,40 +298,26 @@ class TrainStep:
             if self.on_nonfinite == "stop" and self.accelerator.scaler.get_scale() < 1:
                 self.accelerator.scaler.update(1.0)
                 raise NotFinite(self._last_step)  # all skipped steps had a bad gradient; this names the last one
-        elif self.on_nonfinite == "stop" and self._bad:
-            step = self._last_step - int(self._step_count - self._first_bad)
-            self._bad.zero_()
-            self._first_bad.fill_(-1)
-            raise NotFinite(step)
+        elif self.on_nonfinite == "stop" and self._guard.bad:
+            # The flag stays set, so all steps since the first bad one were skipped too.
+            raise NotFinite(self._last_step - self._guard.take() + 1)
 
-    def _guard_nonfinite(self, before: list[Tensor]) -> bool:
-        """Restores buffers and metrics if the gradient is not finite, and has the device skip the update if it can.
-
-        Args:
-            before: the network's buffers before the forward pass.
+    def _guard_nonfinite(self) -> bool:
+        """Undoes the step if the gradient is not finite, and has the device skip the update if it can.
 
         Returns:
             Whether the host must skip the update. To know it the host waits for the device, once.
         """
-        bad = ~torch.isfinite(self._norm)
-        self._bad.copy_(bad if self.on_nonfinite == "skip" else self._bad | bad)
-        self._step_count += 1  # counted on the device: passing the step's number would cost a transfer
-        if host_skips := not self.guard_is_on_device and bool(self._bad):
-            self.optimizer.zero_grad()
-        elif not self.guard_is_on_device:
-            return False
-        self._first_bad.copy_(torch.where(self._bad & (self._first_bad < 0), self._step_count, self._first_bad))
         if self.guard_is_on_device:
-            self.optimizer.found_inf = self._found_inf.copy_(self._bad)  # type: ignore[attr-defined]  # torch reads this attribute but does not declare it
-        self._skipped += self._bad
-        self._restore(before, self._bad)
-        return host_skips
-
-    def _restore(self, before: list[Tensor], bad: Tensor) -> None:
-        """Restores buffers and metrics to their state before the step if `bad` (bool scalar on the device)."""
-        for buffer, value in zip(self._buffers, before, strict=True):
-            buffer.copy_(torch.where(bad, value, buffer))
-        self.meter.forget_step(bad)
+            self._guard.find_on_device(self._gradients() if self.clip_grad_norm is None else [self._norm])
+            self.optimizer.found_inf = self._guard.found_inf  # type: ignore[attr-defined]  # torch reads this attribute but does not declare it
+        else:
+            self._guard.find(self._norm)
+            if not self._guard.bad:
+                return False
+            self.optimizer.zero_grad()
+        self._guard.undo()
+        return not self.guard_is_on_device
 
     @torch.no_grad()
     def offending_samples(self, step: int) -> list[tuple[int, list[int]]]:

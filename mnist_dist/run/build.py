@@ -99,7 +99,12 @@ def _uses_fsdp(world_size: int) -> bool:
 
 
 def build_components(
-    recipe: Recipe, precision: str, train_data: Images, module: nn.Module, teachers: Sequence[Run] = ()
+    recipe: Recipe,
+    precision: str,
+    train_data: Images,
+    module: nn.Module,
+    teachers: Sequence[Run] = (),
+    accelerator: Accelerator | None = None,
 ) -> TrainingComponents:
     """Builds everything that the training loop uses, on the device. Collective: call on every rank.
 
@@ -107,10 +112,11 @@ def build_components(
         precision: as `check_world` returns it.
         module: the network with its initial weights, as `prepare_model` returns it.
         teachers: runs whose networks the distillation learns from.
+        accelerator: None for one that follows recipe and launcher.
     """
     set_determinism(recipe.deterministic)
     set_kernels(recipe)
-    accelerator = _build_accelerator(recipe, precision)
+    accelerator = accelerator or _build_accelerator(recipe, precision)
     device = accelerator.device
     augmentation = recipe.data.augment.build()
     if misfits := list(augmentation.misfits(train_data.shape)):

@@ -187,7 +187,7 @@ def state(update: TrainStep | CapturedStep) -> dict[str, Tensor]:
     for number, each in enumerate(step.optimizer.state.values()):
         found |= {f"{number}.{key}": value for key, value in each.items()}
     gradients = {f"{number}.grad": each.grad for number, each in enumerate(step.module.parameters())}
-    return found | gradients | {"sums": step.meter._sums, "norm": step._norm, "skipped": step._skipped}
+    return found | gradients | {"sums": step.meter.sums, "norm": step.health()[0], "skipped": step._guard._skipped}
 
 
 def assert_equal(found: TrainStep | CapturedStep, expected: TrainStep | CapturedStep) -> None:
@@ -511,7 +511,8 @@ class FakeGPU:
     def __init__(self, module: nn.Module):
         self._parameters = list(module.parameters())
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, gradient: Tensor) -> None:
+        assert gradient.device == GPU
         assert loss.device == GPU and loss.ndim == 0
         for parameter in self._parameters:
             parameter.grad = torch.zeros_like(parameter)
@@ -544,6 +545,7 @@ def run_fake_steps(
     monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda self, memo: self, raising=False)
     monkeypatch.setattr(TrainStep, "seed", lambda self, step, share: None)
     monkeypatch.setattr("mnist_dist.engine.metrics.Moment", Marked)
+    monkeypatch.setattr(torch, "_fused_sgd_", lambda *lists, **settings: None)  # needs the driver
     # A fake tensor must not stay in a cache.
     monkeypatch.setattr(mixing, "_probabilities", inspect.unwrap(mixing._probabilities))
     with FakeTensorMode():
@@ -587,13 +589,13 @@ def test_a_step_on_a_gpu_uses_one_device_and_never_waits_for_it(monkeypatch, nam
     run_fake_steps(lambda: build_model(name), monkeypatch, **words)
 
 
-def test_fake_tensors_detect_a_counter_on_the_cpu(monkeypatch):
-    class CountsOnTheCPU(MovingAverage):
+def test_fake_tensors_detect_a_rate_on_the_cpu(monkeypatch):
+    class RatesOnTheCPU(MovingAverage):
         def __init__(self, module: nn.Module, decay: float):
             super().__init__(module, decay)
-            self.n_averaged = torch.zeros((), dtype=torch.int64, device="cpu")
+            self._smallest_rate = torch.zeros(1, device="cpu")
 
-    monkeypatch.setitem(globals(), "MovingAverage", CountsOnTheCPU)
+    monkeypatch.setitem(globals(), "MovingAverage", RatesOnTheCPU)
     with pytest.raises(RuntimeError, match="device"):
         run_fake_steps(lambda: build_model("lenet5"), monkeypatch, ema=True)
 
