@@ -125,7 +125,9 @@ def trainer_loop(setup: BenchmarkSetup, folder: Path, name: str = OURS) -> tuple
         if not finished:
             raise RunError("stopped by a signal during the measurement; there is no result")
         assert progress.step == last, "a round that ended early would look too fast"
-        return components.meter.train_seconds - before
+        seconds = components.meter.train_seconds - before
+        checkpointer.wait()  # the thread that writes must not disturb the loop that is timed next
+        return seconds
 
     return TimedLoop(name, train, lambda: close_trackers(components)), components
 

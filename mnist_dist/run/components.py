@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from mnist_dist.data import Batches, Images
 from mnist_dist.data.geometry import Geometry, describe_geometry, measure_geometry
 from mnist_dist.data.sources import SHAPES
 from mnist_dist.distributed.fsdp import shard_model_state, shard_optimizer_state, unshard, unsharded_parameters
-from mnist_dist.engine.checkpoint import save_weights
 from mnist_dist.engine.cuda_graph import CapturedStep
 from mnist_dist.engine.evaluation import Evaluation, evaluate
 from mnist_dist.engine.metrics import Meter
@@ -113,18 +111,12 @@ class TrainingComponents:
         self.schedule.load_state_dict(state["schedule"])
         self.meter.load_state_dict(state["meter"])
 
-    def save_weights(self, path: Path, recipe: Recipe) -> None:
-        """Saves the weights of `eval_model` on rank 0, with what is needed to rebuild the network and prepare images.
-
-        Collective: call on every rank.
-        """
-        weights = unshard(self.eval_model.state_dict())
-        if self.accelerator.is_main_process:
-            data = self.update.data
-            about = {"recipe": recipe.name, "model": recipe.model.name, "keywords": recipe.model.keywords}
-            known = {"classes": data.classes, "shape": data.shape, "mean": data.mean, "std": data.std}
-            geometry = describe_geometry(training_geometry(recipe, data))
-            save_weights(path, weights, about | known | {"geometry": geometry})
+    def describe_weights(self, recipe: Recipe) -> dict[str, Any]:
+        """Returns what is needed to rebuild the network from its weights and to prepare images for it."""
+        data = self.update.data
+        about = {"recipe": recipe.name, "model": recipe.model.name, "keywords": recipe.model.keywords}
+        known = {"classes": data.classes, "shape": data.shape, "mean": data.mean, "std": data.std}
+        return about | known | {"geometry": describe_geometry(training_geometry(recipe, data))}
 
 
 @dataclass

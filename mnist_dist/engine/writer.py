@@ -1,0 +1,113 @@
+"""Copies values to the host between two steps, and writes them to files in a thread while training continues."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mnist_dist.distributed.devices import Moment
+
+
+class Writer:
+    """Writes files in one thread, one after another in the order of the calls.
+
+    After the first failure nothing more is written. The failure is raised by every later call of `write` and
+    `wait_until_written`.
+
+    Args:
+        device: the device of the values. The thread waits until it has finished its copies to the host.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="writer")
+        self._copies: dict[str, HostCopy] = {}
+        self._jobs: dict[str, Future[None]] = {}
+        self._error: BaseException | None = None
+        self.seconds = 0.0
+        """Seconds that the thread has worked."""
+
+    def write(self, name: str, value: Any, job: Callable[[Any], object]) -> None:
+        """Copies a value to the host and lets the thread call `job` with the copy.
+
+        Waits for the earlier job of this name, which reads the memory that the new copy takes.
+
+        Args:
+            name: of the memory that holds the copy.
+            value: tensors, numbers, strings, and containers of them.
+            job: writes the copy to a file.
+
+        Raises:
+            BaseException: what an earlier job raised.
+        """
+        self.wait_until_written(name)
+        copy = self._copies.setdefault(name, HostCopy()).take(value)
+        self._jobs[name] = self._thread.submit(self._run, Moment(self._device), copy, job)
+
+    def wait_until_written(self, *names: str) -> None:
+        """Waits for the jobs of these names; without names, for all jobs.
+
+        Raises:
+            BaseException: what a job of any name raised.
+        """
+        for name in names or tuple(self._jobs):
+            if name in self._jobs:
+                self._jobs[name].result()
+        if self._error is not None:
+            raise self._error
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a job has failed so far. Does not wait."""
+        return self._error is not None
+
+    def close(self) -> None:
+        """Waits for all jobs and ends the thread. Raises nothing."""
+        self._thread.shutdown()
+
+    def _run(self, copied: Moment, copy: Any, job: Callable[[Any], object]) -> None:
+        if self._error is not None:
+            return
+        began = time.perf_counter()
+        try:
+            copied.wait()
+            job(copy)
+        except BaseException as error:  # the thread that waits for the job raises it
+            self._error = error
+        self.seconds += time.perf_counter() - began
+
+
+class HostCopy:
+    """Memory of the host that holds the copy of a value. The next copy takes the same memory.
+
+    The memory for the tensors of a CUDA device is pinned, so the host does not wait for the copy: the device makes it
+    before the next step.
+    """
+
+    def __init__(self) -> None:
+        self._tensors: dict[tuple[Any, ...], Tensor] = {}
+
+    @torch.no_grad()
+    def take(self, value: Any, path: tuple[Any, ...] = ()) -> Any:
+        """Returns a copy of the value; valid until the next call.
+
+        Args:
+            value: tensors, numbers, strings, and dictionaries, lists and tuples of them.
+            path: the keys that lead to the value.
+        """
+        if isinstance(value, dict):
+            return {key: self.take(each, (*path, key)) for key, each in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(self.take(each, (*path, index)) for index, each in enumerate(value))
+        if not isinstance(value, Tensor):
+            return value
+        old = self._tensors.get(path)
+        if old is None or (old.shape, old.dtype) != (value.shape, value.dtype):
+            old = torch.empty_like(value, device="cpu", requires_grad=False, pin_memory=value.is_cuda)
+            self._tensors[path] = old
+        return old.copy_(value, non_blocking=value.is_cuda)
