@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mnist_dist.distributed.devices import Moment
+from mnist_dist.distributed.fsdp import unshard
 
 
 class Writer:
@@ -21,10 +22,11 @@ class Writer:
 
     Args:
         device: the device of the values. The thread waits until it has finished its copies to the host.
+        writes: whether this rank writes. The other ranks only take part in gathering sharded tensors.
     """
 
-    def __init__(self, device: torch.device):
-        self._device = device
+    def __init__(self, device: torch.device, writes: bool = True):
+        self._device, self._writes = device, writes
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="writer")
         self._copies: dict[str, HostCopy] = {}
         self._jobs: dict[str, Future[None]] = {}
@@ -35,7 +37,8 @@ class Writer:
     def write(self, name: str, value: Any, job: Callable[[Any], object]) -> None:
         """Copies a value to the host and lets the thread call `job` with the copy.
 
-        Waits for the earlier job of this name, which reads the memory that the new copy takes.
+        Waits for the earlier job of this name, which reads the memory that the new copy takes. Collective if there are
+        sharded tensors: call on every rank.
 
         Args:
             name: of the memory that holds the copy.
@@ -46,8 +49,9 @@ class Writer:
             BaseException: what an earlier job raised.
         """
         self.wait_until_written(name)
-        copy = self._copies.setdefault(name, HostCopy()).take(value)
-        self._jobs[name] = self._thread.submit(self._run, Moment(self._device), copy, job)
+        copy = self._copies.setdefault(name, HostCopy(self._writes)).take(value)
+        if self._writes:
+            self._jobs[name] = self._thread.submit(self._run, Moment(self._device), copy, job)
 
     def wait_until_written(self, *names: str) -> None:
         """Waits for the jobs of these names; without names, for all jobs.
@@ -86,15 +90,19 @@ class HostCopy:
     """Memory of the host that holds the copy of a value. The next copy takes the same memory.
 
     The memory for the tensors of a CUDA device is pinned, so the host does not wait for the copy: the device makes it
-    before the next step.
+    before the next step. Sharded tensors are gathered one at a time, so a rank never holds more than one of them.
+
+    Args:
+        keeps: whether this rank gets the copy. The other ranks only take part in gathering.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keeps: bool = True) -> None:
+        self._keeps = keeps
         self._tensors: dict[tuple[Any, ...], Tensor] = {}
 
     @torch.no_grad()
     def take(self, value: Any, path: tuple[Any, ...] = ()) -> Any:
-        """Returns a copy of the value; valid until the next call.
+        """Returns a copy of the value; valid until the next call. Without `keeps`, all tensors are None.
 
         Args:
             value: tensors, numbers, strings, and dictionaries, lists and tuples of them.
@@ -106,6 +114,9 @@ class HostCopy:
             return type(value)(self.take(each, (*path, index)) for index, each in enumerate(value))
         if not isinstance(value, Tensor):
             return value
+        value = unshard(value)
+        if not self._keeps:
+            return None
         old = self._tensors.get(path)
         if old is None or (old.shape, old.dtype) != (value.shape, value.dtype):
             old = torch.empty_like(value, device="cpu", requires_grad=False, pin_memory=value.is_cuda)

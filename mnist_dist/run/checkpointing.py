@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from mnist_dist.distributed.collectives import run_on_all_ranks
-from mnist_dist.distributed.fsdp import unshard
 from mnist_dist.engine.checkpoint import list_checkpoints, save_checkpoint, save_weights
 from mnist_dist.engine.evaluation import Evaluation
 from mnist_dist.engine.train_step import NotFinite
@@ -44,8 +43,9 @@ class Checkpointer:
 
     def __init__(self, folder: RunFolder, recipe: Recipe, components: TrainingComponents, progress: Progress):
         self._folder, self._recipe, self._components, self._progress = folder, recipe, components, progress
-        self._writer = Writer(components.accelerator.device)
-        self._about = components.describe_weights(recipe) if components.accelerator.is_main_process else {}
+        writes = components.accelerator.is_main_process
+        self._writer = Writer(components.accelerator.device, writes)
+        self._about = components.describe_weights(recipe) if writes else {}
         self._pauses: list[float] = []
         self.start(0.0)
 
@@ -138,8 +138,7 @@ class Checkpointer:
                 state["metrics_bytes"] = metrics.bytes_written()
             if wandb := find_tracker(self._components.accelerator, WandbTracker):
                 state["wandb_id"] = wandb.run_id
-            if self._components.accelerator.is_main_process:
-                self._writer.write(STATE, state, partial(self._publish, metrics))
+            self._writer.write(STATE, state, partial(self._publish, metrics))
         if wait:
             self.wait()
 
@@ -155,9 +154,8 @@ class Checkpointer:
     def _save_weights(self, path: Path) -> None:
         """Has the thread write the weights of the network that is evaluated. Collective: call on every rank."""
         self.wait(WEIGHTS)
-        weights = unshard(self._components.eval_model.state_dict())
-        if self._components.accelerator.is_main_process:
-            self._writer.write(WEIGHTS, weights, lambda copy: save_weights(path, copy, self._about))
+        weights = self._components.eval_model.state_dict()
+        self._writer.write(WEIGHTS, weights, lambda copy: save_weights(path, copy, self._about))
 
     def wait(self, *names: str) -> None:
         """Waits for the thread on all ranks, and raises its error on all ranks. Collective: call on every rank."""

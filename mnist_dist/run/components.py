@@ -81,14 +81,14 @@ class TrainingComponents:
         return unshard({f"weights/{name}": each.detach() for name, each in named.items()} | gradients)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns everything that the next update depends on. Collective: call on every rank.
+        """Returns everything that the next update depends on. With FSDP2 it has sharded tensors.
 
         There is no random state: all random numbers follow from the seed and the step.
         """
         scaler = self.accelerator.scaler
         return {
-            "model": unshard(self.module.state_dict()),
-            "optimizer": unshard(self.update.optimizer.state_dict()),
+            "model": self.module.state_dict(),
+            "optimizer": self.update.optimizer.state_dict(),
             "average": self.update.average.state_dict() if self.update.average else None,
             "scaler": scaler.state_dict() if scaler else None,
             "schedule": self.schedule.state_dict(),
@@ -96,7 +96,7 @@ class TrainingComponents:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned, at the same or another number of processes."""
+        """Restores the unsharded values of what `state_dict` returned, at the same or another number of processes."""
         optimizer = self.update.optimizer
         self.module.load_state_dict(shard_model_state(state["model"], self.module))
         optimizer.load_state_dict(shard_optimizer_state(state["optimizer"], optimizer))

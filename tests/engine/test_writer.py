@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 
 import pytest
 import torch
 
 from mnist_dist.engine.writer import HostCopy, Writer
+from tests.processes import run_ranks
 
 CPU = torch.device("cpu")
 PATIENCE = 60.0
@@ -121,6 +123,44 @@ def test_tensors_that_share_memory_are_copied_apart():
     table = torch.arange(12.0)
     copy = HostCopy().take({"table": table, "part": table[3:]})
     assert torch.equal(copy["table"], table) and torch.equal(copy["part"], table[3:])
+
+
+SHARDED = """
+import os, sys, torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from mnist_dist.distributed.launcher import launched_world
+from mnist_dist.engine.writer import Writer
+
+state = launched_world()
+mesh = init_device_mesh("cpu", (2,))
+full = {name: torch.arange(15.0).view(5, 3) + name for name in range(4)}
+value = {name: distribute_tensor(each, mesh, [Shard(0)]) for name, each in full.items()}
+gather, living, most, found = DTensor.full_tensor, [], 0, []
+
+def gathered(tensor):
+    global most
+    result = gather(tensor)
+    storage = result.untyped_storage()._weak_ref()
+    living.append(storage)
+    most = max(most, sum(not torch.UntypedStorage._expired(each) for each in living))
+    return result
+
+DTensor.full_tensor = gathered
+writer = Writer(state.device, writes=state.is_main_process)
+writer.write("state", {"model": value, "step": 3}, found.append)
+writer.close()
+assert most == 1, f"{most} gathered tensors at once"
+if state.is_main_process:
+    [copy] = found
+    assert copy["step"] == 3 and all(torch.equal(copy["model"][name], full[name]) for name in full)
+else:
+    assert not found and not writer._copies["state"]._tensors
+"""
+
+
+def test_sharded_tensors_are_gathered_one_at_a_time_and_kept_on_the_rank_that_writes():
+    run_ranks(2, [sys.executable, "-c", SHARDED])
 
 
 @pytest.mark.gpu
