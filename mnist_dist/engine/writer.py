@@ -53,6 +53,18 @@ class Writer:
         if self._writes:
             self._jobs[name] = self._thread.submit(self._run, Moment(self._device), copy, job)
 
+    def reserve(self, name: str, value: Any) -> None:
+        """Lets the thread get the memory for the first copy, so that `write` does not wait for it.
+
+        Args:
+            name: of the memory that holds the copy.
+            value: has the tensors of the later values, in the memory of the CPU. Other tensors are left out.
+        """
+        if self._writes and name not in self._copies:
+            copy = self._copies[name] = HostCopy()
+            copy.reserve(value)
+            self._jobs[name] = self._thread.submit(self._run, Moment(self._device), None, lambda _: copy.touch())
+
     def wait_until_written(self, *names: str) -> None:
         """Waits for the jobs of these names; without names, for all jobs.
 
@@ -115,10 +127,24 @@ class HostCopy:
         if not isinstance(value, Tensor):
             return value
         value = unshard(value)
-        if not self._keeps:
-            return None
+        return self._memory(value, path).copy_(value, non_blocking=value.is_cuda) if self._keeps else None
+
+    def reserve(self, value: Any, path: tuple[Any, ...] = ()) -> None:
+        """Gets memory for a later copy of the tensors of the CPU in the value. The system has not provided it yet."""
+        if isinstance(value, dict | list | tuple):
+            for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+                self.reserve(each, (*path, key))
+        elif isinstance(value, Tensor) and value.device.type == "cpu" and not hasattr(value, "full_tensor"):
+            self._memory(value, path)
+
+    def touch(self) -> None:
+        """Writes to all memory. The system provides memory at the first write, which takes longer than the copy."""
+        for each in self._tensors.values():
+            each.zero_()
+
+    def _memory(self, value: Tensor, path: tuple[Any, ...]) -> Tensor:
         old = self._tensors.get(path)
         if old is None or (old.shape, old.dtype) != (value.shape, value.dtype):
             old = torch.empty_like(value, device="cpu", requires_grad=False, pin_memory=value.is_cuda)
             self._tensors[path] = old
-        return old.copy_(value, non_blocking=value.is_cuda)
+        return old

@@ -47,6 +47,7 @@ class Checkpointer:
         self._writer = Writer(components.accelerator.device, writes)
         self._about = components.describe_weights(recipe) if writes else {}
         self._pauses: list[float] = []
+        self._has_reserved = False
         self.start(0.0)
 
     # --- time -----------------------------------------------------------------------------------------------------
@@ -105,15 +106,27 @@ class Checkpointer:
     def is_due(self, logged: bool) -> bool:
         """Returns whether the recipe asks for a checkpoint now; the answer is the same on every rank.
 
+        The first call also reserves the memory for the copies.
+
         Args:
             logged: whether this step wrote a log line. `every_minutes` is checked at log lines only, because only there
                 all ranks know the same training time.
         """
+        if not self._has_reserved:
+            self._reserve_memory()
         rule, seconds = self._recipe.checkpoint, self._components.meter.train_seconds - self._saved_at
         by_steps = rule.every_steps is not None and self._progress.step % rule.every_steps == 0
         # Always after the last step: if the end of the run is interrupted, no training must be repeated.
         by_steps = by_steps or self._progress.step == self._components.total_steps
         return by_steps or (logged and rule.every_minutes is not None and seconds >= 60 * rule.every_minutes)
+
+    def _reserve_memory(self) -> None:
+        """Reserves the memory for the copies of the largest tensors. After the first step the optimizer has its own."""
+        module, optimizer = self._components.module, self._components.update.optimizer
+        large = {"model": module.state_dict(), "optimizer": optimizer.state_dict()}
+        self._writer.reserve(STATE, {"components": large})
+        self._writer.reserve(WEIGHTS, self._components.eval_model.state_dict())
+        self._has_reserved = True
 
     def save(self, wait: bool = False) -> None:
         """Saves `checkpoints/step-N` with everything that the next step depends on. Collective: call on every rank.

@@ -113,6 +113,19 @@ def test_the_next_copy_takes_the_same_memory_and_keeps_type_and_layout():
     assert addresses[0] != image.data_ptr()
 
 
+def test_reserved_memory_is_that_of_the_first_copy(writer):
+    value = {"state": [torch.ones(5), 1], "scalar": torch.tensor(2.0)}
+    writer.reserve("state", value)
+    writer.wait_until_written()
+    reserved = [each.data_ptr() for each in writer._copies["state"]._tensors.values()]
+    found = []
+    writer.write("state", value | {"late": torch.ones(1)}, found.append)  # a later value may have more tensors
+    writer.wait_until_written()
+    [copy] = found
+    assert [copy["state"][0].data_ptr(), copy["scalar"].data_ptr()] == reserved
+    assert torch.equal(copy["state"][0], torch.ones(5)) and copy["scalar"] == 2 and copy["late"] == 1
+
+
 def test_a_tensor_that_has_changed_its_shape_gets_new_memory():
     copies = HostCopy()
     copies.take({"state": torch.zeros(3)})
