@@ -141,8 +141,10 @@ def trainer_loop(
         if not finished:
             raise RunError("stopped by a signal during the measurement; there is no result")
         assert progress.step == last, "a round that ended early would look too fast"
+        seconds = components.meter.train_seconds - before
+        checkpointer.wait()  # the thread that writes must not disturb the loop that is timed next
         setup.synchronize()
-        return time.perf_counter() - started if evaluates else components.meter.train_seconds - before
+        return time.perf_counter() - started if evaluates else seconds
 
     def close() -> None:
         close_trackers(components)
