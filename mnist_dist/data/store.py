@@ -20,7 +20,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from mnist_dist.data.cache import map_file, user_cache
+from mnist_dist.data.cache import map_file, remove_unfinished, unfinished_path, user_cache
 from mnist_dist.data.images import Images
 
 Place = Literal["device", "host", "disk"]
@@ -100,7 +100,8 @@ def write_mapped(images: Tensor, folder: Path) -> Tensor:
     path = folder / f"{digest.hexdigest()}.bin"
     if not path.is_file() or path.stat().st_size != images.numel():
         folder.mkdir(parents=True, exist_ok=True)
-        staged = path.with_name(f"{path.name}.{os.getpid()}.part")
+        remove_unfinished(folder)
+        staged = unfinished_path(path)
         try:
             with staged.open("wb") as file:
                 for part in parts:
