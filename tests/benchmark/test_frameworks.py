@@ -81,12 +81,15 @@ CHANGES = {
 }
 """Key below data.augment -> torchvision's class, and a value."""
 
+NO_WARP = ("data.augment.rotation=0", "data.augment.translation=0")
+"""Removes what the recipe `debug` has."""
+
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("name", CHANGES)
 def test_single_images_are_changed_as_the_recipe_asks(name, channels, setup_of):
     kind, value = CHANGES[name]
-    words = ["data.augment={}", "data.augment.fill=30", f"data.augment.{name}={value}", f"data.channels={channels}"]
+    words = [*NO_WARP, "data.augment.fill=30", f"data.augment.{name}={value}", f"data.channels={channels}"]
     setup = setup_of(*words)
     data = frameworks._PerImage(setup.recipe, setup.dataset.train)
     assert [step for step in data._transform.transforms if isinstance(step, kind)]
@@ -97,7 +100,7 @@ def test_single_images_are_changed_as_the_recipe_asks(name, channels, setup_of):
 
 
 def test_the_squares_of_cutout_are_as_large_as_the_trainers(setup_of):
-    setup = setup_of("data.augment={}", "data.augment.cutout=8", "data.augment.fill=30")
+    setup = setup_of(*NO_WARP, "data.augment.cutout=8", "data.augment.fill=30")
     data = frameworks._PerImage(setup.recipe, setup.dataset.train)
     plain, level = setup.dataset.train.images[0].float(), float(setup.dataset.train.normalize(torch.tensor([30.0]))[0])
     filled = (data[0][0] - level).abs() < 1e-3
