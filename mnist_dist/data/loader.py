@@ -65,10 +65,7 @@ class Loader:
         positions, order = self._positions(size), self._order_on_device(plan.order)
         images, labels = self._fetch(batches, plan, index)
         batch = Batch(size, positions.start, images, labels, self._changes(batches, plan, order, index))
-        if not batches.mixes:
-            return batch
-        count = len(positions)
-        return replace(batch[:count], partner=batch[count:])
+        return replace(batch[1:], start=positions.start, partner=batch[:-1]) if batches.mixes else batch
 
     # --- images and labels --------------------------------------------------------------------------------------------
 
@@ -100,10 +97,9 @@ class Loader:
         return plan.order, *self._gather(self._rows(batches, plan.order, index))
 
     def _rows(self, batches: Batches, order: Tensor, index: int) -> Tensor:
-        """Returns the sample indices of this process's part of a batch; after them those of the partners."""
-        positions = self._positions(batches.size(index))
-        rows = batches.rows_at(order, index, positions)
-        return torch.cat([rows, batches.partners_at(order, index, positions)]) if batches.mixes else rows
+        """Returns the sample indices of this process's part of a batch, after the partner of the first if they mix."""
+        rows = batches.rows_with_partner if batches.mixes else batches.rows_at
+        return rows(order, index, self._positions(batches.size(index)))
 
     def _gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         images, labels = self.data.images, self.data.labels

@@ -56,6 +56,11 @@ def choose_place(images: Tensor, device: torch.device, processes: int = 1) -> tu
     return "disk", "; ".join([*reasons, f"the host has {_gigabytes(free)}{copies}"])
 
 
+def fits_on_device(images: Tensor, wanted: Place | Literal["auto"], device: torch.device) -> bool:
+    """Returns whether images for an evaluation are moved to the device at once, given the recipe's `data.place`."""
+    return wanted == "device" or (wanted == "auto" and choose_place(images, device)[0] == "device")
+
+
 def describe_place(place: Place, images: Tensor, reason: str) -> str:
     """Returns a note for the user: where the images lie, their size, and the reason."""
     where = {"device": "on the device", "host": "in host memory", "disk": "on disk, memory-mapped"}[place]
