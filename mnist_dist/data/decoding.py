@@ -36,10 +36,10 @@ from mnist_dist.data.cache import (
 from mnist_dist.data.form import DataError, Form, convert_picture, fit_picture
 
 VERSION = 1
-"""Of the decoding; a change of the arithmetic needs another number."""
+"""A part of every cache's key. A change of the decoding's arithmetic needs another number."""
 
 MOST_PIXELS = 100_000_000
-"""Larger pictures are damaged: they would fill the memory."""
+"""Larger pictures are reported as damaged: they would fill the memory."""
 
 BATCH = 64
 """Files that a thread decodes at once."""
@@ -142,7 +142,7 @@ def _write_cache(folder: Path, files: ImageFiles, form: Form, on_bad_image: str,
     count = len(files.names)
     shape, sound = (count, channels, *size), [row for row in range(count) if row not in bad]
     _check_space(folder, int(np.prod(shape, dtype=np.int64)))
-    # No open(…, "w"): the file becomes visible by the rename of its folder.
+    # The files may be written in place: they become visible by the rename of their folder.
     images = np.memmap(folder / "images.bin", dtype=np.uint8, mode="w+", shape=shape)
 
     def decode(rows: Sequence[int]) -> dict[int, str]:
@@ -163,7 +163,6 @@ def _write_cache(folder: Path, files: ImageFiles, form: Form, on_bad_image: str,
     images.flush()
     np.save(folder / "kept.npy", kept)
     about = {"version": VERSION, "shape": [len(kept), *shape[1:]], "skipped": [files.names[row] for row in sorted(bad)]}
-    # The last file of a folder that has no name yet: nobody can read half of it.
     with (folder / "about.json").open("a", encoding="utf-8") as file:
         json.dump(about, file)
         file.flush()

@@ -42,7 +42,7 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Form:
-    """Channels and size that the images of a data set get. None: as they are.
+    """Channels and size that the images of a data set get. None keeps those of the source.
 
     Attributes:
         size: height and width in pixels.
@@ -99,7 +99,11 @@ def convert_picture(picture: Image.Image, channels: int) -> Image.Image:
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:
-    """Returns a picture of more than 8 bits per pixel in 8: by its mode for 16 bits, else by its own range."""
+    """Returns a picture of integers or floating-point numbers with 8 bits per pixel.
+
+    The level of white is 65535 in modes of 16 bits. In the others it is the smallest of 1, 255 and 65535 that is not
+    below the picture's largest level.
+    """
     levels = np.asarray(picture).astype(np.float64)
     if not np.isfinite(levels).all():
         raise ValueError("a pixel is not finite")

@@ -129,9 +129,8 @@ class Loader:
         if self._device.type == "cpu":
             return order
         if self._order is None or self._order[0] is not order:
-            pinned = (
-                order.pin_memory() if torch.cuda.is_available() else order
-            )  # a copy that the host need not wait for
+            # The host need not wait for a copy from pinned memory.
+            pinned = order.pin_memory() if torch.cuda.is_available() else order
             self._order = (order, pinned.to(self._device, non_blocking=True))
         return self._order[1]
 

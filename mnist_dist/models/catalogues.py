@@ -34,10 +34,12 @@ def torchvision_builder(name: str) -> Builder:
     ) -> nn.Module:
         if name.startswith("vit_"):
             keywords["image_size"] = _square_of_patches(name, image_size)
+        if name.startswith("maxvit_"):
+            keywords.setdefault("input_size", image_size)
         try:
             model = models.get_model(name, weights=None, num_classes=num_classes, **keywords)
-        except (TypeError, AssertionError) as error:
-            raise ValueError(f"model 'torchvision/{name}': {error}") from error
+        except (TypeError, AssertionError, ValueError) as error:
+            raise ValueError(f"model 'torchvision/{name}': {' '.join(str(error).split())}") from error
         if pretrained:
             load_pretrained(name, model)
         accept_channels(model, in_channels)
@@ -72,7 +74,7 @@ def timm_builder(name: str) -> Builder:
                 with suppress(TypeError):
                     return _with_whole_patches(name, timm.create_model(name, img_size=side, **settings), image_size)
             return _with_whole_patches(name, timm.create_model(name, **settings), image_size)
-        except TypeError as error:
+        except (TypeError, AssertionError) as error:
             raise ValueError(f"model 'timm/{name}': {error}") from error
         except (OSError, RuntimeError) as error:
             if not pretrained:
@@ -90,18 +92,18 @@ def _with_whole_patches(name: str, model: nn.Module, image_size: tuple[int, int]
     Raises:
         ValueError: the patch size does not divide the sides of the images.
     """
-    embedding = getattr(model, "patch_embed", None)
+    embedding = getattr(model, "patch_embed", None) or getattr(model, "stem", None)  # of transformers, of MLP-Mixers
     cut = getattr(embedding, "proj", None)
     if not isinstance(cut, nn.Conv2d) or cut.stride != cut.kernel_size or getattr(embedding, "dynamic_img_pad", False):
         return model
     uncovered = any(side % size for side, size in zip(image_size, cut.kernel_size, strict=True))
     if uncovered and cut.padding == (0, 0):
         (tall, wide), (height, width) = cut.kernel_size, image_size
-        sizes = (size for size in range(2, min(image_size)) if height % size == 0 and width % size == 0)
-        fitting = ", ".join(map(str, sizes))
+        sizes = [str(size) for size in range(2, min(image_size)) if height % size == 0 and width % size == 0]
+        fitting = f"model.patch_size to one of {', '.join(sizes)}, or " if sizes else ""
         raise ValueError(
             f"model 'timm/{name}': patches of {tall}×{wide} pixels do not cover an image of {height}×{width}; "
-            f"set model.patch_size to one of {fitting}, or data.image_size to a multiple of {tall}"
+            f"set {fitting}data.image_size to a multiple of {tall}"
         )
     return model
 
@@ -110,7 +112,9 @@ def _square_of_patches(name: str, image_size: tuple[int, int]) -> int:
     """Returns the side of the images for torchvision's vision transformer, whose patches have the size in its name."""
     height, width = image_size
     patch = int(name.split("_")[-1])
-    if height != width or height % patch:
+    if height != width:
+        raise ValueError(f"model 'torchvision/{name}' takes square images, not {height}×{width}; set data.image_size")
+    if height % patch:
         raise ValueError(
             f"model 'torchvision/{name}': patches of {patch}×{patch} pixels do not cover an image of {height}×{width}; "
             f"set data.image_size to a multiple of {patch}, or use timm/vit_tiny_patch16_224 with model.patch_size"

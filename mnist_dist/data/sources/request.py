@@ -16,10 +16,10 @@ from mnist_dist.data.form import DataError, Form
 from mnist_dist.data.images import Images
 
 MOST_CLASSES = 1000
-"""More classes are refused: the labels are then hardly classes, and a weights file holds no longer list."""
+"""More classes are refused: such labels are probably not classes, and a weights file lists at most as many."""
 
 TEST_SHARE = 5
-"""Of a set without a test set, every fifth image of each class becomes one."""
+"""In a set without a test set, one image in this many of each class becomes a test image."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class Splits:
     Attributes:
         train, test: not yet normalised.
         validation: the source's own validation images.
-        mixed: the images are in `mixed_order`, so every part from either end holds all classes in their shares.
+        mixed: whether the images are in `mixed_order`, so that their first or last rows hold all classes in the shares
+            of the complete set.
     """
 
     train: Images
@@ -116,7 +117,7 @@ def natural(name: str) -> list[tuple[int, int, str]]:
 
 
 def mixed_order(labels: Tensor) -> Tensor:
-    """Returns an order of rows in which every part, from either end, holds all classes in their shares of the set.
+    """Returns an order of rows whose first or last rows, any number, hold all classes in their shares of the set.
 
     Args:
         labels: int64 (N,).
