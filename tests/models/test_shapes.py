@@ -49,7 +49,8 @@ def test_an_image_that_is_too_small_is_refused(name):
     ("name", "size"),
     [
         ("patch_cnn", (27, 28)), ("torchvision/vit_b_16", (28, 28)), ("torchvision/vit_b_16", (32, 48)),
-        ("torchvision/maxvit_t", (40, 40)), ("timm/vit_tiny_patch16_224", (37, 41)), ("timm/mixer_s32_224", (40, 40)),
+        ("torchvision/maxvit_t", (40, 40)), ("torchvision/swin_t", (30, 32)), ("timm/convmixer_768_32", (40, 40)),
+        ("timm/vit_tiny_patch16_224", (37, 41)), ("timm/mixer_s32_224", (40, 40)),
         ("timm/xcit_nano_12_p16_224", (40, 40)), ("timm/swin_tiny_patch4_window7_224", (33, 32)),
     ],
 )  # fmt: skip
