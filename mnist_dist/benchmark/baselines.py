@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
@@ -24,7 +24,6 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from mnist_dist.data import Dataset
-from mnist_dist.data.augment import OTHERS
 from mnist_dist.distributed.collectives import run_on_all_ranks
 from mnist_dist.distributed.devices import choose_threads, device_name, synchronize
 from mnist_dist.distributed.gradients import FlatGradients, GradientClock
@@ -33,7 +32,7 @@ from mnist_dist.engine.cuda_graph import WARM_UP_STEPS, capture_cuda_graph
 from mnist_dist.engine.optimizers import build_optimizer
 from mnist_dist.errors import Problem, RecipeError
 from mnist_dist.recipe.schema import Recipe
-from mnist_dist.run.build import check_world
+from mnist_dist.run.build import check_world, class_weights
 from mnist_dist.run.data import load_data
 from mnist_dist.run.model_setup import build_module, prepare_model
 from mnist_dist.run.model_trial import to_device
@@ -87,9 +86,9 @@ class BenchmarkSetup:
         if recipe.distill.teachers:
             message = 'the frameworks learn from labels alone; remove the teachers: "distill={}"'
             raise RecipeError([recipe.problem("distill.from", message, "unsupported")])
-        if others := [name for name in OTHERS if getattr(recipe.data.augment, name)]:
-            message = "the frameworks' augmentation of single images has only warps; remove this key"
-            raise RecipeError([recipe.problem(f"data.augment.{name}", message, "unsupported") for name in others])
+        if mixes := [name for name in ("mixup", "cutmix") if getattr(recipe.data.augment, name)]:
+            message = "the other loops augment single images and cannot mix two; set this key to 0"
+            raise RecipeError([recipe.problem(f"data.augment.{name}", message, "unsupported") for name in mixes])
         dataset = load_data(recipe, state)
         if recipe.batch_size > len(dataset.train):
             message = (
@@ -97,6 +96,7 @@ class BenchmarkSetup:
                 "training images"
             )
             raise RecipeError([recipe.problem("batch_size", message, "conflict")])
+        class_weights(recipe, dataset.train)  # refuses a list of another length
         prepared = run_on_all_ranks(state, lambda: prepare_model(recipe, dataset, state.num_processes, state.device))
         return cls(prepared.recipe, precision, dataset, state)
 
@@ -149,9 +149,16 @@ class BenchmarkSetup:
         """Returns the context in which a forward pass runs in the setup's precision."""
         return torch.autocast(self.state.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
+    @cached_property
+    def class_weights(self) -> Tensor | None:
+        """Weight of each class in the loss, float32 on the device; None: all 1."""
+        weights = class_weights(self.recipe, self.dataset.train)
+        return None if weights is None else torch.tensor(weights, device=self.state.device)
+
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Returns the mean cross entropy of logits (n, classes) and labels int64 (n,), with label smoothing."""
-        return F.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
+        """Returns the recipe's mean cross entropy of logits (n, classes) and labels int64 (n,)."""
+        smoothing = self.recipe.label_smoothing
+        return F.cross_entropy(logits, labels, weight=self.class_weights, label_smoothing=smoothing)
 
     def synchronize(self) -> None:
         """Waits until the device has finished its work."""

@@ -77,11 +77,7 @@ class Loader:
         positions, order = self._positions(size), self._order_on_device(plan.order)
         images, labels = self._fetch(batches, plan, index)
         batch = Batch(size, positions.start, images, labels, self._changes(batches, plan, order, index))
-        return self._with_partner(batches, batch, len(positions))
-
-    def _with_partner(self, batches: Batches, batch: Batch, count: int) -> Batch:
-        """Returns a batch whose rows after the first `count` are the partners of these, if images are mixed."""
-        return replace(batch[:count], partner=batch[count:]) if batches.mixes else batch
+        return replace(batch[1:], start=positions.start, partner=batch[:-1]) if batches.mixes else batch
 
     def _prepare(self, batches: Batches, plan: EpochPlan, index: int) -> Batch:
         """Returns a prepared batch; prepares the next ones too."""
@@ -95,22 +91,19 @@ class Loader:
 
     def _prepare_block(self, batches: Batches, plan: EpochPlan, indices: range) -> list[Batch]:
         """Returns this process's parts of several global batches, gathered, changed and normalised together."""
-        order, sizes = self._order_on_device(plan.order), [batches.size(each) for each in indices]
-        parts = [self._positions(size) for size in sizes]
-        rows = torch.cat([batches.rows_at(order, each, part) for each, part in zip(indices, parts, strict=True)])
-        count = len(rows)
-        if batches.mixes:
-            partners = (batches.partners_at(order, each, part) for each, part in zip(indices, parts, strict=True))
-            rows = torch.cat([rows, *partners])
+        order = self._order_on_device(plan.order)
+        counts = [len(self._positions(batches.size(each))) for each in indices]
+        rows = torch.cat([self._rows(batches, order, each) for each in indices])
         changes = batches.changes(plan.epoch, rows)
-        block = Batch(count, 0, self.data.images[rows], self.data.labels[rows], changes)
-        block = self._with_partner(batches, block, count)
-        images = self.data.normalize(batches.augmented(block))
-        targets = batches.targets(block, len(self.data.classes))
-        ends = list(accumulate(len(part) for part in parts))
+        block = Batch(len(rows), 0, self.data.images[rows], self.data.labels[rows], changes)
+        block = replace(block, images=batches.augmented(block))
+        if batches.mixes:
+            block = batches.mixed(*_own_and_partners(block, counts), len(self.data.classes))
+        block = replace(block, images=self.data.normalize(block.images), changes=None)
+        ends = accumulate(counts)
         return [
-            Batch(size, part.start, images[end - len(part) : end], targets[end - len(part) : end])
-            for size, part, end in zip(sizes, parts, ends, strict=True)
+            replace(block[end - count : end], size=batches.size(each), start=self._positions(batches.size(each)).start)
+            for each, count, end in zip(indices, counts, ends, strict=True)
         ]
 
     # --- images and labels --------------------------------------------------------------------------------------------
@@ -143,10 +136,9 @@ class Loader:
         return plan.order, *self._gather(self._rows(batches, plan.order, index))
 
     def _rows(self, batches: Batches, order: Tensor, index: int) -> Tensor:
-        """Returns the sample indices of this process's part of a batch; after them those of the partners."""
-        positions = self._positions(batches.size(index))
-        rows = batches.rows_at(order, index, positions)
-        return torch.cat([rows, batches.partners_at(order, index, positions)]) if batches.mixes else rows
+        """Returns the sample indices of this process's part of a batch, after the partner of the first if they mix."""
+        rows = batches.rows_with_partner if batches.mixes else batches.rows_at
+        return rows(order, index, self._positions(batches.size(index)))
 
     def _gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         images, labels = self.data.images, self.data.labels
@@ -176,9 +168,8 @@ class Loader:
         if self._device.type == "cpu":
             return order
         if self._order is None or self._order[0] is not order:
-            pinned = (
-                order.pin_memory() if torch.cuda.is_available() else order
-            )  # a copy that the host need not wait for
+            # The host need not wait for a copy from pinned memory.
+            pinned = order.pin_memory() if torch.cuda.is_available() else order
             self._order = (order, pinned.to(self._device, non_blocking=True))
         return self._order[1]
 
@@ -198,3 +189,12 @@ class Loader:
 def _is_same(one: tuple[Batches, EpochPlan, int], other: tuple[Batches, EpochPlan, int]) -> bool:
     plans = one[1].epoch == other[1].epoch and one[1].order is other[1].order
     return plans and one[0] == other[0] and one[2] == other[2]
+
+
+def _own_and_partners(block: Batch, counts: list[int]) -> tuple[Batch, Batch]:
+    """Divides a block of several parts, each after the partner of its first sample, into samples and their partners."""
+    parts, end = [], 0
+    for count in counts:
+        start, end = end, end + count + bool(count)  # an empty part has no partner
+        parts.append(block[start:end])
+    return Batch.join([part[1:] for part in parts]), Batch.join([part[: max(0, len(part) - 1)] for part in parts])

@@ -233,7 +233,7 @@ def _build_reduction(
 
 def _step_settings(recipe: Recipe, data: Images) -> StepSettings:
     return StepSettings(
-        class_weights=_class_weights(recipe, data),
+        class_weights=class_weights(recipe, data),
         clip_grad_norm=recipe.clip_grad_norm,
         label_smoothing=recipe.label_smoothing,
         micro_batch_size=None if recipe.micro_batch_size == "auto" else recipe.micro_batch_size,
@@ -241,8 +241,12 @@ def _step_settings(recipe: Recipe, data: Images) -> StepSettings:
     )
 
 
-def _class_weights(recipe: Recipe, data: Images) -> tuple[float, ...] | None:
-    """Returns the weight of each class, scaled to the mean 1 over the training images; None for equal weights."""
+def class_weights(recipe: Recipe, data: Images) -> tuple[float, ...] | None:
+    """Returns the weight of each class, scaled to the mean 1 over the training images; None for equal weights.
+
+    Raises:
+        RecipeError: the recipe has another number of weights than the data has classes.
+    """
     wanted, classes = recipe.data.class_weights, len(data.classes)
     if wanted == "none":
         return None
