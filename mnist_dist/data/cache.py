@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
@@ -85,15 +86,5 @@ def remove_stale(target: Path) -> None:
     """Removes what killed decodings on this machine have left."""
     for left in target.parent.glob(f"{target.name}.{socket.gethostname()}.*.part"):
         number = left.name.split(".")[-2]
-        if number.isdigit() and not _is_alive(int(number)):
+        if number.isdigit() and not psutil.pid_exists(int(number)):
             shutil.rmtree(left, ignore_errors=True)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True

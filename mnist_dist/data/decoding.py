@@ -25,6 +25,7 @@ from rich.progress import track
 
 from mnist_dist.data.cache import Decoded, cache_folders, open_cache, publish, remove_stale, writable_folder
 from mnist_dist.data.form import DataError, Form, convert_picture, fit_picture
+from mnist_dist.machine import count_cores
 
 VERSION = 1
 """Of the decoding; a change of the arithmetic needs another number."""
@@ -224,11 +225,6 @@ def _in_threads(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-
-
-def count_cores() -> int:
-    """Returns the number of processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _report(names: Sequence[str], bad: dict[int, str], on_bad_image: str, notify: Callable[[str], None]) -> None:

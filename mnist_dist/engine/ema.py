@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
+from mnist_dist.distributed.devices import sum_dtype
+
 
 class MovingAverage(AveragedModel):
     """Averages weights and buffers after every step: decay × average + (1 - decay) × new.
@@ -27,7 +29,7 @@ class MovingAverage(AveragedModel):
     @torch.no_grad()
     def move(self, module: torch.nn.Module, skipped: Tensor) -> None:
         """Updates the average from `module`, unless its step was `skipped` (bool scalar on the device)."""
-        rate = torch.full_like(self.n_averaged, 1 - self.decay, dtype=torch.float64)
+        rate = torch.full_like(self.n_averaged, 1 - self.decay, dtype=sum_dtype(self.n_averaged.device))
         rate = rate.masked_fill(self.n_averaged == 0, 1.0).masked_fill(skipped, 0.0)
         for average, new in zip(_tensors(self.module), _tensors(module), strict=True):
             if average.is_floating_point():

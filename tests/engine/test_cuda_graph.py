@@ -443,9 +443,10 @@ def run_fake_steps(
     teacher: bool = False,
     elastic: float = 0.0,
     everything: bool = False,
+    watching: AbstractContextManager[object] | None = None,
     **settings: Any,
 ) -> None:
-    """Runs two steps on fake tensors, the second with learning rates on the device."""
+    """Runs two steps on fake tensors, the second with learning rates on the device, inside the context `watching`."""
     with FakeTensorMode(), GPU:
         try:
             torch.zeros(1).copy_(torch.ones(1))
@@ -457,7 +458,7 @@ def run_fake_steps(
     monkeypatch.setattr("mnist_dist.engine.metrics.Moment", Marked)
     # A fake tensor must not stay in a cache.
     monkeypatch.setattr(mixing, "_probabilities", inspect.unwrap(mixing._probabilities))
-    with FakeTensorMode():
+    with FakeTensorMode(), watching or nullcontext():
         with GPU:
             module, other = build(), build_model("lenet5").eval()
             images = torch.zeros(64, 1, 28, 28, dtype=torch.uint8)
