@@ -27,6 +27,8 @@ class GradientClock:
 
     def __init__(self) -> None:
         self.seconds = 0.0
+        self.reductions = 0
+        """Reductions that this process has started, eagerly or by the replay of a CUDA graph."""
         self._local_end: float | None = None
 
     @property
@@ -42,6 +44,7 @@ class GradientClock:
     def backward(self) -> Iterator[None]:
         """Encloses a backward pass, or any other code that ends when the gradients are reduced."""
         yield
+        self.reductions += 1
         if self._local_end is not None:
             self.seconds += time.perf_counter() - self._local_end
             self._local_end = None

@@ -162,6 +162,7 @@ class CapturedStep:
     def _replay(self, replay: Callable[[], None], step: int) -> None:
         self._step.seed(step, 0)
         replay()
+        self.clock.reductions += 1
         self._last_replay = replay
 
     def _warm_up(self, batch: Batch, step: int) -> None:
