@@ -41,8 +41,8 @@ class Watchdog:
     Every rank writes a report into the process group's store: its step, its stack, and its position, which grows with
     every beat and with every collective that the rank starts. Without progress, every rank reads all reports: the rank
     with the lowest position is the one that hangs, because all others have started a collective that it has not. On a
-    GPU a rank waits for a collective in any call that reads a value, so its stack does not tell. Does nothing if there is
-    one process.
+    GPU a rank waits for a collective in any call that reads a value, so its stack does not tell. Does nothing if one
+    process runs.
 
     Args:
         seconds: the limit. All processes end with exit code 1 when the time since the last beat exceeds both this limit
@@ -118,7 +118,8 @@ class Watchdog:
     def _count_collectives(self) -> int:
         """Returns how many collectives this rank has started. Not included are those inside a replayed CUDA graph."""
         with suppress(RuntimeError):  # a backend without this number
-            return dist.distributed_c10d._get_default_group()._get_sequence_number_for_group()
+            group: Any = dist.distributed_c10d._get_default_group()  # torch does not declare the method
+            return group._get_sequence_number_for_group()
         return 0
 
     def _collect(self) -> list[dict[str, Any]]:
@@ -129,7 +130,7 @@ class Watchdog:
         while time.monotonic() < until and not self._end.wait(self._period):
             self._publish()
         after = self._read()
-        unknown = dict.fromkeys(("serial", "step"), 0) | dict.fromkeys(("waits", "saving"), False)
+        unknown: dict[str, Any] = dict.fromkeys(("serial", "step"), 0) | dict.fromkeys(("waits", "saving"), False)
         unknown |= {"position": [], "where": "no report", "stack": ""}  # no position is lower
         reports = [{"rank": rank} | after.get(rank, unknown) for rank in range(self._world_size)]
         for each in reports:

@@ -156,3 +156,26 @@ case $1 in show) kill -USR1 "$(cat "$CALLS.pid")"; echo a ;; *) echo "$@" >>"$CA
     with started(*job, PATH=environment(tmp_path)["PATH"], **slurm) as process:
         finish(process, expected=75)
     assert (tmp_path / "c").read_text() == "requeue 1\n"
+
+
+# In the place of srun: starts the two tasks of a step with the variables that srun gives them.
+TWO_TASKS = """#!/usr/bin/env bash
+[ "$1" = --kill-on-bad-exit=0 ] && shift
+export SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=2 SLURM_STEP_TASKS_PER_NODE=2 SLURM_NODEID=0
+SLURM_PROCID=1 SLURM_LOCALID=1 "$@" &
+SLURM_PROCID=0 SLURM_LOCALID=0 "$@" && code=0 || code=$?
+wait "$!" || exit "$?"
+exit "$code"
+"""
+
+
+def test_doctor_under_sbatch_checks_all_tasks_and_ends_with_its_exit_code(tmp_path):
+    executable(tmp_path / "bin" / "srun", TWO_TASKS)
+    job = ["bash", LAUNCH / "doctor.sbatch", tmp_path / "runs"]
+    slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_NTASKS": "2", "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    slurm["PATH"] = environment(tmp_path / "bin")["PATH"]
+    with started(*job, "--json", tmp_path / "before.json", **slurm) as process:
+        output = finish(process)
+    assert "2 processes, started by srun" in output and "\nfit to train" in output
+    with started(*job, "--compare", tmp_path / "missing.json", **slurm) as process:
+        assert "--compare" in finish(process, expected=2)
