@@ -47,7 +47,7 @@ from mnist_dist.doctor.checks import (
 )
 from mnist_dist.doctor.comparison import Times, compare, find_mismatch, read_report, times_of
 from mnist_dist.doctor.ranks import ActionFailed, Ranks
-from mnist_dist.doctor.reference import FILE, REFERENCES, train_alone
+from mnist_dist.doctor.reference import FILE, REFERENCES, train_alone, train_distributed
 from mnist_dist.doctor.training import (
     check_training_alone,
     check_training_captured,
@@ -164,6 +164,7 @@ def write_reference(ranks: Ranks) -> None:
         "git_commit": git_commit(),
     }
     losses = {name: train_alone(ranks.device, name)["losses"] for name in REFERENCES}
+    losses["lenet5"] = train_distributed(ranks.device)["losses"]  # the trainer's own update
     content = {"losses": losses, **origin}
     write_atomically(FILE, json.dumps(content, indent=2) + "\n")
 

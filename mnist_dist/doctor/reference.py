@@ -56,8 +56,8 @@ REFERENCES = {
     # to be found exceed the early tolerance: TF32 (5e-5), a learning rate that is wrong by 0.1 % (3e-5), one wrong
     # pixel in every batch (2e-5), one weight that is wrong by 0.01 (2e-4).
     "lenet5": Reference(),
-    # With other kernels, another memory layout, and weights changed by 1e-6, losses agree to 7e-6 in the first five steps
-    # and to 4e-5 later. Adam, or ten times the learning rate, amplifies that to 4e-4 within five steps.
+    # With other kernels, another memory layout, and weights changed by 1e-6, losses agree to 7e-6 in the first five
+    # steps and to 4e-5 later. Adam, or ten times the learning rate, amplifies that to 4e-4 within five steps.
     "batch norm": Reference(BATCH_NORM, early_tolerance=1e-4, tolerance=1e-3),
     # With other kernels and weights changed by 1e-7, losses agree to 6e-4 in the first five steps and to 2.2e-3 later.
     "bf16": Reference(precision="bf16", early_tolerance=5e-3, tolerance=2e-2),
