@@ -169,13 +169,27 @@ exit "$code"
 """
 
 
+# In the place of python: runs the command without its training, which takes long.
+WITHOUT_TRAINING = """#!{python}
+import sys
+assert sys.argv[1:3] == ["-m", "mnist_dist.doctor"]
+from mnist_dist.cli import run_command
+from mnist_dist.doctor import training
+from mnist_dist.doctor.__main__ import main
+from tests.doctor.test_doctor import alone, distributed
+training.train_alone, training.train_distributed = alone, distributed
+sys.exit(run_command(lambda: main(sys.argv[3:])))
+"""
+
+
 def test_doctor_under_sbatch_checks_all_tasks_and_ends_with_its_exit_code(tmp_path):
     executable(tmp_path / "bin" / "srun", TWO_TASKS)
+    executable(tmp_path / "bin" / "python", WITHOUT_TRAINING.format(python=sys.executable))
     job = ["bash", LAUNCH / "doctor.sbatch", tmp_path / "runs"]
     slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_NTASKS": "2", "WANDB_BASE_URL": "http://127.0.0.1:9"}
-    slurm["PATH"] = environment(tmp_path / "bin")["PATH"]
-    with started(*job, "--json", tmp_path / "before.json", **slurm) as process:
+    slurm |= {"PATH": environment(tmp_path / "bin")["PATH"], "PYTHONPATH": str(LAUNCH.parent)}
+    with started(*job, **slurm) as process:
         output = finish(process)
     assert "2 processes, started by srun" in output and "\nfit to train" in output
-    with started(*job, "--compare", tmp_path / "missing.json", **slurm) as process:
-        assert "--compare" in finish(process, expected=2)
+    with started(*job, "--world-size", "3", **slurm) as process:  # the last value counts
+        assert "\nnot fit to train: world" in finish(process, expected=1)
