@@ -229,6 +229,7 @@ def _doctor(parser: Parser) -> None:
     parser.add_argument("--run-dir", type=path, default="runs", metavar="DIR", help=folder)
     parser.add_argument("--world-size", type=int, metavar="N", help="expected number of processes")
     _add_json(parser, "the table")
+    parser.add_argument("--compare", type=path, metavar="FILE", help="also name what became slower since a --json FILE")
     parser.add_argument("--write-reference", action="store_true", help="write new reference losses instead of checking")
 
 
@@ -331,10 +332,10 @@ exit code: 0 done, 1 failed, 2 bad input, 75 stopped by a signal after a checkpo
         _doctor,
         """\
   mnist-dist doctor
-  accelerate launch -m mnist_dist.doctor --run-dir /shared/runs --world-size 16
-  torchrun --nproc_per_node 8 -m mnist_dist.doctor --json health.json
+  accelerate launch -m mnist_dist.doctor --run-dir /shared/runs --world-size 16 --json before.json
+  torchrun --nproc_per_node 8 -m mnist_dist.doctor --compare before.json
 
-exit code: 0 fit to train (slow ranks and warnings are named), 1 not fit, 2 bad command line
+exit code: 0 fit to train (slow ranks and warnings are named), 1 not fit or slower than before, 2 bad command line
 """,
     ),
     "export": (

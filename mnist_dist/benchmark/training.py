@@ -6,9 +6,7 @@ Rounds are interleaved, so a change of the machine's speed affects all loops equ
 from __future__ import annotations
 
 import math
-import resource
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -30,6 +28,7 @@ from mnist_dist.benchmark.frameworks import (
     plain_loader,
 )
 from mnist_dist.benchmark.report import OURS
+from mnist_dist.distributed.devices import peak_memory
 from mnist_dist.errors import RunError
 from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.build import build_components
@@ -65,15 +64,15 @@ def measure(recipe: Recipe, rounds: int, steps: int) -> dict[str, Any]:
         RunError: the training failed or was stopped.
     """
     setup = BenchmarkSetup.prepare(recipe)
-    if setup.state.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(setup.state.device)
+    if hasattr(backend := getattr(torch, setup.state.device.type), "reset_peak_memory_stats"):
+        backend.reset_peak_memory_stats(setup.state.device)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         ours, components = trainer_loop(setup, Path(folder))
         stack.callback(ours.close)
         first_step_seconds = ours.run(1)  # compilation takes nearly all of this time
         since_process_start = time.time() - psutil.Process().create_time()
         _warm_up(setup, ours, steps)
-        memory = _peak_memory_mb(setup.state.device)
+        memory = peak_memory(setup.state.device) / 2**20
         # In PyTorch's default memory layout, which the loops of tutorials use.
         workers = best_workers(setup.in_default_layout(), steps=min(steps, 20))
         loops = [ours]
@@ -106,7 +105,7 @@ def circumstances_of(
         "seconds_from_process_start_to_first_step": None,
         "capture_seconds": capture.seconds if capture else None,
         "compile_seconds": None,
-        "peak_memory_mb": round(_peak_memory_mb(setup.state.device)),
+        "peak_memory_mb": round(peak_memory(setup.state.device) / 2**20),
     }
 
 
@@ -225,10 +224,3 @@ def figures(
 def _ratio(numerators: list[float], denominators: list[float]) -> float:
     """Returns the median of each round's ratio. A change of the machine's speed affects both numbers of a round."""
     return round(statistics.median(a / b for a, b in zip(numerators, denominators, strict=True)), 3)
-
-
-def _peak_memory_mb(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss counts bytes on macOS, kilobytes elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
