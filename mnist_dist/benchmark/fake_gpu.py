@@ -218,10 +218,6 @@ class FakeAccelerator:
         """Returns the network as it is."""
         return model
 
-    def no_sync(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Does nothing."""
-        return nullcontext()
-
     def autocast(self) -> AbstractContextManager[None]:
         """Does nothing."""
         return nullcontext()

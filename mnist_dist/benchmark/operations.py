@@ -12,6 +12,7 @@ from datetime import datetime, timezone
 from itertools import product
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from rich.table import Table
@@ -91,7 +92,8 @@ def count_trainer_step(recipe: Recipe, world_size: int) -> tuple[Operations, Ope
         step without the loading of its batch.
     """
     module = _module(recipe)
-    with fake_gpu():
+    # There is no process group, so the reduction over the processes is left out, as in the bare step.
+    with fake_gpu(), patch("mnist_dist.run.build.FlatGradients", lambda *arguments: None):
         accelerator: Any = FakeAccelerator(world_size)
         with OperationCounter():  # building may read values, which fake tensors do not have
             step = build_components(recipe, "no", _images(recipe), module, accelerator=accelerator).update

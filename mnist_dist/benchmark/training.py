@@ -141,15 +141,23 @@ def trainer_loop(
         if not finished:
             raise RunError("stopped by a signal during the measurement; there is no result")
         assert progress.step == last, "a round that ended early would look too fast"
+        seconds = components.meter.train_seconds - before
+        checkpointer.wait()  # the thread that writes must not disturb the loop that is timed next
         setup.synchronize()
-        return time.perf_counter() - started if evaluates else components.meter.train_seconds - before
+        return time.perf_counter() - started if evaluates else seconds
 
-    return TimedLoop(name, train, lambda: close_trackers(components)), components
+    def close() -> None:
+        close_trackers(components)
+        components.close()
+
+    return TimedLoop(name, train, close), components
 
 
 def _other_loops(setup: BenchmarkSetup, workers: int, folder: Path) -> Iterator[TimedLoop]:
     """Builds the baselines, the frameworks, and the variants that the recipe's settings call for, one after another."""
     yield bare_step(setup)
+    if setup.state.num_processes > 1:
+        yield bare_step(setup, with_ddp=True)
     if setup.recipe.deterministic:  # the price of results that can be repeated
         yield bare_step(setup, fastest=True)
     tutorial = setup.in_default_layout()

@@ -120,7 +120,6 @@ def _write_cache(folder: Path, files: ImageFiles, form: Form, on_bad_image: str,
     size, channels, bad = _own_form(files, form)
     count = len(files.names)
     shape, sound = (count, channels, *size), [row for row in range(count) if row not in bad]
-    # No open(…, "w"): the file becomes visible by the rename of its folder.
     images = np.memmap(folder / "images.bin", dtype=np.uint8, mode="w+", shape=shape)
 
     def decode(rows: Sequence[int]) -> dict[int, str]:
@@ -142,7 +141,7 @@ def _write_cache(folder: Path, files: ImageFiles, form: Form, on_bad_image: str,
     np.save(folder / "kept.npy", kept)
     about = {"version": VERSION, "shape": [len(kept), *shape[1:]], "skipped": [files.names[row] for row in sorted(bad)]}
     # The last file of a folder that has no name yet: nobody can read half of it.
-    with (folder / "about.json").open("a", encoding="utf-8") as file:
+    with (folder / "about.json").open("w", encoding="utf-8") as file:
         json.dump(about, file)
         file.flush()
         os.fsync(file.fileno())
