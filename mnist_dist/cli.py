@@ -310,10 +310,10 @@ exit code: 0 done, 1 failed, 2 bad input, 75 stopped by a signal after a checkpo
         _benchmark,
         """\
   accelerate launch -m mnist_dist.benchmark --recipe model_v1_onecycle
-  accelerate launch -m mnist_dist.benchmark --recipe ms_ran mixed_precision=bf16 --json ms_ran.json
   mnist-dist benchmark --recipe simple_cnn --sweep batch_size=32,128,512 --plot sweep.png
   mnist-dist benchmark --recipe ms_ran --inference --batches 1,256
   mnist-dist benchmark --time-to-accuracy configs/speed/mnist_99.yaml --seeds 30
+  mnist-dist benchmark --operations lenet5 resnet18 ema_decay=0.99
 """,
     ),
     "compare": (
