@@ -16,6 +16,7 @@ import sys
 import time
 import types
 from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,7 @@ def train(
             notes = run_on_all_ranks(state, lambda: load_initial_weights(recipe, module))
         components = build_components(recipe, precision, dataset.train, module, teachers)  # sets determinism globally
         progress = Progress(**checkpoint.get("progress", {}))
-        with Checkpointer(folder, recipe, components, progress) as checkpointer:
+        with closing(components), Checkpointer(folder, recipe, components, progress) as checkpointer:
             if checkpoint:
                 components.load_state_dict(components_state(checkpoint))
             console = open_trackers(recipe, components, dataset, folder, checkpoint)

@@ -27,6 +27,7 @@ from mnist_dist.data import Dataset
 from mnist_dist.data.augment import OTHERS
 from mnist_dist.distributed.collectives import run_on_all_ranks
 from mnist_dist.distributed.devices import choose_threads, device_name, synchronize
+from mnist_dist.distributed.gradients import FlatGradients, GradientClock
 from mnist_dist.distributed.launcher import check_size, launched_world
 from mnist_dist.engine.cuda_graph import WARM_UP_STEPS, capture_cuda_graph
 from mnist_dist.engine.optimizers import build_optimizer
@@ -40,6 +41,8 @@ from mnist_dist.run.provenance import git_commit, versions
 
 COMPARED_PRECISIONS = ("no", "bf16")
 """Value of `mixed_precision` that the benchmark measures -> its name in tables."""
+DDP_STEP = "bare step, DistributedDataParallel"
+"""Name of a timed loop of several processes."""
 Step = Callable[..., object]
 
 # --- the setup ----------------------------------------------------------------------------------------------------
@@ -129,12 +132,8 @@ class BenchmarkSetup:
 
     @property
     def is_captured(self) -> bool:
-        """Whether the bare step is captured as one CUDA graph: the recipe captures steps, and one process uses one GPU.
-
-        With several processes, DistributedDataParallel adds operations to a step.
-        """
-        wanted = self.recipe.engine.capture != "off"
-        return wanted and self.state.device.type == "cuda" and self.state.num_processes == 1
+        """Whether the bare step is captured as one CUDA graph: the recipe captures steps, and the device is a GPU."""
+        return self.recipe.engine.capture != "off" and self.state.device.type == "cuda"
 
     def module(self) -> nn.Module:
         """Builds the network with its initial weights, on the device, in the recipe's memory layout."""
@@ -193,16 +192,22 @@ def median_and_range(values: list[float], digits: int) -> dict[str, float]:
 # --- baselines ----------------------------------------------------------------------------------------------------
 
 
-def bare_step(setup: BenchmarkSetup) -> TimedLoop:
+def bare_step(setup: BenchmarkSetup, *, with_ddp: bool = False) -> TimedLoop:
     """Builds the upper limit for any trainer: forward, loss, backward and optimizer on one fixed batch on the device.
 
-    The step is compiled, or captured as one CUDA graph, if the recipe compiles or captures.
+    The step is compiled, or captured as one CUDA graph, if the recipe compiles or captures. Several processes sum their
+    gradients as the trainer does.
+
+    Args:
+        with_ddp: make an eager step in which DistributedDataParallel sums the gradients, to compare the two sums.
     """
     data, device = setup.dataset.train[slice(setup.local_batch_size)], setup.state.device
     batch = data.normalize(data.images).to(device), data.labels.to(device)
-    step = partial(plain_step(setup, is_limit=True), *batch)
-    once = captured(step) if setup.is_captured else step
-    return TimedLoop("bare step", lambda count: setup.time_steps(once, itertools.repeat(()), count))
+    step = partial(plain_step(setup, is_limit=not with_ddp), *batch)
+    once = captured(step) if setup.is_captured and not with_ddp else step
+    return TimedLoop(
+        DDP_STEP if with_ddp else "bare step", lambda count: setup.time_steps(once, itertools.repeat(()), count)
+    )
 
 
 def tensor_loop(setup: BenchmarkSetup) -> TimedLoop:
@@ -228,18 +233,21 @@ def tensor_loop(setup: BenchmarkSetup) -> TimedLoop:
 
 
 def plain_step(setup: BenchmarkSetup, *, is_limit: bool = False) -> Step:
-    """Builds a network and returns (images, labels) -> one update of it; data parallel with several processes.
+    """Builds a network and returns (images, labels) -> one update of it, the same on all processes.
 
     Args:
         is_limit: the step is that of `bare_step`. Compile the network, or prepare the optimizer for capture, if the
-            recipe compiles or captures.
+            recipe compiles or captures, and sum gradients as the trainer does, not with DistributedDataParallel.
     """
     module = setup.module()
     optimizer, parameters = setup.optimizer(module), list(module.parameters())
     for group in optimizer.param_groups:
         if "capturable" in group and is_limit:
             group["capturable"] = setup.is_captured
-    if setup.state.num_processes > 1:
+    backward: Callable[[Tensor], object] = Tensor.backward
+    if setup.state.num_processes > 1 and is_limit:
+        backward = _backward_with_sum(module, setup.state.num_processes)
+    elif setup.state.num_processes > 1:
         devices = None if setup.state.device.type == "cpu" else [setup.state.device]
         module = nn.parallel.DistributedDataParallel(module, device_ids=devices)
     network: Any = torch.compile(module) if is_limit and setup.is_compiled else module
@@ -250,7 +258,19 @@ def plain_step(setup: BenchmarkSetup, *, is_limit: bool = False) -> Step:
 
     limit = setup.recipe.clip_grad_norm
     clip = None if limit is None else partial(nn.utils.clip_grad_norm_, parameters, limit)
-    return training_step(optimizer, compute_loss, clip=clip)
+    return training_step(optimizer, compute_loss, backward=backward, clip=clip)
+
+
+def _backward_with_sum(module: nn.Module, world_size: int) -> Callable[[Tensor], object]:
+    """Returns loss -> the mean of the loss's gradient over the processes, in the parameters."""
+    reduction = FlatGradients(module, "none", allows_unused=False, clock=GradientClock())
+
+    def backward(loss: Tensor) -> None:
+        reduction.start()
+        (loss / world_size).backward()
+        reduction.finish()
+
+    return backward
 
 
 def training_step(

@@ -108,12 +108,19 @@ def trainer_loop(setup: BenchmarkSetup, folder: Path, name: str = OURS) -> tuple
     run = RunFolder.open(folder / f"{name}-{setup.state.process_index}", recipe)
     open_trackers(recipe, components, dataset, run, {}, quiet=True)
     training = TimedTraining(fit, recipe, components, dataset.test, run)
-    return TimedLoop(name, training.run, lambda: close_trackers(components)), components
+
+    def close() -> None:
+        close_trackers(components)
+        components.close()
+
+    return TimedLoop(name, training.run, close), components
 
 
 def _other_loops(setup: BenchmarkSetup, workers: int, folder: Path) -> Iterator[TimedLoop]:
     """Builds the baselines, the frameworks, and the variants that the recipe's settings call for, one after another."""
     yield bare_step(setup)
+    if setup.state.num_processes > 1:
+        yield bare_step(setup, with_ddp=True)
     tutorial = setup.in_default_layout()
     yield tensor_loop(setup)
     yield plain_loader(tutorial, workers)

@@ -72,8 +72,7 @@ class LogicalShards:
         ((_, total),) = self._branches
         self._branches = []
         if self._accelerator.num_processes > 1:
-            with self._clock.backward():
-                self._clock.mark_local_end()
+            with self._clock.waiting():
                 branches = self._accelerator.gather(total[None])
             total = _tree_sum(list(branches))
         pieces = iter(total.split([tensor.numel() for tensor in [*self._parameters, *self._buffers]]))

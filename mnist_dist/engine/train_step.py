@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +15,7 @@ from torch.optim import Optimizer
 from mnist_dist.data import Batch, Batches, EpochPlan, Images, Loader, derive_seed
 from mnist_dist.data.batches import piece
 from mnist_dist.distributed.fsdp import unshard, unsharded_parameters
-from mnist_dist.distributed.gradients import GradientClock
+from mnist_dist.distributed.gradients import FlatGradients, GradientClock
 from mnist_dist.distributed.logical_shards import LogicalShards
 from mnist_dist.engine.distillation import Distillation
 from mnist_dist.engine.ema import MovingAverage
@@ -60,12 +59,12 @@ class TrainedNetwork:
     """The network that a step trains, and the objects that change its weights."""
 
     module: nn.Module
-    """The bare network."""
-    model: nn.Module
-    """The network as Accelerate prepared it. Its backward pass averages the gradient over the processes."""
+    """The network, with Accelerate's autocast."""
     optimizer: Optimizer
     average: MovingAverage | None = None
     """Averaged weights, updated after every step."""
+    reduction: FlatGradients | None = None
+    """Sums the gradient over the processes; None: one process, or FSDP2 averages the gradient in the backward pass."""
     shards: LogicalShards | None = None
     """Computes fixed shards of the global batch instead of this process's share."""
     communicates_in_forward: bool = False
@@ -83,8 +82,8 @@ def guards_on_device(optimizer: Optimizer, accelerator: Accelerator) -> bool:
 class TrainStep:
     """Computes the gradient of this process's share of a global batch, then makes the update of the global batch.
 
-    The loss is the mean over the *global* batch. Data parallel averages gradients over the processes, so each process
-    multiplies its summed loss by world_size / batch size. The result is exact for shares of unequal size too.
+    The loss is the mean over the *global* batch: gradients are summed over the processes, and each process divides its
+    summed loss by the size of the global batch. The result is exact for shares of unequal size too.
 
     A step whose gradient contains inf or NaN changes no weight, buffer or counter. There are three ways to detect it:
 
@@ -116,8 +115,8 @@ class TrainStep:
     ):
         settings = settings or StepSettings()
         self.accelerator, self.batches, self.data, self.meter = accelerator, batches, data, meter
-        self.module, self.model, self.optimizer = network.module, network.model, network.optimizer
-        self.average, self.shards = network.average, network.shards
+        self.module, self.optimizer = network.module, network.optimizer
+        self.average, self.shards, self.reduction = network.average, network.shards, network.reduction
         self.communicates_in_forward = network.communicates_in_forward
         rank, world_size, shards = accelerator.process_index, accelerator.num_processes, network.shards
         count = None if shards is None else shards.count
@@ -187,15 +186,19 @@ class TrainStep:
             self.average.move(self.module, self._bad)
 
     def _compute_share(self, batch: Batch, step: int) -> None:
-        """Computes the gradient of this process's rows. The last backward pass averages it over the processes."""
+        """Computes the gradient of this process's rows, then the sum over the processes."""
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
-        weight = world_size / batch.size if self.shares.own(batch.size) else 0.0
+        scale = 1 if self.reduction else world_size  # FSDP2 averages over the processes
+        weight = scale / batch.size if self.shares.own(batch.size) else 0.0
         self.seed(step, rank)
-        micro_batches = self._micro_batches(batch, -(-batch.size // world_size))
-        for number, micro_batch in enumerate(micro_batches, start=1):
-            last = number == len(micro_batches)
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
-                self._accumulate(self.model, micro_batch, weight, reduces=last)
+        *others, last = self._micro_batches(batch, -(-batch.size // world_size))
+        for micro_batch in others:
+            self._accumulate(micro_batch, weight)
+        if self.reduction is not None:
+            self.reduction.start()
+        self._accumulate(last, weight)
+        if self.reduction is not None:
+            self.reduction.finish()
 
     def _compute_shards(self, shards: LogicalShards, batch: Batch, step: int) -> None:
         """Computes the gradient of this process's logical shards, then the sum over all shards of all processes."""
@@ -205,7 +208,7 @@ class TrainStep:
             positions = piece(batch.size, shard, shards.count)
             part = batch[positions.start - batch.start : positions.stop - batch.start]
             for micro_batch in self._micro_batches(part, len(part)):
-                self._accumulate(self.module, micro_batch, 1 / batch.size)
+                self._accumulate(micro_batch, 1 / batch.size)
         shards.combine(used)
 
     def seed(self, step: int, share: int) -> None:
@@ -225,7 +228,7 @@ class TrainStep:
     def used_random_numbers(self, step: int) -> bool:
         """Returns whether `step`, the latest one, drew random numbers, as a network with dropout does."""
         after = self._generator().get_state()
-        self.seed(step, 0)  # a step that draws nothing leaves the generator in this state
+        self.seed(step, self.accelerator.process_index)  # a step that draws nothing leaves the generator in this state
         return not torch.equal(after, self._generator().get_state())
 
     def _generator(self) -> torch.Generator:
@@ -238,20 +241,14 @@ class TrainStep:
         count = count_micro_batches(largest_share, self.micro_batch_size)
         return batch.split(count if self.communicates_in_forward else min(count, len(batch)))
 
-    def _accumulate(self, model: nn.Module, batch: Batch, weight: float, reduces: bool = False) -> None:
-        """Adds the gradient of a micro-batch.
-
-        Args:
-            weight: factor of the summed loss.
-            reduces: whether this backward pass reduces the gradient over the processes.
-        """
+    def _accumulate(self, batch: Batch, weight: float) -> None:
+        """Adds the gradient of a micro-batch, whose summed loss is multiplied by `weight`."""
         images, targets = self.inputs(batch), self.targets(batch)
-        logits = model(images).float()
+        logits = self.module(images).float()
         loss_sum = self._label_loss(logits, targets, batch.scale)
         if self.distillation is not None:
             loss_sum = self.distillation(loss_sum, images, logits)
-        with self.clock.backward() if reduces else nullcontext():
-            self.accelerator.backward(loss_sum * weight)
+        self.accelerator.backward(loss_sum * weight)
         if weight:
             self.meter.add(loss_sum.detach(), logits.detach(), targets)
 

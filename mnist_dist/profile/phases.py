@@ -18,8 +18,6 @@ PREFIX = "phase: "
 """Start of the name of a phase's range in a trace."""
 STEP = "step starts"
 """Mark at the start of each step in a trace."""
-LOCAL_END = "local gradients are computed"
-"""Mark in a trace: from here to the end of its range, the process waits for the gradients of the others."""
 
 
 def mark_phases(step: TrainStep) -> None:
@@ -34,15 +32,14 @@ def mark_phases(step: TrainStep) -> None:
         FORWARD: [(step, "_accumulate")],
         BACKWARD: [(step.accelerator, "backward")],
         OPTIMIZER: [(step, "compute")],
+        WAITING: [(step.reduction, "finish")] if step.reduction else [],
         LOGGING: [(step.meter, "begin_step"), (step.meter, "add")],
     }
     for phase, methods in ranges.items():
         for owner, name in methods:
             _replace(owner, name, partial(_in_range, PREFIX + phase))
-    # A mark is an empty range.
-    _replace(step, "count_step", partial(_after_mark, STEP))
-    _replace(step.clock, "mark_local_end", partial(_after_mark, LOCAL_END))
-    _replace(step.clock, "backward", _in_backward_range)
+    _replace(step, "count_step", _after_mark)
+    _replace(step.clock, "waiting", _in_waiting_range)
 
 
 def _replace(owner: object, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
@@ -58,20 +55,22 @@ def _in_range(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _after_mark(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+def _after_mark(method: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(method)
     def call(*arguments: Any, **keywords: Any) -> Any:
-        with record_function(name):
+        with record_function(STEP):  # a mark is an empty range
             pass
         return method(*arguments, **keywords)
 
     return call
 
 
-def _in_backward_range(method: Callable[..., Any]) -> Callable[..., Any]:
+def _in_waiting_range(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Encloses a context manager: logical shards wait for the other processes without `FlatGradients`."""
+
     @contextmanager
-    def backward() -> Iterator[None]:
-        with record_function(PREFIX + BACKWARD), method():
+    def waiting() -> Iterator[None]:
+        with record_function(PREFIX + WAITING), method():
             yield
 
-    return backward
+    return waiting

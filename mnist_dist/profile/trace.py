@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mnist_dist.profile.phases import BACKWARD, IDLE, LOCAL_END, LOGGING, PREFIX, STEP, WAITING
+from mnist_dist.profile.phases import IDLE, LOGGING, PREFIX, STEP, WAITING
 
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 """Categories of the work of a GPU."""
@@ -74,13 +74,7 @@ class Trace:
         first, last = self.starts[0], max(event["ts"] + event.get("dur", 0.0) for event in self._events)
         ranges = [event for event in self._of("user_annotation") if first <= event["ts"]]
         phases = [_segment(event, event["name"].removeprefix(PREFIX)) for event in ranges if _is_phase(event)]
-        found = [Segment(LOGGING, first, last), *phases]
-        backward_ends = sorted(each.end for each in phases if each.phase == BACKWARD)
-        for mark in (event["ts"] for event in ranges if event["name"] == LOCAL_END):
-            # The range that holds the mark is the next to end.
-            if (index := bisect.bisect_right(backward_ends, mark)) < len(backward_ends):
-                found.append(Segment(WAITING, mark, backward_ends[index]))
-        return flatten(found)
+        return flatten([Segment(LOGGING, first, last), *phases])
 
     def _phase_of(self, launch: float, event: dict[str, Any]) -> Segment:
         index = bisect.bisect_right(self.host, launch, key=lambda segment: segment.start) - 1

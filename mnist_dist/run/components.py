@@ -49,6 +49,11 @@ class TrainingComponents:
         """The update, if it replays a CUDA graph; None if all steps run eagerly."""
         return self.update if isinstance(self.update, CapturedStep) else None
 
+    def close(self) -> None:
+        """Frees what the process group would wait for. Call it after the last update."""
+        if self.captured:
+            self.captured.close()
+
     def epoch(self, progress: Progress) -> float:
         """Returns the number of epochs done, with the fraction."""
         return round(progress.step / self.batches.steps_per_epoch, 6)

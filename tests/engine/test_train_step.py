@@ -1,6 +1,5 @@
 """A training step equals a plain step on the global batch, also with micro-batches and with several processes."""
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -55,9 +54,6 @@ class FakeProcess:
     device: ClassVar = torch.device("cpu")
     scaler: ClassVar = None
 
-    def no_sync(self, model: nn.Module) -> AbstractContextManager[None]:
-        return nullcontext()
-
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
@@ -79,10 +75,9 @@ def make_step(
     batches = Batches(NUM_SAMPLES, batch_size, seed, augmentation=augmentation)
     optimizer = build_optimizer(module, "sgd", lr=lr, momentum=0.9, weight_decay=weight_decay)
     fill_momentum(optimizer)
-    model = module
     if isinstance(accelerator, Accelerator):
-        model, optimizer = accelerator.prepare(module.train(), optimizer)
-    network = TrainedNetwork(module, model, optimizer, average)
+        _, optimizer = accelerator.prepare(module.train(), optimizer)
+    network = TrainedNetwork(module, optimizer, average)
     meter, step_settings = Meter(accelerator), StepSettings(**settings)
     return TrainStep(accelerator, network, batches, DATA, meter, step_settings, distillation=distillation)
 

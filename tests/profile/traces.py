@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mnist_dist.profile.phases import LOCAL_END, PREFIX, STEP
+from mnist_dist.profile.phases import PREFIX, STEP
 
 BASE = 5_000_000
 """Nanoseconds that all times of a trace are relative to."""
@@ -44,10 +44,10 @@ def step_on_cpu(start: float) -> list[dict[str, Any]]:
         mark(STEP, start),
         phase("data", start, 5),
         phase("clip and optimizer", start + 5, 85),
-        phase("forward", start + 5, 70),
+        phase("forward", start + 5, 55),
         phase("data", start + 5, 5),
-        phase("backward", start + 30, 45),
-        mark(LOCAL_END, start + 60),
+        phase("backward", start + 30, 30),
+        phase("reduction and waiting", start + 60, 15),
     ]
 
 
