@@ -80,7 +80,7 @@ def measure(
     assert isinstance(components.update, TrainStep), "a CUDA graph hides the phases"
     mark_phases(components.update)
     device = components.accelerator.device
-    with profile(activities=_activities(device), acc_events=False) as profiler:
+    with profile(activities=_activities(device)) as profiler:
         run(PROFILED_WARM_UP_STEPS)
         profiled = run(steps + 1) / (steps + 1)
     with profile(activities=_activities(device), profile_memory=True) as memory_profiler:

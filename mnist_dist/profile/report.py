@@ -102,7 +102,8 @@ def _idle_advice(profile: Profile) -> str:
     phase = max(waits, key=lambda each: waits[each], default="")
     if phase in (DATA, LOGGING):
         return f"most of it while the host is in the phase {phase}: the host is too slow there"
-    return "because the host launches kernels too slowly: try engine.capture=auto, compile=true or a larger batch_size"
+    remedies = "engine.capture, which is off in a profile, compile=true and a larger batch_size help"
+    return f"because the host launches kernels too slowly; {remedies}"
 
 
 # --- tables -------------------------------------------------------------------------------------------------------
