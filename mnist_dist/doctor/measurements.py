@@ -293,6 +293,5 @@ def train_distributed(device: torch.device) -> dict[str, Any]:
         set_rates(components.update.optimizer, components.schedule, step)
         components.update(plan, step, step)
         losses.append(components.meter.read()["train/loss"])
-    components.close()
     weights = b"".join(parameter.detach().cpu().numpy().tobytes() for parameter in components.module.parameters())
     return {"losses": losses, "weights": hashlib.sha256(weights).hexdigest()}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from accelerate.utils import gather_object
@@ -58,7 +59,8 @@ class CapturedStep:
 
     A graph reads its inputs from fixed memory. Images, labels, random changes and learning rates are copied there
     before each replay, and the random generator is seeded as before an eager step. Eager steps read the learning rate
-    from the device too, so with deterministic kernels a replayed step equals an eager one bit for bit.
+    from the device too, so with deterministic kernels both kinds of step must give the same bytes; a test on a GPU
+    compares them.
     Python code in a forward pass runs only during the capture. Every replay repeats the operations of that one pass,
     even if they depend on an `if`.
 
@@ -85,8 +87,12 @@ class CapturedStep:
         self._step = step
         self._steps = steps
         rates_on_device(step.optimizer)
-        self._stream = torch.cuda.Stream(step.accelerator.device) if capture is None else None
-        self._capture = capture or self._capture_graph
+        self._stream: torch.cuda.Stream | None = None
+        if capture is None:
+            self._stream = torch.cuda.Stream(step.accelerator.device)
+            # No method of this object, which would be a cycle: graphs would live until the next garbage collection.
+            capture = partial(capture_cuda_graph, stream=self._stream)
+        self._capture = capture
         self._replay_one: Callable[[], None] | None = None
         self._replay_all: Callable[[], None] | None = None
         self._inputs: list[Batch] = []
@@ -246,10 +252,6 @@ class CapturedStep:
             if self._step.accelerator.is_main_process:
                 self.notify(f"engine.capture: all steps run eagerly, because a step cannot be captured: {failures[0]}")
         return not failures
-
-    def _capture_graph(self, body: Callable[[], None]) -> Callable[[], None]:
-        assert self._stream is not None
-        return capture_cuda_graph(body, self._stream)
 
 
 def rates_on_device(optimizer: Optimizer) -> None:

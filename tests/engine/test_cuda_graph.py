@@ -8,6 +8,7 @@ the device during the capture is an error.
 import gc
 import inspect
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -283,6 +284,18 @@ def test_a_replay_may_hold_steps_of_two_epochs(guard_on_device):
     for number in range(WARM_UP_STEPS + 4, 10):
         update(update.batches.plan(number // 9), number % 9, number)
     assert len(update._waiting) == 3, "the end of the epoch, step 9, ended the replay"
+
+
+def test_graphs_are_freed_with_the_last_reference_to_the_step(guard_on_device):
+    """A process group of NCCL waits for them, so they must not wait for a garbage collection."""
+    update = run(captured(4), build=plain_network, steps=WARM_UP_STEPS + 4)
+    freed = weakref.finalize(update._replay_one.__self__, lambda: None)
+    gc.disable()
+    try:
+        del update
+        assert not freed.alive
+    finally:
+        gc.enable()
 
 
 def test_new_batches_reach_the_wrapped_step(guard_on_device):
@@ -611,11 +624,14 @@ def test_a_cuda_graph_makes_the_eager_steps(gpu, name, precision):
 
 
 def test_a_captured_run_ends_like_the_eager_one(gpu, tmp_path):
-    words = ("epochs=1", "data.limit_train=3000", "tracking.wandb.mode=disabled", "log_every=5")
-    losses, notes = {}, {}
+    words = ("epochs=1", "data.limit_train=3000", "tracking.wandb.mode=disabled", "log_every=5", "deterministic=true")
+    losses, notes, weights = {}, {}, {}
     for choice in ("off", "step", "epoch"):
         recipe = load_recipe("model_v1_onecycle", *words, f"engine.capture={choice}")
         losses[choice] = train(recipe, tmp_path / choice)["train.last.loss"]
+        weights[choice] = load_run(tmp_path / choice).model.state_dict()
         notes[choice] = (tmp_path / choice / "console.log").read_text().count("engine.capture:")
     assert notes == {"off": 0, "step": 0, "epoch": 1}  # the network has dropout: one step per replay
     assert losses["step"] == losses["epoch"] == pytest.approx(losses["off"], rel=0.05)
+    for name, value in weights["off"].items():
+        assert torch.equal(weights["step"][name], value), name
