@@ -1,20 +1,14 @@
-"""Defines the options of all commands, and how a command starts and fails. Does not import torch: `--help` is fast."""
+"""Defines the options of all commands, and how a command starts. Does not import torch: `--help` is fast."""
 
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
-import time
 from collections.abc import Callable
 
 from mnist_dist.engine.files import expand_path as path
-from mnist_dist.errors import Problem, RecipeError, RunError, safe_output
-
-FAILED, BAD_INPUT = 1, 2
-RANK_0_SECONDS = 30.0
-"""The other ranks wait this long before they print an error: rank 0 prints first, and the launcher ends the others."""
+from mnist_dist.errors import Problem, RecipeError, run_command
 
 # --- starting a command -------------------------------------------------------------------------------------------
 
@@ -67,40 +61,6 @@ def answer_early(command: str) -> None:
 
     if code := run_command(check):
         sys.exit(code)
-
-
-@safe_output
-def run_command(main: Callable[[], int]) -> int:
-    """Runs a command's `main`. Prints an error that the user can act on as one screen on stderr.
-
-    Rank 0 prints at once. The other ranks wait `RANK_0_SECONDS`, so that the launcher ends them before they print.
-
-    Returns:
-        What `main` returns; 2 for a `RecipeError`, 1 for a `RunError`, 130 after Ctrl-C.
-    """
-    try:
-        return main()
-    except RecipeError as error:
-        return _print_error(error, BAD_INPUT)
-    except RunError as error:
-        return _print_error(error, FAILED)
-    except KeyboardInterrupt:
-        if is_main_process():
-            print("mnist_dist: interrupted", file=sys.stderr)
-        return 130
-
-
-def _print_error(error: Exception, code: int) -> int:
-    if not is_main_process():
-        time.sleep(RANK_0_SECONDS)
-    print(f"mnist_dist: {error}", file=sys.stderr)
-    return code
-
-
-def is_main_process() -> bool:
-    """Returns whether this is rank 0 according to the launcher's environment, before a process group exists."""
-    names = ("RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
-    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
 
 
 # --- arguments shared by several commands -------------------------------------------------------------------------
@@ -213,6 +173,16 @@ def _benchmark(parser: Parser) -> None:
     _add_overrides(parser)
 
 
+def _profile(parser: Parser) -> None:
+    parser.add_argument("--recipe", required=True, metavar="NAME", help="a path, or the name of a bundled recipe")
+    parser.add_argument("--steps", type=int, default=20, metavar="N", help="profiled steps (default: 20)")
+    folder = "the files go to DIR/profile; DIR may be a run folder (default: runs/<recipe>/<date-time>)"
+    parser.add_argument("--run-dir", type=path, metavar="DIR", help=folder)
+    parser.add_argument("--world-size", type=int, metavar="N", help="stop if the number of processes is not N")
+    _add_code(parser)
+    _add_overrides(parser)
+
+
 def _compare(parser: Parser) -> None:
     parser.add_argument("runs", nargs="+", type=path, metavar="RUN", help="run folders, folders of them, --keep files")
     parser.add_argument("--html", type=path, metavar="FILE", help="where to write the page (default: compare.html)")
@@ -314,6 +284,14 @@ exit code: 0 done, 1 failed, 2 bad input, 75 stopped by a signal after a checkpo
   mnist-dist benchmark --recipe ms_ran --inference --batches 1,256
   mnist-dist benchmark --time-to-accuracy configs/speed/mnist_99.yaml --seeds 30
   mnist-dist benchmark --operations lenet5 resnet18 ema_decay=0.99
+""",
+    ),
+    "profile": (
+        "Measure where the time of a training step goes, on each rank.",
+        _profile,
+        """\
+  accelerate launch -m mnist_dist.profile --recipe simple_cnn
+  mnist-dist profile --recipe ms_ran --steps 50 --run-dir runs/mine mixed_precision=bf16
 """,
     ),
     "compare": (

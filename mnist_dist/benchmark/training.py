@@ -29,16 +29,15 @@ from mnist_dist.benchmark.frameworks import (
 )
 from mnist_dist.benchmark.report import OURS
 from mnist_dist.distributed.devices import peak_memory
-from mnist_dist.errors import RunError
 from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.build import build_components
-from mnist_dist.run.checkpointing import Checkpointer
-from mnist_dist.run.components import Progress, TrainingComponents
+from mnist_dist.run.components import TrainingComponents
 from mnist_dist.run.folder import RunFolder
 from mnist_dist.run.model_setup import build_module
 from mnist_dist.run.summary import close_trackers, open_trackers
+from mnist_dist.run.timed_training import TimedTraining
 
-# Commands do not import commands. This import is the one exception: the benchmark times the training loop itself.
+# Commands do not import commands, except for the training loop, which this command measures.
 from mnist_dist.train import fit
 
 SHORTEST_ROUND = 0.1
@@ -122,34 +121,20 @@ def trainer_loop(
     components = build_components(recipe, setup.precision, dataset.train, build_module(recipe, dataset))
     run = RunFolder.open(folder / f"{name}-{setup.state.process_index}", recipe)
     open_trackers(recipe, components, dataset, run, {}, quiet=True)
-    progress = Progress()
-    checkpointer = Checkpointer(run, recipe, components, progress)
-    eval_images = components.place(dataset.held_out if evaluates else dataset.test[slice(1)])
+    eval_images = dataset.held_out if evaluates else dataset.test[slice(1)]
+    training = TimedTraining(fit, recipe, components, eval_images, run)
 
-    def train(steps: int) -> float:
-        before, last = components.meter.train_seconds, progress.step + steps  # evaluation does not count as training
-        components.meter.resume()
+    def run_everything(steps: int) -> float:
         started = time.perf_counter()
-        try:
-            finished = fit(recipe, replace(components, total_steps=last), eval_images, checkpointer, progress)
-        except Exception as error:
-            if message := checkpointer.describe_failure(error):
-                # The last line explains how to resume, but this run folder is temporary.
-                raise RunError(message.rpartition("\n")[0]) from error
-            raise
-        if not finished:
-            raise RunError("stopped by a signal during the measurement; there is no result")
-        assert progress.step == last, "a round that ended early would look too fast"
-        seconds = components.meter.train_seconds - before
-        checkpointer.wait()  # the thread that writes must not disturb the loop that is timed next
+        training.run(steps)
         setup.synchronize()
-        return time.perf_counter() - started if evaluates else seconds
+        return time.perf_counter() - started
 
     def close() -> None:
         close_trackers(components)
         components.close()
 
-    return TimedLoop(name, train, close), components
+    return TimedLoop(name, run_everything if evaluates else training.run, close), components
 
 
 def _other_loops(setup: BenchmarkSetup, workers: int, folder: Path) -> Iterator[TimedLoop]:
