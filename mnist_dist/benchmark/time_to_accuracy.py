@@ -39,11 +39,12 @@ from mnist_dist.run.model_setup import build_module
 from mnist_dist.train import fit
 
 NO_CHECKPOINTS: Any = SimpleNamespace(
-    save=lambda: None,
+    save=lambda wait: None,
     save_best=lambda: None,
     log_evaluation=lambda evaluation: None,
     is_due=lambda logged: False,
     mark_failed=lambda: None,
+    has_failed=False,
 )
 """Replaces a run's `Checkpointer`, because the reference saves nothing either."""
 

@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[2]
         (["--operations", "debug", "--whole-epochs"], "--whole-epochs", "conflict"),
         (["--operations", "debug", "--inference"], "--inference", "conflict"),
         (["--operations", "--note"], "--note", "conflict"),
-        (["--operations", "no_such_recipe"], "no_such_recipe", "missing"),
+        (["--operations", "no_such_recipe"], "--recipe", "missing"),
         (["--recipe", "debug", "--note"], "--note", "conflict"),
         (["--recipe", "debug", "batch_size=513"], "batch_size", "conflict"),
         (["--recipe", "plus_8k"], "distill.from", "unsupported"),

@@ -96,9 +96,9 @@ def test_whole_epochs_include_evaluation_best_weights_and_checkpoints(tmp_path, 
     for name in ("save", "save_best", "log_evaluation"):
         real = getattr(Checkpointer, name)
 
-        def counted(self, *arguments, name=name, real=real):
+        def counted(self, *arguments, name=name, real=real, **keywords):
             saved.append(name)
-            real(self, *arguments)
+            real(self, *arguments, **keywords)
 
         monkeypatch.setattr(Checkpointer, name, counted)
     monkeypatch.setattr(epochs, "best_workers", lambda setup, steps: 0)
