@@ -69,7 +69,7 @@ def test_a_stopped_run_resumes_to_the_same_bytes(tmp_path, monkeypatch, read_beh
     train(recipe, tmp_path / "straight")
     calls = itertools.count(1)
     with monkeypatch.context() as patch:
-        patch.setattr(Interrupts, "stop_requested", lambda self: next(calls) == stopped_at)
+        patch.setattr(Interrupts, "stop_requested", lambda *_: next(calls) == stopped_at)
         assert train(recipe, tmp_path / "stopped")["status"] == "preempted"
     train(recipe, tmp_path / "stopped")
     assert weights_and_metrics(tmp_path / "stopped") == weights_and_metrics(tmp_path / "straight")

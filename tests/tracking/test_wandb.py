@@ -278,7 +278,7 @@ def test_the_git_diff_is_saved_for_any_run_folder(accelerator, tmp_path, monkeyp
 def test_a_resumed_run_continues_its_w_and_b_run(tmp_path, monkeypatch):
     answers = iter([False] * 6)
     with monkeypatch.context() as patch:
-        patch.setattr("mnist_dist.distributed.signals.Interrupts.stop_requested", lambda self: next(answers, True))
+        patch.setattr("mnist_dist.distributed.signals.Interrupts.stop_requested", lambda *_: next(answers, True))
         assert train(tiny(), tmp_path / "run")["status"] == "preempted"
     train(tiny(), tmp_path / "run")
     first, second = map(Logged, offline_runs(tmp_path / "run"))
