@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 
+from mnist_dist.distributed.expected_size import is_elastic, parse_world_size
 from mnist_dist.engine.files import expand_path as path
 from mnist_dist.errors import Problem, RecipeError, RunError, safe_output
 
@@ -73,7 +74,7 @@ def answer_early(command: str) -> None:
 def run_command(main: Callable[[], int]) -> int:
     """Runs a command's `main`. Prints an error that the user can act on as one screen on stderr.
 
-    Rank 0 prints at once. The other ranks wait `RANK_0_SECONDS`, so that the launcher ends them before they print.
+    Rank 0 prints first. The other ranks wait `RANK_0_SECONDS`, so that the launcher ends them before they print.
 
     Returns:
         What `main` returns; 2 for a `RecipeError`, 1 for a `RunError`, 130 after Ctrl-C.
@@ -92,7 +93,7 @@ def run_command(main: Callable[[], int]) -> int:
 
 def _print_error(error: Exception, code: int) -> int:
     if not is_main_process():
-        time.sleep(RANK_0_SECONDS)
+        time.sleep(1 if is_elastic() else RANK_0_SECONDS)  # torchrun waits for this process before it restarts all
     print(f"mnist_dist: {error}", file=sys.stderr)
     return code
 
@@ -141,7 +142,7 @@ def _train(parser: Parser) -> None:
     parser.add_argument("--run-dir", type=path, metavar="DIR", help=folder)
     resume = "auto (default): resume the run in --run-dir; never: refuse a used folder; PATH: new run from a checkpoint"
     parser.add_argument("--resume", metavar="auto|never|PATH", default="auto", help=resume)
-    parser.add_argument("--world-size", type=int, metavar="N", help="stop if the number of processes is not N")
+    parser.add_argument("--world-size", type=parse_world_size, metavar="N|MIN:MAX", help="allowed numbers of processes")
     parser.add_argument("--allow-recipe-change", action="store_true", help="resume although the recipe has changed")
     parser.add_argument("--print-recipe", action="store_true", help="print the resolved recipe and exit")
     parser.add_argument("--list-recipes", action="store_true", help="print the bundled recipes and exit")

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import errno
+import socket
 import time
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
+from mnist_dist.distributed.collectives import is_lost_connection
+from mnist_dist.distributed.expected_size import is_elastic
+from mnist_dist.distributed.signals import PREEMPTED
 from mnist_dist.engine.checkpoint import list_checkpoints, save_checkpoint
 from mnist_dist.engine.evaluation import Evaluation
 from mnist_dist.engine.train_step import NotFinite
 from mnist_dist.errors import RunError
 from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.components import Progress, TrainingComponents
+from mnist_dist.run.elastic_saves import ElasticSaves
 from mnist_dist.run.folder import RunFolder
 from mnist_dist.run.plan import Plan
 from mnist_dist.run.resume import file_bytes
@@ -31,6 +36,7 @@ class Checkpointer:
 
     def __init__(self, folder: RunFolder, recipe: Recipe, components: TrainingComponents, progress: Progress):
         self._folder, self._recipe, self._components, self._progress = folder, recipe, components, progress
+        self._elastic = ElasticSaves(recipe.checkpoint.elastic_seconds if is_elastic() else None)
         self.start(0.0)
 
     # --- time -----------------------------------------------------------------------------------------------------
@@ -44,6 +50,7 @@ class Checkpointer:
         self._began = time.perf_counter() - seconds_before
         self._saved_at = self._components.meter.train_seconds
         self._saved_step = self._progress.step  # the step of the checkpoint that the run resumes from, or 0
+        self._first_step = self._progress.step
 
     def train_seconds(self) -> float:
         """Returns the seconds that all steps so far took, evaluations included.
@@ -57,6 +64,7 @@ class Checkpointer:
 
     def save_best(self) -> None:
         """Writes best.safetensors. Collective: call on every rank."""
+        self._folder.end_if_lost()
         self._components.save_weights(self._folder.best, self._recipe)
 
     def save_last(self) -> None:
@@ -79,6 +87,9 @@ class Checkpointer:
         by_steps = rule.every_steps is not None and self._progress.step % rule.every_steps == 0
         # Always after the last step: if the end of the run is interrupted, no training must be repeated.
         by_steps = by_steps or self._progress.step == self._components.total_steps
+        per_step = self._components.meter.seconds_per_step
+        since = self._saved_step if per_step else self._first_step
+        by_steps = by_steps or self._elastic.are_due(self._progress.step - since, per_step)
         return by_steps or (logged and rule.every_minutes is not None and seconds >= 60 * rule.every_minutes)
 
     def save(self) -> None:
@@ -87,6 +98,8 @@ class Checkpointer:
         Raises:
             NotFinite: an earlier step had a gradient that is not finite; nothing is saved.
         """
+        self._folder.end_if_lost()
+        began = time.perf_counter()
         self._components.update.check()
         state: dict[str, Any] = {"components": self._components.state_dict(), "progress": asdict(self._progress)}
         self._saved_at, self._saved_step = self._components.meter.train_seconds, self._progress.step
@@ -102,6 +115,7 @@ class Checkpointer:
             if self._progress.evaluated_at and self._folder.best.is_file():
                 state["best"] = file_bytes(self._folder.best)
             save_checkpoint(self._folder.checkpoints, self._progress.step, state, keep=self._recipe.checkpoint.keep)
+        self._elastic.note(time.perf_counter() - began)
 
     def log_evaluation(self, evaluation: Evaluation) -> None:
         """Logs an evaluation's confusion matrix and histograms to W&B. Collective: call on every rank."""
@@ -124,14 +138,19 @@ class Checkpointer:
         if error is None:
             return
         message = self.describe_failure(error)
+        cause = message or f"{type(error).__name__}: {error}" if isinstance(error, Exception) else None
         with suppress(OSError):
-            self._end_trackers(message or f"{type(error).__name__}: {error}" if isinstance(error, Exception) else None)
+            self._end_trackers(cause, resumes=is_elastic() and is_lost_connection(error))
         if message:
             raise RunError(message) from error
 
     def mark_failed(self) -> None:
-        """Sets the status to failed. Does not wait for other processes, so the watchdog can call it."""
-        self._folder.set_status("failed")
+        """Sets the status to failed. Does not wait for other processes, so the watchdog can call it.
+
+        An elastic run has not failed: torchrun starts its processes again.
+        """
+        if not is_elastic():
+            self._folder.set_status("failed")
 
     def describe_failure(self, error: BaseException) -> str | None:
         """Returns a message with the cause, a remedy and the last checkpoint; None if only a traceback helps.
@@ -145,6 +164,10 @@ class Checkpointer:
             self.save()
         elif isinstance(error, OSError) and error.errno in UNWRITABLE:
             lines = [f"{error.filename or self._folder.path} cannot be written: {error.strerror}"]
+        elif is_elastic() and is_lost_connection(error):
+            rank, size = self._components.accelerator.process_index, self._components.accelerator.num_processes
+            where = f"rank {rank} of {size} on {socket.gethostname()} in step {self._progress.step}"
+            return f"{where}: another process has ended; the launcher starts all processes again"
         else:
             return None
         saved = list_checkpoints(self._folder.checkpoints)
@@ -165,10 +188,16 @@ class Checkpointer:
             lines.append("each sample alone has a finite loss; the loss or the gradient of the batch is not finite")
         return [*lines, "try a lower optimizer.lr, clip_grad_norm=1 or on_nonfinite=skip"]
 
-    def _end_trackers(self, cause: str | None) -> None:
-        """Ends all trackers. W&B sends an alert with the cause; after Ctrl-C, which has none, it sends no alert."""
+    def _end_trackers(self, cause: str | None, resumes: bool) -> None:
+        """Ends all trackers. W&B sends an alert with the cause; after Ctrl-C, which has none, it sends no alert.
+
+        Args:
+            resumes: the run resumes by itself, so W&B sends no alert.
+        """
         for tracker in self._components.accelerator.trackers:
             if not isinstance(tracker, WandbTracker):
                 tracker.finish()  # otherwise a terminal keeps its cursor hidden
+            elif resumes:
+                tracker.preempt(PREEMPTED)
             elif cause is not None:
                 tracker.fail(f"{self._recipe.name} failed", cause)
