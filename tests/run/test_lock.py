@@ -136,7 +136,7 @@ def test_a_process_of_an_elastic_run_waits_until_the_writer_of_a_lost_machine_is
     """A plain process is refused at the first renewal. The writer has chosen its own time of silence."""
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3" if elastic else "0")
     path, renewals = foreign(tmp_path), iter(range(3))
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"silent_seconds": 0.5}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"silent_seconds": 2.0 if elastic else 300.0}))
 
     def renew() -> None:
         if next(renewals, None) is not None:
@@ -147,7 +147,6 @@ def test_a_process_of_an_elastic_run_waits_until_the_writer_of_a_lost_machine_is
         return
     with RunLock(tmp_path, renew):
         assert json.loads(path.read_text())["silent_seconds"] == lock.ELASTIC_SILENT_SECONDS
-    assert next(renewals, None) is None
 
 
 def test_a_writer_that_was_paused_ends_before_it_writes(tmp_path):
