@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Measures correctness and speed of training on one GPU in under nine minutes and writes the results into a folder.
+# Where it finds several GPUs, it also tests and measures training on all of them.
 # Needs pip install -e ".[test,export]": the second part runs the tests of the captured step.
 #   launch/gpu_report.sh                         # into the folder gpu_report
 #   RECIPES="simple_cnn ms_ran" launch/gpu_report.sh bf16 mixed_precision=bf16
@@ -68,6 +69,17 @@ part() {
 part machine 30 bash -c 'nvidia-smi || lscpu
     python -c "from mnist_dist.run.provenance import git_commit, versions; print(git_commit(), versions())"'
 part correctness 90 python -m pytest tests/engine/test_cuda_graph.py tests/engine/test_train_step.py -n 0 -q
+gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')
+[ "$rehearse" ] && gpus=2 # processes on the CPU
+if [ "$gpus" -gt 1 ]; then
+    part correctness_of_several_gpus 90 python -m pytest tests/distributed/test_gradients.py -n 0 -q -rs
+    for recipe in model_v1_onecycle ms_ran resnet50; do
+        [ "$rehearse" ] && [ "$recipe" = resnet50 ] && continue
+        part "several_gpus_$recipe" 45 python -m torch.distributed.run --standalone --nproc_per_node "$gpus" \
+            -m mnist_dist.benchmark --recipe "$recipe" --rounds "$rounds" --steps "$steps" \
+            --json "$out/several_gpus_$recipe.json" --markdown "$out/report.md" "${overrides[@]}"
+    done
+fi
 for recipe in ms_ran model_v1_onecycle; do
     part "inference_$recipe" 45 python -m mnist_dist.benchmark --recipe "$recipe" --inference --batches "$batches" \
         --rounds "$rounds" --json "$out/inference_$recipe.json" --markdown "$out/report.md" "${overrides[@]}"

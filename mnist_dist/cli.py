@@ -198,6 +198,7 @@ def _benchmark(parser: Parser) -> None:
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument("--recipe", metavar="NAME", help="a path, or the name of a bundled recipe")
     group.add_argument("--time-to-accuracy", metavar="NAME", help="time training up to an accuracy, and a reference")
+    group.add_argument("--operations", nargs="*", metavar="NAME", help="count a step's kernels; no NAME: all recipes")
     group.add_argument("--floors", type=path, nargs="+", metavar="FILE", help="check --json files against lower limits")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="interleaved rounds (default: 7)")
     parser.add_argument("--steps", type=int, default=50, metavar="N", help="steps or calls per round (default: 50)")
@@ -206,8 +207,8 @@ def _benchmark(parser: Parser) -> None:
     parser.add_argument("--sweep", metavar="KEY=a,b,c", help="measure with each of these values of a recipe key")
     parser.add_argument("--plot", type=path, metavar="FILE", help="picture of the sweep (default: sweep.png)")
     parser.add_argument("--inference", action="store_true", help="time inference instead of training")
-    batches = "batch sizes for --inference (default: 1,32,256,1024)"
-    parser.add_argument("--batches", default="1,32,256,1024", metavar="N,…", help=batches)
+    parser.add_argument("--whole-epochs", action="store_true", help="time epochs with evaluation and checkpoints")
+    parser.add_argument("--batches", default="1,32,256,1024", metavar="N,…", help="images a call (%(default)s)")
     _add_json(parser, "the figures")
     parser.add_argument("--markdown", type=path, metavar="FILE", help="also append the table to FILE")
     _add_overrides(parser)

@@ -1,10 +1,9 @@
 """Evaluates the network of a run folder: `python -m mnist_dist.evaluate runs/simple_cnn/…`.
 
 Prints accuracy, loss, calibration error, balanced accuracy, macro F1, AUROC, the accuracy of each class and the
-confusion matrix. On the run's own data and
-on the same kind of device the figures equal those of its last evaluation, because code, batches and precision are the
-same. Another kind of device rounds differently. A device that cannot compute in the run's precision, such as a CPU in
-fp16, evaluates in fp32, and a note says so.
+confusion matrix. On the run's own data and on the same kind of device the figures equal those of its last evaluation,
+because code, batches and precision are the same. Another kind of device rounds differently. A device that cannot
+compute in the run's precision, such as a CPU in fp16, evaluates in fp32, and a note says so.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Draws what a network's prediction depends on, as one PNG: `python -m mnist_dist.explain runs/mine photo.jpg`.
 
-The PNG shows the picture as the network sees it, the three likeliest classes, where more and where less ink would raise
-the likeliest class's logit (in colour: on which pixels that logit depends most), and the feature maps of chosen layers.
-All of it is computed in fp32, in whatever precision the network was trained.
+The PNG shows the picture as the network sees it, the three likeliest classes, the pixels on which the logit of the
+likeliest class depends, and the feature maps of chosen layers. For a figure on a ground, colours show where more and
+where less ink would raise the logit. All of it is computed in fp32, also if the network was trained in another
+precision.
 """
 
 from __future__ import annotations

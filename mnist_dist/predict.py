@@ -1,8 +1,8 @@
 """Classifies picture files: `python -m mnist_dist.predict runs/mine photo.jpg folder/`.
 
 A picture may have any size, colour, bit depth or transparency, and may be dark on light or light on dark. It is
-prepared as the images that the network was trained with; see `mnist_dist.data.pictures`. The network is computed on the
-CPU in fp32, in whatever precision it was trained.
+prepared as the training images were; see `mnist_dist.data.pictures`. The network is computed on the CPU in fp32, even
+if it was trained in another precision.
 """
 
 from __future__ import annotations

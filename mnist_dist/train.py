@@ -16,6 +16,7 @@ import sys
 import time
 import types
 from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def fit(
 
         def asked_to_stop() -> bool:
             watchdog.beat(progress.step)
-            return interrupts.stop_requested()
+            return interrupts.stop_requested(checkpointer.has_failed)
 
         while True:
             # Evaluate every image once; keep the best weights.
@@ -81,7 +82,7 @@ def fit(
                 try:
                     evaluation = components.evaluate(held_out, recipe.eval_batch_size, asked_to_stop)
                 except Interrupted:
-                    checkpointer.save()
+                    checkpointer.save(wait=True)
                     return False
                 if progress.note(evaluation, components.meter.read_epoch(), components.epoch(progress)):
                     checkpointer.save_best()
@@ -113,7 +114,7 @@ def fit(
             asked = asked_to_stop()
             if asked or checkpointer.is_due(logged):
                 lines.finish()
-                checkpointer.save()
+                checkpointer.save(wait=asked)
             if asked:
                 return False
 
@@ -167,7 +168,7 @@ def train(
             notes = run_on_all_ranks(state, lambda: load_initial_weights(recipe, module))
         components = build_components(recipe, precision, dataset.train, module, teachers)  # sets determinism globally
         progress = Progress(**checkpoint.get("progress", {}))
-        with Checkpointer(folder, recipe, components, progress) as checkpointer:
+        with closing(components), Checkpointer(folder, recipe, components, progress) as checkpointer:
             if checkpoint:
                 components.load_state_dict(components_state(checkpoint))
             console = open_trackers(recipe, components, dataset, folder, checkpoint)
@@ -178,8 +179,7 @@ def train(
             checkpointer.start(checkpoint.get("train_seconds", 0.0))
             if not fit(recipe, components, components.place(dataset.held_out), checkpointer, progress, interrupts):
                 return stop_run(folder, components, progress, console)
-            seconds["train_seconds"] = checkpointer.train_seconds()
-            checkpointer.save_last()
+            seconds |= checkpointer.save_last()
             return finish_run(folder, recipe, components, progress, dataset, console, seconds | code, interrupts)
 
 

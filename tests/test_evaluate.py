@@ -11,7 +11,7 @@ import torch
 import torchvision
 
 from mnist_dist import load_recipe, load_run, train
-from mnist_dist.data import DATASETS
+from mnist_dist.data import DATASETS, Images
 from mnist_dist.data.sources.request import Splits
 from mnist_dist.evaluate import evaluate, main, show
 from mnist_dist.run.evaluation import calibration_error, class_averages, evaluate_run, load_evaluation_data
@@ -35,6 +35,16 @@ def test_the_figures_equal_those_of_the_training(validated_run, split, prefix):
     assert found["accuracy"] == summary[f"{prefix}.accuracy"]
     assert found["loss"] == summary[f"{prefix}.loss"]
     assert found["images"] == {"validation": 100, "test": 203}[split]
+
+
+@pytest.mark.parametrize("place", ["auto", "device", "host", "disk"])
+def test_images_on_the_host_go_to_the_device_batch_by_batch(validated_run, monkeypatch, place):
+    moved, move = [], Images.to
+    monkeypatch.setattr(Images, "to", lambda images, device: moved.append(len(images)) or move(images, device))
+    monkeypatch.setattr("mnist_dist.data.store.choose_place", lambda *arguments: ("host", ""))
+    run = load_run(validated_run, "last")
+    assert evaluate(run, f"data.place={place}")["loss"] == run.summary["test.loss"]
+    assert moved == ([203] if place == "device" else [])
 
 
 def test_evaluate_does_not_change_the_runs_network(debug_run):

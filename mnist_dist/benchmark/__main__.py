@@ -1,4 +1,4 @@
-"""The command `benchmark`: training speed, inference speed, time to accuracy.
+"""The command `benchmark`: training speed, inference speed, time to accuracy, operations of a step.
 
 `accelerate launch -m mnist_dist.benchmark --recipe model_v1_onecycle` compares the trainer with the bare step and with
 the training loops of other frameworks. Speeds are images/s, summed over all processes.
@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from mnist_dist.benchmark import time_to_accuracy
+from mnist_dist.benchmark.epochs import measure_epochs
 from mnist_dist.benchmark.inference import measure_inference
 from mnist_dist.benchmark.report import print_floors, print_table, to_markdown
 from mnist_dist.benchmark.training import measure
 from mnist_dist.distributed.launcher import launched_world
 from mnist_dist.engine.files import write_atomically
 from mnist_dist.errors import Kind, Problem, RecipeError
-from mnist_dist.recipe.file import find_recipe
+from mnist_dist.recipe.file import bundled_recipes, find_recipe
 from mnist_dist.recipe.loading import load_recipe
 from mnist_dist.recipe.schema import Recipe
 
@@ -42,6 +43,8 @@ def main(argv: list[str] | None = None) -> int:
     command = shlex.join(["python", "-m", "mnist_dist.benchmark", *words])
     if arguments.floors:
         print_floors(arguments.floors)
+    elif arguments.operations is not None:
+        _operations(arguments, command)
     elif arguments.time_to_accuracy:
         _time_to_accuracy(arguments, command)
     else:
@@ -61,12 +64,14 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
     for key in ("rounds", "steps", "seeds"):
         if (number := getattr(arguments, key)) < 1:
             raise _refuse(f"--{key}", f"expected at least 1, got {number}", "range")
-    if arguments.time_to_accuracy:
-        for key, is_given in {"--sweep": arguments.sweep is not None, "--inference": arguments.inference}.items():
-            if is_given:
-                message = "cannot be combined with --time-to-accuracy, which trains a recipe to its end"
-                raise _refuse(key, message, "conflict")
-    elif arguments.note:
+    if arguments.time_to_accuracy or arguments.operations is not None:
+        chosen = "--time-to-accuracy" if arguments.time_to_accuracy else "--operations"
+        for key in ("sweep", "inference", "whole_epochs"):
+            if getattr(arguments, key):
+                raise _refuse(f"--{key.replace('_', '-')}", f"cannot be combined with {chosen}", "conflict")
+    if arguments.whole_epochs and arguments.inference:
+        raise _refuse("--whole-epochs", "cannot be combined with --inference", "conflict")
+    if arguments.note and not arguments.time_to_accuracy:
         raise _refuse("--note", "needs --time-to-accuracy", "conflict")
     if arguments.plot and arguments.sweep is None:
         raise _refuse("--plot", "draws a sweep; add --sweep KEY=a,b,c", "conflict")
@@ -100,7 +105,8 @@ def _speed(arguments: argparse.Namespace, command: str) -> None:
             batch_sizes = [int(size) for size in arguments.batches.split(",")]
             result = measure_inference(recipe, batch_sizes, arguments.rounds, arguments.steps)
         else:
-            result = measure(recipe, arguments.rounds, arguments.steps)
+            timed = measure_epochs if arguments.whole_epochs else measure
+            result = timed(recipe, arguments.rounds, arguments.steps)
         if change:
             result["sweep"] = change
             if results:  # the time since the process started would include the earlier measurements
@@ -162,6 +168,24 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 def _append(path: Path, text: str) -> None:
     old = path.read_text(encoding="utf-8") if path.is_file() else ""
     write_atomically(path, old + text)
+
+
+# --- operations ---------------------------------------------------------------------------------------------------
+
+
+def _operations(arguments: argparse.Namespace, command: str) -> None:
+    """Counts the operations of recipes, prints them, and writes them to the requested files."""
+    from mnist_dist.benchmark import operations  # imported late: it needs parts of PyTorch that may change
+
+    words = [*arguments.operations, *arguments.overrides]
+    overrides = [word for word in words if "=" in word]
+    names = [word for word in words if "=" not in word] or list(bundled_recipes())
+    result = operations.measure([load_recipe(name, *overrides) for name in names])
+    operations.print_table(result)
+    if arguments.json:
+        _write_json(arguments.json, result)
+    if arguments.markdown:
+        _append(arguments.markdown, operations.to_markdown(result, command))
 
 
 # --- time to accuracy ---------------------------------------------------------------------------------------------

@@ -10,10 +10,10 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
@@ -24,15 +24,15 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from mnist_dist.data import Dataset
-from mnist_dist.data.augment import OTHERS
 from mnist_dist.distributed.collectives import run_on_all_ranks
 from mnist_dist.distributed.devices import choose_threads, device_name, synchronize
+from mnist_dist.distributed.gradients import FlatGradients, GradientClock
 from mnist_dist.distributed.launcher import check_size, launched_world
 from mnist_dist.engine.cuda_graph import WARM_UP_STEPS, capture_cuda_graph
 from mnist_dist.engine.optimizers import build_optimizer
 from mnist_dist.errors import Problem, RecipeError
 from mnist_dist.recipe.schema import Recipe
-from mnist_dist.run.build import check_world
+from mnist_dist.run.build import check_world, class_weights
 from mnist_dist.run.data import load_data
 from mnist_dist.run.model_setup import build_module, prepare_model
 from mnist_dist.run.model_trial import to_device
@@ -40,6 +40,8 @@ from mnist_dist.run.provenance import git_commit, versions
 
 COMPARED_PRECISIONS = ("no", "bf16")
 """Value of `mixed_precision` that the benchmark measures -> its name in tables."""
+DDP_STEP = "bare step, DistributedDataParallel"
+"""Name of a timed loop of several processes."""
 Step = Callable[..., object]
 
 # --- the setup ----------------------------------------------------------------------------------------------------
@@ -84,9 +86,9 @@ class BenchmarkSetup:
         if recipe.distill.teachers:
             message = 'the frameworks learn from labels alone; remove the teachers: "distill={}"'
             raise RecipeError([recipe.problem("distill.from", message, "unsupported")])
-        if others := [name for name in OTHERS if getattr(recipe.data.augment, name)]:
-            message = "the frameworks' augmentation of single images has only warps; remove this key"
-            raise RecipeError([recipe.problem(f"data.augment.{name}", message, "unsupported") for name in others])
+        if mixes := [name for name in ("mixup", "cutmix") if getattr(recipe.data.augment, name)]:
+            message = "the other loops augment single images and cannot mix two; set this key to 0"
+            raise RecipeError([recipe.problem(f"data.augment.{name}", message, "unsupported") for name in mixes])
         dataset = load_data(recipe, state)
         if recipe.batch_size > len(dataset.train):
             message = (
@@ -94,6 +96,7 @@ class BenchmarkSetup:
                 "training images"
             )
             raise RecipeError([recipe.problem("batch_size", message, "conflict")])
+        class_weights(recipe, dataset.train)  # refuses a list of another length
         prepared = run_on_all_ranks(state, lambda: prepare_model(recipe, dataset, state.num_processes, state.device))
         return cls(prepared.recipe, precision, dataset, state)
 
@@ -129,12 +132,8 @@ class BenchmarkSetup:
 
     @property
     def is_captured(self) -> bool:
-        """Whether the bare step is captured as one CUDA graph: the recipe captures steps, and one process uses one GPU.
-
-        With several processes, DistributedDataParallel adds operations to a step.
-        """
-        wanted = self.recipe.engine.capture != "off"
-        return wanted and self.state.device.type == "cuda" and self.state.num_processes == 1
+        """Whether the bare step is captured as one CUDA graph: the recipe captures steps, and the device is a GPU."""
+        return self.recipe.engine.capture != "off" and self.state.device.type == "cuda"
 
     def module(self) -> nn.Module:
         """Builds the network with its initial weights, on the device, in the recipe's memory layout."""
@@ -150,9 +149,16 @@ class BenchmarkSetup:
         """Returns the context in which a forward pass runs in the setup's precision."""
         return torch.autocast(self.state.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
+    @cached_property
+    def class_weights(self) -> Tensor | None:
+        """Weight of each class in the loss, float32 on the device; None: all 1."""
+        weights = class_weights(self.recipe, self.dataset.train)
+        return None if weights is None else torch.tensor(weights, device=self.state.device)
+
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Returns the mean cross entropy of logits (n, classes) and labels int64 (n,), with label smoothing."""
-        return F.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
+        """Returns the recipe's mean cross entropy of logits (n, classes) and labels int64 (n,)."""
+        smoothing = self.recipe.label_smoothing
+        return F.cross_entropy(logits, labels, weight=self.class_weights, label_smoothing=smoothing)
 
     def synchronize(self) -> None:
         """Waits until the device has finished its work."""
@@ -193,16 +199,25 @@ def median_and_range(values: list[float], digits: int) -> dict[str, float]:
 # --- baselines ----------------------------------------------------------------------------------------------------
 
 
-def bare_step(setup: BenchmarkSetup) -> TimedLoop:
+def bare_step(setup: BenchmarkSetup, *, fastest: bool = False, with_ddp: bool = False) -> TimedLoop:
     """Builds the upper limit for any trainer: forward, loss, backward and optimizer on one fixed batch on the device.
 
-    The step is compiled, or captured as one CUDA graph, if the recipe compiles or captures.
+    The step is compiled, or captured as one CUDA graph, if the recipe compiles or captures. Several processes sum their
+    gradients as the trainer does.
+
+    Args:
+        fastest: use the fastest kernels instead of those that the recipe's `deterministic` chooses.
+        with_ddp: make an eager step in which DistributedDataParallel sums the gradients, to compare the two sums.
     """
     data, device = setup.dataset.train[slice(setup.local_batch_size)], setup.state.device
     batch = data.normalize(data.images).to(device), data.labels.to(device)
-    step = partial(plain_step(setup, is_limit=True), *batch)
-    once = captured(step) if setup.is_captured else step
-    return TimedLoop("bare step", lambda count: setup.time_steps(once, itertools.repeat(()), count))
+    step = partial(plain_step(setup, is_limit=not with_ddp), *batch)
+    with fastest_kernels() if fastest else nullcontext():  # a graph keeps the kernels of its capture
+        once = captured(step) if setup.is_captured and not with_ddp else step
+    if fastest:
+        return setup.baseline("bare step, fastest kernels", once, itertools.repeat(()))
+    name = DDP_STEP if with_ddp else "bare step"
+    return TimedLoop(name, lambda count: setup.time_steps(once, itertools.repeat(()), count))
 
 
 def tensor_loop(setup: BenchmarkSetup) -> TimedLoop:
@@ -228,18 +243,21 @@ def tensor_loop(setup: BenchmarkSetup) -> TimedLoop:
 
 
 def plain_step(setup: BenchmarkSetup, *, is_limit: bool = False) -> Step:
-    """Builds a network and returns (images, labels) -> one update of it; data parallel with several processes.
+    """Builds a network and returns (images, labels) -> one update of it, the same on all processes.
 
     Args:
         is_limit: the step is that of `bare_step`. Compile the network, or prepare the optimizer for capture, if the
-            recipe compiles or captures.
+            recipe compiles or captures, and sum gradients as the trainer does, not with DistributedDataParallel.
     """
     module = setup.module()
     optimizer, parameters = setup.optimizer(module), list(module.parameters())
     for group in optimizer.param_groups:
         if "capturable" in group and is_limit:
             group["capturable"] = setup.is_captured
-    if setup.state.num_processes > 1:
+    backward: Callable[[Tensor], object] = Tensor.backward
+    if setup.state.num_processes > 1 and is_limit:
+        backward = _backward_with_sum(module, setup.state.num_processes)
+    elif setup.state.num_processes > 1:
         devices = None if setup.state.device.type == "cpu" else [setup.state.device]
         module = nn.parallel.DistributedDataParallel(module, device_ids=devices)
     network: Any = torch.compile(module) if is_limit and setup.is_compiled else module
@@ -250,7 +268,19 @@ def plain_step(setup: BenchmarkSetup, *, is_limit: bool = False) -> Step:
 
     limit = setup.recipe.clip_grad_norm
     clip = None if limit is None else partial(nn.utils.clip_grad_norm_, parameters, limit)
-    return training_step(optimizer, compute_loss, clip=clip)
+    return training_step(optimizer, compute_loss, backward=backward, clip=clip)
+
+
+def _backward_with_sum(module: nn.Module, world_size: int) -> Callable[[Tensor], object]:
+    """Returns loss -> the mean of the loss's gradient over the processes, in the parameters."""
+    reduction = FlatGradients(module, "none", allows_unused=False, clock=GradientClock())
+
+    def backward(loss: Tensor) -> None:
+        reduction.start()
+        (loss / world_size).backward()
+        reduction.finish()
+
+    return backward
 
 
 def training_step(

@@ -203,11 +203,15 @@ def _loader(setup: BenchmarkSetup, workers: int, *, distributed: bool = False) -
 
 
 class _PerImage(TorchDataset):
-    """Applies torchvision's usual transforms to one image at a time: PIL, RandomAffine, ToTensor, Normalize."""
+    """Applies torchvision's usual transforms to one image at a time: those of PIL images, ToTensor, Normalize."""
 
     def __init__(self, recipe: Recipe, data: Images):
-        augment = recipe.data.augment
+        augment, fill = recipe.data.augment, [int(level) for level in as_numbers(recipe.data.augment.fill)]
         steps: list[Any] = [transforms.ToPILImage()]
+        if augment.crop_padding:
+            steps.append(transforms.RandomCrop(data.shape[1:], augment.crop_padding, padding_mode="reflect"))
+        if augment.flip:
+            steps.append(transforms.RandomHorizontalFlip())
         if augment.build().warps_images:
             steps.append(
                 transforms.RandomAffine(
@@ -216,9 +220,13 @@ class _PerImage(TorchDataset):
                     scale=tuple(augment.scale) if augment.scale else None,
                     shear=augment.shear or None,
                     interpolation=InterpolationMode(augment.interpolation),
-                    fill=[int(level) for level in as_numbers(augment.fill)],
+                    fill=fill,
                 )
             )
+        if augment.brightness or augment.contrast or augment.saturation:
+            steps.append(transforms.ColorJitter(augment.brightness, augment.contrast, augment.saturation))
+        if augment.randaugment:
+            steps.append(transforms.RandAugment(*augment.randaugment, fill=fill))
         steps.append(transforms.ToTensor())
         if augment.elastic:
             # torchvision pads by reflection with 4 sigma pixels, which must be fewer than the image has.
@@ -226,6 +234,10 @@ class _PerImage(TorchDataset):
             # torchvision's alpha counts half pixels and scales uniform noise in ±1 before smoothing.
             alpha = augment.elastic * 4 * sigma * math.sqrt(3 * math.pi)
             steps.append(transforms.ElasticTransform(alpha, sigma))
+        if augment.cutout:  # this square lies inside the image
+            share = augment.cutout**2 / (data.shape[1] * data.shape[2])
+            value = [level / 255 for level in fill] * (data.shape[0] if len(fill) == 1 else 1)
+            steps.append(transforms.RandomErasing(1.0, scale=(share, share), ratio=(1.0, 1.0), value=value))
         steps.append(transforms.Normalize(data.mean, data.std))
         self._data, self._transform = data, transforms.Compose(steps)
 

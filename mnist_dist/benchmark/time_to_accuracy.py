@@ -23,7 +23,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from mnist_dist.benchmark.baselines import BenchmarkSetup, training_step
-from mnist_dist.data import Dataset, Images
+from mnist_dist.data import Dataset, Images, describe_shape
+from mnist_dist.data.images import SHAPE
 from mnist_dist.engine.precision import PRECISION_NAMES
 from mnist_dist.engine.train_step import NotFinite
 from mnist_dist.errors import Problem, RecipeError, RunError
@@ -62,7 +63,8 @@ def measure(recipe: Recipe, seeds: int) -> dict[str, Any]:
         Plain values: for `ours` and `reference`, accuracy (percent) and seconds with mean, sd and each seed's value.
 
     Raises:
-        RecipeError: there are several processes, or the optimizer's state does not start with zeros.
+        RecipeError: there are several processes, the images do not have the shape of MNIST's, or the optimizer's state
+            does not start with zeros.
         RunError: the training failed or was stopped.
     """
     setup = BenchmarkSetup.prepare(recipe)
@@ -99,6 +101,9 @@ def _check(setup: BenchmarkSetup, recipe: Recipe) -> None:
         size = setup.state.num_processes
         message = f"time to accuracy is measured in one process, but {size} are running; start it without a launcher"
         raise RecipeError([Problem("the launcher", "--time-to-accuracy", message, "unsupported")])
+    if (shape := setup.dataset.train.shape) != SHAPE:
+        message = f"the reference network takes {describe_shape(SHAPE)}, but the images have {describe_shape(shape)}"
+        raise RecipeError([recipe.problem("data.dataset", message, "unsupported")])
     if recipe.optimizer.name not in ZERO_INITIAL_STATE or recipe.optimizer.keywords.get("dampening"):
         message = (
             "each seed resets the optimizer's state to zeros, but this optimizer's state does not start with zeros; "
@@ -141,7 +146,7 @@ def _train_seed(components: TrainingComponents, recipe: Recipe, dataset: Dataset
             value.zero_()
     if components.update.average:
         components.update.average.module.load_state_dict(components.module.state_dict())
-        components.update.average.n_averaged.zero_()
+        components.update.average.restart()
     components.update.batches = replace(components.batches, seed=recipe.seed)
     progress = Progress()
     _fit(recipe, replace(components, batches=components.update.batches), test, progress)

@@ -83,26 +83,41 @@ def measure(recipe: Recipe, rounds: int, steps: int) -> dict[str, Any]:
             loops.append(loop)
         step_seconds = {loop.name: loop.run(steps) / steps for loop in loops}
         counts = _steps_per_round(step_seconds, steps)
-        seconds = _run_rounds(setup, loops, counts, rounds)
+        seconds = run_rounds(setup, loops, counts, rounds)
+    return {
+        **circumstances_of(setup, components, rounds, counts, workers),
+        "seconds_from_process_start_to_first_step": round(since_process_start, 2),
+        "compile_seconds": round(first_step_seconds - step_seconds[OURS], 3) if setup.is_compiled else None,
+        "peak_memory_mb": round(memory),
+        **figures(recipe.batch_size, counts, seconds),
+    }
+
+
+def circumstances_of(
+    setup: BenchmarkSetup, components: TrainingComponents, rounds: int, counts: dict[str, int], workers: int
+) -> dict[str, Any]:
+    """Returns what a result says about its measurement; the times that were not measured are None."""
     capture = components.captured
     return {
         **setup.about(),
         "rounds": rounds,
         "steps_per_round": counts,
         "dataloader_workers": workers,
-        "seconds_from_process_start_to_first_step": round(since_process_start, 2),
+        "seconds_from_process_start_to_first_step": None,
         "capture_seconds": capture.seconds if capture else None,
-        "compile_seconds": round(first_step_seconds - step_seconds[OURS], 3) if setup.is_compiled else None,
-        "peak_memory_mb": round(memory),
-        **_figures(recipe.batch_size, counts, seconds),
+        "compile_seconds": None,
+        "peak_memory_mb": round(_peak_memory_mb(setup.state.device)),
     }
 
 
-def trainer_loop(setup: BenchmarkSetup, folder: Path, name: str = OURS) -> tuple[TimedLoop, TrainingComponents]:
+def trainer_loop(
+    setup: BenchmarkSetup, folder: Path, name: str = OURS, *, evaluates: bool = False
+) -> tuple[TimedLoop, TrainingComponents]:
     """Builds the trainer as a user runs it: data, augmentation, clipping, metrics, console, W&B as in the recipe.
 
     Args:
         folder: an existing folder; the run folder is created in it.
+        evaluates: evaluate all held-out images, and time evaluations and checkpoints too; else one image, untimed.
     """
     recipe, dataset = setup.recipe, setup.dataset
     components = build_components(recipe, setup.precision, dataset.train, build_module(recipe, dataset))
@@ -110,11 +125,12 @@ def trainer_loop(setup: BenchmarkSetup, folder: Path, name: str = OURS) -> tuple
     open_trackers(recipe, components, dataset, run, {}, quiet=True)
     progress = Progress()
     checkpointer = Checkpointer(run, recipe, components, progress)
-    eval_images = dataset.test[slice(1)].to(setup.state.device)
+    eval_images = components.place(dataset.held_out if evaluates else dataset.test[slice(1)])
 
     def train(steps: int) -> float:
         before, last = components.meter.train_seconds, progress.step + steps  # evaluation does not count as training
         components.meter.resume()
+        started = time.perf_counter()
         try:
             finished = fit(recipe, replace(components, total_steps=last), eval_images, checkpointer, progress)
         except Exception as error:
@@ -125,14 +141,25 @@ def trainer_loop(setup: BenchmarkSetup, folder: Path, name: str = OURS) -> tuple
         if not finished:
             raise RunError("stopped by a signal during the measurement; there is no result")
         assert progress.step == last, "a round that ended early would look too fast"
-        return components.meter.train_seconds - before
+        seconds = components.meter.train_seconds - before
+        checkpointer.wait()  # the thread that writes must not disturb the loop that is timed next
+        setup.synchronize()
+        return time.perf_counter() - started if evaluates else seconds
 
-    return TimedLoop(name, train, lambda: close_trackers(components)), components
+    def close() -> None:
+        close_trackers(components)
+        components.close()
+
+    return TimedLoop(name, train, close), components
 
 
 def _other_loops(setup: BenchmarkSetup, workers: int, folder: Path) -> Iterator[TimedLoop]:
     """Builds the baselines, the frameworks, and the variants that the recipe's settings call for, one after another."""
     yield bare_step(setup)
+    if setup.state.num_processes > 1:
+        yield bare_step(setup, with_ddp=True)
+    if setup.recipe.deterministic:  # the price of results that can be repeated
+        yield bare_step(setup, fastest=True)
     tutorial = setup.in_default_layout()
     yield tensor_loop(setup)
     yield plain_loader(tutorial, workers)
@@ -162,7 +189,7 @@ def _steps_per_round(step_seconds: dict[str, float], steps: int) -> dict[str, in
     return broadcast_object_list([counts])[0]
 
 
-def _run_rounds(
+def run_rounds(
     setup: BenchmarkSetup, loops: list[TimedLoop], counts: dict[str, int], rounds: int
 ) -> dict[str, list[float]]:
     """Runs the loops in turn; returns the seconds of each loop's rounds. Collective: call on every rank."""
@@ -174,20 +201,23 @@ def _run_rounds(
     return seconds
 
 
-def _figures(batch_size: int, counts: dict[str, int], seconds: dict[str, list[float]]) -> dict[str, Any]:
+def figures(
+    batch_size: int, counts: dict[str, int], seconds: dict[str, list[float]], limit: str = "bare step"
+) -> dict[str, Any]:
     """Returns speeds, step times and ratios of all loops.
 
     Args:
         counts: steps per round of each loop.
         seconds: of each round of each loop.
+        limit: name of the loop that is the upper limit.
     """
     speeds = {name: [counts[name] * batch_size / each for each in times] for name, times in seconds.items()}
     step_times = {name: [1000 * each / counts[name] for each in times] for name, times in seconds.items()}
-    bare, ours = speeds["bare step"], speeds[OURS]
+    bare, ours = speeds[limit], speeds[OURS]
     return {
         "images_per_second": {name: median_and_range(each, 3) for name, each in speeds.items()},
         "ms_per_step": {name: median_and_range(each, 4) for name, each in step_times.items()},
-        "share_of_bare_step": {name: _ratio(each, bare) for name, each in speeds.items() if name != "bare step"},
+        "share_of_bare_step": {name: _ratio(each, bare) for name, each in speeds.items() if name != limit},
         "ratio_of_mnist_dist_to": {name: _ratio(ours, each) for name, each in speeds.items() if name != OURS},
     }
 

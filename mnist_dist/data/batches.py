@@ -7,7 +7,7 @@ numbers of a sample. A resume therefore needs no saved state, and no result depe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -102,9 +102,9 @@ class Batch:
     start: int
     """Position of the first sample in the global batch."""
     images: Tensor
-    """uint8 (n, C, H, W), as they are in the data set."""
+    """uint8 (n, C, H, W), as they are in the data set; prepared ones are changed, mixed and normalised, float32."""
     labels: Tensor
-    """int64 (n,)."""
+    """int64 (n,); of prepared mixed images the classes' probabilities, float32 (n, classes)."""
     changes: Tensor | None = None
     """The random changes of each image: the return value of `Batches.changes`."""
     partner: Batch | None = None
@@ -115,6 +115,11 @@ class Batch:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def is_prepared(self) -> bool:
+        """Whether the images can be given to the network as they are."""
+        return self.images.is_floating_point()
+
     def __getitem__(self, part: slice) -> Batch:
         """Returns consecutive samples of this batch, without a copy."""
         return replace(self._map(lambda tensor: tensor[part]), start=self.start + part.indices(len(self))[0])
@@ -123,6 +128,13 @@ class Batch:
         """Returns `count` consecutive pieces, the larger ones first; the sizes differ by at most one."""
         pieces = (piece(len(self), number, count) for number in range(count))
         return [self[each.start : each.stop] for each in pieces]
+
+    @staticmethod
+    def join(parts: Sequence[Batch]) -> Batch:
+        """Returns the images, labels and changes of several batches as one."""
+        changes = [part.changes for part in parts if part.changes is not None]
+        images, labels = torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts])
+        return Batch(len(labels), 0, images, labels, torch.cat(changes) if changes else None)
 
     def clone(self) -> Batch:
         """Returns a copy with its own memory."""
@@ -205,28 +217,38 @@ class Batches:
         """Whether images are mixed with a partner."""
         return self.augmentation is not None and self.augmentation.mixes
 
-    def partners_at(self, order: Tensor, index: int, positions: range) -> Tensor:
-        """Returns the partners of the samples at these positions of global batch `index`: int64 (n,).
+    def rows_with_partner(self, order: Tensor, index: int, positions: range) -> Tensor:
+        """Returns the partner of the first sample, then the samples at these positions of global batch `index`.
 
-        The partner is the sample before, and of the first sample the last one of the global batch. The order is random,
-        so the partner is too, and it is the same at any number of processes.
+        The partner of a sample is the sample before it, and of the first sample of the global batch the last one. The
+        order is random, so the partner is too, and it is the same at any number of processes.
+
+        Returns:
+            int64 (n + 1,); empty without positions.
         """
-        before = self.rows_at(order, index, range(positions.start - 1, positions.stop - 1))
-        if positions.start > 0 or not positions:
-            return before
-        last = self.size(index) - 1
-        others = self.rows_at(order, index, range(0, positions.stop - 1))
-        return torch.cat([self.rows_at(order, index, range(last, last + 1)), others])
+        own = self.rows_at(order, index, positions)
+        if not positions:
+            return own
+        before = (positions.start or self.size(index)) - 1
+        return torch.cat([self.rows_at(order, index, range(before, before + 1)), own])
 
     def augmented(self, batch: Batch) -> Tensor:
         """Returns the changed and mixed images of a batch: levels 0 to 255, float32 (uint8 without augmentation)."""
         if self.augmentation is None or batch.changes is None:
             return batch.images
-        images = self.augmentation.apply(batch.images, batch.changes)
         if batch.partner is None or batch.partner.changes is None:
-            return images
-        partners = self.augmentation.apply(batch.partner.images, batch.partner.changes)
-        return self.augmentation.mix(images, partners, batch.changes)
+            return self.augmentation.apply(batch.images, batch.changes)
+        # The partner is the sample before: only that of the first sample is not changed with the batch itself.
+        images = torch.cat([batch.partner.images[:1], batch.images])
+        changed = self.augmentation.apply(images, torch.cat([batch.partner.changes[:1], batch.changes]))
+        return self.augmentation.mix(changed[1:], changed[:-1], batch.changes)
+
+    def mixed(self, batch: Batch, partners: Batch, classes: int) -> Batch:
+        """Returns a batch of changed images mixed with others, with the probabilities of `classes` as labels."""
+        assert self.augmentation is not None and batch.changes is not None
+        images = self.augmentation.mix(batch.images, partners.images, batch.changes)
+        labels = self.augmentation.mix_labels(batch.labels, partners.labels, batch.changes, classes)
+        return replace(batch, images=images, labels=labels)
 
     def targets(self, batch: Batch, classes: int) -> Tensor:
         """Returns the labels, int64 (n,), or for mixed images the classes' probabilities, float32 (n, classes)."""

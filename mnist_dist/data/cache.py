@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import socket
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+
+UNFINISHED = ".part"
+"""Ending of the name of a file or folder that a process is still writing."""
+
+OLDEST_SECONDS = 24 * 3600.0
+"""An unfinished cache of another machine that has not changed for this long is no longer being written."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +48,9 @@ def map_file(path: Path, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(np.memmap(path, dtype=np.uint8, mode="c", shape=shape))
 
 
-def cache_folders(root: Path) -> list[Path]:
+def cache_folders(root: Path | None) -> list[Path]:
     """Returns the folders that may hold caches: in the data's own folder, which nodes may share, and in the user's."""
-    return [root / ".decoded", user_cache() / "decoded"]
+    return [*([root / ".decoded"] if root else []), user_cache() / "decoded"]
 
 
 def open_cache(folder: Path) -> Decoded | None:
@@ -81,12 +88,51 @@ def publish(staged: Path, target: Path) -> None:
             staged.replace(target)
 
 
-def remove_stale(target: Path) -> None:
-    """Removes what killed decodings on this machine have left."""
-    for left in target.parent.glob(f"{target.name}.{socket.gethostname()}.*.part"):
-        number = left.name.split(".")[-2]
-        if number.isdigit() and not _is_alive(int(number)):
-            shutil.rmtree(left, ignore_errors=True)
+def describe_cache(folder: Path) -> str:
+    """Returns a note for the user: path and size of a cache, and what the other caches of the same folder take."""
+    others = [each for each in folder.parent.iterdir() if each != folder and each.is_dir()]
+    note = f"{folder}, {_size_of([folder])}"
+    if not others:
+        return note
+    caches = f"{len(others)} other cache{'s' * (len(others) > 1)}"
+    return f"{note}; the folder also holds {caches}, {_size_of(others)}; you may delete any cache"
+
+
+def _size_of(folders: list[Path]) -> str:
+    size = sum(file.stat().st_size for folder in folders for file in folder.iterdir() if file.is_file())
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def unfinished_path(target: Path) -> Path:
+    """Returns the path at which this process writes what will become `target`, a file or a folder."""
+    return target.with_name(f"{target.name}.{socket.gethostname()}.{os.getpid()}{UNFINISHED}")
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what killed processes have left at an `unfinished_path` in a folder.
+
+    On this machine, the process must have ended. What another machine has left must be older than `OLDEST_SECONDS`.
+    """
+    host = socket.gethostname()
+    for path in folder.glob(f"*{UNFINISHED}"):
+        rest, _, number = path.name.removesuffix(UNFINISHED).rpartition(".")
+        if rest.endswith(f".{host}") and number.isdigit():
+            is_left = not _is_alive(int(number))
+        else:
+            is_left = _seconds_since_change(path) > OLDEST_SECONDS
+        if is_left:
+            shutil.rmtree(path, ignore_errors=True)
+            with suppress(OSError):
+                path.unlink()
+
+
+def _seconds_since_change(path: Path) -> float:
+    """Returns the time since the newest change of a file, or of a folder and the files in it."""
+    times = [0.0]
+    for each in (path, *path.glob("*")):
+        with suppress(OSError):  # removed by another process
+            times.append(each.stat().st_mtime)
+    return time.time() - max(times)
 
 
 def _is_alive(process: int) -> bool:

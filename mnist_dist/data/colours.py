@@ -14,7 +14,7 @@ LEVELS = 256
 
 
 def blend(images: Tensor, other: Tensor | float, factor: Tensor) -> Tensor:
-    """Returns factor × images + (1 - factor) × other, cut off at 0 and 255.
+    """Returns factor × images + (1 - factor) × other, limited to 0 to 255.
 
     Args:
         factor: (N,); 1 changes nothing.
@@ -57,13 +57,13 @@ def blur(images: Tensor) -> Tensor:
 
 
 def posterize(images: Tensor, bits: int) -> Tensor:
-    """Keeps the upper bits of whole levels."""
+    """Keeps the upper `bits` of the 8 bits of whole levels, and sets the others to 0."""
     step = 1 << (8 - bits)
     return (images / step).floor() * step
 
 
 def solarize(images: Tensor, threshold: float) -> Tensor:
-    """Inverts the levels from a threshold on."""
+    """Inverts the levels that are not below a threshold."""
     return torch.where(images >= threshold, 255 - images, images)
 
 

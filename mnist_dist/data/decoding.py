@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-import socket
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,18 +19,27 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import track
 
-from mnist_dist.data.cache import Decoded, cache_folders, open_cache, publish, remove_stale, writable_folder
+from mnist_dist.data.cache import (
+    Decoded,
+    cache_folders,
+    describe_cache,
+    open_cache,
+    publish,
+    remove_unfinished,
+    unfinished_path,
+    writable_folder,
+)
 from mnist_dist.data.form import DataError, Form, convert_picture, fit_picture
 
 VERSION = 1
-"""Of the decoding; a change of the arithmetic needs another number."""
+"""A part of every cache's key. A change of the decoding's arithmetic needs another number."""
 
 MOST_PIXELS = 100_000_000
-"""Larger pictures are damaged: they would fill the memory."""
+"""Larger pictures are reported as damaged: they would fill the memory."""
 
 BATCH = 64
 """Files that a thread decodes at once."""
@@ -52,23 +61,35 @@ class ImageFiles:
         names: of the images, for messages.
         open: returns what Pillow opens for the image at a position.
         fingerprint: changes if any of the images does.
-        root: the folder that gets the cache, if it can be written.
+        root: the folder that gets the cache, if it can be written. None: the cache is in the user's cache folder.
     """
 
     names: Sequence[str]
     open: Callable[[int], str | BinaryIO]
     fingerprint: str
-    root: Path
+    root: Path | None
 
     @classmethod
     def of_paths(cls, paths: Sequence[str], root: Path) -> ImageFiles:
         """Returns files, whose names, sizes and times of change are their fingerprint."""
-        digest, above = hashlib.sha256(), f"{root}/"
+        digest, above, wrong = hashlib.sha256(), f"{root}/", set()
         for path in paths:
-            state = os.stat(path)  # noqa: PTH116  # a `Path` for each of many files is slow
             name = os.fsencode(path.removeprefix(above))
+            try:
+                state = os.stat(path)  # noqa: PTH116  # a `Path` for each of many files is slow
+            except OSError:  # a broken link, which the decoding names
+                digest.update(b"\n%b\0" % name)
+                continue
+            if not stat.S_ISREG(state.st_mode):
+                wrong.add(path)
             digest.update(b"\n%b\0%d\0%d" % (name, state.st_size, state.st_mtime_ns))
-        return cls(paths, paths.__getitem__, digest.hexdigest(), root)
+
+        def open_file(row: int) -> str:
+            if paths[row] in wrong:
+                raise OSError("not a file")  # a named pipe would never end
+            return paths[row]
+
+        return cls(paths, open_file, digest.hexdigest(), root)
 
 
 def decode_files(
@@ -85,14 +106,13 @@ def decode_files(
         DataError: files are damaged (all of them are named), or have several sizes and the form has none.
         OSError: no cache folder can be written.
     """
-    root = files.root
-    key = cache_key(files, form, on_bad_image)
-    for folder in cache_folders(root):
+    folders, key = cache_folders(files.root), cache_key(files, form, on_bad_image)
+    for folder in folders:
         if found := open_cache(folder / key):
             return found
-    target = writable_folder(cache_folders(root)) / key
-    staged = target.with_name(f"{key}.{socket.gethostname()}.{os.getpid()}.part")
-    remove_stale(target)
+    target = writable_folder(folders) / key
+    remove_unfinished(target.parent)
+    staged = unfinished_path(target)
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
     try:
@@ -103,6 +123,7 @@ def decode_files(
     found = open_cache(target)
     if found is None:
         raise OSError(f"the decoded images cannot be read from {target}")
+    notify(f"{len(found.kept):,} images decoded into {describe_cache(target)}")
     return found
 
 
@@ -120,7 +141,7 @@ def _write_cache(folder: Path, files: ImageFiles, form: Form, on_bad_image: str,
     size, channels, bad = _own_form(files, form)
     count = len(files.names)
     shape, sound = (count, channels, *size), [row for row in range(count) if row not in bad]
-    # No open(…, "w"): the file becomes visible by the rename of its folder.
+    _check_space(folder, int(np.prod(shape, dtype=np.int64)))
     images = np.memmap(folder / "images.bin", dtype=np.uint8, mode="w+", shape=shape)
 
     def decode(rows: Sequence[int]) -> dict[int, str]:
@@ -142,10 +163,20 @@ def _write_cache(folder: Path, files: ImageFiles, form: Form, on_bad_image: str,
     np.save(folder / "kept.npy", kept)
     about = {"version": VERSION, "shape": [len(kept), *shape[1:]], "skipped": [files.names[row] for row in sorted(bad)]}
     # The last file of a folder that has no name yet: nobody can read half of it.
-    with (folder / "about.json").open("a", encoding="utf-8") as file:
+    with (folder / "about.json").open("w", encoding="utf-8") as file:
         json.dump(about, file)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _check_space(folder: Path, size: int) -> None:
+    """Raises DataError if a file of this size does not fit. Writing to the mapped file would then end the process."""
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        message = (
+            f"the decoded images need {size / 1e9:.2f} GB in {folder.parent}, which has {free / 1e9:.2f} GB free; "
+        )
+        raise DataError("root", f"{message}free space, or set a smaller data.image_size", "unwritable")
 
 
 def _own_form(files: ImageFiles, form: Form) -> tuple[tuple[int, int], int, dict[int, str]]:
@@ -203,8 +234,10 @@ def open_picture(path: str | BinaryIO, channels: int) -> Image.Image:
 
 
 def _reason(error: Exception) -> str:
-    if type(error).__name__ == "UnidentifiedImageError":
+    if isinstance(error, UnidentifiedImageError):
         return "not an image"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"too many pixels; at most {MOST_PIXELS:,}"
     text = getattr(error, "strerror", None) or str(error)
     return (text.strip().splitlines() or [type(error).__name__])[0][:120]
 

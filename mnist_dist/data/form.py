@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from numbers import Integral
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ Resize = Literal["crop", "stretch", "pad"]
 
 CHUNK = 2**26
 """Bytes of float32 images that are resized at once."""
+
+LARGEST_LABEL = 2**53
+"""Larger labels are numbers of another kind."""
 
 LUMA = (0.299, 0.587, 0.114)
 """Weights of red, green and blue in a grey level (ITU-R BT.601), as Pillow uses them."""
@@ -38,7 +42,7 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Form:
-    """Channels and size that the images of a data set get. None: as they are.
+    """Channels and size that the images of a data set get. None keeps those of the source.
 
     Attributes:
         size: height and width in pixels.
@@ -95,7 +99,11 @@ def convert_picture(picture: Image.Image, channels: int) -> Image.Image:
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:
-    """Returns a picture of more than 8 bits per pixel in 8: by its mode for 16 bits, else by its own range."""
+    """Returns a picture of integers or floating-point numbers with 8 bits per pixel.
+
+    The level of white is 65535 in modes of 16 bits. In the others it is the smallest of 1, 255 and 65535 that is not
+    below the picture's largest level.
+    """
     levels = np.asarray(picture).astype(np.float64)
     if not np.isfinite(levels).all():
         raise ValueError("a pixel is not finite")
@@ -158,46 +166,67 @@ def _convert_channels(images: Tensor, channels: int) -> Tensor:
     return (images.float() * weights).sum(dim=1, keepdim=True).round_().to(torch.uint8)
 
 
-def as_image_array(values: np.ndarray | Tensor, name: str, key: str = "root") -> Tensor:
-    """Returns images as uint8 (N, C, H, W).
+def as_image_arrays(values: Sequence[tuple[Any, str]], key: str = "root") -> list[Tensor]:
+    """Returns the images of each part of a data set as uint8 (N, C, H, W).
 
     Args:
-        values: (N, H, W), (N, H, W, C) or (N, C, H, W) with 1 or 3 channels. Whole numbers from 0 to 255 of any type,
-            or fractions of 1.
-        name: of the array, for a message.
-        key: the recipe key that names the array, below `data`.
+        values: for each part its images and the name of their array, for a message. Images are (N, H, W), (N, H, W, C)
+            or (N, C, H, W) with 1 or 3 channels: whole numbers from 0 to 255 of any type, or fractions of 1 in all
+            parts.
+        key: the recipe key that names the arrays, below `data`.
 
     Raises:
         DataError: the values do not stand for images.
     """
-    array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
-    found = f"{name}: found {array.dtype} of shape {array.shape}"
-    if array.dtype == object or not (np.issubdtype(array.dtype, np.number) or array.dtype == bool):
-        raise DataError(key, f"{found}; expected an array of numbers: images of one size")
+    given = [_to_numpy(each, name, key) for each, name in values]
+    found = [f"{name}: found {each.dtype} of shape {each.shape}" for each, (_, name) in zip(given, values, strict=True)]
+    arrays = [_with_channels(each, text, key) for each, text in zip(given, found, strict=True)]
+    largest = max((float(each.max()) for each in arrays if each.dtype.kind == "f"), default=0.0)
+    return [_as_levels(each, text, key, are_fractions=largest <= 1) for each, text in zip(arrays, found, strict=True)]
+
+
+def _to_numpy(values: Any, name: str, key: str) -> np.ndarray:
+    try:
+        return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    except (TypeError, ValueError, RuntimeError) as error:  # e.g. images of several sizes, or a tensor in bfloat16
+        raise DataError(key, f"{name}: expected an array: {str(error).splitlines()[0]}", "type") from error
+
+
+def _with_channels(array: np.ndarray, found: str, key: str) -> np.ndarray:
+    """Returns numbers of the shape (N, C, H, W). `found` is what the array is, for a message."""
+    if array.dtype.kind not in "biuf":
+        raise DataError(key, f"{found}; expected an array of real numbers: images of one size")
     if array.ndim == 3:
         array = array[:, None]
     elif array.ndim == 4 and array.shape[-1] in (1, 3) and array.shape[1] not in (1, 3):
         array = np.moveaxis(array, -1, 1)
     if array.ndim != 4 or array.shape[1] not in (1, 3) or min(array.shape) < 1:
         raise DataError(key, f"{found}; expected images (N, H, W), (N, H, W, C) or (N, C, H, W) of 1 or 3 channels")
-    return torch.from_numpy(np.ascontiguousarray(_as_levels(array, found, key)))
+    return array
 
 
-def _as_levels(array: np.ndarray, found: str, key: str) -> np.ndarray:
-    """Returns the values as uint8 from 0 to 255."""
-    if array.dtype == np.uint8:
-        return array
-    low, high = array.min(), array.max()
-    if not (np.isfinite(low) and np.isfinite(high)):
-        raise DataError(key, f"{found} with values that are not finite")
-    levels = array.astype(np.float64) * (255 if array.dtype.kind in "fb" and high <= 1 else 1)
-    if (
-        low < 0
-        or levels.max() > 255
-        or (array.dtype.kind == "f" and high > 1 and not np.allclose(array, np.rint(array)))
-    ):
-        raise DataError(key, f"{found} with values from {low} to {high}; expected 0 to 255, or fractions from 0 to 1")
-    return np.rint(levels).astype(np.uint8)
+def _as_levels(array: np.ndarray, found: str, key: str, are_fractions: bool) -> Tensor:
+    """Returns the values as uint8 from 0 to 255.
+
+    Args:
+        found: what the array is, for a message.
+        are_fractions: whether floating-point values are fractions of 1.
+    """
+    if array.dtype != np.uint8:
+        low, high = array.min(), array.max()
+        if not (np.isfinite(low) and np.isfinite(high)):
+            raise DataError(key, f"{found} with values that are not finite")
+        levels = array.astype(np.float64)
+        if array.dtype.kind == "b" or (array.dtype.kind == "f" and are_fractions):
+            levels *= 255
+        elif array.dtype.kind == "f" and not np.allclose(array, np.rint(array)):
+            message = "expected whole levels from 0 to 255, or fractions from 0 to 1"
+            raise DataError(key, f"{found} with values from {low:.6g} to {high:.6g}, not whole; {message}")
+        if low < 0 or levels.max() > 255:
+            message = "expected 0 to 255, or fractions from 0 to 1"
+            raise DataError(key, f"{found} with values from {low:.6g} to {high:.6g}; {message}")
+        array = np.rint(levels).astype(np.uint8)
+    return torch.from_numpy(np.require(array, requirements=("C", "W")))
 
 
 def as_label_array(
@@ -213,7 +242,7 @@ def as_label_array(
     Raises:
         DataError: there is not one label for each image.
     """
-    labels = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    labels = _to_numpy(values, name, key)
     if labels.ndim == 2 and labels.shape[1] == 1:  # MedMNIST's layout
         labels = labels[:, 0]
     if labels.ndim != 1:
@@ -225,4 +254,22 @@ def as_label_array(
         labels = labels.astype(np.int64)
     if labels.dtype.kind not in "iubUSO":
         raise DataError(key, f"{name}: expected labels, which are whole numbers or names, found {labels.dtype}")
-    return labels.astype(str) if labels.dtype.kind in "USO" else labels.astype(np.int64)
+    if labels.dtype.kind in "USO":
+        return _as_names(labels, name, key)
+    low, high = labels.min(), labels.max()
+    if low < 0 or high > LARGEST_LABEL:
+        message = "expected whole numbers from 0 on; leave out images without a label"
+        raise DataError(key, f"{name}: found labels from {low} to {high}; {message}")
+    return labels.astype(np.int64)
+
+
+def _as_names(labels: np.ndarray, name: str, key: str) -> np.ndarray:
+    """Returns labels as text. In an array of objects, None or NaN is a missing label."""
+    names = []
+    for each in labels.tolist():
+        if isinstance(each, bytes):
+            each = each.decode("utf-8", errors="replace")
+        if not isinstance(each, str | Integral):
+            raise DataError(key, f"{name}: expected a whole number or a name for each image, found {each!r}")
+        names.append(str(each))
+    return np.array(names)

@@ -100,7 +100,7 @@ def as_numbers(values: float | Sequence[float]) -> tuple[float, ...]:
 
 
 def per_channel(values: Sequence[float], device: torch.device) -> float | Tensor:
-    """Returns what to combine images (…, C, H, W) with: the number if there is only one, else float32 (C, 1, 1)."""
+    """Returns values in a form that can be combined with images (…, C, H, W): a single number, or float32 (C, 1, 1)."""
     if len(values) == 1:
         return values[0]
     # While a program is traced, a new tensor may be a fake one, which the cache must not keep.
@@ -116,7 +116,9 @@ def _channel_tensor(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 
 def balanced_weights(labels: Tensor, classes: int) -> tuple[float, ...]:
-    """Returns a weight for each class, so that all classes have one share of the loss and the mean weight is 1.
+    """Returns a weight for each class, so that all classes have the same share of the loss.
+
+    The mean weight of an image is 1.
 
     Args:
         labels: int64 (N,).

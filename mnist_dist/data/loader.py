@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from torch import Tensor
 from mnist_dist.data.batches import CHUNK, Batch, Batches, EpochPlan
 from mnist_dist.data.images import Images
 from mnist_dist.data.store import is_memory_mapped, read_ahead
+
+BLOCK_BYTES = 2**26
+"""Size of the normalised images that are prepared at once on a GPU, if that is more than one batch."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +32,14 @@ class _Ahead:
 class Loader:
     """Gathers the batches of one process.
 
-    Images on the device are gathered when they are asked for. Images in host memory or on disk are gathered by a
-    thread, one batch ahead: the order is a pure function, so the next rows are always known. On a GPU they are copied
-    from pinned memory on a stream of their own, so neither the host nor the network waits for them.
+    Images on a CPU that is the device are gathered when they are asked for. Images on a GPU are gathered, changed and
+    normalised for several batches at once: a small batch needs as many kernels, and a kernel's launch takes longer than
+    its work. Images in host memory or on disk, for a GPU, are gathered by a thread, one batch ahead: the order is a
+    pure function, so the next rows are always known. They are copied from pinned memory on a stream of their own, so
+    neither the host nor the network waits for them.
 
     Random changes are drawn on the device for several batches at once, because drawing them for one small batch costs
-    nearly as much. They are therefore equal wherever the images lie.
+    nearly as much. They are equal wherever the images lie.
 
     Args:
         data: images and labels, both on the device or both on the CPU.
@@ -54,6 +60,10 @@ class Loader:
         """The newest order, and its copy on the device."""
         self._block: tuple[Batches, EpochPlan, int, list[Tensor | None]] | None = None
         """Batches, plan and first index of the newest block of random changes, and the changes of its batches."""
+        self.prepares = not ahead and self._device.type != "cpu"
+        """Whether batches are prepared: see `Batch.is_prepared`."""
+        self._prepared: tuple[Batches, EpochPlan, int, list[Batch]] | None = None
+        """Batches, plan and first index of the newest block of prepared batches, and these."""
         self._thread = ThreadPoolExecutor(1, "loader") if ahead else None
         self._ahead: _Ahead | None = None
         self._is_mapped = ahead and data.images.is_contiguous() and is_memory_mapped(data.images)
@@ -61,14 +71,40 @@ class Loader:
 
     def load(self, batches: Batches, plan: EpochPlan, index: int) -> Batch:
         """Returns this process's part of global batch `index`."""
+        if self.prepares:
+            return self._prepare(batches, plan, index)
         size = batches.size(index)
         positions, order = self._positions(size), self._order_on_device(plan.order)
         images, labels = self._fetch(batches, plan, index)
         batch = Batch(size, positions.start, images, labels, self._changes(batches, plan, order, index))
-        if not batches.mixes:
-            return batch
-        count = len(positions)
-        return replace(batch[:count], partner=batch[count:])
+        return replace(batch[1:], start=positions.start, partner=batch[:-1]) if batches.mixes else batch
+
+    def _prepare(self, batches: Batches, plan: EpochPlan, index: int) -> Batch:
+        """Returns a prepared batch; prepares the next ones too."""
+        images, positions = self.data.images, self._positions(batches.batch_size)
+        count = max(1, BLOCK_BYTES // (4 * images[:1].numel() * max(1, len(positions))))
+        first = index - index % count
+        if self._prepared is None or not _is_same(self._prepared[:3], (batches, plan, first)):
+            indices = range(first, min(first + count, batches.steps_per_epoch))
+            self._prepared = (batches, plan, first, self._prepare_block(batches, plan, indices))
+        return self._prepared[3][index - first]
+
+    def _prepare_block(self, batches: Batches, plan: EpochPlan, indices: range) -> list[Batch]:
+        """Returns this process's parts of several global batches, gathered, changed and normalised together."""
+        order = self._order_on_device(plan.order)
+        counts = [len(self._positions(batches.size(each))) for each in indices]
+        rows = torch.cat([self._rows(batches, order, each) for each in indices])
+        changes = batches.changes(plan.epoch, rows)
+        block = Batch(len(rows), 0, self.data.images[rows], self.data.labels[rows], changes)
+        block = replace(block, images=batches.augmented(block))
+        if batches.mixes:
+            block = batches.mixed(*_own_and_partners(block, counts), len(self.data.classes))
+        block = replace(block, images=self.data.normalize(block.images), changes=None)
+        ends = accumulate(counts)
+        return [
+            replace(block[end - count : end], size=batches.size(each), start=self._positions(batches.size(each)).start)
+            for each, count, end in zip(indices, counts, ends, strict=True)
+        ]
 
     # --- images and labels --------------------------------------------------------------------------------------------
 
@@ -100,10 +136,9 @@ class Loader:
         return plan.order, *self._gather(self._rows(batches, plan.order, index))
 
     def _rows(self, batches: Batches, order: Tensor, index: int) -> Tensor:
-        """Returns the sample indices of this process's part of a batch; after them those of the partners."""
-        positions = self._positions(batches.size(index))
-        rows = batches.rows_at(order, index, positions)
-        return torch.cat([rows, batches.partners_at(order, index, positions)]) if batches.mixes else rows
+        """Returns the sample indices of this process's part of a batch, after the partner of the first if they mix."""
+        rows = batches.rows_with_partner if batches.mixes else batches.rows_at
+        return rows(order, index, self._positions(batches.size(index)))
 
     def _gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         images, labels = self.data.images, self.data.labels
@@ -133,9 +168,8 @@ class Loader:
         if self._device.type == "cpu":
             return order
         if self._order is None or self._order[0] is not order:
-            pinned = (
-                order.pin_memory() if torch.cuda.is_available() else order
-            )  # a copy that the host need not wait for
+            # The host need not wait for a copy from pinned memory.
+            pinned = order.pin_memory() if torch.cuda.is_available() else order
             self._order = (order, pinned.to(self._device, non_blocking=True))
         return self._order[1]
 
@@ -155,3 +189,12 @@ class Loader:
 def _is_same(one: tuple[Batches, EpochPlan, int], other: tuple[Batches, EpochPlan, int]) -> bool:
     plans = one[1].epoch == other[1].epoch and one[1].order is other[1].order
     return plans and one[0] == other[0] and one[2] == other[2]
+
+
+def _own_and_partners(block: Batch, counts: list[int]) -> tuple[Batch, Batch]:
+    """Divides a block of several parts, each after the partner of its first sample, into samples and their partners."""
+    parts, end = [], 0
+    for count in counts:
+        start, end = end, end + count + bool(count)  # an empty part has no partner
+        parts.append(block[start:end])
+    return Batch.join([part[1:] for part in parts]), Batch.join([part[: max(0, len(part) - 1)] for part in parts])

@@ -14,8 +14,8 @@ from torch import Tensor
 from mnist_dist.data.warps import Size
 
 COLUMNS = 6
-"""Numbers that describe the mixing of an image: its share outside the box; top, left, bottom and right of the box that
-shows the partner; weight of its own label."""
+"""Numbers that describe the mixing of an image: its share of each pixel outside the box (1 with CutMix); top, left,
+bottom and right of the box, which shows the partner alone; weight of its own label."""
 
 TABLE = 4096
 
@@ -80,7 +80,10 @@ def beta_quantiles(draws: Tensor, alpha: float) -> Tensor:
 
 
 def _from_grid(position: Tensor, alpha: float) -> Tensor:
-    """Converts positions 0 to 1 to quantiles 0 to 1/2. The power makes the density finite where alpha is below 1."""
+    """Converts positions from 0 to 1 to quantiles from 0 to 1/2.
+
+    With alpha below 1 the density of the quantiles is infinite at 0. The power makes that of the positions finite.
+    """
     return 0.5 * position ** max(1.0, 1 / alpha)
 
 

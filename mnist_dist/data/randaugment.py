@@ -1,7 +1,8 @@
 """RandAugment (Cubuk et al., "RandAugment: Practical automated data augmentation", 2019) of a batch of images.
 
-Each image gets its own operations. They are those of `torchvision.transforms.v2.RandAugment`, with its magnitudes. All
-operations are computed for all images and one is selected for each: a selection of images would make a GPU wait.
+Each image gets its own operations. They are those of `torchvision.transforms.v2.RandAugment`, with its magnitudes. On a
+CPU, each operation is computed for the images that drew it. A GPU would wait for such a selection, so there every
+operation is computed for all images, and one result is chosen for each.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from torch import Tensor
 from mnist_dist.data import colours
 from mnist_dist.data.warps import Size, affine_grid, sample, scale_coordinates
 
-OPERATIONS = (
-    "Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate",
-    "Brightness", "Color", "Contrast", "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize",
-)  # fmt: skip
+GEOMETRY = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
+"""Operations that are computed together, in one warp."""
+
+COLOURS = ("Brightness", "Color", "Contrast", "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize")
+
+OPERATIONS = ("Identity", *GEOMETRY, *COLOURS)
 """The operations, in torchvision's order."""
 
 LARGEST_MAGNITUDE = 30
@@ -52,32 +55,51 @@ def apply_operation(
     Returns:
         The changed images, again whole levels with `nearest`.
     """
-
-    def chosen(name: str) -> Tensor:
-        return numbers == OPERATIONS.index(name)
-
-    size = (images.shape[2], images.shape[3])
-    grid = affine_grid(_matrices(numbers, signs, magnitude, size), size)
-    moves = (numbers >= OPERATIONS.index("ShearX")) & (numbers <= OPERATIONS.index("Rotate"))
-    result = torch.where(_wide(moves), sample(images, grid, interpolation, fill).round(), images)
-
-    grey, change = colours.to_grey(images).floor(), _between(0.0, 0.9, magnitude)
-    factor = torch.where(signs > 0, 1 + change, 1 - change)
-    blends: dict[str, Tensor | float] = {"Brightness": 0.0, "Contrast": grey.mean(dim=(1, 2, 3), keepdim=True)}
-    for name, other in (blends | ({"Color": grey} if images.shape[1] == 3 else {})).items():
-        result = torch.where(_wide(chosen(name)), colours.blend(images, other, factor).floor(), result)
-    sharper = images + _wide(1 - factor) * (colours.blur(images) - images)
-    result = torch.where(_wide(chosen("Sharpness")), sharper.clamp(0, 255).floor(), result)
-
-    bits = round(8 - magnitude / (LARGEST_MAGNITUDE / 4))
-    for name, changed in {
-        "Posterize": colours.posterize(images, bits),
-        "Solarize": colours.solarize(images, 255 * _between(1.0, 0.0, magnitude)),
-        "AutoContrast": colours.autocontrast(images).floor(),
-        "Equalize": colours.equalize(images),
-    }.items():
-        result = torch.where(_wide(chosen(name)), changed, result)
+    result = images.clone()
+    selects = images.device.type == "cpu" and not torch.compiler.is_compiling()
+    for first, last in ((GEOMETRY[0], GEOMETRY[-1]), *zip(COLOURS, COLOURS, strict=True)):
+        chosen = (numbers >= OPERATIONS.index(first)) & (numbers <= OPERATIONS.index(last))
+        rows = chosen.nonzero()[:, 0] if selects else slice(None)
+        given = images[rows]
+        if not len(given):
+            continue
+        if first in GEOMETRY:
+            size = (images.shape[2], images.shape[3])
+            grid = affine_grid(_matrices(numbers[rows], signs[rows], magnitude, size), size)
+            changed = sample(given, grid, interpolation, fill).round()
+        else:
+            changed = _change_colours(first, given, signs[rows], magnitude)
+        if selects:
+            result[rows] = changed
+        else:
+            result = torch.where(_wide(chosen), changed, result)
     return result
+
+
+def _change_colours(name: str, images: Tensor, signs: Tensor, magnitude: int) -> Tensor:
+    """Applies an operation of `COLOURS` to all images."""
+    change = _between(0.0, 0.9, magnitude)
+    factor = torch.where(signs > 0, 1 + change, 1 - change)
+    match name:
+        case "Brightness":
+            return colours.blend(images, 0.0, factor).floor()
+        case "Color":
+            grey = colours.to_grey(images).floor()
+            return colours.blend(images, grey, factor).floor() if images.shape[1] == 3 else images
+        case "Contrast":
+            grey = colours.to_grey(images).floor()
+            return colours.blend(images, grey.mean(dim=(1, 2, 3), keepdim=True), factor).floor()
+        case "Sharpness":
+            sharper = images + _wide(1 - factor) * (colours.blur(images) - images)
+            return sharper.clamp(0, 255).floor()
+        case "Posterize":
+            return colours.posterize(images, round(8 - magnitude / (LARGEST_MAGNITUDE / 4)))
+        case "Solarize":
+            return colours.solarize(images, 255 * _between(1.0, 0.0, magnitude))
+        case "AutoContrast":
+            return colours.autocontrast(images).floor()
+        case _:
+            return colours.equalize(images)
 
 
 def _wide(each: Tensor) -> Tensor:

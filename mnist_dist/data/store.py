@@ -20,7 +20,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from mnist_dist.data.cache import map_file, user_cache
+from mnist_dist.data.cache import map_file, remove_unfinished, unfinished_path, user_cache
 from mnist_dist.data.images import Images
 
 Place = Literal["device", "host", "disk"]
@@ -54,6 +54,11 @@ def choose_place(images: Tensor, device: torch.device, processes: int = 1) -> tu
         return ("device" if device.type == "cpu" else "host"), "; ".join(reasons)
     copies = f" for {processes} processes" if processes > 1 else ""
     return "disk", "; ".join([*reasons, f"the host has {_gigabytes(free)}{copies}"])
+
+
+def fits_on_device(images: Tensor, wanted: Place | Literal["auto"], device: torch.device) -> bool:
+    """Returns whether images for an evaluation are moved to the device at once, given the recipe's `data.place`."""
+    return wanted == "device" or (wanted == "auto" and choose_place(images, device)[0] == "device")
 
 
 def describe_place(place: Place, images: Tensor, reason: str) -> str:
@@ -100,7 +105,8 @@ def write_mapped(images: Tensor, folder: Path) -> Tensor:
     path = folder / f"{digest.hexdigest()}.bin"
     if not path.is_file() or path.stat().st_size != images.numel():
         folder.mkdir(parents=True, exist_ok=True)
-        staged = path.with_name(f"{path.name}.{os.getpid()}.part")
+        remove_unfinished(folder)
+        staged = unfinished_path(path)
         try:
             with staged.open("wb") as file:
                 for part in parts:

@@ -131,10 +131,12 @@ class Moment:
     """
 
     def __init__(self, device: torch.device):
-        self._event = torch.cuda.Event(enable_timing=True) if runs_behind(device) else None
-        if self._event is None:
+        # A fake tensor's device may be one that this machine lacks.
+        exists = device.type != "cuda" or torch.cuda.is_available()
+        self._event = torch.cuda.Event(enable_timing=True) if runs_behind(device) and exists else None
+        if self._event is None and exists:
             synchronize(device)
-        else:
+        elif self._event is not None:
             self._event.record(torch.cuda.current_stream(device))
         self._time = time.perf_counter()
 

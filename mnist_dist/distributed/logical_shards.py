@@ -78,8 +78,7 @@ class LogicalShards:
         if self._accelerator.num_processes > 1:
             own = torch.stack([branch for _, branch in branches])
             most = max(map(len, self._nodes))  # gather needs equally many from each process
-            with self._clock.backward():
-                self._clock.mark_local_end()
+            with self._clock.waiting():
                 rows = self._accelerator.gather(torch.cat([own, own[:1].expand(most - len(own), -1)])[None])
             branches = []
             for nodes, found in zip(self._nodes, rows, strict=True):

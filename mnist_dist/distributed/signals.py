@@ -110,21 +110,25 @@ class Interrupts:
         if seconds_per_step:
             self._interval = max(1, int(AGREE_SECONDS / max(seconds_per_step, 1e-6)))
 
-    def stop_requested(self) -> bool:
-        """Returns whether any rank has received a stop request; the same value on every rank.
+    def stop_requested(self, must_stop: bool = False) -> bool:
+        """Returns whether any rank has received a stop request or must stop; the same value on every rank.
 
         Collective: call on every rank, equally often. Only one call in each interval communicates. The other calls
         return False.
+
+        Args:
+            must_stop: whether this rank must stop, for another reason than a signal.
         """
+        requested_here = self._requested or must_stop
         if self._world.num_processes == 1:
-            return self._requested
+            return requested_here
         self._calls += 1
         if self._calls % self._interval:
             return False
         import torch
         from accelerate.utils import reduce
 
-        requested = torch.tensor(int(self._requested), device=self._world.device)
+        requested = torch.tensor(int(requested_here), device=self._world.device)
         return bool(reduce(requested, reduction="sum"))
 
     @property

@@ -105,7 +105,7 @@ class Watchdog:
             "step": self._step,
             "where": f"{socket.gethostname()}, pid {os.getpid()}",
             "waits": self._clock.is_waiting or any(COLLECTIVE_FILES.search(entry.filename) for entry in stack[-6:]),
-            "saving": any(entry.name in ("save_checkpoint", "save_weights") for entry in stack),
+            "saving": any(entry.name == "wait_until_written" for entry in stack),
             "stack": "".join(traceback.format_list([entry for entry in stack if "runpy" not in entry.filename])),
         }
 

@@ -114,10 +114,11 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
             remove(final)
     staged.mkdir()
     try:
-        content = io.BytesIO()
-        torch.save(state, content)
-        write_flushed(staged / STATE, content.getbuffer())
-        manifest = {"step": step, "files": {STATE: _fingerprint(staged / STATE)}}
+        stream = io.BytesIO()
+        torch.save(state, stream)
+        content = stream.getbuffer()
+        write_flushed(staged / STATE, content)
+        manifest = {"step": step, "files": {STATE: _fingerprint(content)}}
         write_flushed(staged / MANIFEST, json.dumps(manifest))
         fsync_path(staged)
         rename_flushed(staged, final)
@@ -152,7 +153,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         check_regular(path / STATE, MOST_STATE)
         if path.name != f"step-{manifest['step']}":
             raise ValueError(f"it was written as step-{manifest['step']}")
-        if manifest["files"][STATE] != _fingerprint(path / STATE):
+        if manifest["files"][STATE] != _fingerprint((path / STATE).read_bytes()):
             raise ValueError(f"size or SHA-256 of {STATE} differs from {MANIFEST}")
         _refuse_compression(path / STATE)
         return torch.load(path / STATE, map_location="cpu", weights_only=True)
@@ -187,7 +188,6 @@ def newest_checkpoint(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
     return None, problems
 
 
-def _fingerprint(path: Path) -> list[Any]:
-    """Returns size and SHA-256 of a file, as the manifest holds them."""
-    content = path.read_bytes()
+def _fingerprint(content: bytes | memoryview) -> list[Any]:
+    """Returns size and SHA-256 of a file's content, as the manifest holds them."""
     return [len(content), hashlib.sha256(content).hexdigest()]

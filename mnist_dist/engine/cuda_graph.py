@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -26,11 +28,25 @@ Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
 
 def capture_cuda_graph(body: Callable[[], object], stream: torch.cuda.Stream) -> Callable[[], None]:
-    """Captures the kernels of `body` as a CUDA graph; returns its replay."""
-    graph = torch.cuda.CUDAGraph()
-    # Other threads (W&B, the watchdog) may call CUDA during the capture.
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        body()
+    """Captures the kernels of `body` as a CUDA graph; returns its replay.
+
+    The graph is freed with the last reference to its replay. NCCL's process group cannot end before that.
+
+    Raises:
+        Exception: `body` cannot be captured. Stream and random generator are as before, and the memory is free again.
+    """
+    graph, usual = torch.cuda.CUDAGraph(), torch.cuda.current_stream(stream.device)
+    generator = torch.cuda.default_generators[stream.device.index]
+    state = generator.clone_state()
+    try:
+        # Other threads (W&B, NCCL, the watchdog) may call CUDA during the capture. The outer context restores the
+        # stream: PyTorch does not if the end of the capture fails, as it does after an operation that failed.
+        with torch.cuda.stream(usual), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            body()
+    except Exception as error:
+        generator.graphsafe_set_state(state)  # some versions of PyTorch leave it in the middle of a capture
+        graph.reset()
+        raise error.__context__ or error from None  # the first error names the operation
     return graph.replay
 
 
@@ -38,11 +54,13 @@ class CapturedStep:
     """Wraps a `TrainStep` and replays a CUDA graph of it. Has the same methods as `TrainStep`.
 
     A graph has fixed shapes, so the short last batch of an epoch runs eagerly. The first steps run eagerly too, also
-    after a resume. These warm-up steps are ordinary training steps.
+    after a resume. These warm-up steps are ordinary training steps. With several processes, a replay contains the
+    reduction of gradients, so all ranks capture and replay at the same steps, or none does.
 
     A graph reads its inputs from fixed memory. Images, labels, random changes and learning rates are copied there
-    before each replay, and the random generator is seeded as before an eager step, so a replayed step equals an eager
-    one within rounding.
+    before each replay, and the random generator is seeded as before an eager step. Eager steps read the learning rate
+    from the device too, so with deterministic kernels both kinds of step must give the same bytes; a test on a GPU
+    compares them.
     Python code in a forward pass runs only during the capture. Every replay repeats the operations of that one pass,
     even if they depend on an `if`.
 
@@ -68,8 +86,13 @@ class CapturedStep:
         """Duration of the capture."""
         self._step = step
         self._steps = steps
-        self._stream = torch.cuda.Stream(step.accelerator.device) if capture is None else None
-        self._capture = capture or self._capture_graph
+        rates_on_device(step.optimizer)
+        self._stream: torch.cuda.Stream | None = None
+        if capture is None:
+            self._stream = torch.cuda.Stream(step.accelerator.device)
+            # No method of this object, which would be a cycle: graphs would live until the next garbage collection.
+            capture = partial(capture_cuda_graph, stream=self._stream)
+        self._capture = capture
         self._replay_one: Callable[[], None] | None = None
         self._replay_all: Callable[[], None] | None = None
         self._inputs: list[Batch] = []
@@ -126,6 +149,11 @@ class CapturedStep:
         """Returns the samples with a non-finite loss at `step`, as `TrainStep.offending_samples`."""
         return self._step.offending_samples(step)
 
+    def close(self) -> None:
+        """Frees the graphs. Call it before the process group ends: NCCL waits for the end of all graphs that use it."""
+        self._replay_one = self._replay_all = self._last_replay = None
+        self._gradients.clear()
+
     def finish(self) -> None:
         """Runs the waiting steps. Call it before weights, gradients or counters are used; `check` does."""
         if self._waiting:
@@ -160,7 +188,7 @@ class CapturedStep:
             self._waiting.clear()
 
     def _replay(self, replay: Callable[[], None], step: int) -> None:
-        self._step.seed(step, 0)
+        self._step.seed(step, self._step.accelerator.process_index)
         replay()
         self._last_replay = replay
 
@@ -181,7 +209,6 @@ class CapturedStep:
         if self._steps > 1 and self._step.used_random_numbers(step - 1):
             self._steps = 1
             self.notify("engine.capture: one step per replay, because the network draws random numbers at every step")
-        rates_on_device(self.optimizer)
         self._inputs = [batch.clone() for _ in range(self._steps)]
         self._rates = torch.stack([group["lr"] for group in self.optimizer.param_groups]).repeat(self._steps, 1)
 
@@ -194,7 +221,7 @@ class CapturedStep:
             self._rates[slot].copy_(torch.stack([group["lr"] for group in self.optimizer.param_groups]))
 
     def _try_to_capture(self, step: int) -> bool:
-        """Captures one step, and several if a replay holds several; returns whether that succeeded."""
+        """Captures one step, and several if a replay holds several; returns whether that succeeded on all ranks."""
 
         def body(count: int) -> None:
             assert self._rates is not None
@@ -209,24 +236,22 @@ class CapturedStep:
             self._gradients[replay] = [parameter.grad for parameter in self._step.module.parameters()]
             return replay
 
-        started = time.perf_counter()
+        started, failure = time.perf_counter(), ""
         self._step.seeds_itself = False  # the generator cannot be seeded during a capture; `_replay` seeds it
         try:
             self._replay_one = capture(1)
             self._replay_all = capture(self._steps) if self._steps > 1 else self._replay_one
         except Exception as error:  # a network may contain any operation, also one that a graph cannot hold
-            self._failed, self._replay_one = True, None
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            self.notify(f"engine.capture: all steps run eagerly, because this step cannot be captured: {reason}")
-            return False
+            failure = (str(error).splitlines() or [type(error).__name__])[0]
         finally:
             self._step.seeds_itself = True
             self.seconds = time.perf_counter() - started
-        return True
-
-    def _capture_graph(self, body: Callable[[], None]) -> Callable[[], None]:
-        assert self._stream is not None
-        return capture_cuda_graph(body, self._stream)
+        if failures := [each for each in gather_object([failure]) if each]:
+            self._failed = True
+            self.close()
+            if self._step.accelerator.is_main_process:
+                self.notify(f"engine.capture: all steps run eagerly, because a step cannot be captured: {failures[0]}")
+        return not failures
 
 
 def rates_on_device(optimizer: Optimizer) -> None:
@@ -239,14 +264,16 @@ def rates_on_device(optimizer: Optimizer) -> None:
 
 
 def capture_obstacle(
-    device: torch.device, world_size: int, optimizer: Optimizer, *, moves_momentum: bool, scaler: bool,
-    shards: bool, compile_mode: str | bool,
+    device: torch.device, optimizer: Optimizer, *, moves_momentum: bool, scaler: bool, shards: bool, fsdp: bool,
+    allows_unused: bool, compile_mode: str | bool,
 ) -> str | None:  # fmt: skip
     """Returns the reason, for the user, why a run's steps cannot be captured; None if no reason is known yet."""
     if device.type != "cuda":
         return f"CUDA graphs need a CUDA device (this run uses {'the CPU' if device.type == 'cpu' else device.type})"
-    if world_size > 1:
-        return "the reduction of gradients over several processes is not captured"
+    if fsdp:
+        return "FSDP2 gathers parameters during the step, which is not captured"
+    if allows_unused:
+        return "ddp.find_unused_parameters waits for the device at every step"
     if scaler:
         return "fp16's gradient scaler waits for the device at every step; use mixed_precision=bf16"
     if shards:

@@ -1,4 +1,4 @@
-"""Learning rates that decay as a pure function of the step, each after a warm-up if wanted; the types of all schedules.
+"""The types of all schedules, and schedules whose rate is a pure function of the step, with an optional warm-up.
 
 The keywords of a schedule are those of PyTorch's scheduler of that kind. Durations are in epochs.
 """

@@ -12,10 +12,11 @@ from mnist_dist.data import Batch, Batches, EpochPlan
 
 
 class LabelLoss:
-    """Computes the cross entropy summed over samples.
+    """Computes the cross entropy, summed over samples.
 
-    Divided by the number of images of the global batch, the sum over the batch is what `F.cross_entropy` returns for
-    the complete batch: with class weights, the exact weighted mean, at any number of processes and micro-batches.
+    The sum over all samples of the global batch, divided by their number, equals the result of `F.cross_entropy` for
+    the global batch. With class weights this is the weighted mean. It does not depend on the number of processes and
+    micro-batches.
 
     Args:
         label_smoothing: share of the label's probability that is spread evenly over all classes.
@@ -28,15 +29,15 @@ class LabelLoss:
         self._weights = None if class_weights is None else torch.tensor(class_weights, device=device)
 
     def weigh(self, batch: Batch, batches: Batches, plan: EpochPlan, index: int, labels: Tensor) -> Batch:
-        """Returns a process's part of global batch `index` with the factor of its losses.
+        """Returns a process's part of global batch `index` with its `scale`: batch size / sum of the samples' weights.
 
         Args:
             labels: int64 (N,), of the complete data set.
         """
         if self._weights is None:
             return batch
-        whole = labels[batches.rows(plan, index).to(labels.device)].to(self._weights.device)
-        return replace(batch, scale=(batch.size / self._weights[whole].sum()).repeat(len(batch)))
+        all_labels = labels[batches.rows(plan, index).to(labels.device)].to(self._weights.device)
+        return replace(batch, scale=(batch.size / self._weights[all_labels].sum()).repeat(len(batch)))
 
     def __call__(self, logits: Tensor, targets: Tensor, scale: Tensor | None) -> Tensor:
         """Returns the loss (scalar), summed over samples.

@@ -45,10 +45,12 @@ class Meter:
         self._accelerator = accelerator
         self.reads_behind = runs_behind(accelerator.device) and accelerator.scaler is None
         """Whether figures are better read an interval late. With a gradient scaler the host waits anyway."""
-        self._sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+        self.sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+        """Loss, correct predictions and samples since the last reading. Written in place and never replaced."""
+        self._rows: dict[int, Tensor] = {}
+        """Number of samples -> loss, correct predictions and number of the latest micro-batch of that size."""
         self._epoch_sums = [0.0, 0.0, 0.0]
         self._steps = 0
-        self._before_step = torch.zeros_like(self._sums)
         self._start = Moment(accelerator.device)
         self._steps_before, self._seconds_before = 0, 0.0
         self._unsent = 0, 0.0
@@ -68,23 +70,21 @@ class Meter:
         The targets of mixed images are the classes' probabilities, float (n, classes). Such an image counts as correct
         with the probability of the predicted class.
         """
-        found = logits.argmax(dim=1)
-        correct = (found == targets).sum() if targets.ndim == 1 else targets.gather(1, found[:, None]).sum()
-        count = torch.full_like(correct, len(targets))
-        self._sums += torch.stack([loss_sum.double(), correct.double(), count.double()])
+        count, found = len(targets), logits.argmax(dim=1)
+        if count not in self._rows:  # filled on the device, without a transfer
+            self._rows[count] = torch.full((3,), float(count), dtype=torch.float64, device=loss_sum.device)
+        row = self._rows[count]
+        row[0].copy_(loss_sum)
+        if targets.ndim == 1:
+            torch.sum(found == targets, dim=0, dtype=torch.float64, out=row[1])
+        else:
+            row[1].copy_(targets.gather(1, found[:, None]).sum())
+        self.sums += row
 
     def count_step(self, samples: int) -> None:
         """Counts a step and this process's samples in it, on the host."""
         self._steps += 1
         self._own_samples += samples
-
-    def begin_step(self) -> None:
-        """Stores the sums, so that `forget_step` can restore them."""
-        self._before_step.copy_(self._sums)
-
-    def forget_step(self, bad: Tensor) -> None:
-        """Restores the sums that `begin_step` stored, if `bad` (bool scalar on the device)."""
-        self._sums.copy_(torch.where(bad, self._before_step, self._sums))
 
     def read(self) -> dict[str, float]:
         """Returns mean loss, accuracy in percent and images/s over all processes since the last read; resets the sums.
@@ -104,7 +104,7 @@ class Meter:
             values: scalars on the device, which are read with the figures; see `Reading.figures`.
         """
         device, rank = self._accelerator.device, self._accelerator.process_index
-        steps, start, own_sums = self._steps + self._steps_before, self._start, self._sums.clone()
+        steps, start, own_sums = self._steps + self._steps_before, self._start, self.sums.clone()
         if not self.reads_behind:  # the row holds the seconds of this interval, else of intervals that are finished
             end = Moment(device)
             self._count_time(steps, end.seconds_since(start), self._seconds_before)
@@ -119,7 +119,7 @@ class Meter:
         if self.reads_behind:
             end = Moment(device)
         reading = Reading(figures, own_sums, steps, self._steps_before, self._seconds_before, agreed_steps, start, end)
-        self._sums.zero_()
+        self.sums.zero_()
         self._steps = self._steps_before = 0
         self._seconds_before = 0.0
         self._start = end
@@ -149,7 +149,7 @@ class Meter:
         """Undoes `start_reading`: the figures of `reading`, which was made an interval ago, are unread again."""
         reading.end.wait()
         self._note_agreed(reading.agreed_steps, float(reading.figures[3]))
-        self._sums += reading.own_sums
+        self.sums += reading.own_sums
         self._steps += reading.steps - reading.steps_before
         self._steps_before, self._seconds_before = reading.steps_before, reading.seconds_before
         self._start = reading.start
@@ -213,7 +213,7 @@ class Meter:
 
         Every reading must be finished. Collective: call on every rank.
         """
-        sums = self._accelerator.gather(self._sums[None]).tolist()  # waits for the device
+        sums = self._accelerator.gather(self.sums[None]).tolist()  # waits for the device
         steps = self._steps + self._steps_before
         # Without a step since the last read, the time was spent on an evaluation.
         seconds = self._seconds_unread() if self._steps else self._seconds_before
@@ -234,7 +234,7 @@ class Meter:
         rank, world_size = self._accelerator.process_index, self._accelerator.num_processes
         if len(sums) != world_size:
             sums = torch.cat([sums.sum(dim=0, keepdim=True), torch.zeros(world_size - 1, 3, dtype=torch.float64)])
-        self._sums.copy_(sums[rank])
+        self.sums.copy_(sums[rank])
         self._epoch_sums, self.train_seconds = state["epoch_sums"], state["train_seconds"]
         # Earlier versions did not save the last two.
         self._steps_before, self._seconds_before = state.get("steps", 0), state.get("seconds", 0.0)

@@ -1,4 +1,4 @@
-"""Muon for the hidden layers of a network, and AdamW for the rest of it, as one optimizer."""
+"""One optimizer that updates the hidden layers of a network by Muon and its other parameters by AdamW."""
 
 from __future__ import annotations
 

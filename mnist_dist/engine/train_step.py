@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,11 +15,12 @@ from torch.optim import Optimizer
 from mnist_dist.data import Batch, Batches, EpochPlan, Images, Loader, derive_seed
 from mnist_dist.data.batches import piece
 from mnist_dist.distributed.fsdp import unshard, unsharded_parameters
-from mnist_dist.distributed.gradients import GradientClock
+from mnist_dist.distributed.gradients import FlatGradients, GradientClock
 from mnist_dist.distributed.logical_shards import LogicalShards
 from mnist_dist.engine.distillation import Distillation
 from mnist_dist.engine.ema import MovingAverage
 from mnist_dist.engine.evaluation import evaluating
+from mnist_dist.engine.guard import Guard
 from mnist_dist.engine.label_loss import LabelLoss
 from mnist_dist.engine.metrics import Meter
 from mnist_dist.engine.shares import Shares, count_micro_batches
@@ -60,12 +60,12 @@ class TrainedNetwork:
     """The network that a step trains, and the objects that change its weights."""
 
     module: nn.Module
-    """The bare network."""
-    model: nn.Module
-    """The network as Accelerate prepared it. Its backward pass averages the gradient over the processes."""
+    """The network, with Accelerate's autocast."""
     optimizer: Optimizer
     average: MovingAverage | None = None
     """Averaged weights, updated after every step."""
+    reduction: FlatGradients | None = None
+    """Sums the gradient over the processes; None: one process, or FSDP2 averages the gradient in the backward pass."""
     shards: LogicalShards | None = None
     """Computes fixed shards of the global batch instead of this process's share."""
     communicates_in_forward: bool = False
@@ -83,14 +83,15 @@ def guards_on_device(optimizer: Optimizer, accelerator: Accelerator) -> bool:
 class TrainStep:
     """Computes the gradient of this process's share of a global batch, then makes the update of the global batch.
 
-    The loss is the mean over the *global* batch. Data parallel averages gradients over the processes, so each process
-    multiplies its summed loss by world_size / batch size. The result is exact for shares of unequal size too.
+    The loss is the mean over the *global* batch: gradients are summed over the processes, and each process divides its
+    summed loss by the size of the global batch. The result is exact for shares of unequal size too.
 
     A step whose gradient contains inf or NaN changes no weight, buffer or counter. There are three ways to detect it:
 
     - On a CPU, and for an optimizer without a fused kernel, the host reads a flag once after the backward passes.
-    - The fused kernel of an optimizer on a GPU reads the flag on the device, and the host never waits. With
-      on_nonfinite="stop" the flag stays set, so no later step changes anything until `check` raises `NotFinite`.
+    - The fused kernel of an optimizer on a GPU reads the flag on the device, and the host never waits. The norm of the
+      gradient is then computed only when it is clipped or read. With on_nonfinite="stop" the flag stays set, so no
+      later step changes anything until `check` raises `NotFinite`.
     - In fp16 the GradScaler skips such steps while it looks for a scale. With on_nonfinite="stop", `check` raises
       `NotFinite` once the scale is below 1: the gradient is then not finite at any scale.
 
@@ -116,8 +117,8 @@ class TrainStep:
     ):
         settings = settings or StepSettings()
         self.accelerator, self.batches, self.data, self.meter = accelerator, batches, data, meter
-        self.module, self.model, self.optimizer = network.module, network.model, network.optimizer
-        self.average, self.shards = network.average, network.shards
+        self.module, self.optimizer = network.module, network.optimizer
+        self.average, self.shards, self.reduction = network.average, network.shards, network.reduction
         self.communicates_in_forward = network.communicates_in_forward
         rank, world_size, shards = accelerator.process_index, accelerator.num_processes, network.shards
         count = None if shards is None else shards.count
@@ -129,16 +130,12 @@ class TrainStep:
         self.clock, self.distillation = clock or GradientClock(), distillation
         self.seeds_itself = True
         """Whether `compute` seeds the random generator. False while the caller seeds it instead."""
-        self.guard_is_on_device = guards_on_device(self.optimizer, accelerator)
-        # Written in place and never replaced: a replayed step addresses these tensors by their memory.
-        device = accelerator.device
-        self._norm = torch.zeros((), device=device)
-        self._bad = torch.zeros((), dtype=torch.bool, device=device)
-        self._found_inf = torch.zeros((), device=device)
-        self._step_count, self._skipped = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
-        self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
-        self._last_step = -1
-        self._parameters, self._buffers = list(self.module.parameters()), list(self.module.buffers())
+        self._norm = torch.zeros((), device=accelerator.device)
+        self._last_step, self._parameters = -1, list(self.module.parameters())
+        state = [meter.sums, *dict.fromkeys(self.module.buffers())]
+        on_device = guards_on_device(self.optimizer, accelerator)
+        self._guard = Guard(state, on_device=on_device, stays_set=self.on_nonfinite == "stop")
+        self.guard_is_on_device = on_device
 
     def __call__(self, plan: EpochPlan, index: int, step: int) -> None:
         """Trains on global batch `index` of the epoch; `step` counts updates from the start of the run.
@@ -164,38 +161,41 @@ class TrainStep:
 
     def compute(self, batch: Batch, step: int) -> None:
         """Computes a step on the device. Can be captured and replayed if the guard is on the device."""
-        self.meter.begin_step()
-        before = [buffer.clone() for buffer in self._buffers]
+        self._guard.store()
         self.optimizer.zero_grad()
         if self.shards is None:
             self._compute_share(batch, step)
         else:
             self._compute_shards(self.shards, batch, step)
 
-        self._norm.copy_(self._clip())
+        if self.clip_grad_norm is not None or not self.guard_is_on_device:
+            self._norm.copy_(self._clip())
         if self.accelerator.scaler is None:
-            if self._guard_nonfinite(before):
+            if self._guard_nonfinite():
                 self.check()
                 return
             self.optimizer.step()
         else:  # GradScaler skips a gradient that is not finite and halves its scale
             self.optimizer.step()
-            self._bad.copy_(~torch.isfinite(self._norm))
-            self._skipped += self._bad
-            self._restore(before, self._bad)
+            self._guard.bad.copy_(~torch.isfinite(self._norm))
+            self._guard.undo()
         if self.average is not None:
-            self.average.move(self.module, self._bad)
+            self.average.move(self.module, self._guard.found_inf if self.guard_is_on_device else self._guard.bad)
 
     def _compute_share(self, batch: Batch, step: int) -> None:
-        """Computes the gradient of this process's rows. The last backward pass averages it over the processes."""
+        """Computes the gradient of this process's rows, then the sum over the processes."""
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
-        weight = world_size / batch.size if self.shares.own(batch.size) else 0.0
+        scale = 1 if self.reduction else world_size  # FSDP2 averages over the processes
+        weight = scale / batch.size if self.shares.own(batch.size) else 0.0
         self.seed(step, rank)
-        micro_batches = self._micro_batches(batch, -(-batch.size // world_size))
-        for number, micro_batch in enumerate(micro_batches, start=1):
-            last = number == len(micro_batches)
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
-                self._accumulate(self.model, micro_batch, weight, reduces=last)
+        *others, last = self._micro_batches(batch, -(-batch.size // world_size))
+        for micro_batch in others:
+            self._accumulate(micro_batch, weight)
+        if self.reduction is not None:
+            self.reduction.start()
+        self._accumulate(last, weight)
+        if self.reduction is not None:
+            self.reduction.finish()
 
     def _compute_shards(self, shards: LogicalShards, batch: Batch, step: int) -> None:
         """Computes the gradient of this process's logical shards, then the sum over all shards of all processes."""
@@ -205,7 +205,7 @@ class TrainStep:
             positions = piece(batch.size, shard, shards.count)
             part = batch[positions.start - batch.start : positions.stop - batch.start]
             for micro_batch in self._micro_batches(part, len(part)):
-                self._accumulate(self.module, micro_batch, 1 / batch.size)
+                self._accumulate(micro_batch, 1 / batch.size)
         shards.combine(used)
 
     def seed(self, step: int, share: int) -> None:
@@ -225,7 +225,7 @@ class TrainStep:
     def used_random_numbers(self, step: int) -> bool:
         """Returns whether `step`, the latest one, drew random numbers, as a network with dropout does."""
         after = self._generator().get_state()
-        self.seed(step, 0)  # a step that draws nothing leaves the generator in this state
+        self.seed(step, self.accelerator.process_index)  # a step that draws nothing leaves the generator in this state
         return not torch.equal(after, self._generator().get_state())
 
     def _generator(self) -> torch.Generator:
@@ -238,26 +238,21 @@ class TrainStep:
         count = count_micro_batches(largest_share, self.micro_batch_size)
         return batch.split(count if self.communicates_in_forward else min(count, len(batch)))
 
-    def _accumulate(self, model: nn.Module, batch: Batch, weight: float, reduces: bool = False) -> None:
-        """Adds the gradient of a micro-batch.
-
-        Args:
-            weight: factor of the summed loss.
-            reduces: whether this backward pass reduces the gradient over the processes.
-        """
+    def _accumulate(self, batch: Batch, weight: float) -> None:
+        """Adds the gradient of a micro-batch, whose summed loss is multiplied by `weight`."""
         images, targets = self.inputs(batch), self.targets(batch)
-        logits = model(images).float()
+        logits = self.module(images).float()
         loss_sum = self._label_loss(logits, targets, batch.scale)
         if self.distillation is not None:
             loss_sum = self.distillation(loss_sum, images, logits)
-        with self.clock.backward() if reduces else nullcontext():
-            self.accelerator.backward(loss_sum * weight)
+        # The same as the gradient of loss_sum * weight, without a kernel for the product.
+        self.accelerator.backward(loss_sum, gradient=torch.full_like(loss_sum, weight))
         if weight:
             self.meter.add(loss_sum.detach(), logits.detach(), targets)
 
     def inputs(self, batch: Batch) -> Tensor:
         """Returns the augmented and normalised images of a batch, float32 (n, C, H, W)."""
-        return self.data.normalize(self.batches.augmented(batch))
+        return batch.images if batch.is_prepared else self.data.normalize(self.batches.augmented(batch))
 
     def targets(self, batch: Batch) -> Tensor:
         """Returns the labels, int64 (n,), or for mixed images the classes' probabilities, float32 (n, classes)."""
@@ -269,19 +264,27 @@ class TrainStep:
             return unshard(self.accelerator.clip_grad_norm_(self._parameters, self.clip_grad_norm))
         if self.accelerator.scaler is not None:
             self.accelerator.unscale_gradients(self.optimizer)
-        return unshard(nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None]))
+        return self._total_norm()
+
+    def _total_norm(self) -> Tensor:
+        return unshard(nn.utils.get_total_norm(self._gradients()))
+
+    def _gradients(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self._parameters if parameter.grad is not None]
 
     def health(self) -> tuple[Tensor, Tensor]:
         """Returns the norm of the last gradient over all parameters before clipping, and whether a gradient was bad.
 
         Both are scalars on the device. If the second is true, `check` may raise `NotFinite`.
         """
-        return self._norm, self._bad
+        if self.clip_grad_norm is None and self.guard_is_on_device:  # else every step computes it
+            self._norm.copy_(self._total_norm())
+        return self._norm, self._guard.bad
 
     @property
     def skipped(self) -> int:
         """Number of steps skipped so far because their gradient was not finite. Waits for the device."""
-        return int(self._skipped)
+        return self._guard.skipped
 
     # --- gradients that are not finite ----------------------------------------------------------------------------
 
@@ -295,40 +298,26 @@ class TrainStep:
             if self.on_nonfinite == "stop" and self.accelerator.scaler.get_scale() < 1:
                 self.accelerator.scaler.update(1.0)
                 raise NotFinite(self._last_step)  # all skipped steps had a bad gradient; this names the last one
-        elif self.on_nonfinite == "stop" and self._bad:
-            step = self._last_step - int(self._step_count - self._first_bad)
-            self._bad.zero_()
-            self._first_bad.fill_(-1)
-            raise NotFinite(step)
+        elif self.on_nonfinite == "stop" and self._guard.bad:
+            # The flag stays set, so all steps since the first bad one were skipped too.
+            raise NotFinite(self._last_step - self._guard.take() + 1)
 
-    def _guard_nonfinite(self, before: list[Tensor]) -> bool:
-        """Restores buffers and metrics if the gradient is not finite, and has the device skip the update if it can.
-
-        Args:
-            before: the network's buffers before the forward pass.
+    def _guard_nonfinite(self) -> bool:
+        """Undoes the step if the gradient is not finite, and has the device skip the update if it can.
 
         Returns:
             Whether the host must skip the update. To know it the host waits for the device, once.
         """
-        bad = ~torch.isfinite(self._norm)
-        self._bad.copy_(bad if self.on_nonfinite == "skip" else self._bad | bad)
-        self._step_count += 1  # counted on the device: passing the step's number would cost a transfer
-        if host_skips := not self.guard_is_on_device and bool(self._bad):
-            self.optimizer.zero_grad()
-        elif not self.guard_is_on_device:
-            return False
-        self._first_bad.copy_(torch.where(self._bad & (self._first_bad < 0), self._step_count, self._first_bad))
         if self.guard_is_on_device:
-            self.optimizer.found_inf = self._found_inf.copy_(self._bad)  # type: ignore[attr-defined]  # torch reads this attribute but does not declare it
-        self._skipped += self._bad
-        self._restore(before, self._bad)
-        return host_skips
-
-    def _restore(self, before: list[Tensor], bad: Tensor) -> None:
-        """Restores buffers and metrics to their state before the step if `bad` (bool scalar on the device)."""
-        for buffer, value in zip(self._buffers, before, strict=True):
-            buffer.copy_(torch.where(bad, value, buffer))
-        self.meter.forget_step(bad)
+            self._guard.find_on_device(self._gradients() if self.clip_grad_norm is None else [self._norm])
+            self.optimizer.found_inf = self._guard.found_inf  # type: ignore[attr-defined]  # torch reads this attribute but does not declare it
+        else:
+            self._guard.find(self._norm)
+            if not self._guard.bad:
+                return False
+            self.optimizer.zero_grad()
+        self._guard.undo()
+        return not self.guard_is_on_device
 
     @torch.no_grad()
     def offending_samples(self, step: int) -> list[tuple[int, list[int]]]:

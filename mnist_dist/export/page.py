@@ -1,4 +1,4 @@
-"""Builds an HTML page to try a network in. It contains the network and onnxruntime-web: no server, no network needed.
+"""Builds an HTML page for trying a network. The page contains the network and onnxruntime-web, and works offline.
 
 A network of figures on a common ground, such as digits, gets a page to draw in; any other network gets a page into
 which pictures are dropped.
@@ -154,7 +154,7 @@ def build_page(
         classes: the names of the classes, in the order of the probabilities.
         caption: a line about the network.
         runtime: the result of `load_runtime`.
-        geometry: how the training set places its figures.
+        geometry: of the training set. It decides whether the page is for drawing or for pictures.
     """
     parts = {name: _packed(data) for name, data in {**runtime, "model": model}.items()}
     parts["classes"] = json.dumps(list(classes)).replace("<", "\\u003c")

@@ -34,10 +34,13 @@ def torchvision_builder(name: str) -> Builder:
     ) -> nn.Module:
         if name.startswith("vit_"):
             keywords["image_size"] = _square_of_patches(name, image_size)
+        if name.startswith("maxvit_"):
+            keywords.setdefault("input_size", image_size)
         try:
             model = models.get_model(name, weights=None, num_classes=num_classes, **keywords)
-        except (TypeError, AssertionError) as error:
-            raise ValueError(f"model 'torchvision/{name}': {error}") from error
+        except (TypeError, AssertionError, ValueError) as error:
+            raise ValueError(f"model 'torchvision/{name}': {' '.join(str(error).split())}") from error
+        _check_patches(f"torchvision/{name}", model, image_size, takes_patch_size=False)
         if pretrained:
             load_pretrained(name, model)
         accept_channels(model, in_channels)
@@ -65,14 +68,19 @@ def timm_builder(name: str) -> Builder:
         **keywords: Any,
     ) -> nn.Module:
         settings = {"in_chans": in_channels, "num_classes": num_classes, "pretrained": pretrained, **keywords}
+
+        def checked(model: nn.Module) -> nn.Module:
+            _check_patches(f"timm/{name}", model, image_size, takes_patch_size=True)
+            return model
+
         side: Any = image_size[0] if image_size[0] == image_size[1] else image_size
         try:
             if "img_size" not in settings:
                 # Only networks for one image size have this argument, and timm has no list of them.
                 with suppress(TypeError):
-                    return _with_whole_patches(name, timm.create_model(name, img_size=side, **settings), image_size)
-            return _with_whole_patches(name, timm.create_model(name, **settings), image_size)
-        except TypeError as error:
+                    return checked(timm.create_model(name, img_size=side, **settings))
+            return checked(timm.create_model(name, **settings))
+        except (TypeError, AssertionError) as error:
             raise ValueError(f"model 'timm/{name}': {error}") from error
         except (OSError, RuntimeError) as error:
             if not pretrained:
@@ -84,33 +92,30 @@ def timm_builder(name: str) -> Builder:
     return build
 
 
-def _with_whole_patches(name: str, model: nn.Module, image_size: tuple[int, int]) -> nn.Module:
-    """Returns the network, unless it cuts images into patches that leave out the last rows and columns.
-
-    Raises:
-        ValueError: the patch size does not divide the sides of the images.
-    """
-    embedding = getattr(model, "patch_embed", None)
-    cut = getattr(embedding, "proj", None)
-    if not isinstance(cut, nn.Conv2d) or cut.stride != cut.kernel_size or getattr(embedding, "dynamic_img_pad", False):
-        return model
-    uncovered = any(side % size for side, size in zip(image_size, cut.kernel_size, strict=True))
-    if uncovered and cut.padding == (0, 0):
-        (tall, wide), (height, width) = cut.kernel_size, image_size
-        sizes = (size for size in range(2, min(image_size)) if height % size == 0 and width % size == 0)
-        fitting = ", ".join(map(str, sizes))
-        raise ValueError(
-            f"model 'timm/{name}': patches of {tall}×{wide} pixels do not cover an image of {height}×{width}; "
-            f"set model.patch_size to one of {fitting}, or data.image_size to a multiple of {tall}"
-        )
-    return model
+def _check_patches(name: str, model: nn.Module, image_size: tuple[int, int], takes_patch_size: bool) -> None:
+    """Raises ValueError if the network cuts images into patches that leave out the last rows or columns."""
+    cut = next((layer for layer in model.modules() if isinstance(layer, nn.Conv2d)), None)
+    if cut is None or cut.stride != cut.kernel_size or cut.padding not in ((0, 0), "valid"):
+        return  # no patches
+    (tall, wide), (height, width) = cut.kernel_size, image_size
+    pads = getattr(getattr(model, "patch_embed", None), "dynamic_img_pad", False)
+    if pads or (height % tall == 0 and width % wide == 0):
+        return
+    sizes = [str(size) for size in range(2, min(image_size)) if height % size == 0 and width % size == 0]
+    fitting = f"model.patch_size to one of {', '.join(sizes)}, or " if sizes and takes_patch_size else ""
+    raise ValueError(
+        f"model {name!r}: patches of {tall}×{wide} pixels do not cover an image of {height}×{width}; "
+        f"set {fitting}data.image_size to a multiple of {tall}"
+    )
 
 
 def _square_of_patches(name: str, image_size: tuple[int, int]) -> int:
     """Returns the side of the images for torchvision's vision transformer, whose patches have the size in its name."""
     height, width = image_size
     patch = int(name.split("_")[-1])
-    if height != width or height % patch:
+    if height != width:
+        raise ValueError(f"model 'torchvision/{name}' takes square images, not {height}×{width}; set data.image_size")
+    if height % patch:
         raise ValueError(
             f"model 'torchvision/{name}': patches of {patch}×{patch} pixels do not cover an image of {height}×{width}; "
             f"set data.image_size to a multiple of {patch}, or use timm/vit_tiny_patch16_224 with model.patch_size"

@@ -11,7 +11,7 @@ def accept_channels(model: nn.Module, channels: int) -> None:
     For grey images the output is that of the original convolution for three equal channels.
 
     Raises:
-        ValueError: images have 1 or 3 channels.
+        ValueError: `channels` is neither 1 nor 3.
     """
     if channels not in (1, 3):
         raise ValueError(f"expected images of 1 or 3 channels, not {channels}")
@@ -28,12 +28,12 @@ def load_pretrained(name: str, model: nn.Module) -> None:
         name: of the network, in torchvision.
 
     Raises:
-        ValueError: torchvision has no weights for the network, they can be neither found nor downloaded, or they fit
-            more than the last layer badly.
+        ValueError: torchvision has no weights for the network; they are not on this machine and cannot be downloaded;
+            or layers other than the last one have another shape than the weights.
     """
     from torchvision import models
 
-    if next(model.parameters()).is_meta:  # a trial of the shapes
+    if next(model.parameters()).is_meta:  # the check of a recipe builds the network without memory
         return
     try:
         weights = models.get_model_weights(name)["DEFAULT"]

@@ -121,7 +121,7 @@ def _describe_best(epochs: np.ndarray, accuracies: np.ndarray) -> str:
     if not accuracies.size:
         return ""
     best = int(accuracies.argmax())
-    return f" (best {accuracies[best]:.2f} % at epoch {epochs[best]:g})"
+    return f" (best {accuracies[best]:.2f} % at epoch {epochs[best]:.4g})"
 
 
 def _set_accuracy_range(axes: Axes, curves: list[np.ndarray]) -> None:

@@ -194,7 +194,9 @@ class DataSection(Section):
     """Folder that holds `MNIST/raw`; missing files are downloaded into it. For `folder`: the folder with train/CLASS/…
     and test/CLASS/… (or val/), or with CLASS/…, of which a fifth becomes the test set; for `csv`: a table with the
     columns path,label and perhaps split; for `npz`: an archive with train_images, train_labels, test_images and so on,
-    or images and labels. Null: the environment variable MNIST_DIST_DATA, else `./data`. `~` and `$VAR` are replaced."""
+    or images and labels. Image files are decoded once, into the folder `.decoded` beside them, or ~/.cache/mnist_dist
+    if that cannot be written; it may be deleted at any time. Null: the environment variable MNIST_DIST_DATA, else
+    `./data`. `~` and `$VAR` are replaced."""
     place: Literal["auto", "device", "host", "disk"] = "auto"
     """Where the training images lie: `device` (memory of the GPU, or of the CPU that trains), `host` (memory of the
     host) or `disk` (a memory-mapped file, in a cache folder for a data set without a file). From `host` and `disk`, a

@@ -68,8 +68,8 @@ class DDPSection(Section):
     """Precision in which gradients are sent between processes. `none`: the precision of the gradients. No effect with
     `logical_shards` or FSDP."""
     find_unused_parameters: bool = False
-    """Set to true for a network that does not use all its parameters in every step. Every step then searches for unused
-    parameters, which takes time."""
+    """Set to true for a network that does not use all its parameters in every step. In every step the processes then
+    exchange which parameters were used. A GPU waits for it, and no step is captured."""
 
 
 class CheckpointSection(Section):

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from functools import partial
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin, patch_environment
 from torch import nn
@@ -24,7 +23,7 @@ from mnist_dist.data.store import Place, choose_place, describe_place, place_ima
 from mnist_dist.distributed.collectives import run_on_all_ranks
 from mnist_dist.distributed.devices import device_name, supports_precision
 from mnist_dist.distributed.fsdp import shard_parameters
-from mnist_dist.distributed.gradients import GradientClock, reduce_gradients
+from mnist_dist.distributed.gradients import FlatGradients, GradientClock
 from mnist_dist.distributed.launcher import asks_for_fsdp, check_engine, fsdp_settings
 from mnist_dist.distributed.logical_shards import LogicalShards
 from mnist_dist.distributed.sync_batchnorm import synchronize_batch_norm
@@ -100,7 +99,12 @@ def _uses_fsdp(world_size: int) -> bool:
 
 
 def build_components(
-    recipe: Recipe, precision: str, train_data: Images, module: nn.Module, teachers: Sequence[Run] = ()
+    recipe: Recipe,
+    precision: str,
+    train_data: Images,
+    module: nn.Module,
+    teachers: Sequence[Run] = (),
+    accelerator: Accelerator | None = None,
 ) -> TrainingComponents:
     """Builds everything that the training loop uses, on the device. Collective: call on every rank.
 
@@ -108,10 +112,11 @@ def build_components(
         precision: as `check_world` returns it.
         module: the network with its initial weights, as `prepare_model` returns it.
         teachers: runs whose networks the distillation learns from.
+        accelerator: None for one that follows recipe and launcher.
     """
     set_determinism(recipe.deterministic)
     set_kernels(recipe)
-    accelerator = _build_accelerator(recipe, precision)
+    accelerator = accelerator or _build_accelerator(recipe, precision)
     device = accelerator.device
     augmentation = recipe.data.augment.build()
     if misfits := list(augmentation.misfits(train_data.shape)):
@@ -170,18 +175,12 @@ def _place(recipe: Recipe, data: Images, device: torch.device) -> tuple[Images, 
 
 def _build_accelerator(recipe: Recipe, precision: str) -> Accelerator:
     AcceleratorState._reset_state()  # a notebook may train twice, with two precisions
-    ddp = DistributedDataParallelKwargs(
-        gradient_as_bucket_view=True,
-        broadcast_buffers=False,
-        find_unused_parameters=recipe.ddp.find_unused_parameters,
-    )
     # Accumulation and compilation are passed explicitly, because the launcher's environment variables must not override
     # the recipe. FSDP is switched off here, because `shard_parameters` does the sharding: Accelerate supports FSDP on
     # GPUs only, and the checkpoints must be the same with and without it.
     with patch_environment(ACCELERATE_USE_FSDP="false"):
         return Accelerator(
             mixed_precision=precision,
-            kwargs_handlers=[ddp],
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             dynamo_backend="no",
         )
@@ -198,13 +197,13 @@ def _build_network(
     fill_momentum(optimizer)
     if recipe.compile:  # at the first call; parameter names do not change
         module.compile(mode=None if recipe.compile is True else recipe.compile)
-    model = _prepare_model(recipe, accelerator, module)
+    accelerator.prepare_model(module, evaluation_mode=True)  # adds autocast in place, no DistributedDataParallel
     if accelerator.scaler is not None:
         optimizer = accelerator.prepare(optimizer)  # without a scaler the wrapper only costs time
-    reduce_gradients(model, accelerator.device, recipe.ddp.comm_hook, clock)
     shards = LogicalShards(recipe.logical_shards, accelerator, module, clock) if recipe.logical_shards else None
     synchronizes = _synchronizes_batch_norm(recipe, accelerator)
-    return TrainedNetwork(module, model, optimizer, average, shards, communicates_in_forward=synchronizes)
+    reduction = _build_reduction(recipe, accelerator, module, clock)
+    return TrainedNetwork(module, optimizer, average, reduction, shards, communicates_in_forward=synchronizes)
 
 
 def _distribute_module(recipe: Recipe, accelerator: Accelerator, module: nn.Module) -> nn.Module:
@@ -223,19 +222,18 @@ def _synchronizes_batch_norm(recipe: Recipe, accelerator: Accelerator) -> bool:
     return recipe.sync_batchnorm and accelerator.num_processes > 1
 
 
-def _prepare_model(recipe: Recipe, accelerator: Accelerator, module: nn.Module) -> nn.Module:
-    """Returns the network with Accelerate's autocast, and with data parallel if that reduces the gradients."""
-    # Sharded parameters and logical shards reduce their gradients themselves.
-    reduces_itself = _uses_fsdp(accelerator.num_processes) or recipe.logical_shards is not None
-    with warnings.catch_warnings():
-        # torch 2.15 renames this option, and accelerate 1.15 still uses the old name.
-        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-        return accelerator.prepare_model(module, evaluation_mode=reduces_itself)
+def _build_reduction(
+    recipe: Recipe, accelerator: Accelerator, module: nn.Module, clock: GradientClock
+) -> FlatGradients | None:
+    """Returns the reduction of gradients; None if there is one process, or FSDP2 or logical shards reduce them."""
+    if accelerator.num_processes == 1 or _uses_fsdp(accelerator.num_processes) or recipe.logical_shards is not None:
+        return None
+    return FlatGradients(module, recipe.ddp.comm_hook, recipe.ddp.find_unused_parameters, clock)
 
 
 def _step_settings(recipe: Recipe, data: Images) -> StepSettings:
     return StepSettings(
-        class_weights=_class_weights(recipe, data),
+        class_weights=class_weights(recipe, data),
         clip_grad_norm=recipe.clip_grad_norm,
         label_smoothing=recipe.label_smoothing,
         micro_batch_size=None if recipe.micro_batch_size == "auto" else recipe.micro_batch_size,
@@ -243,8 +241,12 @@ def _step_settings(recipe: Recipe, data: Images) -> StepSettings:
     )
 
 
-def _class_weights(recipe: Recipe, data: Images) -> tuple[float, ...] | None:
-    """Returns the weight of each class, scaled to the mean 1 over the training images; None for equal weights."""
+def class_weights(recipe: Recipe, data: Images) -> tuple[float, ...] | None:
+    """Returns the weight of each class, scaled to the mean 1 over the training images; None for equal weights.
+
+    Raises:
+        RecipeError: the recipe has another number of weights than the data has classes.
+    """
     wanted, classes = recipe.data.class_weights, len(data.classes)
     if wanted == "none":
         return None
@@ -284,11 +286,12 @@ def _capture(recipe: Recipe, step: TrainStep, schedule: Schedule) -> tuple[Train
     device = step.accelerator.device
     obstacle = capture_obstacle(
         device,
-        step.accelerator.num_processes,
         step.optimizer,
         moves_momentum=schedule.momentum_at is not None,
         scaler=step.accelerator.scaler is not None,
         shards=recipe.logical_shards is not None,
+        fsdp=_uses_fsdp(step.accelerator.num_processes),
+        allows_unused=step.reduction is not None and step.reduction.allows_unused,
         compile_mode=recipe.compile,
     )
     if obstacle is None:
@@ -302,8 +305,8 @@ def _notes(recipe: Recipe, step: TrainStep) -> list[str]:
     notes = []
     if _uses_fsdp(step.accelerator.num_processes):
         notes.append("FSDP2: parameters, gradients and optimizer state are sharded over the processes")
-    if recipe.ddp.comm_hook != "none" and not isinstance(step.model, nn.parallel.DistributedDataParallel):
-        notes.append("ddp.comm_hook has no effect: data parallel does not reduce the gradients of this run")
+    if recipe.ddp.comm_hook != "none" and step.reduction is None:
+        notes.append("ddp.comm_hook has no effect: this run does not send gradients, or sends them in another way")
     if recipe.micro_batch_size == "auto":
         notes.append(f"micro_batch_size auto: {step.micro_batch_size} images at once fit into memory")
     return notes

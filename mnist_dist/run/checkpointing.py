@@ -1,20 +1,24 @@
-"""Decides when a checkpoint is due, saves a run's checkpoints and weights, and reports why a run failed."""
+"""Decides when a checkpoint is due, has a thread save checkpoints and weights, and reports why a run failed."""
 
 from __future__ import annotations
 
 import errno
 import socket
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from mnist_dist.distributed.collectives import is_lost_connection
+from mnist_dist.distributed.collectives import is_lost_connection, run_on_all_ranks
 from mnist_dist.distributed.expected_size import is_elastic
 from mnist_dist.distributed.signals import PREEMPTED
-from mnist_dist.engine.checkpoint import list_checkpoints, save_checkpoint
+from mnist_dist.engine.checkpoint import list_checkpoints, save_checkpoint, save_weights
 from mnist_dist.engine.evaluation import Evaluation
 from mnist_dist.engine.train_step import NotFinite
+from mnist_dist.engine.writer import Writer
 from mnist_dist.errors import RunError
 from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.components import Progress, TrainingComponents
@@ -28,15 +32,27 @@ UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 """Error numbers of a disk that is full, read-only or broken: the user needs a message, not a traceback."""
 
 
+STATE, WEIGHTS = "state", "weights"
+"""What a run copies to the host: the state of a checkpoint, and the weights that are saved alone."""
+
+
 class Checkpointer:
     """Saves weights and checkpoints, measures the training time and reports a failure.
+
+    A save copies the values to the host and returns; a thread of rank 0 writes them. A failure of that thread is raised
+    by the next save, on all ranks, and `has_failed` asks the training loop for one.
 
     Every method that saves is collective: call it on every rank.
     """
 
     def __init__(self, folder: RunFolder, recipe: Recipe, components: TrainingComponents, progress: Progress):
         self._folder, self._recipe, self._components, self._progress = folder, recipe, components, progress
+        writes = components.accelerator.is_main_process
+        self._writer = Writer(components.accelerator.device, writes)
+        self._about = components.describe_weights(recipe) if writes else {}
+        self._pauses: list[float] = []
         self._elastic = ElasticSaves(recipe.checkpoint.elastic_seconds if is_elastic() else None)
+        self._has_reserved = False
         self.start(0.0)
 
     # --- time -----------------------------------------------------------------------------------------------------
@@ -63,26 +79,47 @@ class Checkpointer:
     # --- saving ---------------------------------------------------------------------------------------------------
 
     def save_best(self) -> None:
-        """Writes best.safetensors. Collective: call on every rank."""
-        self._folder.end_if_lost()
-        self._components.save_weights(self._folder.best, self._recipe)
+        """Saves best.safetensors. Collective: call on every rank."""
+        with self._pause():
+            self._save_weights(self._folder.best)
 
-    def save_last(self) -> None:
-        """Writes last.safetensors, and the checkpoint of the last step if there is none.
+    def save_last(self) -> dict[str, float]:
+        """Saves last.safetensors, and the checkpoint of the last step if there is none. Waits for all files.
 
         Collective: call on every rank. Without that checkpoint, an interrupted end of the run would repeat training.
+
+        Returns:
+            The seconds of the training, of the pauses of the training loop for saves, of the longest pause, and of the
+            thread that writes. A resumed run counts the saves of its last process.
         """
+        train_seconds = self.train_seconds()
         if self._saved_step != self._progress.step:  # early stopping
             self.save()
-        self._components.save_weights(self._folder.last, self._recipe)
+        self._save_weights(self._folder.last)
+        self.wait()
+        seconds = {
+            "saving.pause_seconds": sum(self._pauses),
+            "saving.longest_pause": max(self._pauses, default=0.0),
+            "saving.write_seconds": self._writer.seconds,
+        }
+        return {"train_seconds": train_seconds} | {key: round(value, 4) for key, value in seconds.items()}
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a file could not be written. The next save raises the error."""
+        return self._writer.has_failed
 
     def is_due(self, logged: bool) -> bool:
         """Returns whether the recipe asks for a checkpoint now; the answer is the same on every rank.
+
+        The first call also reserves the memory for the copies.
 
         Args:
             logged: whether this step wrote a log line. `every_minutes` is checked at log lines only, because only there
                 all ranks know the same training time.
         """
+        if not self._has_reserved:
+            self._reserve_memory()
         rule, seconds = self._recipe.checkpoint, self._components.meter.train_seconds - self._saved_at
         by_steps = rule.every_steps is not None and self._progress.step % rule.every_steps == 0
         # Always after the last step: if the end of the run is interrupted, no training must be repeated.
@@ -92,30 +129,73 @@ class Checkpointer:
         by_steps = by_steps or self._elastic.are_due(self._progress.step - since, per_step)
         return by_steps or (logged and rule.every_minutes is not None and seconds >= 60 * rule.every_minutes)
 
-    def save(self) -> None:
-        """Writes `checkpoints/step-N` with everything that the next step depends on. Collective: call on every rank.
+    def _reserve_memory(self) -> None:
+        """Reserves the memory for the copies of the largest tensors. After the first step the optimizer has its own."""
+        module, optimizer = self._components.module, self._components.update.optimizer
+        large = {"model": module.state_dict(), "optimizer": optimizer.state_dict()}
+        self._writer.reserve(STATE, {"components": large})
+        self._writer.reserve(WEIGHTS, self._components.eval_model.state_dict())
+        self._has_reserved = True
+
+    def save(self, wait: bool = False) -> None:
+        """Saves `checkpoints/step-N` with everything that the next step depends on. Collective: call on every rank.
+
+        Args:
+            wait: return when the checkpoint is published, not when its values are copied.
 
         Raises:
             NotFinite: an earlier step had a gradient that is not finite; nothing is saved.
+            OSError: this or an earlier file cannot be written.
+            RunError: a file cannot be written on another rank.
         """
+        with self._pause():
+            self._components.update.check()
+            self.wait(STATE)
+            state: dict[str, Any] = {"components": self._components.state_dict(), "progress": asdict(self._progress)}
+            self._saved_at, self._saved_step = self._components.meter.train_seconds, self._progress.step
+            state["train_seconds"] = self.train_seconds()
+            batches = self._components.batches
+            state["plan"] = asdict(Plan(batches.num_samples, batches.batch_size, self._components.total_steps))
+            if metrics := find_tracker(self._components.accelerator, JSONLTracker):
+                state["metrics_bytes"] = metrics.bytes_written()
+            if wandb := find_tracker(self._components.accelerator, WandbTracker):
+                state["wandb_id"] = wandb.run_id
+            self._writer.write(STATE, state, partial(self._publish, metrics))
+        self._elastic.note(self._pauses[-1])
+        if wait:
+            self.wait()
+
+    def _publish(self, metrics: JSONLTracker | None, state: dict[str, Any]) -> None:
+        """Writes a checkpoint. Runs in the thread."""
         self._folder.end_if_lost()
+        if metrics:
+            metrics.flush_to_disk()
+        # A best.safetensors that exists before the first evaluation is from a killed process and a later step.
+        if state["progress"]["evaluated_at"] and self._folder.best.is_file():
+            state["best"] = file_bytes(self._folder.best)
+        save_checkpoint(self._folder.checkpoints, state["progress"]["step"], state, keep=self._recipe.checkpoint.keep)
+
+    def _save_weights(self, path: Path) -> None:
+        """Has the thread write the weights of the network that is evaluated. Collective: call on every rank."""
+        self.wait(WEIGHTS)
+        weights = self._components.eval_model.state_dict()
+
+        def write(copy: dict[str, Any]) -> None:
+            self._folder.end_if_lost()
+            save_weights(path, copy, self._about)
+
+        self._writer.write(WEIGHTS, weights, write)
+
+    def wait(self, *names: str) -> None:
+        """Waits for the thread on all ranks, and raises its error on all ranks. Collective: call on every rank."""
+        run_on_all_ranks(self._components.accelerator.state, lambda: self._writer.wait_until_written(*names))
+
+    @contextmanager
+    def _pause(self) -> Iterator[None]:
+        """Measures how long the training loop pauses."""
         began = time.perf_counter()
-        self._components.update.check()
-        state: dict[str, Any] = {"components": self._components.state_dict(), "progress": asdict(self._progress)}
-        self._saved_at, self._saved_step = self._components.meter.train_seconds, self._progress.step
-        state["train_seconds"] = self.train_seconds()
-        batches = self._components.batches
-        state["plan"] = asdict(Plan(batches.num_samples, batches.batch_size, self._components.total_steps))
-        if metrics := find_tracker(self._components.accelerator, JSONLTracker):
-            state["metrics_bytes"] = metrics.bytes_written()
-        if wandb := find_tracker(self._components.accelerator, WandbTracker):
-            state["wandb_id"] = wandb.run_id
-        if self._components.accelerator.is_main_process:
-            # A best.safetensors that exists before the first evaluation is from a killed process and a later step.
-            if self._progress.evaluated_at and self._folder.best.is_file():
-                state["best"] = file_bytes(self._folder.best)
-            save_checkpoint(self._folder.checkpoints, self._progress.step, state, keep=self._recipe.checkpoint.keep)
-        self._elastic.note(time.perf_counter() - began)
+        yield
+        self._pauses.append(time.perf_counter() - began)
 
     def log_evaluation(self, evaluation: Evaluation) -> None:
         """Logs an evaluation's confusion matrix and histograms to W&B. Collective: call on every rank."""
@@ -130,14 +210,16 @@ class Checkpointer:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        """Ends the trackers of a run that failed.
+        """Waits for the thread, and ends the trackers of a run that failed.
 
         Raises:
             RunError: replaces an error for which `describe_failure` has a message.
         """
         if error is None:
+            self._writer.close()
             return
         message = self.describe_failure(error)
+        self._writer.close()
         cause = message or f"{type(error).__name__}: {error}" if isinstance(error, Exception) else None
         with suppress(OSError):
             self._end_trackers(cause, resumes=is_elastic() and is_lost_connection(error))
@@ -161,7 +243,7 @@ class Checkpointer:
         if isinstance(error, NotFinite):
             lines = self._describe_nonfinite(error.step)
             self._progress.step = error.step
-            self.save()
+            self.save(wait=True)
         elif isinstance(error, OSError) and error.errno in UNWRITABLE:
             lines = [f"{error.filename or self._folder.path} cannot be written: {error.strerror}"]
         elif is_elastic() and is_lost_connection(error):
@@ -170,6 +252,7 @@ class Checkpointer:
             return f"{where}: another process has ended; the launcher starts all processes again"
         else:
             return None
+        self._writer.close()  # what it still writes may be the last checkpoint
         saved = list_checkpoints(self._folder.checkpoints)
         end = "no checkpoint was saved"
         if saved:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from mnist_dist.data import Batches, Images
 from mnist_dist.data.geometry import Geometry, describe_geometry, measure_geometry
 from mnist_dist.data.sources import SHAPES
 from mnist_dist.distributed.fsdp import shard_model_state, shard_optimizer_state, unshard, unsharded_parameters
-from mnist_dist.engine.checkpoint import save_weights
 from mnist_dist.engine.cuda_graph import CapturedStep
 from mnist_dist.engine.evaluation import Evaluation, evaluate
 from mnist_dist.engine.metrics import Meter
@@ -48,6 +46,11 @@ class TrainingComponents:
     def captured(self) -> CapturedStep | None:
         """The update, if it replays a CUDA graph; None if all steps run eagerly."""
         return self.update if isinstance(self.update, CapturedStep) else None
+
+    def close(self) -> None:
+        """Frees what the process group would wait for. Call it after the last update."""
+        if self.captured:
+            self.captured.close()
 
     def epoch(self, progress: Progress) -> float:
         """Returns the number of epochs done, with the fraction."""
@@ -83,14 +86,14 @@ class TrainingComponents:
         return unshard({f"weights/{name}": each.detach() for name, each in named.items()} | gradients)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns everything that the next update depends on. Collective: call on every rank.
+        """Returns everything that the next update depends on. With FSDP2 it has sharded tensors.
 
         There is no random state: all random numbers follow from the seed and the step.
         """
         scaler = self.accelerator.scaler
         return {
-            "model": unshard(self.module.state_dict()),
-            "optimizer": unshard(self.update.optimizer.state_dict()),
+            "model": self.module.state_dict(),
+            "optimizer": self.update.optimizer.state_dict(),
             "average": self.update.average.state_dict() if self.update.average else None,
             "scaler": scaler.state_dict() if scaler else None,
             "schedule": self.schedule.state_dict(),
@@ -98,7 +101,7 @@ class TrainingComponents:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned, at the same or another number of processes."""
+        """Restores the unsharded values of what `state_dict` returned, at the same or another number of processes."""
         optimizer = self.update.optimizer
         self.module.load_state_dict(shard_model_state(state["model"], self.module))
         optimizer.load_state_dict(shard_optimizer_state(state["optimizer"], optimizer))
@@ -113,18 +116,12 @@ class TrainingComponents:
         self.schedule.load_state_dict(state["schedule"])
         self.meter.load_state_dict(state["meter"])
 
-    def save_weights(self, path: Path, recipe: Recipe) -> None:
-        """Saves the weights of `eval_model` on rank 0, with what is needed to rebuild the network and prepare images.
-
-        Collective: call on every rank.
-        """
-        weights = unshard(self.eval_model.state_dict())
-        if self.accelerator.is_main_process:
-            data = self.update.data
-            about = {"recipe": recipe.name, "model": recipe.model.name, "keywords": recipe.model.keywords}
-            known = {"classes": data.classes, "shape": data.shape, "mean": data.mean, "std": data.std}
-            geometry = describe_geometry(training_geometry(recipe, data))
-            save_weights(path, weights, about | known | {"geometry": geometry})
+    def describe_weights(self, recipe: Recipe) -> dict[str, Any]:
+        """Returns what is needed to rebuild the network from its weights and to prepare images for it."""
+        data = self.update.data
+        about = {"recipe": recipe.name, "model": recipe.model.name, "keywords": recipe.model.keywords}
+        known = {"classes": data.classes, "shape": data.shape, "mean": data.mean, "std": data.std}
+        return about | known | {"geometry": describe_geometry(training_geometry(recipe, data))}
 
 
 @dataclass

@@ -24,8 +24,8 @@ DATA_KEYS = ("split", "validation", "limit_train", "limit_test", "image_size", "
 def load_data(recipe: Recipe, state: PartialState, allow_code: Iterable[str] = ()) -> Dataset:
     """Reads the data on every process. Collective: call on every rank.
 
-    Rank 0 downloads what is missing and decodes image files. After it the first process of each node does so: on a node
-    that shares the folder with rank 0, nothing is missing any more. The others wait.
+    Rank 0 downloads what is missing and decodes image files; the others wait. Then the first process of each other node
+    does the same, which takes no time where the node shares the folder with rank 0. Then all others read.
 
     Args:
         allow_code: see `load_run`; for the function in `data.dataset` of a recipe that no person has named.

@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from mnist_dist.data import Images, describe_shape
+from mnist_dist.data.store import fits_on_device
 from mnist_dist.distributed.devices import choose_threads, supports_precision
 from mnist_dist.distributed.launcher import launched_world
 from mnist_dist.engine.evaluation import Evaluation, Mirrored
@@ -78,7 +79,9 @@ def evaluate_run(run: Run, recipe: Recipe, data: Images, *, mirrored: bool = Fal
     AcceleratorState._reset_state()  # one process, e.g. a notebook, may evaluate runs of different precisions
     accelerator = Accelerator(mixed_precision=evaluation_precision(recipe))
     # Every data set is normalised with the statistics of the training set.
-    images = Images(data.images, data.labels, data.classes, run.about["mean"], run.about["std"]).to(accelerator.device)
+    images = Images(data.images, data.labels, data.classes, run.about["mean"], run.about["std"])
+    if fits_on_device(data.images, recipe.data.place, accelerator.device):
+        images = images.to(accelerator.device)  # else batch by batch
     # A copy, because the caller may still use the run's own network on the CPU.
     with copy_of(run.model) as copied:
         module = to_device(copied, accelerator.device, channels_last=recipe.engine.channels_last)

@@ -77,7 +77,7 @@ def refuse_length(recipe: Recipe, num_samples: int, checkpoint: dict[str, Any], 
     old = plan_of(checkpoint, new)
     step = new.convert(checkpoint["progress"]["step"], old)
     key = "epochs" if recipe.max_steps is None else "max_steps"
-    made = f"{step:,} steps ({step / new.steps_per_epoch:g} epochs)"
+    made = f"{step:,} steps ({step / new.steps_per_epoch:.4g} epochs)"
     if done_in and step >= new.total_steps:
         message = f"the run in {done_in} is done after {made}; to train it longer, raise {key}"
         raise RecipeError([Problem("command line", "--run-dir", f"{message}; or name a new folder", "exists")])

@@ -292,7 +292,7 @@ def _write_results(
             draw()
     if interrupts.requested_here:
         return False
-    best = f"best {summary['eval.best.accuracy']:.2f} % at epoch {summary['eval.best.epoch']:g}"
+    best = f"best {summary['eval.best.accuracy']:.2f} % at epoch {summary['eval.best.epoch']:.4g}"
     last = f"{summary['eval.split']} accuracy {summary['eval.last.accuracy']:.2f} % at the last epoch"
     console.message(f"done in {summary['train_seconds']:.1f} s: {last}, {best}")
     return True

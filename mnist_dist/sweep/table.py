@@ -38,7 +38,7 @@ def _short(reason: str) -> str:
 def _figures(row: dict[str, Any]) -> list[str]:
     return [
         f"{row['eval.best.accuracy']:.2f} %",
-        f"{row['eval.best.epoch']:g}",
+        f"{row['eval.best.epoch']:.4g}",
         f"{row['eval.last.accuracy']:.2f} %",
         f"{row['eval.last.loss']:.4f}",
         f"{row['train_seconds']:.0f} s",

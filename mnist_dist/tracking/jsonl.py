@@ -46,9 +46,12 @@ class JSONLTracker(GeneralTracker):
         self._file.flush()
 
     def bytes_written(self) -> int:
-        """Flushes the file to the disk and returns its length."""
-        os.fsync(self._file.fileno())
+        """Returns the length of the file."""
         return self._file.tell()
+
+    def flush_to_disk(self) -> None:
+        """Waits until the lines so far are on the disk. Another thread may call this."""
+        os.fsync(self._file.fileno())
 
     def finish(self) -> None:
         self._file.close()

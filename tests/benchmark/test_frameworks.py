@@ -68,3 +68,50 @@ def test_elastic_displacements_are_as_large_as_the_trainers(sigma, setup_of):
     moved = torch.stack([elastic.get_params(elastic.alpha, elastic.sigma, [28, 28]) for _ in range(150)])
     pixels = moved[:, :, 10:18, 10:18] * 14  # a grid from -1 to 1; noise is reflected near the edge
     assert float(pixels.std()) == pytest.approx(1.4, rel=0.15)
+
+
+CHANGES = {
+    "flip": (transforms.RandomHorizontalFlip, "true"),
+    "crop_padding": (transforms.RandomCrop, "4"),
+    "rotation": (transforms.RandomAffine, "20"),
+    "brightness": (transforms.ColorJitter, "0.5"),
+    "contrast": (transforms.ColorJitter, "0.5"),
+    "randaugment": (transforms.RandAugment, "[2, 20]"),
+    "cutout": (transforms.RandomErasing, "8"),
+}
+"""Key below data.augment -> torchvision's class, and a value."""
+
+NO_WARP = ("data.augment.rotation=0", "data.augment.translation=0")
+"""Removes what the recipe `debug` has."""
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", CHANGES)
+def test_single_images_are_changed_as_the_recipe_asks(name, channels, setup_of):
+    kind, value = CHANGES[name]
+    words = [*NO_WARP, "data.augment.fill=30", f"data.augment.{name}={value}", f"data.channels={channels}"]
+    setup = setup_of(*words)
+    data = frameworks._PerImage(setup.recipe, setup.dataset.train)
+    assert [step for step in data._transform.transforms if isinstance(step, kind)]
+    torch.manual_seed(0)
+    plain = setup.dataset.train.normalize(setup.dataset.train.images[:40])
+    changed = [float((data[number][0] - plain[number]).abs().max()) > 0.05 for number in range(40)]
+    assert data[0][0].shape == plain[0].shape and sum(changed) > 10
+
+
+def test_the_squares_of_cutout_are_as_large_as_the_trainers(setup_of):
+    setup = setup_of(*NO_WARP, "data.augment.cutout=8", "data.augment.fill=30")
+    data = frameworks._PerImage(setup.recipe, setup.dataset.train)
+    plain, level = setup.dataset.train.images[0].float(), float(setup.dataset.train.normalize(torch.tensor([30.0]))[0])
+    filled = (data[0][0] - level).abs() < 1e-3
+    assert 64 <= int((filled | (plain == 30)).sum()) <= 64 + int((plain == 30).sum())
+
+
+def test_the_loss_has_the_class_weights_of_the_recipe(setup_of):
+    weights = [1.0, *[0.5] * 9]
+    setup = setup_of(f"data.class_weights={weights}", "label_smoothing=0")
+    logits, labels = torch.randn(20, 10), torch.arange(20) % 10
+    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    own = torch.tensor(weights)[labels]
+    torch.testing.assert_close(setup.loss(logits, labels), (losses * own).sum() / own.sum())
+    assert setup_of().class_weights is None

@@ -48,6 +48,19 @@ def test_the_report_has_every_part(tmp_path):
     assert "0 part(s) failed" in (tmp_path / "out" / "summary.txt").read_text()
 
 
+def test_several_gpus_are_tested_and_measured_together(tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvidia-smi").write_text('#!/usr/bin/env bash\nprintf "GPU 0: x\\nGPU 1: x\\nGPU 2: x\\n"\n')
+    (tmp_path / "bin" / "nvidia-smi").chmod(0o755)
+    done = report(tmp_path, "out")
+    assert done.returncode == 0, done.stdout + done.stderr
+    calls = (tmp_path / "calls").read_text()
+    assert "tests/distributed/test_gradients.py" in calls
+    for recipe in ("model_v1_onecycle", "ms_ran", "resnet50"):
+        assert f"--nproc_per_node 3 -m mnist_dist.benchmark --recipe {recipe} --rounds" in calls
+        assert (tmp_path / "out" / f"several_gpus_{recipe}.json").is_file()
+
+
 def test_the_report_continues_after_a_part_that_fails_and_names_it(tmp_path):
     done = report(tmp_path, "--rehearse", "out", fails="--time-to-accuracy")
     assert done.returncode == 1

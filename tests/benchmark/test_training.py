@@ -12,11 +12,20 @@ import torch
 from accelerate.state import AcceleratorState
 
 from mnist_dist.benchmark import __main__ as benchmark
-from mnist_dist.benchmark import frameworks, training
+from mnist_dist.benchmark import epochs, frameworks, training
+from mnist_dist.benchmark.baselines import DDP_STEP
 from mnist_dist.errors import RunError
+from mnist_dist.run.checkpointing import Checkpointer
 from tests import processes
 
-NAMES = ["mnist_dist", "bare step", "plain loop, device tensors", "PyTorch + DataLoader", "Accelerate + DataLoader"]
+NAMES = [
+    "mnist_dist",
+    "bare step",
+    "bare step, fastest kernels",
+    "plain loop, device tensors",
+    "PyTorch + DataLoader",
+    "Accelerate + DataLoader",
+]
 NAMES += ["Lightning + DataLoader"] * frameworks.HAS_LIGHTNING + ["PyTorch + DataLoader, channels last"]
 
 
@@ -82,10 +91,37 @@ def test_training_that_fails_gives_a_message_and_no_figure(setup_of, tmp_path):
     loop.close()
 
 
+def test_whole_epochs_include_evaluation_best_weights_and_checkpoints(tmp_path, monkeypatch):
+    saved: list[str] = []
+    for name in ("save", "save_best", "log_evaluation"):
+        real = getattr(Checkpointer, name)
+
+        def counted(self, *arguments, name=name, real=real):
+            saved.append(name)
+            real(self, *arguments)
+
+        monkeypatch.setattr(Checkpointer, name, counted)
+    monkeypatch.setattr(epochs, "best_workers", lambda setup, steps: 0)
+    words = ["--recipe", "debug", "--whole-epochs", "--rounds", "2", "batch_size=16", "tracking.wandb.mode=disabled"]
+    words += [
+        "data.limit_train=40",
+        "data.limit_test=24",
+        f"--json={tmp_path / 'json'}",
+        f"--markdown={tmp_path / 'md'}",
+    ]
+    assert benchmark.main(words) == 0
+    result = json.loads((tmp_path / "json").read_text())
+    loops = ["mnist_dist", "bare step + bare evaluation", "Accelerate + DataLoader + bare evaluation"]
+    assert list(result["images_per_second"]) == loops and set(result["steps_per_round"].values()) == {3}
+    assert list(result["share_of_bare_step"]) == [loops[0], loops[2]] and result["evaluated_images"] == 24
+    assert saved.count("log_evaluation") == saved.count("save") == 3, "one warm-up epoch and two rounds"
+    assert "save_best" in saved and "everything on" in (tmp_path / "md").read_text()
+
+
 def test_two_processes_are_measured_as_one_group(tmp_path):
     words = ["--recipe", "debug", "--rounds", "1", "--steps", "1", "batch_size=8", "tracking.wandb.mode=disabled"]
     command = [sys.executable, "-m", "mnist_dist.benchmark", *words, "data.limit_train=16"]
     done = processes.run_ranks(2, [*command, f"--json={tmp_path / 'two.json'}"], cwd=tmp_path)
     result = json.loads(Path(tmp_path / "two.json").read_text())
-    assert result["world_size"] == 2 and list(result["images_per_second"]) == NAMES
+    assert result["world_size"] == 2 and list(result["images_per_second"]) == [*NAMES[:2], DDP_STEP, *NAMES[2:]]
     assert ["bare step" in rank.stdout for rank in done] == [True, False], "rank 0 alone prints the table"

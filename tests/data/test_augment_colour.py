@@ -134,6 +134,20 @@ def test_each_image_has_its_own_operation():
         assert torch.equal(found[alone], expected), OPERATIONS[int(numbers[each])]
 
 
+@pytest.mark.parametrize("channels", CHANNELS)
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear"])
+def test_operations_of_the_images_that_drew_them_equal_those_of_all_images(monkeypatch, channels, interpolation):
+    images, computed = noise(channels, 300).float(), []
+    numbers, signs = (torch.arange(300) * 5 % 13).float(), torch.tensor([-1.0, 1.0]).repeat(150)  # 13, Equalize, never
+    equalize = colours.equalize
+    monkeypatch.setattr(colours, "equalize", lambda images: computed.append(len(images)) or equalize(images))
+    found = apply_operation(images, numbers, signs, 13, interpolation, 9.0)
+    assert not computed
+    monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
+    assert torch.equal(apply_operation(images, numbers, signs, 13, interpolation, 9.0), found)
+    assert computed == [300]
+
+
 # --- warps of other sizes -----------------------------------------------------------------------------------------
 
 
@@ -267,6 +281,21 @@ def test_batches_are_the_same_at_every_number_of_processes(world_size, ahead):
         rows = batches.rows(batches.plan(1), index)
         assert torch.equal(whole.partner.images, data.images[rows.roll(1)])
         torch.testing.assert_close(targets.sum(dim=1), torch.ones(len(rows)))
+
+
+def test_a_partner_is_changed_once(monkeypatch):
+    data, apply, counts = colour_set(50), Augmentation.apply, []
+    batches = Batches(50, 16, 3, data.shape, Augmentation(**{**EVERYTHING, "rotation": 0.0, "elastic": 0.0}))
+    batch = Loader(data, range).load(batches, batches.plan(1), 0)
+    own, partners = (apply(batches.augmentation, each.images, each.changes) for each in (batch, batch.partner))
+    monkeypatch.setattr(Augmentation, "apply", lambda *arguments: counts.append(len(arguments[1])) or apply(*arguments))
+    found = batches.augmented(batch)
+    assert counts == [17]
+    assert torch.equal(found, batches.augmentation.mix(own, partners, batch.changes))
+    pieces = torch.cat([batches.augmented(part) for part in batch.split(3)])
+    assert torch.equal(pieces, found) and counts == [17, 7, 6, 6]
+    empty = Loader(data, lambda size: range(size, size)).load(batches, batches.plan(1), 0)
+    assert batches.augmented(empty).shape == (0, *data.shape) and batches.targets(empty, 5).shape == (0, 5)
 
 
 def test_changes_of_one_key_do_not_depend_on_the_other_keys():

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mnist_dist.data import Augmentation, Batch, Batches, EpochPlan, Images, Loader
+from mnist_dist.data import loader as loader_module
 from mnist_dist.data.batches import CHUNK, piece
 
 COUNT = 200
@@ -73,6 +74,46 @@ def test_a_batch_splits_into_consecutive_pieces(count, sizes):
     assert [each.start for each in pieces] == [sum(sizes[:number]) for number in range(count)]
     for name in ("images", "labels", "changes"):
         assert torch.equal(torch.cat([getattr(each, name) for each in pieces]), getattr(batch, name))
+
+
+# --- several batches at once, as on a GPU --------------------------------------------------------------------------
+
+MIXED = Augmentation(flip=True, crop_padding=1, rotation=10, brightness=0.2, mixup=0.2, cutmix=1.0)
+
+
+@pytest.mark.parametrize("augmentation", [None, Augmentation(rotation=10, elastic=1), MIXED])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_prepared_batches_hold_what_a_step_computes_from_the_others(monkeypatch, augmentation, world_size):
+    data, batches = replace(noise(), mean=(0.1,) * 3, std=(0.2,) * 3), Batches(COUNT, 32, 5, (3, 8, 8), augmentation)
+    monkeypatch.setattr(loader_module, "BLOCK_BYTES", 100 * 4 * 3 * 8 * 8)  # fewer images than an epoch
+    for rank in range(world_size):
+        plain, prepared = (loader_of(data, rank, world_size) for _ in range(2))
+        prepared.prepares = True
+        for epoch, index in [(0, 0), (0, 1), (0, 6), (1, 3), (0, 2), (0, 3), (0, 4)]:
+            found, batch = (each.load(batches, batches.plan(epoch), index) for each in (prepared, plain))
+            assert found.is_prepared and not batch.is_prepared
+            assert (found.size, found.start, len(found)) == (batch.size, batch.start, len(batch))
+            torch.testing.assert_close(found.images, data.normalize(batches.augmented(batch)), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(batches.targets(found, 10), batches.targets(batch, 10))
+
+
+def test_a_block_is_prepared_once(monkeypatch):
+    prepared: list[range] = []
+    prepare = Loader._prepare_block
+
+    def counted(self: Loader, batches: Batches, plan: EpochPlan, indices: range) -> list[Batch]:
+        prepared.append(indices)
+        return prepare(self, batches, plan, indices)
+
+    monkeypatch.setattr(Loader, "_prepare_block", counted)
+    monkeypatch.setattr(loader_module, "BLOCK_BYTES", 96 * 4 * 3 * 8 * 8)
+    batches, loader = Batches(COUNT, 32, 5, (3, 8, 8)), loader_of(noise())
+    loader.prepares = True
+    for epoch in range(2):
+        plan = batches.plan(epoch)
+        for index in range(batches.steps_per_epoch):
+            loader.load(batches, plan, index)
+    assert prepared == 2 * [range(0, 3), range(3, 6), range(6, 7)]
 
 
 # --- one batch ahead ----------------------------------------------------------------------------------------------

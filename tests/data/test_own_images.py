@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import pickle
 import signal
+import socket
 import sys
 import time
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +19,8 @@ import torch
 from PIL import Image
 
 from mnist_dist.data import Dataset, load_dataset
-from mnist_dist.data.decoding import cache_folders
-from mnist_dist.data.form import Form, boxes, fit_images, fit_picture
+from mnist_dist.data.cache import OLDEST_SECONDS, cache_folders, remove_unfinished, unfinished_path
+from mnist_dist.data.form import DataError, Form, as_label_array, boxes, fit_images, fit_picture
 from tests.processes import popen
 
 COLOURS = {"amber": (250, 190, 10), "blue": (10, 20, 240), "green": (20, 200, 30)}
@@ -149,6 +152,50 @@ def test_16_bits_transparency_and_orientation(tmp_path):
     assert of_turned[0, 0, 5] == 255  # the first pixel of the file is at the top right
 
 
+def test_links_are_followed_except_those_back_up(tmp_path):
+    root = write_folder(tmp_path / "own", {"train": 4, "test": 2})
+    (root / "train/blue").rename(tmp_path / "elsewhere")
+    (root / "train/blue").symlink_to(tmp_path / "elsewhere")  # a class
+    (tmp_path / "more").mkdir()
+    picture("amber", 9).save(tmp_path / "more/9.png")
+    (root / "train/amber/more").symlink_to(tmp_path / "more")  # a folder below a class
+    (root / "train/green/loop").symlink_to(root / "train")
+    (root / "train/green/self").symlink_to(root / "train/green")
+    dataset = load_dataset("folder", root=root)
+    assert counts_of(dataset)[0] == [5, 4, 4]
+    assert_labels_fit(dataset)
+
+
+def test_two_spellings_of_one_letter_are_one_class(tmp_path):
+    root = write_folder(tmp_path / "own", {"train": 3, "test": 2})
+    (root / "train/blue").rename(root / "train" / unicodedata.normalize("NFC", "blå"))
+    (root / "test/blue").rename(root / "test" / unicodedata.normalize("NFD", "blå"))
+    dataset = load_dataset("folder", root=root)
+    assert dataset.train.classes == ("amber", unicodedata.normalize("NFC", "blå"), "green")
+    assert counts_of(dataset) == [[3] * 3, [2] * 3, [2] * 3]
+
+
+def test_a_class_may_have_the_name_of_a_part(tmp_path):
+    root = write_folder(tmp_path / "own", {"": 5})
+    (root / "blue").rename(root / "bullet_train")
+    assert load_dataset("folder", root=root).train.classes == ("amber", "bullet_train", "green")
+
+
+def test_pictures_of_unusual_modes(tmp_path):
+    folder = tmp_path / "own" / "train"
+    for name in ("a", "b"):
+        (folder / name).mkdir(parents=True)
+        Image.new("RGB", (6, 6), (1, 2, 3)).save(folder / name / "plain.png")
+    frames = [Image.new("RGB", (6, 6), colour) for colour in ((90, 90, 90), (5, 5, 5))]
+    frames[0].save(folder / "a/animated.gif", save_all=True, append_images=frames[1:])
+    Image.new("CMYK", (6, 6), (0, 0, 0, 255 - 60)).save(folder / "a/print.tiff")
+    Image.new("1", (6, 6), 1).save(folder / "b/bits.png")
+    Image.new("LA", (6, 6), (70, 255)).save(folder / "b/grey_alpha.png")
+    dataset = load_dataset("folder", root=tmp_path / "own")
+    levels = torch.cat([dataset.train.images, dataset.test.images])[:, 0, 3, 3].tolist()
+    assert sorted(levels) == [1, 1, 60, 70, 90, 255]
+
+
 # --- size and channels --------------------------------------------------------------------------------------------
 
 
@@ -215,6 +262,35 @@ def test_a_table_of_paths_and_labels(tmp_path):
     dataset = load_dataset("csv", root=write_table(tmp_path / "own/images.csv", rows))
     assert counts_of(dataset) == [[3] * 3, [1] * 3, [1] * 3] and dataset.has_validation
     assert_labels_fit(dataset)
+
+
+def test_a_table_from_a_spreadsheet(tmp_path):
+    root = write_folder(tmp_path / "own", {"train": 5})
+    files = sorted(root.rglob("*.png"))
+    (root / "train/blue/0.png").rename(root / "train/blue/0, cut.png")
+    lines = [' Label ,"Path"', "", *(f'{file.parent.name},"{file}"' for file in files)]
+    text = "\r\n".join(lines).replace("blue/0.png", "blue/0, cut.png")
+    (root / "images.csv").write_text("\ufeff" + text, newline="")
+    dataset = load_dataset("csv", root=root)
+    assert counts_of(dataset) == [[4] * 3, [1] * 3, [1] * 3]
+    assert_labels_fit(dataset)
+
+
+def test_all_parts_of_an_archive_have_one_scale(tmp_path):
+    labels = np.arange(8) % 2
+    dark = {"test_images": np.ones((8, 4, 4), np.float32), "test_labels": labels}
+    np.savez(tmp_path / "own.npz", train_images=np.full((8, 4, 4), 200.0), train_labels=labels, **dark)
+    dataset = load_dataset("npz", root=tmp_path)
+    assert dataset.train.images.unique().tolist() == [200] and dataset.test.images.unique().tolist() == [1]
+    np.savez(tmp_path / "own.npz", train_images=np.full((8, 4, 4), 0.2), train_labels=labels, **dark)
+    dataset = load_dataset("npz", root=tmp_path)
+    assert dataset.train.images.unique().tolist() == [51] and dataset.test.images.unique().tolist() == [255]
+
+
+def test_labels_that_are_bytes_or_objects(tmp_path, monkeypatch):
+    np.savez(tmp_path / "own.npz", images=np.zeros((8, 4, 4)), labels=np.array(["blå".encode(), b"red"] * 4))
+    assert load_dataset("npz", root=tmp_path).train.classes == ("blå", "red")
+    assert as_label_array(np.array([np.int64(3), "a"], dtype=object), 2, "labels").tolist() == ["3", "a"]
 
 
 def arrays(count: int, channels: int = 3, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -322,18 +398,67 @@ def test_torchvisions_svhn_and_stl10(tmp_path, monkeypatch):
     assert stl10.train.classes == tuple(f"class {n}" for n in range(10))
 
 
-def test_a_local_data_set_of_the_hub(tmp_path):
-    hub = pytest.importorskip("datasets", reason="Hugging Face's datasets is not installed")
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Hugging Face's `datasets` without a network, with its cache below the test's folder."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    found = pytest.importorskip("datasets", reason="Hugging Face's datasets is not installed")
+    monkeypatch.setattr(found.config, "HF_DATASETS_CACHE", tmp_path / "hub_cache")
+    found.disable_progress_bars()
+    return found
+
+
+def hub_part(hub, count: int, labels: list[int] | None = None, mode: str = "RGB"):
+    """A split of `count` pictures in their class's colour."""
     features = hub.Features({"picture": hub.Image(), "label": hub.ClassLabel(names=list(COLOURS))})
-    made = {}
-    for part, count in (("train", 12), ("test", 6)):
-        labels = [number % 3 for number in range(count)]
-        pictures = [picture(list(COLOURS)[label], 0) for label in labels]
-        made[part] = hub.Dataset.from_dict({"picture": pictures, "label": labels}, features=features)
-    hub.DatasetDict(made).save_to_disk(tmp_path / "own")
+    shown = [picture(list(COLOURS)[number % 3], number).convert(mode) for number in range(count)]
+    values = {"picture": shown, "label": labels or [number % 3 for number in range(count)]}
+    return hub.Dataset.from_dict(values, features=features)
+
+
+@pytest.mark.parametrize(
+    ("parts", "counts"),
+    [
+        ({"train": 12, "test": 6}, [[4] * 3, [2] * 3, [2] * 3]),
+        ({"train": 15}, [[4] * 3, [1] * 3, [1] * 3]),
+        ({"train": 12, "valid": 6}, [[4] * 3, [2] * 3, [2] * 3]),
+        ({"test": 6, "validation": 3, "train": 12}, [[4] * 3, [1] * 3, [2] * 3]),
+    ],
+)
+def test_a_local_data_set_of_the_hub(tmp_path, hub, parts, counts):
+    hub.DatasetDict({name: hub_part(hub, count) for name, count in parts.items()}).save_to_disk(tmp_path / "own")
     dataset = load_dataset(f"hub:{tmp_path / 'own'}", download=False)
+    assert counts_of(dataset) == counts
+    assert_labels_fit(dataset)
+
+
+def test_folders_that_the_hubs_library_reads(tmp_path, hub):
+    (tmp_path / "tables").mkdir()
+    for name, count in (("train", 12), ("test", 6)):
+        hub_part(hub, count, mode="L").to_parquet(tmp_path / f"tables/{name}-0.parquet")
+    dataset = load_dataset(f"hub:{tmp_path / 'tables'}")
+    assert counts_of(dataset) == [[4] * 3, [2] * 3, [2] * 3] and dataset.train.shape == (1, 8, 8)
+    dataset = load_dataset(f"hub:{write_folder(tmp_path / 'files', {'train': 4, 'test': 2})}")
     assert counts_of(dataset) == [[4] * 3, [2] * 3, [2] * 3]
     assert_labels_fit(dataset)
+
+
+def test_data_sets_of_the_hub_that_cannot_be_used(tmp_path, hub, capsys):
+    whole = hub_part(hub, 12)
+    hub.DatasetDict({"train": whole, "test": hub_part(hub, 3, [-1] * 3)}).save_to_disk(tmp_path / "unlabelled")
+    assert counts_of(load_dataset(f"hub:{tmp_path / 'unlabelled'}")) == [[3] * 3, [1] * 3, [1] * 3]
+    assert "test" in capsys.readouterr().err
+    hub.DatasetDict({"train": hub_part(hub, 12, [None, *[0, 1] * 5, 2])}).save_to_disk(tmp_path / "no_label")
+    hub.DatasetDict({"test": whole}).save_to_disk(tmp_path / "no_training")
+    hub.DatasetDict({"train": whole.remove_columns("label")}).save_to_disk(tmp_path / "no_classes")
+    hub.DatasetDict({"train": hub_part(hub, 12, [0] * 12)}).save_to_disk(tmp_path / "damaged")
+    next((tmp_path / "damaged").rglob("*.arrow")).write_bytes(b"x")
+    for name, kind in {
+        "no_label": "damaged", "no_training": "missing", "no_classes": "conflict", "damaged": "missing", "": "missing",
+    }.items():  # fmt: skip
+        with pytest.raises(DataError) as caught:
+            load_dataset(f"hub:{tmp_path / 'none' if not name else tmp_path / name}")
+        assert (caught.value.key, caught.value.kind) == ("dataset", kind), name
 
 
 # --- the cache ----------------------------------------------------------------------------------------------------
@@ -418,6 +543,34 @@ def test_a_killed_decoding_leaves_no_cache_and_begins_again(tmp_path):
     dataset = load_dataset("folder", root=root)
     assert_labels_fit(dataset)
     assert [each.suffix for each in caches(root)] == [""]  # what the killed process left is gone
+
+
+def test_a_new_cache_is_described_with_the_others(tmp_path, capsys):
+    root = write_folder(tmp_path / "own", {"train": 4, "test": 2}, (20, 20))
+    load_dataset("folder", root=root)
+    [note] = capsys.readouterr().err.splitlines()
+    assert str(caches(root)[0]) in note and "18 images" in note
+    load_dataset("folder", root=root)
+    assert capsys.readouterr().err == ""
+    load_dataset("folder", root=root, image_size=4)
+    [note] = capsys.readouterr().err.splitlines()
+    assert "1 other cache" in note
+
+
+def test_only_what_nobody_writes_any_more_is_removed(tmp_path):
+    key, host = "0123", socket.gethostname()
+    left = tmp_path / f"{key}.{host}.{2**22 + 1}.part"  # no process has this number
+    own = unfinished_path(tmp_path / key)
+    elsewhere, old = tmp_path / f"{key}.other.node.17.part", tmp_path / f"{key}.other.node.18.part"
+    for folder in (left, own, elsewhere, old):
+        folder.mkdir()
+        (folder / "images.bin").write_bytes(b"x")
+    file_left = tmp_path / f"{key}.bin.{host}.{2**22 + 1}.part"
+    file_left.write_bytes(b"x")
+    for path in (old / "images.bin", old):
+        os.utime(path, (time.time() - 2 * OLDEST_SECONDS,) * 2)
+    remove_unfinished(tmp_path)
+    assert set(tmp_path.iterdir()) == {own, elsewhere}
 
 
 # --- damaged images -----------------------------------------------------------------------------------------------

@@ -21,10 +21,10 @@ from mnist_dist.train import main
 
 signals.AGREE_SECONDS = 0  # the ranks exchange stop requests in every step
 stop_requested, calls = signals.Interrupts.stop_requested, itertools.count(1)
-def stop(self):
+def stop(self, *arguments):
     if next(calls) == int(sys.argv[1]):
         os.kill(os.getpid(), signal.SIGTERM)
-    return stop_requested(self)
+    return stop_requested(self, *arguments)
 signals.Interrupts.stop_requested = stop
 assert main(sys.argv[2:]) == signals.PREEMPTED
 """

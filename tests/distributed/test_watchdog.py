@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tests.faults.training import VARIABLES
-from tests.processes import Process, free_port, popen, rank_variables, run_in_each
+from tests.processes import Process, free_port, popen, rank_variables, run_in_each, run_ranks
 
 WORDS = ["data.dataset=synthetic", "data.limit_train=320", "data.limit_test=50", "batch_size=64", "log_every=1"]
 WORDS += ["epochs=2", "tracking.wandb.mode=disabled"]
@@ -56,6 +56,31 @@ def test_a_process_that_hangs_is_reported_with_its_stack_and_all_end(how, tmp_pa
     # Not by its place: PyTorch's store may warn on the other rank after this message, when rank 0 has ended.
     assert "  waiting: rank 0" in message.splitlines()
     assert (tmp_path / "run" / "STATUS").read_text() == "failed\n"
+
+
+SLOW_DISK = """
+import sys, time
+from mnist_dist.cli import run_command
+from mnist_dist.run import checkpointing
+from mnist_dist.train import main
+
+save = checkpointing.save_checkpoint
+def slowly(*arguments, **keywords):
+    time.sleep(6)
+    save(*arguments, **keywords)
+checkpointing.save_checkpoint = slowly
+sys.exit(run_command(lambda: main(sys.argv[1:])))
+"""
+
+
+def test_ranks_that_wait_for_a_slow_disk_are_not_ended(tmp_path):
+    """The second checkpoint waits for the first: longer than the limit, and ten times longer than a step."""
+    script = tmp_path / "slow_disk.py"
+    script.write_text(SLOW_DISK)
+    words = [*WORDS, "engine.hang_seconds=2", "tracking.plots=false", "checkpoint.every_steps=4"]
+    command = [sys.executable, script, "--recipe", "lenet5", "--run-dir", tmp_path / "run", *words]
+    run_ranks(2, command, env=os.environ | VARIABLES)
+    assert (tmp_path / "run" / "STATUS").read_text() == "done\n"
 
 
 CALLBACK = """

@@ -7,12 +7,16 @@ the device during the capture is an error.
 
 import gc
 import inspect
+import sys
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
@@ -21,7 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mnist_dist import load_recipe, load_run, train
 from mnist_dist.data import Augmentation, Batches, Images, mixing
-from mnist_dist.engine import train_step
+from mnist_dist.distributed.gradients import FlatGradients, GradientClock
+from mnist_dist.engine import cuda_graph, train_step
 from mnist_dist.engine.cuda_graph import WARM_UP_STEPS, CapturedStep, capture_obstacle, rates_on_device
 from mnist_dist.engine.distillation import Distillation
 from mnist_dist.engine.ema import MovingAverage
@@ -33,6 +38,7 @@ from mnist_dist.models import build_model
 from mnist_dist.run.build import build_components
 from mnist_dist.run.data import load_data
 from mnist_dist.run.model_setup import build_module
+from tests.processes import run_ranks
 
 NUM_SAMPLES, BATCH_SIZE, STEPS = 144, 16, 24  # nine full batches per epoch
 
@@ -62,6 +68,8 @@ class OperationList(TorchDispatchMode):
     def replay(self) -> None:
         for function, args, kwargs, captured in self.operations:
             result = function(*args, **kwargs)
+            if function is torch.ops.c10d.allreduce_.default:
+                dist.Work.unbox(result[1]).wait()
             for target, value in zip(tensors_in(captured), tensors_in(result), strict=True):
                 if target.untyped_storage().data_ptr() != value.untyped_storage().data_ptr():
                     target.copy_(value)
@@ -147,7 +155,10 @@ def run(
     average = MovingAverage(module, 0.75) if ema else None
     lengths = {"steps_per_epoch": batches.steps_per_epoch, "total_steps": steps}
     schedule = build_schedule("step", lr=2**-5, step_size=1, gamma=0.5, **lengths)
-    network = TrainedNetwork(module, accelerator.prepare_model(module), made, average)
+    several = accelerator.num_processes > 1
+    reduction = FlatGradients(module, "none", False, GradientClock()) if several else None
+    accelerator.prepare_model(module, evaluation_mode=True)
+    network = TrainedNetwork(module, made, average, reduction)
     meter, data = Meter(accelerator), data.to(accelerator.device)
     eager = TrainStep(accelerator, network, batches, data, meter, StepSettings(**settings), ahead=ahead)
     update = wrap(eager) if wrap else eager
@@ -176,7 +187,7 @@ def state(update: TrainStep | CapturedStep) -> dict[str, Tensor]:
     for number, each in enumerate(step.optimizer.state.values()):
         found |= {f"{number}.{key}": value for key, value in each.items()}
     gradients = {f"{number}.grad": each.grad for number, each in enumerate(step.module.parameters())}
-    return found | gradients | {"sums": step.meter._sums, "norm": step._norm, "skipped": step._skipped}
+    return found | gradients | {"sums": step.meter.sums, "norm": step.health()[0], "skipped": step._guard._skipped}
 
 
 def assert_equal(found: TrainStep | CapturedStep, expected: TrainStep | CapturedStep) -> None:
@@ -275,6 +286,18 @@ def test_a_replay_may_hold_steps_of_two_epochs(guard_on_device):
     assert len(update._waiting) == 3, "the end of the epoch, step 9, ended the replay"
 
 
+def test_graphs_are_freed_with_the_last_reference_to_the_step(guard_on_device):
+    """A process group of NCCL waits for them, so they must not wait for a garbage collection."""
+    update = run(captured(4), build=plain_network, steps=WARM_UP_STEPS + 4)
+    freed = weakref.finalize(update._replay_one.__self__, lambda: None)
+    gc.disable()
+    try:
+        del update
+        assert not freed.alive
+    finally:
+        gc.enable()
+
+
 def test_new_batches_reach_the_wrapped_step(guard_on_device):
     update = run(captured(), steps=5)
     update.batches = Batches(NUM_SAMPLES, BATCH_SIZE, 99)
@@ -323,13 +346,81 @@ def test_a_network_that_cannot_be_captured_trains_eagerly_after_one_message(guar
     assert_equal(found, run(None, build=ReadsTheDevice))
 
 
+@pytest.mark.parametrize("fails_at_the_end", [False, True])
+def test_a_failed_capture_restores_stream_and_generator_and_names_the_first_error(monkeypatch, fails_at_the_end):
+    current = ["usual"]
+
+    @contextmanager
+    def stream(new: str) -> Iterator[None]:
+        before, current[0] = current[0], new
+        try:
+            yield
+        finally:
+            current[0] = before
+
+    @contextmanager
+    def graph(*arguments: object, **keywords: object) -> Iterator[None]:
+        """As in PyTorch, the side stream stays current if the end of the capture fails."""
+        current[0] = "side"
+        try:
+            yield
+        finally:
+            if fails_at_the_end:
+                raise RuntimeError("the capture was invalidated")
+            current[0] = "usual"
+
+    captured, generator = MagicMock(), MagicMock()
+    for name, value in {"stream": stream, "graph": graph, "CUDAGraph": lambda: captured}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[0])
+    monkeypatch.setattr(torch.cuda, "default_generators", (generator,))
+    with pytest.raises(ZeroDivisionError):
+        cuda_graph.capture_cuda_graph(lambda: 1 / 0, MagicMock(device=torch.device("cuda", 0)))
+    assert current == ["usual"]
+    generator.graphsafe_set_state.assert_called_once_with(generator.clone_state.return_value)
+    captured.reset.assert_called_once()
+
+
+IN_TWO_PROCESSES = """
+import torch.distributed as dist
+from tests.engine.test_cuda_graph import CapturedStep, Accelerator, assert_equal, capture, captured, run
+from mnist_dist.distributed import gradients
+from mnist_dist.engine import train_step
+
+train_step.guards_on_device = lambda optimizer, accelerator: True
+rank = Accelerator(cpu=True).process_index
+for words in ({}, {"optimizer": "adam", "ema": True, "clip_grad_norm": 1.0, "micro_batch_size": 3}, {"batch_size": 20}):
+    found, expected = run(captured(), **words), run(None, **words)
+    assert found._replay_one is not None
+    assert_equal(found, expected)
+    gradients.BUCKET_BYTES = 2000  # from now on several buffers, which are sent during the backward pass
+
+def fails_on_rank_1(body):
+    replay = capture(body)
+    if rank == 1:
+        raise RuntimeError("no memory left")
+    return replay
+
+messages = []
+found = run(lambda step: CapturedStep(step, capture=fails_on_rank_1, notify=messages.append))
+assert found._failed and found._replay_one is None
+assert [message.endswith("no memory left") for message in messages] == [True] * (rank == 0)
+assert_equal(found, run(None))
+"""
+
+
+def test_two_processes_replay_the_reduction_too_and_all_or_none_captures():
+    run_ranks(2, [sys.executable, "-c", IN_TWO_PROCESSES])
+
+
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
         ({}, None),
         ({"device": torch.device("cpu")}, "CPU"),
         ({"device": torch.device("xpu")}, "xpu"),
-        ({"world_size": 2}, "processes"),
+        ({"fsdp": True}, "FSDP2"),
+        ({"allows_unused": True}, "ddp.find_unused_parameters"),
         ({"scaler": True}, "mixed_precision=bf16"),
         ({"moves_momentum": True}, "schedule.cycle_momentum=false"),
         ({"shards": True}, "logical_shards"),
@@ -341,7 +432,7 @@ def test_a_network_that_cannot_be_captured_trains_eagerly_after_one_message(guar
 )
 def test_obstacles_to_a_capture_are_known_before_training(words, reason):
     optimizer = torch.optim.SGD([torch.zeros(1)], fused=True)
-    usual = {"world_size": 1, "moves_momentum": False, "scaler": False, "shards": False, "compile_mode": False}
+    usual = dict.fromkeys(("moves_momentum", "scaler", "shards", "fsdp", "allows_unused", "compile_mode"), False)
     found = capture_obstacle(**({"device": torch.device("cuda"), "optimizer": optimizer} | usual | words))
     assert (found is None) if reason is None else (reason in found)
 
@@ -371,8 +462,9 @@ def test_a_captured_run_trains_and_saves_like_the_eager_run(guard_on_device, mon
     monkeypatch.setattr("mnist_dist.run.build.capture_obstacle", lambda *arguments, **keywords: None)
     monkeypatch.setattr("mnist_dist.run.build.CapturedStep", wrap)
     train(load_recipe("debug", *words), tmp_path / "captured")
-    assert wrapped[0]._replay_one is not None and wrapped[0].seconds > 0
-    assert (wrapped[0]._replay_all is wrapped[0]._replay_one) == (choice == "step")
+    assert not wrapped[0]._failed and wrapped[0].seconds > 0
+    assert len(wrapped[0]._inputs) == (1 if choice == "step" else 9)
+    assert wrapped[0]._replay_one is None, "the graph is freed at the end of the run"
     assert wrapped[0].notify is not print  # messages go to the console of the run
     eager, found = (load_run(tmp_path / name) for name in ("eager", "captured"))
     assert len(found.metrics) == len(eager.metrics)
@@ -419,10 +511,8 @@ class FakeGPU:
     def __init__(self, module: nn.Module):
         self._parameters = list(module.parameters())
 
-    def no_sync(self, model: nn.Module) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, gradient: Tensor) -> None:
+        assert gradient.device == GPU
         assert loss.device == GPU and loss.ndim == 0
         for parameter in self._parameters:
             parameter.grad = torch.zeros_like(parameter)
@@ -455,6 +545,7 @@ def run_fake_steps(
     monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda self, memo: self, raising=False)
     monkeypatch.setattr(TrainStep, "seed", lambda self, step, share: None)
     monkeypatch.setattr("mnist_dist.engine.metrics.Moment", Marked)
+    monkeypatch.setattr(torch, "_fused_sgd_", lambda *lists, **settings: None)  # needs the driver
     # A fake tensor must not stay in a cache.
     monkeypatch.setattr(mixing, "_probabilities", inspect.unwrap(mixing._probabilities))
     with FakeTensorMode():
@@ -467,7 +558,7 @@ def run_fake_steps(
         made = build_optimizer(module, optimizer, lr=0.1)
         monkeypatch.setattr(made, "step", lambda: None)
         accelerator: Any = FakeGPU(module)
-        network = TrainedNetwork(module, module, made, MovingAverage(module, 0.9) if ema else None)
+        network = TrainedNetwork(module, made, MovingAverage(module, 0.9) if ema else None)
         distillation = Distillation([(other, 0.2, 0.3)], weight=0.5, temperature=2, mean=(0.1,), std=(0.3,))
         step = TrainStep(
             accelerator, network, batches, data, Meter(accelerator), StepSettings(**settings),
@@ -498,13 +589,13 @@ def test_a_step_on_a_gpu_uses_one_device_and_never_waits_for_it(monkeypatch, nam
     run_fake_steps(lambda: build_model(name), monkeypatch, **words)
 
 
-def test_fake_tensors_detect_a_counter_on_the_cpu(monkeypatch):
-    class CountsOnTheCPU(MovingAverage):
+def test_fake_tensors_detect_a_rate_on_the_cpu(monkeypatch):
+    class RatesOnTheCPU(MovingAverage):
         def __init__(self, module: nn.Module, decay: float):
             super().__init__(module, decay)
-            self.n_averaged = torch.zeros((), dtype=torch.int64, device="cpu")
+            self._smallest_rate = torch.zeros(1, device="cpu")
 
-    monkeypatch.setitem(globals(), "MovingAverage", CountsOnTheCPU)
+    monkeypatch.setitem(globals(), "MovingAverage", RatesOnTheCPU)
     with pytest.raises(RuntimeError, match="device"):
         run_fake_steps(lambda: build_model("lenet5"), monkeypatch, ema=True)
 
@@ -535,11 +626,14 @@ def test_a_cuda_graph_makes_the_eager_steps(gpu, name, precision):
 
 
 def test_a_captured_run_ends_like_the_eager_one(gpu, tmp_path):
-    words = ("epochs=1", "data.limit_train=3000", "tracking.wandb.mode=disabled", "log_every=5")
-    losses, notes = {}, {}
+    words = ("epochs=1", "data.limit_train=3000", "tracking.wandb.mode=disabled", "log_every=5", "deterministic=true")
+    losses, notes, weights = {}, {}, {}
     for choice in ("off", "step", "epoch"):
         recipe = load_recipe("model_v1_onecycle", *words, f"engine.capture={choice}")
         losses[choice] = train(recipe, tmp_path / choice)["train.last.loss"]
+        weights[choice] = load_run(tmp_path / choice).model.state_dict()
         notes[choice] = (tmp_path / choice / "console.log").read_text().count("engine.capture:")
     assert notes == {"off": 0, "step": 0, "epoch": 1}  # the network has dropout: one step per replay
     assert losses["step"] == losses["epoch"] == pytest.approx(losses["off"], rel=0.05)
+    for name, value in weights["off"].items():
+        assert torch.equal(weights["step"][name], value), name

@@ -127,7 +127,7 @@ def test_a_reading_that_is_taken_back_is_read_with_the_next_one(late):
             meter.take_back(reading)
         else:
             train(meter, late, 2.0)
-    states = [{"sums": meter._sums.tolist(), "seconds": meter._seconds_unread(), "steps": meter._steps,
+    states = [{"sums": meter.sums.tolist(), "seconds": meter._seconds_unread(), "steps": meter._steps,
                "before": meter._steps_before} for meter in meters]  # fmt: skip
     assert states[0] == states[1]
     assert states[0]["seconds"] == 13.0

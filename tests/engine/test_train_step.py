@@ -1,6 +1,5 @@
 """A training step equals a plain step on the global batch, also with micro-batches and with several processes."""
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -55,11 +54,8 @@ class FakeProcess:
     device: ClassVar = torch.device("cpu")
     scaler: ClassVar = None
 
-    def no_sync(self, model: nn.Module) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
+    def backward(self, loss: Tensor, **keywords: Any) -> None:
+        loss.backward(**keywords)
 
 
 def make_step(
@@ -79,10 +75,9 @@ def make_step(
     batches = Batches(NUM_SAMPLES, batch_size, seed, augmentation=augmentation)
     optimizer = build_optimizer(module, "sgd", lr=lr, momentum=0.9, weight_decay=weight_decay)
     fill_momentum(optimizer)
-    model = module
     if isinstance(accelerator, Accelerator):
-        model, optimizer = accelerator.prepare(module.train(), optimizer)
-    network = TrainedNetwork(module, model, optimizer, average)
+        _, optimizer = accelerator.prepare(module.train(), optimizer)
+    network = TrainedNetwork(module, optimizer, average)
     meter, step_settings = Meter(accelerator), StepSettings(**settings)
     return TrainStep(accelerator, network, batches, DATA, meter, step_settings, distillation=distillation)
 
@@ -244,7 +239,7 @@ def test_the_mean_gradient_over_processes_is_that_of_the_global_batch(world_size
     one_process = make_step(FakeProcess(0, 1), alone, batch_size=batch_size, label_smoothing=0.1)
     plan = one_process.batches.plan(0)
     one_process(plan, index, 0)
-    expected, figures = gradient(alone), one_process.meter._sums
+    expected, figures = gradient(alone), one_process.meter.sums
 
     total, sums = torch.zeros_like(expected), torch.zeros_like(figures)
     for rank in range(world_size):
@@ -253,7 +248,7 @@ def test_the_mean_gradient_over_processes_is_that_of_the_global_batch(world_size
         step = make_step(process, module, batch_size=batch_size, **settings)
         step(plan, index, 0)
         total += gradient(module)
-        sums += step.meter._sums
+        sums += step.meter.sums
     torch.testing.assert_close(total / world_size, expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(sums, figures, rtol=1e-6, atol=0)
 
@@ -275,7 +270,7 @@ def test_the_loss_of_mixed_images_is_the_mean_over_the_global_batch(world_size, 
     loss = F.cross_entropy(logits, targets, label_smoothing=0.1)
     loss.backward()
     torch.testing.assert_close(gradient(alone), gradient(plain), rtol=0, atol=1e-6)
-    figures = one_process.meter._sums
+    figures = one_process.meter.sums
     right = targets[torch.arange(len(targets)), logits.argmax(dim=1)].sum()
     expected = torch.tensor([float(loss) * len(batch), float(right), len(batch)])
     torch.testing.assert_close(figures, expected.double(), rtol=1e-5, atol=1e-5)
@@ -286,7 +281,7 @@ def test_the_loss_of_mixed_images_is_the_mean_over_the_global_batch(world_size, 
         step = make_step(FakeProcess(rank, world_size), module, micro_batch_size=micro_batch_size, **words)
         step(plan, index, 0)
         total += gradient(module)
-        sums += step.meter._sums
+        sums += step.meter.sums
     torch.testing.assert_close(total / world_size, gradient(alone), rtol=0, atol=1e-6)
     torch.testing.assert_close(sums, figures, rtol=1e-5, atol=1e-5)
 
@@ -387,8 +382,8 @@ class ScaledProcess(FakeProcess):
         super().__init__(0, 1)
         self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
 
-    def backward(self, loss: Tensor) -> None:
-        self.scaler.scale(loss).backward()
+    def backward(self, loss: Tensor, **keywords: Any) -> None:
+        self.scaler.scale(loss).backward(**keywords)
 
     def unscale_gradients(self, optimizer: Any) -> None:
         self.scaler.unscale_(optimizer)
@@ -434,7 +429,7 @@ def test_a_step_skipped_by_the_scaler_changes_nothing():
     before = weights(module)
     train(step, 1)
     assert_close(weights(module), before)
-    assert step.skipped == 1 and not step.meter._sums.any() and not step.average.n_averaged
+    assert step.skipped == 1 and not step.meter.sums.any() and not step.average.state_dict()["n_averaged"]
     train(step, 3)
     assert step.skipped == 1 and all(value.isfinite().all() for value in weights(step.average.module).values())
     step.check()

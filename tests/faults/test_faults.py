@@ -20,6 +20,7 @@ from tests.faults.__main__ import table_of
 from tests.faults.damage import KINDS, Scene
 from tests.faults.training import EVERY_STATE, STEPS, bytes_of, differences, finish, use_colour_folder
 from tests.faults.trials import (
+    PHASES,
     PLACES,
     Blow,
     Notes,
@@ -38,12 +39,13 @@ KILL = signal.SIGKILL
 BLOWS = [
     [
         (Place("start", "before recipe.yaml has its name"), KILL),
-        (Place("saving", "state half written"), KILL),
+        (Place("writing", "state half written"), KILL),
         (Place("evaluation"), signal.SIGINT),
         (Place("step"), KILL),
         (Place("step"), signal.SIGTERM),
         (Place("saving"), signal.SIGUSR1),
-        (Place("saving", "last.safetensors half written"), KILL),
+        (Place("writing"), signal.SIGHUP),
+        (Place("writing", "last.safetensors half written"), KILL),
     ],
     [
         (Place("start"), signal.SIGTERM),
@@ -52,7 +54,7 @@ BLOWS = [
         (Place("start"), KILL),
         (Place("step"), signal.SIGUSR1),
         (Place("evaluation"), KILL),
-        (Place("saving", "after the rename, before old ones go"), KILL),
+        (Place("writing", "after the rename, before old ones go"), KILL),
         (Place("step"), signal.SIGINT),
         (Place("ending", "before STATUS is done"), KILL),
         (Place("ending"), signal.SIGTERM),
@@ -81,7 +83,7 @@ def test_a_killed_run_on_colour_pictures_from_disk_ends_with_the_same_bytes(monk
     monkeypatch.setattr(training, "WORDS", [*training.WORDS])
     use_colour_folder(tmp_path / "pictures")
     finish(tmp_path / "undisturbed", 1, *EVERY_STATE)
-    blows = [(Place("step"), KILL), (Place("saving", "state half written"), KILL)]
+    blows = [(Place("step"), KILL), (Place("writing", "state half written"), KILL)]
     trial = blow_trial(tmp_path, bytes_of(tmp_path / "undisturbed"), seed=0, world_size=1, blows=blows)
     assert trial.problem is None and len(trial.blows) == 2, str(trial)
 
@@ -130,7 +132,7 @@ def test_the_driver_uses_all_places_and_lets_each_run_reach_its_end():
     seeds = range(len(PLACES))
     assert {place for seed in seeds for place, _ in kills_of(seed)} == set(PLACES)
     assert {place.point for place in PLACES} == {None, *POINTS}
-    assert len({blow for seed in seeds for blow in signals_of(seed)}) == len(SIGNALS) * 5
+    assert len({blow for seed in seeds for blow in signals_of(seed)}) == len(SIGNALS) * len(PHASES)
     for seed in seeds:
         places = [place for place, _ in kills_of(seed)]
         steps = [
@@ -162,14 +164,15 @@ def test_the_driver_detects_every_byte_that_differs(tmp_path, undisturbed):
 
 def test_all_that_a_run_does_after_its_last_step_is_its_ending():
     assert Notes(["step", "evaluation"], 64, False).phase == "evaluation"
+    assert Notes(["ending"], 64, False, writing=True).phase == "ending"
     assert Notes(["ending"], 64, False).phase == Notes(["ending", "evaluation"], 64, False).phase == "ending"
 
 
 def test_no_blow_of_a_run_that_ends_with_other_bytes_counts_as_survived():
-    step, saving = Blow("SIGKILL", "step", "any moment", ""), Blow("SIGKILL", "saving", "before the rename", "")
-    rows = table_of([Trial([step]), Trial([step, saving], problem="last.safetensors differs")])
+    step, writing = Blow("SIGKILL", "step", "any moment", ""), Blow("SIGKILL", "writing", "before the rename", "")
+    rows = table_of([Trial([step]), Trial([step, writing], problem="last.safetensors differs")])
     assert rows == [
         ("SIGKILL", "step", "1 / 2", "2 any moment"),
-        ("SIGKILL", "saving", "0 / 1", "1 before the rename"),
+        ("SIGKILL", "writing", "0 / 1", "1 before the rename"),
         ("all", "", "1 / 3", ""),
     ]

@@ -34,10 +34,10 @@ from tests.faults.victim import POINTS
 
 T = TypeVar("T")
 
-PHASES = ("start", "step", "evaluation", "saving", "ending")
+PHASES = ("start", "step", "evaluation", "saving", "writing", "ending")
 BLOWS_PER_RUN = 5
 SECONDS_TO_STOP = 60.0
-DURATIONS = {"start": 1.0, "step": 0.05, "evaluation": 0.1, "saving": 0.03, "ending": 0.2}
+DURATIONS = {"start": 1.0, "step": 0.05, "evaluation": 0.1, "saving": 0.003, "writing": 0.03, "ending": 0.2}
 """Seconds that each phase last took. A blow at any moment of a phase comes this long after its start, or earlier."""
 
 
@@ -90,14 +90,21 @@ class Notes(NamedTuple):
     """The phase and step of rank 0 at one moment, from its notes."""
 
     phases: list[str]
-    """The current phases, outermost first."""
+    """The current phases of the main thread, outermost first."""
     step: int
     held: bool
+    writing: bool = False
+    """Whether the thread writes a file at the same time."""
 
     @property
     def phase(self) -> str:
-        """The innermost phase; all that the run does after its last step counts as its ending."""
-        return "ending" if "ending" in self.phases else self.phases[-1]
+        """The innermost phase; all that the run does after its last step counts as its ending.
+
+        "writing" while the thread writes during the training.
+        """
+        if "ending" in self.phases:
+            return "ending"
+        return "writing" if self.writing else self.phases[-1]
 
     @property
     def before_the_loop(self) -> bool:
@@ -151,18 +158,20 @@ class Watched:
 
     def where(self, nanoseconds: int | None = None) -> Notes:
         """Returns the phase and step of rank 0 at a moment of the monotonic clock; None for now."""
-        phases, last, held = ["start"], 0, False
+        phases, last, held, writing = ["start"], 0, False, False
         for when, sign, phase, step in self.lines()[1:]:
             if nanoseconds is not None and when > nanoseconds:
                 break
             last = step
             if phase == "held":
                 held = True
+            elif phase == "writing":
+                writing = sign == "+"
             elif sign == "+":
                 phases.append(phase)
             else:
                 phases.pop()
-        return Notes(phases or ["ending"], last, held)
+        return Notes(phases or ["ending"], last, held, writing)
 
     def _note_durations(self) -> None:
         begun: dict[str, int] = {}

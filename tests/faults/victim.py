@@ -21,6 +21,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,7 @@ from typing import Any, NamedTuple
 from mnist_dist.cli import run_command
 from mnist_dist.engine import checkpoint, files
 from mnist_dist.engine.train_step import TrainStep
+from mnist_dist.engine.writer import Writer
 from mnist_dist.run.checkpointing import Checkpointer
 from mnist_dist.run.components import Progress, TrainingComponents
 from mnist_dist.tracking import JSONLTracker
@@ -40,6 +42,7 @@ class Point(NamedTuple):
     """A moment in the work with a file: before a function is called for the file, or with half of the work done."""
 
     phase: str
+    """The phase of the main thread, or "writing" for the thread that writes checkpoints and weights."""
     function: str
     """The name of a function that `main` wraps with `Victim.gate`."""
     file: str
@@ -52,24 +55,27 @@ POINTS = {
     "before recipe.yaml has its name": Point("start", "rename_flushed", r"recipe\.yaml"),
     "before STATUS has its name": Point("start", "rename_flushed", "STATUS"),
     "half a line of metrics.jsonl": Point("step", "log", r"metrics\.jsonl", half=True),
-    "before the state is written": Point("saving", "write_flushed", r"state\.pt"),
-    "state half written": Point("saving", "write_flushed", r"state\.pt", half=True),
-    "before the manifest": Point("saving", "write_flushed", r"manifest\.json"),
-    "manifest half written": Point("saving", "write_flushed", r"manifest\.json", half=True),
-    "before the rename": Point("saving", "rename_flushed", r"step-\d+"),
-    "after the rename, before old ones go": Point("saving", "rmtree", r"step-\d+"),
-    "an old one half gone": Point("saving", "rmtree", r"step-\d+", half=True),
-    "best.safetensors half written": Point("saving", "write_flushed", r"best\.safetensors\.tmp", half=True),
-    "before best.safetensors has its name": Point("saving", "rename_flushed", r"best\.safetensors"),
-    "last.safetensors half written": Point("saving", "write_flushed", r"last\.safetensors\.tmp", half=True),
-    "before last.safetensors has its name": Point("saving", "rename_flushed", r"last\.safetensors"),
+    "before the state is written": Point("writing", "write_flushed", r"state\.pt"),
+    "state half written": Point("writing", "write_flushed", r"state\.pt", half=True),
+    "before the manifest": Point("writing", "write_flushed", r"manifest\.json"),
+    "manifest half written": Point("writing", "write_flushed", r"manifest\.json", half=True),
+    "before the rename": Point("writing", "rename_flushed", r"step-\d+"),
+    "after the rename, before old ones go": Point("writing", "rmtree", r"step-\d+"),
+    "an old one half gone": Point("writing", "rmtree", r"step-\d+", half=True),
+    "best.safetensors half written": Point("writing", "write_flushed", r"best\.safetensors\.tmp", half=True),
+    "before best.safetensors has its name": Point("writing", "rename_flushed", r"best\.safetensors"),
+    "last.safetensors half written": Point("writing", "write_flushed", r"last\.safetensors\.tmp", half=True),
+    "before last.safetensors has its name": Point("writing", "rename_flushed", r"last\.safetensors"),
     "before the summary has its name": Point("ending", "rename_flushed", r"summary\.json"),
     "before STATUS is done": Point("ending", "rename_flushed", "STATUS"),
 }
 
 
 class Victim:
-    """The phase of this process, and the point at which it stops."""
+    """The phase of this process, and the point at which it stops.
+
+    The thread that writes files has one phase, "writing", at the same time as a phase of the main thread.
+    """
 
     def __init__(self) -> None:
         rank = os.environ.get("RANK", "0")
@@ -91,21 +97,32 @@ class Victim:
     def leave(self) -> None:
         self._note("-", self._phases.pop())
 
+    @property
+    def _current(self) -> list[str]:
+        """The phases of the calling thread."""
+        return self._phases if threading.current_thread() is threading.main_thread() else ["writing"]
+
     def count(self, step: int) -> None:
         """Notes the number of updates made."""
         self._step = step
 
     def during(self, phase: str, owner: type, name: str) -> None:
-        """Notes the start and end of each call of a method as a phase."""
+        """Notes the start and end of each call of a method as a phase of the main thread, or as "writing"."""
         real = getattr(owner, name)
 
         @functools.wraps(real)
         def noted(*args: Any, **keywords: Any) -> Any:
-            self.enter(phase)
+            if phase == "writing":
+                self._note("+", phase)
+            else:
+                self.enter(phase)
             try:
                 return real(*args, **keywords)
             finally:
-                self.leave()
+                if phase == "writing":
+                    self._note("-", phase)
+                else:
+                    self.leave()
 
         setattr(owner, name, noted)
 
@@ -123,7 +140,7 @@ class Victim:
         def gated(*args: Any, **keywords: Any) -> Any:
             point, path = POINTS.get(self._hold or ""), path_of(*args)
             if point and point.function == name and isinstance(path, str | Path):
-                due = point.phase in self._phases and self._step >= self._hold_step
+                due = point.phase in self._current and self._step >= self._hold_step
                 if due and re.fullmatch(point.file, Path(path).name):
                     if point.half:
                         self._do_half(functools.partial(real, *args, **keywords), Path(path), appends=name == "log")
@@ -155,6 +172,7 @@ def main() -> int:
     victim.during("evaluation", TrainingComponents, "evaluate")
     for name in ("save", "save_best", "save_last"):
         victim.during("saving", Checkpointer, name)
+    victim.during("writing", Writer, "_run")
 
     # The phase "start" ends when the training loop begins; "ending" starts when it ends.
     fit, update = train.fit, TrainStep.__call__

@@ -86,6 +86,8 @@ def test_a_weighted_head_with_equal_weights_is_the_mean():
         ("mnistnet", {"dropout": 1.5}, "dropout"),
         ("ms_ran", {"bottleneck": 0}, "bottleneck"),
         ("patch_cnn", {"widths": (8, 0)}, "widths"),
+        ("patch_cnn", {"patch": 0}, "patch"),
+        ("patch_cnn", {"patch": 5}, "patch"),
         ("patch_cnn", {"widths": (8, 8, 8, 8)}, "widths"),
         ("separable_cnn", {"widths": (8, 0)}, "widths"),
         ("separable_cnn", {"widths": (8,) * 6, "pooled": tuple(range(6))}, "pooled"),

@@ -47,11 +47,19 @@ def test_an_image_that_is_too_small_is_refused(name):
 
 @pytest.mark.parametrize(
     ("name", "size"),
-    [("patch_cnn", (27, 28)), ("torchvision/vit_b_16", (28, 28)), ("torchvision/vit_b_16", (32, 48))],
-)
+    [
+        ("patch_cnn", (27, 28)), ("torchvision/vit_b_16", (28, 28)), ("torchvision/vit_b_16", (32, 48)),
+        ("torchvision/maxvit_t", (40, 40)), ("torchvision/swin_t", (30, 32)), ("timm/convmixer_768_32", (40, 40)),
+        ("timm/vit_tiny_patch16_224", (37, 41)), ("timm/mixer_s32_224", (40, 40)),
+        ("timm/xcit_nano_12_p16_224", (40, 40)), ("timm/swin_tiny_patch4_window7_224", (33, 32)),
+    ],
+)  # fmt: skip
 def test_patches_that_do_not_cover_the_image_are_refused(name, size):
-    with pytest.raises(ValueError, match=r"patches|square"), torch.device("meta"):
+    if name.startswith("timm/"):
+        pytest.importorskip("timm", reason="timm is not installed")
+    with pytest.raises(ValueError, match=r"patch|square|partition") as caught, torch.device("meta"):
         build_model(name, in_channels=3, image_size=size)
+    assert len(str(caught.value).splitlines()) == 1 and "one of ," not in str(caught.value)
 
 
 @pytest.mark.parametrize(("annotation", "expected"), [("image_size: int", "28"), ("image_size=(1, 1)", "(28, 28)")])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -65,12 +67,12 @@ def folder(change: Callable[[Path], object], *words: str) -> Callable[[Path], li
     return write
 
 
-def table(*lines: str) -> Callable[[Path], list[str]]:
+def table(*lines: str, encoding: str = "utf-8") -> Callable[[Path], list[str]]:
     """Returns what writes a sound folder, and a table of these lines."""
 
     def write(root: Path) -> list[str]:
         write_folder(root)
-        (root / "own.csv").write_text("\n".join(lines))
+        (root / "own.csv").write_text("\n".join(lines), encoding=encoding)
         return ["data.dataset=csv"]
 
     return write
@@ -123,6 +125,28 @@ BAD: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "root", "damaged",
     ),
     "too many validation images": (folder(lambda root: None, "data.validation=12"), "validation", "conflict"),
+    "one folder too high": (
+        folder(lambda root: [(root / "inner").mkdir(), *((root / part).rename(root / "inner" / part)
+                                                         for part in ("train", "test"))]), "root", "missing",
+    ),
+    "parts of other names": (
+        folder(lambda root: [(root / part).rename(root / f"seg_{part}") for part in ("train", "test")]),
+        "root", "missing",
+    ),
+    "a broken link": (
+        folder(lambda root: (root / "train/cat/9.png").symlink_to(root / "nothing.png")), "on_bad_image", "damaged",
+    ),
+    "a named pipe": (folder(lambda root: os.mkfifo(root / "train/cat/9.png")), "on_bad_image", "damaged"),
+    "a huge image": (
+        folder(lambda root: Image.new("1", (20_000, 9_000)).save(root / "train/cat/9.png")), "on_bad_image", "damaged",
+    ),
+    "a name of two lines": (
+        folder(lambda root: [(root / part / "dog").rename(root / part / "d\nog") for part in ("train", "test")]),
+        "root", "damaged",
+    ),
+    "no space on the disk": (
+        folder(lambda root: None, "data.image_size=4096", "data.on_bad_image=skip"), "root", "unwritable",
+    ),
     # tables
     "no table": (lambda root: root.mkdir() or ["data.dataset=csv"], "root", "missing"),
     "a table without columns": (table("a.png,cat"), "root", "damaged"),
@@ -131,6 +155,13 @@ BAD: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "a table with short rows": (table(*ROWS, "train/cat/0.png"), "root", "damaged"),
     "a table without a label": (table(*ROWS, "train/cat/0.png,"), "root", "damaged"),
     "a table of unknown parts": (table("path,label,split", "train/cat/0.png,cat,tran"), "root", "damaged"),
+    "a table of other columns": (table("filename;class", "train/cat/0.png;cat"), "root", "damaged"),
+    "a table in UTF-16": (table(*ROWS, encoding="utf-16"), "root", "damaged"),
+    "a file with two labels": (table(*ROWS, "train/cat/0.png,dog"), "root", "conflict"),
+    "a file in two parts": (
+        table("path,label,split", *(f"{row},train" for row in ROWS[1:]), "train/cat/0.png,cat,test"),
+        "root", "conflict",
+    ),
     # arrays
     "no archive": (lambda root: root.mkdir() or ["data.dataset=npz"], "root", "missing"),
     "a damaged archive": (
@@ -145,7 +176,25 @@ BAD: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "images that are not numbers": (archive(images=np.full((20, 16, 16), np.nan)), "root", "damaged"),
     "pickled images": (archive(images=np.array([None] * 20, dtype=object)), "root", "damaged"),
     "a class of one image": (archive(labels=np.array([0] * 19 + [1])), "root", "damaged"),
+    "complex images": (archive(images=np.zeros((20, 16, 16), complex)), "root", "damaged"),
+    "levels with fractions": (archive(images=np.linspace(0, 255, 20 * 256).reshape(20, 16, 16)), "root", "damaged"),
+    "images without a label": (archive(labels=np.arange(20) % 3 - 1), "root", "damaged"),
+    "numbers that are no labels": (archive(labels=np.array([2**64 - 5, 1] * 10, np.uint64)), "root", "damaged"),
     # code
+    "a function that ends the program": (module("raise SystemExit('enough')"), "dataset", "model"),
+    "images of several sizes in an array": (
+        module("x = [np.zeros((8, 8)), np.zeros((9, 9))]; return (x, [0, 1]), (x, [0, 1])"), "dataset", "type",
+    ),
+    "a tensor that NumPy does not know": (
+        module("import torch; x = torch.zeros(9, 8, 8).bfloat16(); return (x, [0] * 9), (x, [0] * 9)"),
+        "dataset", "type",
+    ),
+    "a missing label": (
+        module("x = np.zeros((4, 8, 8)); y = [None, 'a', 'b', 'b']; return (x, y), (x, y)"), "dataset", "damaged",
+    ),
+    "one class in a function": (
+        module("x = np.zeros((4, 8, 8)); return (x, [1] * 4), (x, [1] * 4)"), "dataset", "damaged",
+    ),
     "a function that fails": (module("return 1 / 0"), "dataset", "model"),
     "a function that returns a number": (module("return 3"), "dataset", "type"),
     "a function that returns wrong arrays": (
@@ -156,8 +205,10 @@ BAD: dict[str, tuple[Callable[[Path], object], str, str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_data_ends_in_one_screen(tmp_path, refused, capsys, name):
+def test_bad_data_ends_in_one_screen(tmp_path, monkeypatch, refused, capsys, name):
     write, key, kind = BAD[name]
+    free = 1e6 if "space" in name else 1e12
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
     words = write(tmp_path / "own")
 
     def start() -> None:

@@ -244,7 +244,7 @@ def checkpoint(_run_with_checkpoint, tmp_path):
 def reseal(checkpoint: Path) -> None:
     """Writes the manifest that fits the state."""
     step = int(checkpoint.name.partition("-")[2])
-    manifest = {"step": step, "files": {STATE: _fingerprint(checkpoint / STATE)}}
+    manifest = {"step": step, "files": {STATE: _fingerprint((checkpoint / STATE).read_bytes())}}
     (checkpoint / MANIFEST).write_text(json.dumps(manifest))
 
 

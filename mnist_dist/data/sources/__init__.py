@@ -140,7 +140,7 @@ def _fitted(splits: Splits, form: Form) -> Splits:
 
 
 def _arrange(splits: Splits, name: str, validation: int, limit_train: int | None, limit_test: int | None) -> Dataset:
-    """Takes the validation images and the limits off the splits."""
+    """Divides the training set into training and validation images, and applies the limits."""
     train, test = splits.train, splits.test
     if validation and splits.validation is not None:
         message = f"{name} brings {len(splits.validation):,} validation images of its own; remove this key"

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from mnist_dist.data.form import DataError, as_image_array, as_label_array
+from mnist_dist.data.form import DataError, as_image_arrays, as_label_array
 from mnist_dist.data.images import Images
 from mnist_dist.data.sources.request import Request, Splits, as_positions, divide, in_mixed_order
 
@@ -36,15 +36,16 @@ def make_splits(
     Raises:
         DataError: the arrays are no images and labels.
     """
-    images = [as_image_array(each, f"{name} images", key) for (each, _), name in zip(arrays, names, strict=True)]
+    named = [(each, f"{name} images") for (each, _), name in zip(arrays, names, strict=True)]
+    images = as_image_arrays(named, key)
     labels = [
         as_label_array(each, len(part), f"{name} labels", key)
         for (_, each), part, name in zip(arrays, images, names, strict=True)
     ]
-    positions, known = as_positions(labels, classes)
+    positions, known = as_positions(labels, classes, key)
     parts = [Images(*pair, known) for pair in zip(images, positions, strict=True)]
     if len(parts) == 1:
-        parts = [parts[0][rows] for rows in divide(parts[0].labels)]
+        parts = [parts[0][rows] for rows in divide(parts[0].labels, known, key)]
     train, test, *validation = (in_mixed_order(part) for part in parts)
     return Splits(train, test, validation[0] if validation else None, mixed=True)
 
@@ -152,10 +153,10 @@ def call_function(request: Request) -> Splits:
     function = import_function(request.name)
     try:
         found = function()
-    except Exception as error:  # a user's own function may raise any exception
-        raise DataError("dataset", f"{request.name} failed: {type(error).__name__}: {error}", "model") from error
+    except (Exception, SystemExit) as error:  # a user's own function may raise any exception
+        raise DataError("dataset", f"the function failed: {type(error).__name__}: {error}", "model") from error
     if not isinstance(found, tuple | list) or len(found) != 2:
-        message = f"{request.name} returned {_described(found)}; expected (train, test), each (images, labels)"
+        message = f"the function returned {_described(found)}; expected (train, test), each (images, labels)"
         raise DataError("dataset", message, "type")
     pairs, classes = [], None
     for part in found:
@@ -165,9 +166,9 @@ def call_function(request: Request) -> Splits:
         elif isinstance(part, tuple | list) and len(part) == 2:
             pairs.append((part[0], part[1]))
         else:
-            message = f"{request.name}: expected a pair (images, labels), found {_described(part)}"
+            message = f"expected a pair (images, labels), found {_described(part)}"
             raise DataError("dataset", message, "type")
-    return make_splits(pairs, [f"{request.name}: {part}" for part in ("train", "test")], classes, key="dataset")
+    return make_splits(pairs, ["train", "test"], classes, key="dataset")
 
 
 def _described(value: Any) -> str:

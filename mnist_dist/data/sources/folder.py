@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import sys
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from mnist_dist.data.cache import Decoded
 from mnist_dist.data.decoding import ImageFiles, decode_files
 from mnist_dist.data.form import DataError
 from mnist_dist.data.images import Images
@@ -18,6 +21,9 @@ from mnist_dist.data.sources.request import Request, Splits, as_positions, divid
 
 TRAIN, VALIDATION, TEST = ("train", "training"), ("val", "valid", "validation"), ("test", "testing")
 """Names of the folders of the parts, in any case."""
+
+PART = re.compile(r"(?<![a-z])(train|test|val|valid|training|testing|validation)(set)?(?![a-z])")
+"""A name that looks as if it named a part, e.g. seg_train."""
 
 EXPECTED = "expected a folder with train/CLASS/… and test/CLASS/…, or with CLASS/…"
 
@@ -51,8 +57,7 @@ def read_folder(request: Request) -> Splits:
     if named["test"] or named["val"]:
         names = ", ".join(folder.name for folder in folders[:8])
         raise DataError("root", f"{root} has no folder train/; it holds {names}", "missing")
-    if not folders:
-        raise DataError("root", f"{root} holds no folders; {EXPECTED}", "missing")
+    _check_one_level(root, folders)
     return _decode(request, root, _divided(_read_classes(root)))
 
 
@@ -87,6 +92,20 @@ def _folders(folder: Path) -> list[Path]:
         raise DataError("root", f"{folder} cannot be read: {error.strerror}", "damaged") from error
 
 
+def _check_one_level(root: Path, folders: list[Path]) -> None:
+    """Raises DataError if the folders in `root` are not likely to be classes."""
+    if not folders:
+        raise DataError("root", f"{root} holds no folders; {EXPECTED}", "missing")
+    if len(folders) == 1 and (inner := _folders(folders[0])):
+        names = ", ".join(folder.name for folder in inner[:4])
+        message = f"{root} holds one folder, {folders[0].name}, with {names}; did you mean data.root={folders[0]}?"
+        raise DataError("root", message, "missing")
+    parts = [folder.name for folder in folders if PART.search(folder.name.lower())]
+    if any("train" in name.lower() for name in parts) and len(parts) > 1:  # one alone may be a class: bullet_train
+        message = f"{root} holds {', '.join(parts[:4])}; rename the folders of the parts to train, val or test"
+        raise DataError("root", message, "missing")
+
+
 def _named(folders: list[Path], names: tuple[str, ...]) -> Path | None:
     return next((folder for folder in folders if folder.name.lower() in names), None)
 
@@ -104,7 +123,7 @@ def _read_classes(folder: Path) -> _Part:
         if not found:
             empty.append(each.name)
         files += found
-        labels += [each.name] * len(found)
+        labels += [unicodedata.normalize("NFC", each.name)] * len(found)  # macOS writes the same name otherwise
     if empty:
         raise DataError(
             "root", f"{folder}: no files in the class folder {', '.join(empty[:8])}; remove or fill it", "missing"
@@ -113,9 +132,18 @@ def _read_classes(folder: Path) -> _Part:
 
 
 def _files(folder: Path) -> list[str]:
-    """Returns the files below a folder, sorted, except hidden ones."""
-    found = []
-    for above, folders, names in os.walk(folder):
+    """Returns the files below a folder, sorted, except hidden ones. Links are followed, but not back up."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError("root", f"{error.filename} cannot be read: {error.strerror}") from error
+
+    found, seen = [], {str(parent) for parent in folder.resolve().parents}
+    for above, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(above)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [f"{above}/{name}" for name in names if not name.startswith(".") and name not in STRAY]
     return sorted(found)
@@ -148,16 +176,28 @@ def _read_table(path: Path) -> dict[str, _Part]:
         role = _role(row[split], path, number) if split is not None else "train"
         if not row[to].strip():
             raise DataError("root", f"{path}:{number}: the label is empty")
-        rows.setdefault(role, []).append((str(path.parent / row[at].strip()), row[to].strip()))
+        label = unicodedata.normalize("NFC", row[to].strip())
+        rows.setdefault(role, []).append((str(path.parent / row[at].strip()), label))
     if "train" not in rows:
         raise DataError("root", f"{path} lists no training images")
+    _check_files(path, rows)
+    return {
+        role: _Part([file for file, _ in part], np.array([label for _, label in part])) for role, part in rows.items()
+    }
+
+
+def _check_files(path: Path, rows: dict[str, list[tuple[str, str]]]) -> None:
+    """Raises DataError if a listed file does not exist, or has two labels, or is in two parts."""
     missing = [file for part in rows.values() for file, _ in part if not os.path.isfile(file)]  # noqa: PTH113  # a `Path` for each of many files is slow
     if missing:
         shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8:,} more" if missing[8:] else "")
         raise DataError("root", f"{path} lists files that do not exist: {shown}", "missing")
-    return {
-        role: _Part([file for file, _ in part], np.array([label for _, label in part])) for role, part in rows.items()
-    }
+    known: dict[str, tuple[str, str]] = {}
+    for role, part in rows.items():
+        for file, label in part:
+            if (first := known.setdefault(file, (role, label))) != (role, label):
+                message = f"{path} lists {file} twice, as {first[1]} ({first[0]}) and as {label} ({role})"
+                raise DataError("root", message, "conflict")
 
 
 def _role(text: str, path: Path, number: int) -> str:
@@ -173,9 +213,9 @@ def _role(text: str, path: Path, number: int) -> str:
 
 def _divided(part: _Part) -> dict[str, _Part]:
     """Divides the files of a set without a test set."""
-    [labels], _ = as_positions([part.labels])
+    [labels], classes = as_positions([part.labels])
     return {role: _Part([part.files[row] for row in rows.tolist()], part.labels[rows.numpy()])
-            for role, rows in zip(("train", "test"), divide(labels), strict=True)}  # fmt: skip
+            for role, rows in zip(("train", "test"), divide(labels, classes), strict=True)}  # fmt: skip
 
 
 def _decode(request: Request, root: Path, parts: dict[str, _Part]) -> Splits:
@@ -185,19 +225,27 @@ def _decode(request: Request, root: Path, parts: dict[str, _Part]) -> Splits:
     files = [part.files[row] for part, order in zip(parts.values(), orders, strict=True) for row in order.tolist()]
     labels = torch.cat([each[order] for each, order in zip(positions, orders, strict=True)])
     decoded = decode_files(ImageFiles.of_paths(files, root), request.form, request.on_bad_image, note)
-    starts = np.cumsum([0, *(len(part.files) for part in parts.values())])
-    kept = decoded.kept
+    return as_splits(decoded, labels, classes, {role: len(part.files) for role, part in parts.items()})
+
+
+def as_splits(decoded: Decoded, labels: torch.Tensor, classes: tuple[str, ...], counts: dict[str, int]) -> Splits:
+    """Returns the splits of decoded images in mixed order. Without test images, the validation images are the test set.
+
+    Args:
+        labels: int64 (N,), of all images, with those that were left out.
+        counts: role of a part (train, val or test) -> its number of images, with those that were left out.
+
+    Raises:
+        DataError: no image of a part was kept.
+    """
+    kept, end = decoded.kept, 0
     found: dict[str, Images] = {}
-    for number, role in enumerate(parts):
-        first, last = (int(torch.searchsorted(kept, int(each))) for each in starts[number : number + 2])
+    for role, count in counts.items():
+        start, end = end, end + count
+        first, last = (int(torch.searchsorted(kept, each)) for each in (start, end))
         if first == last:
             raise DataError("root", f"no image of the part {role} can be read")
         found[role] = Images(decoded.images[first:last], labels[kept[first:last]], classes)
-    return _as_splits(found)
-
-
-def _as_splits(found: dict[str, Images]) -> Splits:
-    """Returns the splits: without test images, the validation images are the test set."""
     test = found.get("test", found.get("val"))
     assert test is not None
     return Splits(found["train"], test, found.get("val") if "test" in found else None, mixed=True)

@@ -6,20 +6,21 @@ import io
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from mnist_dist.data.decoding import ImageFiles, decode_files
-from mnist_dist.data.form import DataError
-from mnist_dist.data.images import Images
-from mnist_dist.data.sources.folder import note
+from mnist_dist.data.form import DataError, as_label_array
+from mnist_dist.data.sources.folder import TEST, TRAIN, VALIDATION, as_splits, note
 from mnist_dist.data.sources.request import Request, Splits, as_positions, divide, mixed_order
 
 PREFIX = "hub:"
 
+NO_LABEL = -1
+"""The label with which data sets of the hub mark images whose class is not published."""
+
 
 def read_hub(request: Request) -> Splits:
-    """Reads the data set NAME of `hub:NAME`: a folder that `datasets` has written, or a name of the hub.
+    """Reads the data set NAME of `hub:NAME`: a folder that `datasets` can read or has written, or a name of the hub.
 
     Raises:
         ImportError: the package `datasets` is not installed.
@@ -33,55 +34,58 @@ def read_hub(request: Request) -> Splits:
     try:
         if Path(name, "dataset_dict.json").is_file() or Path(name, "state.json").is_file():
             loaded = datasets.load_from_disk(name)
-        elif request.download or Path(name).exists():
-            loaded = datasets.load_dataset(name)
         else:
-            loaded = datasets.load_dataset(name, download_mode="reuse_dataset_if_exists")
+            loaded = datasets.load_dataset(name)
     except Exception as error:  # the package raises errors of many types
-        raise DataError("dataset", f"{request.name} cannot be loaded: {error}", "missing") from error
+        raise DataError("dataset", f"the data set cannot be loaded: {error}", "missing") from error
     parts = dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
-    if "train" not in parts:
-        raise DataError("dataset", f"{request.name} has no split train; it has {', '.join(parts)}", "missing")
-    names = [each for each in ("train", "test", "validation") if each in parts]
-    if "test" not in parts and "validation" in parts:
-        names = ["train", "validation"]
-    return _decode(request, [parts[each] for each in names], datasets)
+    by_role = {role: parts[found] for role, names in (("train", TRAIN), ("val", VALIDATION), ("test", TEST))
+               if (found := next((each for each in parts if each.lower() in names), None))}  # fmt: skip
+    if "train" not in by_role:
+        raise DataError("dataset", f"the data set has no split train; it has {', '.join(parts)}", "missing")
+    return _decode(request, by_role, datasets)
 
 
-def _decode(request: Request, parts: list[Any], datasets: Any) -> Splits:
-    features = parts[0].features
+def _find_columns(features: Any, datasets: Any) -> tuple[str, str]:
+    """Returns the names of the columns of images and of classes."""
     image = next((key for key, kind in features.items() if isinstance(kind, datasets.Image)), None)
     label = next((key for key, kind in features.items() if isinstance(kind, datasets.ClassLabel)), None)
     label = label or next((key for key in ("label", "labels", "fine_label") if key in features), None)
     if image is None or label is None:
-        message = f"{request.name} needs a column of images and a column of classes; it has {', '.join(features)}"
+        message = f"the data set needs a column of images and a column of classes; it has {', '.join(features)}"
         raise DataError("dataset", message, "conflict")
-    names = getattr(features[label], "names", None)
-    labels = [np.asarray(part[label][:]) for part in parts]
-    orders = []
-    positions, classes = as_positions(labels, names)
-    if len(parts) == 1:
-        train, test = divide(positions[0])
-        parts = [parts[0].select(rows.tolist()) for rows in (train, test)]
-        positions = [positions[0][rows] for rows in (train, test)]
-    orders = [mixed_order(each) for each in positions]
-    raw = [part.cast_column(image, datasets.Image(decode=False)) for part in parts]
-    rows = [(part, row) for part, order in enumerate(orders) for row in order.tolist()]
+    return image, label
+
+
+def _decode(request: Request, parts: dict[str, Any], datasets: Any) -> Splits:
+    """Decodes the images of all splits into one array, each split in mixed order."""
+    image, label = _find_columns(parts["train"].features, datasets)
+    values = {role: part[label][:] for role, part in parts.items()}
+    if unlabelled := [role for role, each in values.items() if role != "train" and set(each) == {NO_LABEL}]:
+        note(f"{request.name}: the labels of the split {' and '.join(unlabelled)} are not published; it is not used")
+    roles = [role for role in parts if role not in unlabelled]
+    labels = [as_label_array(values[role], len(parts[role]), f"{role} labels", "dataset") for role in roles]
+    positions, classes = as_positions(labels, getattr(parts["train"].features[label], "names", None), "dataset")
+    rows = {role: torch.arange(len(each)) for role, each in zip(roles, positions, strict=True)}
+    split_of = {role: role for role in roles}
+    if roles == ["train"]:
+        rows = dict(zip(("train", "test"), divide(positions[0], classes, "dataset"), strict=True))
+        split_of = {"train": "train", "test": "train"}
+    labels_of = dict(zip(roles, positions, strict=True))
+    ordered = {role: each[mixed_order(labels_of[split_of[role]][each])] for role, each in rows.items()}
+    places = [(split_of[role], row) for role, each in ordered.items() for row in each.tolist()]
+    raw = {role: parts[role].cast_column(image, datasets.Image(decode=False)) for role in roles}
 
     def open_image(at: int) -> Any:
-        part, row = rows[at]
-        held = raw[part][row][image]
+        split, row = places[at]
+        held = raw[split][row][image]
+        if held is None:
+            raise OSError("there is no image")
         return io.BytesIO(held["bytes"]) if held["bytes"] else held["path"]
 
-    fingerprint = ",".join(part._fingerprint for part in parts)
-    names = [f"{request.name}, image {row} of part {part}" for part, row in rows]
-    # The data set may be in a folder that is not the user's: the cache is in the user's own cache folder.
-    files = ImageFiles(names, open_image, fingerprint, Path("/nonexistent"))
+    titles = [f"image {row} of the split {split}" for split, row in places]
+    fingerprint = ",".join(parts[role]._fingerprint for role in roles)
+    files = ImageFiles(titles, open_image, fingerprint, None)  # the data set's folder may not be the user's
     decoded = decode_files(files, request.form, request.on_bad_image, note)
-    found, first = [], 0
-    all_labels = torch.cat([each[order] for each, order in zip(positions, orders, strict=True)])
-    for order in orders:
-        start, end = (int(torch.searchsorted(decoded.kept, at)) for at in (first, first + len(order)))
-        found.append(Images(decoded.images[start:end], all_labels[decoded.kept[start:end]], classes))
-        first += len(order)
-    return Splits(found[0], found[1], found[2] if len(found) > 2 else None, mixed=True)
+    labels_of_all = torch.cat([labels_of[split_of[role]][each] for role, each in ordered.items()])
+    return as_splits(decoded, labels_of_all, classes, {role: len(each) for role, each in ordered.items()})

@@ -16,10 +16,10 @@ from mnist_dist.data.form import DataError, Form
 from mnist_dist.data.images import Images
 
 MOST_CLASSES = 1000
-"""More classes are refused: the labels are then hardly classes, and a weights file holds no longer list."""
+"""More classes are refused: such labels are probably not classes, and a weights file lists at most as many."""
 
 TEST_SHARE = 5
-"""Of a set without a test set, every fifth image of each class becomes one."""
+"""In a set without a test set, one image in this many of each class becomes a test image."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class Splits:
     Attributes:
         train, test: not yet normalised.
         validation: the source's own validation images.
-        mixed: the images are in `mixed_order`, so every part from either end holds all classes in their shares.
+        mixed: whether the images are in `mixed_order`, so that their first or last rows hold all classes in the shares
+            of the complete set.
     """
 
     train: Images
@@ -64,13 +65,14 @@ class Splits:
 
 
 def as_positions(
-    labels: Sequence[np.ndarray], names: Sequence[str] | None = None
+    labels: Sequence[np.ndarray], names: Sequence[str] | None = None, key: str = "root"
 ) -> tuple[list[Tensor], tuple[str, ...]]:
     """Returns the labels of several parts as positions in the list of classes, int64 (N,) each, and the classes.
 
     Args:
         labels: arrays (N,) of whole numbers or of text, the training set's first.
         names: the classes, if the source knows them; the labels are then positions.
+        key: the recipe key that names the data, below `data`.
 
     Raises:
         DataError: a label is unknown, or there are too few or too many classes.
@@ -78,7 +80,7 @@ def as_positions(
     if names is not None:
         low, high = min(int(each.min()) for each in labels), max(int(each.max()) for each in labels)
         if not 0 <= low <= high < len(names):
-            raise DataError("root", f"expected labels from 0 to {len(names) - 1}, found {low} to {high}")
+            raise DataError(key, f"expected labels from 0 to {len(names) - 1}, found {low} to {high}")
         classes = [str(name) for name in names]
         found = [torch.from_numpy(each.astype(np.int64)) for each in labels]
     else:
@@ -86,26 +88,24 @@ def as_positions(
         for each in labels[1:]:
             if unknown := sorted(set(np.unique(each).tolist()) - set(values.tolist())):
                 shown = ", ".join(map(str, unknown[:5]))
-                raise DataError("root", f"a class has no training image: {shown}")
+                raise DataError(key, f"a class has no training image: {shown}")
         order = sorted(range(len(values)), key=lambda at: natural(str(values[at])))
         positions = np.empty(len(values), dtype=np.int64)
         positions[order] = np.arange(len(values))
         found = [torch.from_numpy(positions[np.searchsorted(values, each)]) for each in labels]
         classes = [str(values[at]) for at in order]
-    check_classes(classes)
+    _check_classes(classes, key)
     return found, tuple(classes)
 
 
-def check_classes(classes: Sequence[str]) -> None:
+def _check_classes(classes: Sequence[str], key: str) -> None:
     """Raises DataError unless there are at least two classes, not too many, with names of a line each."""
     if len(classes) < 2:
-        raise DataError("root", f"only one class, {classes[0]!r}; a classifier needs two" if classes else "no classes")
+        raise DataError(key, f"only one class, {classes[0]!r}; a classifier needs two" if classes else "no classes")
     if len(classes) > MOST_CLASSES:
-        raise DataError(
-            "root", f"{len(classes):,} classes, {classes[0]!r} to {classes[-1]!r}; at most {MOST_CLASSES:,}"
-        )
+        raise DataError(key, f"{len(classes):,} classes, {classes[0]!r} to {classes[-1]!r}; at most {MOST_CLASSES:,}")
     if wrong := [name for name in classes if not name.isprintable() or not 0 < len(name) <= 200]:
-        raise DataError("root", f"a class has the name {wrong[0][:80]!r}; expected a printable name")
+        raise DataError(key, f"a class has the name {wrong[0][:80]!r}; expected a printable name")
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:
@@ -117,7 +117,7 @@ def natural(name: str) -> list[tuple[int, int, str]]:
 
 
 def mixed_order(labels: Tensor) -> Tensor:
-    """Returns an order of rows in which every part, from either end, holds all classes in their shares of the set.
+    """Returns an order of rows whose first or last rows, any number, hold all classes in their shares of the set.
 
     Args:
         labels: int64 (N,).
@@ -135,10 +135,14 @@ def mixed_order(labels: Tensor) -> Tensor:
     return place.argsort(stable=True)
 
 
-def divide(labels: Tensor) -> tuple[Tensor, Tensor]:
+def divide(labels: Tensor, classes: Sequence[str], key: str = "root") -> tuple[Tensor, Tensor]:
     """Divides a set without a test set: returns the rows of the training set and of the test set, int64.
 
     The test set has a fifth of each class, at least one image of it. The division is a function of the labels.
+
+    Args:
+        labels: int64 (N,), positions in `classes`.
+        key: the recipe key that names the data, below `data`.
 
     Raises:
         DataError: a class has one image only.
@@ -148,7 +152,10 @@ def divide(labels: Tensor) -> tuple[Tensor, Tensor]:
     for label in labels.unique().tolist():
         rows = (labels == label).nonzero()[:, 0]
         if len(rows) < 2:
-            raise DataError("root", "a class has one image only, and a set without a test set needs two of each class")
+            message = (
+                f"the class {classes[label]!r} has one image only; a set without a test set needs two of each class"
+            )
+            raise DataError(key, message)
         rows = rows[torch.randperm(len(rows), generator=generator)]
         count = max(1, len(rows) // TEST_SHARE)
         test.append(rows[:count])

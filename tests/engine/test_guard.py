@@ -1,0 +1,67 @@
+"""A bad step is undone, with and without the help of the host."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from mnist_dist.engine.guard import Guard
+
+NAN, INF = float("nan"), float("inf")
+
+
+def tensors() -> list[Tensor]:
+    layouts = torch.rand(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    return [torch.rand(3, dtype=torch.float64), torch.tensor(5), torch.rand(2, 3), torch.tensor([True, False]), layouts]
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("stays_set", [False, True])
+def test_a_bad_step_leaves_every_tensor_as_it_was(on_device, stays_set):
+    torch.manual_seed(0)
+    guarded = tensors()
+    objects, start = list(guarded), [each.clone() for each in guarded]
+    guard = Guard(guarded, on_device=on_device, stays_set=stays_set)
+    assert all(torch.equal(now, before) for now, before in zip(guarded, start, strict=True))
+    bad_steps = 0
+    for gradients in ([1.0, 2.0], [1.0, NAN], [1.0, 2.0], [-INF, 0.0], [3.0, 3.0]):
+        bad_steps += is_bad(gradients) or (stays_set and bad_steps > 0)
+        before = [each.clone() for each in guarded]
+        guard.store()
+        for each in guarded:
+            each.copy_(~each if each.dtype == torch.bool else each + (NAN if each.is_floating_point() else 1))
+        find(guard, gradients, on_device)
+        guard.undo()
+        undone = is_bad(gradients) or (stays_set and bad_steps > 0)
+        assert bool(guard.bad) == undone
+        assert not on_device or float(guard.found_inf) == undone
+        for now, old in zip(guarded, before, strict=True):
+            assert torch.equal(now, old) if undone else not torch.equal(now, old)
+            now.copy_(old)
+        assert guard.skipped == bad_steps
+    assert all(one is other for one, other in zip(guarded, objects, strict=True))
+    assert [now.stride() for now in guarded] == [before.stride() for before in start]
+
+
+def is_bad(gradients: list[float]) -> bool:
+    return not all(abs(each) < INF for each in gradients)
+
+
+def find(guard: Guard, gradients: list[float], on_device: bool) -> None:
+    values = [torch.tensor([each]) for each in gradients]
+    if on_device:
+        guard.find_on_device([*values, torch.ones(2, dtype=torch.float64)])
+        assert [float(each) for each in values if each.isfinite()] == [each for each in gradients if abs(each) < INF]
+    else:
+        guard.find(torch.nn.utils.get_total_norm(values))
+
+
+def test_take_counts_the_bad_steps_since_the_last_call():
+    guard = Guard([torch.zeros(1)], on_device=True, stays_set=True)
+    for gradient, count in ((NAN, 3), (1.0, 0), (INF, 2)):
+        for _ in range(count):
+            guard.store()
+            find(guard, [gradient], on_device=True)
+            guard.undo()
+        assert bool(guard.bad) == (count > 0) and guard.take() == count
+        assert not guard.bad and not guard.found_inf
+    assert guard.skipped == 5
