@@ -12,7 +12,7 @@ for word in "$@"; do
 done
 if [ ${#recipes[@]} = 0 ]; then
     # A name with spaces is an ensemble: a row of the table, but not a recipe.
-    mapfile -t recipes < <(sed -n 's/^{"recipe": "\([^" ]*\)".*/\1/p' configs/results.jsonl | sort -u)
+    while read -r recipe; do recipes+=("$recipe"); done < <(sed -n 's/^{"recipe": "\([^" ]*\)".*/\1/p' configs/results.jsonl | sort -u)
 fi
 
 reproduce() { # recipe seed overrides…
@@ -30,7 +30,7 @@ reproduce() { # recipe seed overrides…
 runs=()
 for seed in ${SEEDS:-0 1 2 3 4}; do
     for recipe in "${recipes[@]}"; do
-        reproduce "$recipe" "$seed" "${overrides[@]}"
+        reproduce "$recipe" "$seed" ${overrides[@]+"${overrides[@]}"} # macOS's bash 3.2 takes an empty array as unset
     done
 done
 python -m mnist_dist.compare "${runs[@]}" --no-html

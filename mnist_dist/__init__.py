@@ -4,7 +4,13 @@ From Python: `train(load_recipe("simple_cnn", "epochs=1"))`, `build_model("ms_ra
 """
 
 import os
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+# `accelerate launch mnist_dist/train.py` puts this folder first on the path. Its command `profile` would then replace
+# the module `profile` of the standard library, which torch imports.
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
 
 # Must be set before torch is imported. Threads of GNU OpenMP spin for milliseconds at every barrier while they wait for
 # each other. With other load on the cores, this made two threads 14 to 18 times slower; without other load, shorter

@@ -1,21 +1,15 @@
-"""Defines the options of all commands, and how a command starts and fails. Does not import torch: `--help` is fast."""
+"""Defines the options of all commands, and how a command starts. Does not import torch: `--help` is fast."""
 
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
-import time
 from collections.abc import Callable
 
-from mnist_dist.distributed.expected_size import is_elastic, parse_world_size
+from mnist_dist.distributed.expected_size import parse_world_size
 from mnist_dist.engine.files import expand_path as path
-from mnist_dist.errors import Problem, RecipeError, RunError, safe_output
-
-FAILED, BAD_INPUT = 1, 2
-RANK_0_SECONDS = 30.0
-"""The other ranks wait this long before they print an error: rank 0 prints first, and the launcher ends the others."""
+from mnist_dist.errors import Problem, RecipeError, run_command
 
 # --- starting a command -------------------------------------------------------------------------------------------
 
@@ -68,40 +62,6 @@ def answer_early(command: str) -> None:
 
     if code := run_command(check):
         sys.exit(code)
-
-
-@safe_output
-def run_command(main: Callable[[], int]) -> int:
-    """Runs a command's `main`. Prints an error that the user can act on as one screen on stderr.
-
-    Rank 0 prints first. The other ranks wait `RANK_0_SECONDS`, so that the launcher ends them before they print.
-
-    Returns:
-        What `main` returns; 2 for a `RecipeError`, 1 for a `RunError`, 130 after Ctrl-C.
-    """
-    try:
-        return main()
-    except RecipeError as error:
-        return _print_error(error, BAD_INPUT)
-    except RunError as error:
-        return _print_error(error, FAILED)
-    except KeyboardInterrupt:
-        if is_main_process():
-            print("mnist_dist: interrupted", file=sys.stderr)
-        return 130
-
-
-def _print_error(error: Exception, code: int) -> int:
-    if not is_main_process():
-        time.sleep(1 if is_elastic() else RANK_0_SECONDS)  # torchrun waits for this process before it restarts all
-    print(f"mnist_dist: {error}", file=sys.stderr)
-    return code
-
-
-def is_main_process() -> bool:
-    """Returns whether this is rank 0 according to the launcher's environment, before a process group exists."""
-    names = ("RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
-    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
 
 
 # --- arguments shared by several commands -------------------------------------------------------------------------
@@ -214,6 +174,16 @@ def _benchmark(parser: Parser) -> None:
     _add_overrides(parser)
 
 
+def _profile(parser: Parser) -> None:
+    parser.add_argument("--recipe", required=True, metavar="NAME", help="a path, or the name of a bundled recipe")
+    parser.add_argument("--steps", type=int, default=20, metavar="N", help="profiled steps (default: 20)")
+    folder = "the files go to DIR/profile; DIR may be a run folder (default: runs/<recipe>/<date-time>)"
+    parser.add_argument("--run-dir", type=path, metavar="DIR", help=folder)
+    parser.add_argument("--world-size", type=int, metavar="N", help="stop if the number of processes is not N")
+    _add_code(parser)
+    _add_overrides(parser)
+
+
 def _compare(parser: Parser) -> None:
     parser.add_argument("runs", nargs="+", type=path, metavar="RUN", help="run folders, folders of them, --keep files")
     parser.add_argument("--html", type=path, metavar="FILE", help="where to write the page (default: compare.html)")
@@ -230,6 +200,7 @@ def _doctor(parser: Parser) -> None:
     parser.add_argument("--run-dir", type=path, default="runs", metavar="DIR", help=folder)
     parser.add_argument("--world-size", type=int, metavar="N", help="expected number of processes")
     _add_json(parser, "the table")
+    parser.add_argument("--compare", type=path, metavar="FILE", help="also name what became slower since a --json FILE")
     parser.add_argument("--write-reference", action="store_true", help="write new reference losses instead of checking")
 
 
@@ -310,10 +281,18 @@ exit code: 0 done, 1 failed, 2 bad input, 75 stopped by a signal after a checkpo
         _benchmark,
         """\
   accelerate launch -m mnist_dist.benchmark --recipe model_v1_onecycle
-  accelerate launch -m mnist_dist.benchmark --recipe ms_ran mixed_precision=bf16 --json ms_ran.json
   mnist-dist benchmark --recipe simple_cnn --sweep batch_size=32,128,512 --plot sweep.png
   mnist-dist benchmark --recipe ms_ran --inference --batches 1,256
   mnist-dist benchmark --time-to-accuracy configs/speed/mnist_99.yaml --seeds 30
+  mnist-dist benchmark --operations lenet5 resnet18 ema_decay=0.99
+""",
+    ),
+    "profile": (
+        "Measure where the time of a training step goes, on each rank.",
+        _profile,
+        """\
+  accelerate launch -m mnist_dist.profile --recipe simple_cnn
+  mnist-dist profile --recipe ms_ran --steps 50 --run-dir runs/mine mixed_precision=bf16
 """,
     ),
     "compare": (
@@ -332,10 +311,10 @@ exit code: 0 done, 1 failed, 2 bad input, 75 stopped by a signal after a checkpo
         _doctor,
         """\
   mnist-dist doctor
-  accelerate launch -m mnist_dist.doctor --run-dir /shared/runs --world-size 16
-  torchrun --nproc_per_node 8 -m mnist_dist.doctor --json health.json
+  accelerate launch -m mnist_dist.doctor --run-dir /shared/runs --world-size 16 --json before.json
+  torchrun --nproc_per_node 8 -m mnist_dist.doctor --compare before.json
 
-exit code: 0 fit to train (slow ranks and warnings are named), 1 not fit, 2 bad command line
+exit code: 0 fit to train (slow ranks and warnings are named), 1 not fit or slower than before, 2 bad command line
 """,
     ),
     "export": (

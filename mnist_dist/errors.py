@@ -1,4 +1,4 @@
-"""Errors that a user can act on, hints for unknown words, output streams that never fail. Does not import torch."""
+"""Errors that a user can act on, hints for unknown words, output streams that never fail, exit codes. No torch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -152,3 +153,45 @@ def safe_output(command: Callable[..., int]) -> Callable[..., int]:
         return code
 
     return run
+
+
+# --- how a command ends -------------------------------------------------------------------------------------------
+
+FAILED, BAD_INPUT = 1, 2
+RANK_0_SECONDS = 30.0
+"""The other ranks wait this long before they print an error: rank 0 prints first, and the launcher ends the others."""
+
+
+@safe_output
+def run_command(main: Callable[[], int]) -> int:
+    """Runs a command's `main`. Prints an error that the user can act on as one screen on stderr.
+
+    Rank 0 prints first. The other ranks wait `RANK_0_SECONDS`, so that the launcher ends them before they print.
+
+    Returns:
+        What `main` returns; 2 for a `RecipeError`, 1 for a `RunError`, 130 after Ctrl-C.
+    """
+    try:
+        return main()
+    except RecipeError as error:
+        return _print_error(error, BAD_INPUT)
+    except RunError as error:
+        return _print_error(error, FAILED)
+    except KeyboardInterrupt:
+        if is_main_process():
+            print("mnist_dist: interrupted", file=sys.stderr)
+        return 130
+
+
+def _print_error(error: Exception, code: int) -> int:
+    if not is_main_process():
+        # With --max-restarts torchrun waits for this process before it starts all processes again.
+        time.sleep(1 if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" else RANK_0_SECONDS)
+    print(f"mnist_dist: {error}", file=sys.stderr)
+    return code
+
+
+def is_main_process() -> bool:
+    """Returns whether this is rank 0 according to the launcher's environment, before a process group exists."""
+    names = ("RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"

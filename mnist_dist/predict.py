@@ -7,7 +7,7 @@ if it was trained in another precision.
 
 from __future__ import annotations
 
-from mnist_dist.cli import FAILED, answer_early, parse, run_command
+from mnist_dist.cli import answer_early, parse, run_command
 
 if __name__ == "__main__":
     answer_early("predict")  # before the imports below load torch
@@ -19,6 +19,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from mnist_dist.errors import FAILED
 from mnist_dist.run.prediction import predict_picture
 from mnist_dist.run.reader import find_runs, load_run, open_run
 from mnist_dist.run.tables import printable

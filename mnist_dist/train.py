@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from mnist_dist.cli import answer_early, is_main_process, parser_of, run_command
+from mnist_dist.cli import answer_early, parser_of, run_command
 from mnist_dist.distributed.signals import PREEMPTED, Interrupts, exit_on_signals
 
 if __name__ == "__main__":
@@ -33,7 +33,7 @@ from mnist_dist.distributed.watchdog import Watchdog
 from mnist_dist.engine.evaluation import Interrupted
 from mnist_dist.engine.files import expand_path, write_atomically
 from mnist_dist.engine.schedules import set_rates
-from mnist_dist.errors import Problem, RecipeError
+from mnist_dist.errors import Problem, RecipeError, is_main_process
 from mnist_dist.models import build_model, count_parameters
 from mnist_dist.recipe.file import bundled_recipes, recipe_notes
 from mnist_dist.recipe.loading import load_recipe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from configparser import ConfigParser
@@ -10,9 +11,9 @@ from importlib import import_module
 import pytest
 
 from mnist_dist import __main__ as program
-from mnist_dist import cli
-from mnist_dist.cli import COMMANDS, Parser, is_main_process, parse, run_command
-from mnist_dist.errors import Problem, RecipeError, RunError
+from mnist_dist import cli, errors
+from mnist_dist.cli import COMMANDS, Parser, parse, run_command
+from mnist_dist.errors import Problem, RecipeError, RunError, is_main_process
 from tests import processes
 
 HEAVY = ("torch", "accelerate", "wandb", "matplotlib", "numpy", "pydantic")
@@ -24,6 +25,7 @@ SMALLEST = {
     "ensemble": ["RUN", "RUN"],
     "sweep": ["lenet5"],
     "benchmark": ["--recipe", "lenet5"],
+    "profile": ["--recipe", "lenet5"],
     "compare": ["RUN"],
     "doctor": [],
     "export": ["RUN", "--format", "onnx"],
@@ -190,6 +192,16 @@ def test_python_m_runs_the_program():
     assert "'train'" in done.stderr
 
 
+def test_a_command_can_be_started_as_a_script():
+    """Python then puts the package's folder first on its path, where `profile` hides the standard library's module."""
+    source = "import runpy, sys; sys.path.insert(0, 'mnist_dist'); sys.argv = ['train', '--list-recipes']\n"
+    source += "runpy.run_path('mnist_dist/train.py', run_name='__main__')"
+    environment = os.environ | {"PYTHONPATH": str(processes.ROOT)}
+    command = [sys.executable, "-c", source]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=processes.ROOT, env=environment, timeout=120)
+    assert "debug" in done.stdout and done.returncode == 0, done.stderr
+
+
 def test_the_console_script_is_declared():
     settings = ConfigParser()
     settings.read(processes.ROOT / "setup.cfg")
@@ -242,9 +254,9 @@ def test_the_rank_comes_from_the_launcher(name, monkeypatch):
 def test_other_ranks_wait_before_they_print(monkeypatch, capsys):
     waited: list[float] = []
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    monkeypatch.setattr(errors.time, "sleep", waited.append)
     assert run_command(failing(RunError("failed"))) == 1
-    assert waited == [cli.RANK_0_SECONDS]
+    assert waited == [errors.RANK_0_SECONDS]
     assert "failed" in capsys.readouterr().err
 
 

@@ -233,7 +233,7 @@ def check_sbatch(words: list[str]) -> None:
     options = list(itertools.takewhile(lambda word: word.startswith("--"), words))
     script, run_dir, *rest = words[len(options) :]
     assert (ROOT / script).is_file() and not run_dir.startswith("-")
-    check_own_command("train", rest)
+    check_own_command("doctor" if script == "launch/doctor.sbatch" else "train", rest)
 
 
 def check_file_named(words: list[str]) -> None:

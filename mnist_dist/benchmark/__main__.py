@@ -30,9 +30,7 @@ from mnist_dist.errors import Kind, Problem, RecipeError
 from mnist_dist.recipe.file import bundled_recipes, find_recipe
 from mnist_dist.recipe.loading import load_recipe
 from mnist_dist.recipe.schema import Recipe
-
-ENDLESS = {"epochs": "1000", "eval_every": "1000", "max_steps": "null", "early_stopping.patience": "null"}
-"""Overrides that keep every schedule and every loop from ending during a measurement."""
+from mnist_dist.run.timed_training import ENDLESS
 
 
 def main(argv: list[str] | None = None) -> int:

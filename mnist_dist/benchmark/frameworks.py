@@ -30,6 +30,7 @@ from torchvision.transforms import InterpolationMode
 from mnist_dist.benchmark.baselines import BenchmarkSetup, TimedLoop, fastest_kernels, plain_step, training_step
 from mnist_dist.data import Images
 from mnist_dist.data.images import as_numbers
+from mnist_dist.machine import count_cores
 from mnist_dist.recipe.schema import Recipe
 
 HAS_LIGHTNING = importlib.util.find_spec("lightning") is not None
@@ -179,7 +180,7 @@ def _lightning_trainer(setup: BenchmarkSetup, callback: Any) -> Any:
 
 def best_workers(setup: BenchmarkSetup, steps: int) -> int:
     """Returns the number of DataLoader workers with which PyTorch's loop is fastest. Collective: call on every rank."""
-    cores = max(1, (os.cpu_count() or 1) // setup.state.num_processes)
+    cores = max(1, count_cores() // setup.state.num_processes)
     seconds = {}
     for workers in sorted({0, 1, *(min(count, cores) for count in (2, 4, 8, 16))}):
         loop = plain_loader(setup, workers)

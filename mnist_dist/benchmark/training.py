@@ -6,9 +6,7 @@ Rounds are interleaved, so a change of the machine's speed affects all loops equ
 from __future__ import annotations
 
 import math
-import resource
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -30,16 +28,16 @@ from mnist_dist.benchmark.frameworks import (
     plain_loader,
 )
 from mnist_dist.benchmark.report import OURS
-from mnist_dist.errors import RunError
+from mnist_dist.distributed.devices import peak_memory
 from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.build import build_components
-from mnist_dist.run.checkpointing import Checkpointer
-from mnist_dist.run.components import Progress, TrainingComponents
+from mnist_dist.run.components import TrainingComponents
 from mnist_dist.run.folder import RunFolder
 from mnist_dist.run.model_setup import build_module
 from mnist_dist.run.summary import close_trackers, open_trackers
+from mnist_dist.run.timed_training import TimedTraining
 
-# Commands do not import commands. This import is the one exception: the benchmark times the training loop itself.
+# Commands do not import commands, except for the training loop, which this command measures.
 from mnist_dist.train import fit
 
 SHORTEST_ROUND = 0.1
@@ -65,15 +63,15 @@ def measure(recipe: Recipe, rounds: int, steps: int) -> dict[str, Any]:
         RunError: the training failed or was stopped.
     """
     setup = BenchmarkSetup.prepare(recipe)
-    if setup.state.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(setup.state.device)
+    if hasattr(backend := getattr(torch, setup.state.device.type), "reset_peak_memory_stats"):
+        backend.reset_peak_memory_stats(setup.state.device)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         ours, components = trainer_loop(setup, Path(folder))
         stack.callback(ours.close)
         first_step_seconds = ours.run(1)  # compilation takes nearly all of this time
         since_process_start = time.time() - psutil.Process().create_time()
         _warm_up(setup, ours, steps)
-        memory = _peak_memory_mb(setup.state.device)
+        memory = peak_memory(setup.state.device) / 2**20
         # In PyTorch's default memory layout, which the loops of tutorials use.
         workers = best_workers(setup.in_default_layout(), steps=min(steps, 20))
         loops = [ours]
@@ -106,7 +104,7 @@ def circumstances_of(
         "seconds_from_process_start_to_first_step": None,
         "capture_seconds": capture.seconds if capture else None,
         "compile_seconds": None,
-        "peak_memory_mb": round(_peak_memory_mb(setup.state.device)),
+        "peak_memory_mb": round(peak_memory(setup.state.device) / 2**20),
     }
 
 
@@ -123,34 +121,20 @@ def trainer_loop(
     components = build_components(recipe, setup.precision, dataset.train, build_module(recipe, dataset))
     run = RunFolder.open(folder / f"{name}-{setup.state.process_index}", recipe)
     open_trackers(recipe, components, dataset, run, {}, quiet=True)
-    progress = Progress()
-    checkpointer = Checkpointer(run, recipe, components, progress)
-    eval_images = components.place(dataset.held_out if evaluates else dataset.test[slice(1)])
+    eval_images = dataset.held_out if evaluates else dataset.test[slice(1)]
+    training = TimedTraining(fit, recipe, components, eval_images, run)
 
-    def train(steps: int) -> float:
-        before, last = components.meter.train_seconds, progress.step + steps  # evaluation does not count as training
-        components.meter.resume()
+    def run_everything(steps: int) -> float:
         started = time.perf_counter()
-        try:
-            finished = fit(recipe, replace(components, total_steps=last), eval_images, checkpointer, progress)
-        except Exception as error:
-            if message := checkpointer.describe_failure(error):
-                # The last line explains how to resume, but this run folder is temporary.
-                raise RunError(message.rpartition("\n")[0]) from error
-            raise
-        if not finished:
-            raise RunError("stopped by a signal during the measurement; there is no result")
-        assert progress.step == last, "a round that ended early would look too fast"
-        seconds = components.meter.train_seconds - before
-        checkpointer.wait()  # the thread that writes must not disturb the loop that is timed next
+        training.run(steps)
         setup.synchronize()
-        return time.perf_counter() - started if evaluates else seconds
+        return time.perf_counter() - started
 
     def close() -> None:
         close_trackers(components)
         components.close()
 
-    return TimedLoop(name, train, close), components
+    return TimedLoop(name, run_everything if evaluates else training.run, close), components
 
 
 def _other_loops(setup: BenchmarkSetup, workers: int, folder: Path) -> Iterator[TimedLoop]:
@@ -225,10 +209,3 @@ def figures(
 def _ratio(numerators: list[float], denominators: list[float]) -> float:
     """Returns the median of each round's ratio. A change of the machine's speed affects both numbers of a round."""
     return round(statistics.median(a / b for a, b in zip(numerators, denominators, strict=True)), 3)
-
-
-def _peak_memory_mb(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss counts bytes on macOS, kilobytes elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

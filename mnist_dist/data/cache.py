@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
@@ -117,7 +118,7 @@ def remove_unfinished(folder: Path) -> None:
     for path in folder.glob(f"*{UNFINISHED}"):
         rest, _, number = path.name.removesuffix(UNFINISHED).rpartition(".")
         if rest.endswith(f".{host}") and number.isdigit():
-            is_left = not _is_alive(int(number))
+            is_left = not psutil.pid_exists(int(number))
         else:
             is_left = _seconds_since_change(path) > OLDEST_SECONDS
         if is_left:
@@ -133,13 +134,3 @@ def _seconds_since_change(path: Path) -> float:
         with suppress(OSError):  # removed by another process
             times.append(each.stat().st_mtime)
     return time.time() - max(times)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True

@@ -34,6 +34,7 @@ from mnist_dist.data.cache import (
     writable_folder,
 )
 from mnist_dist.data.form import DataError, Form, convert_picture, fit_picture
+from mnist_dist.machine import count_cores
 
 VERSION = 1
 """A part of every cache's key. A change of the decoding's arithmetic needs another number."""
@@ -257,11 +258,6 @@ def _in_threads(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-
-
-def count_cores() -> int:
-    """Returns the number of processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _report(names: Sequence[str], bad: dict[int, str], on_bad_image: str, notify: Callable[[str], None]) -> None:

@@ -16,12 +16,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-import psutil
 import torch
 from torch import Tensor
 
 from mnist_dist.data.cache import map_file, remove_unfinished, unfinished_path, user_cache
 from mnist_dist.data.images import Images
+from mnist_dist.machine import free_device_memory, free_memory
 
 Place = Literal["device", "host", "disk"]
 
@@ -42,14 +42,12 @@ def choose_place(images: Tensor, device: torch.device, processes: int = 1) -> tu
     size, reasons = images.numel(), []
     if device.type == "cpu" and not is_memory_mapped(images):
         return "device", ""  # they are in memory already
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-        if size <= LARGEST_SHARE * free:
+    if device.type != "cpu":
+        on_device = free_device_memory(device)
+        if on_device is None or size <= LARGEST_SHARE * on_device:
             return "device", ""
-        reasons.append(f"the device has {_gigabytes(free)} of free memory")
-    elif device.type != "cpu":
-        return "device", ""  # PyTorch cannot tell how much memory such a device has
-    free = psutil.virtual_memory().available
+        reasons.append(f"the device has {_gigabytes(on_device)} of free memory")
+    free = free_memory()
     if processes * size <= LARGEST_SHARE * free:
         return ("device" if device.type == "cpu" else "host"), "; ".join(reasons)
     copies = f" for {processes} processes" if processes > 1 else ""

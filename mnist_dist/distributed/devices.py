@@ -7,7 +7,7 @@ import platform
 import re
 import sys
 import time
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import psutil
 import torch
@@ -15,12 +15,12 @@ from accelerate import PartialState
 from accelerate.utils import is_bf16_available
 
 from mnist_dist.distributed.launcher import launched_by_accelerate, launcher_arguments, read_proc
+from mnist_dist.machine import count_cores
 
 
 def choose_threads(state: PartialState) -> None:
     """Gives a process on the CPU an equal share of the cores of its machine, unless the user set the number of threads.
 
-    The cores are those that the affinity and the CPU quota of the process's control groups allow.
     The user sets the number with OMP_NUM_THREADS or `accelerate launch --num_cpu_threads_per_process`. If neither is
     given, `accelerate launch` and torchrun set OMP_NUM_THREADS=1 for their processes, which leaves most cores idle. So
     under a launcher this function reads the launcher's own environment instead of the environment of this process.
@@ -33,57 +33,9 @@ def choose_threads(state: PartialState) -> None:
     )
     if "OMP_NUM_THREADS" in user_variables or any("num_cpu_threads" in word for word in launcher_arguments()):
         return
-    usable = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    cores = min(usable, psutil.cpu_count(logical=False) or usable, cpu_quota() or usable)
+    usable = count_cores()
+    cores = min(usable, psutil.cpu_count(logical=False) or usable)
     torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))))
-
-
-def cpu_quota(root: Path = Path("/")) -> int | None:
-    """Returns how many whole CPUs, at least 1, the control groups of this process allow; None if there is no limit.
-
-    A container on a cluster often sees all cores of its machine, but the kernel pauses it when it has used its share of
-    CPU time. A parent group may have a lower limit than the group of the process, so the lowest limit counts.
-
-    Args:
-        root: the root of the file system; only tests change it.
-    """
-    try:
-        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    quotas = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if not controllers:  # version 2: "0::/group"
-            mounts, read = ["sys/fs/cgroup", "sys/fs/cgroup/unified"], _read_quota_v2
-        elif "cpu" in controllers.split(","):  # version 1: "4:cpu,cpuacct:/group"
-            mounts, read = [f"sys/fs/cgroup/{controllers}", "sys/fs/cgroup/cpu"], _read_quota_v1
-        else:
-            continue
-        group = PurePosixPath(path.lstrip("/"))
-        folders = [root / mount / each for mount in mounts for each in (group, *group.parents)]
-        quotas += [quota for folder in folders if (quota := read(folder))]
-    return max(1, int(min(quotas))) if quotas else None
-
-
-def _read_quota_v2(folder: Path) -> float | None:
-    """Returns the number of CPUs in cpu.max, "QUOTA PERIOD" or "max PERIOD"; None if there is no limit or no file."""
-    try:
-        quota, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
-        return int(quota) / int(period)
-    except (OSError, ValueError):
-        return None
-
-
-def _read_quota_v1(folder: Path) -> float | None:
-    """Returns the number of CPUs in cpu.cfs_quota_us, in which -1 is no limit; None if there is no limit or no file."""
-    try:
-        quota, period = (
-            int((folder / f"cpu.cfs_{name}_us").read_text(encoding="utf-8")) for name in ("quota", "period")
-        )
-        return quota / period if quota > 0 else None
-    except (OSError, ValueError):
-        return None
 
 
 def device_name(device: torch.device) -> str:
@@ -105,10 +57,39 @@ def processor() -> str:
 
 
 def supports_precision(device: torch.device, precision: str) -> bool:
-    """Returns whether Accelerate computes in a precision, a value of `mixed_precision`, on a device."""
+    """Returns whether a device computes in a precision, a value of `mixed_precision`, without emulation."""
     if precision == "fp16":
         return device.type != "cpu"  # a CPU would compute in fp32 without a warning
-    return precision != "bf16" or device.type == "cpu" or is_bf16_available(ignore_tpu=True)
+    if precision != "bf16" or device.type == "cpu":
+        return True
+    if device.type in ("cuda", "xpu"):  # PyTorch emulates bf16 on older GPUs (T4, V100), which is slower than fp32
+        return getattr(torch, device.type).is_bf16_supported(including_emulation=False)
+    return is_bf16_available(ignore_tpu=True)
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Returns the dtype of counters on a device: float64, or float32 on a GPU that has no float64.
+
+    Apple's GPUs and Intel's GPUs for desktops have none. In float32 a count is exact up to 16.7 million, and the sum of
+    n losses has a relative error below n × 6e-8. Both are read, and added in float64, at every log line.
+    """
+    if device.type == "mps":
+        return torch.float32
+    if device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64:
+        return torch.float32
+    return torch.float64
+
+
+def peak_memory(device: torch.device) -> int:
+    """Returns the peak of the bytes of tensors on a GPU that counts them, else the peak of this process's memory."""
+    if hasattr(backend := getattr(torch, device.type), "max_memory_allocated"):
+        return backend.max_memory_allocated(device)
+    try:
+        import resource  # Windows has no such module
+    except ImportError:
+        return psutil.Process().memory_info().peak_wset
+    unit = 1 if sys.platform == "darwin" else 2**10  # ru_maxrss counts bytes on macOS, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def synchronize(device: torch.device) -> None:

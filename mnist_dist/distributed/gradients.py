@@ -37,6 +37,8 @@ class GradientClock:
 
     def __init__(self) -> None:
         self.seconds = 0.0
+        self.reductions = 0
+        """Reductions that this process has started, eagerly or by the replay of a CUDA graph."""
         self.is_waiting = False
         """Whether this process has computed its gradients and waits for the other ranks. Any thread may read it."""
 
@@ -44,6 +46,7 @@ class GradientClock:
     def waiting(self) -> Iterator[None]:
         """Encloses a wait for the gradients of the other processes."""
         started, self.is_waiting = time.perf_counter(), True
+        self.reductions += 1
         try:
             yield
         finally:

@@ -41,10 +41,11 @@ def launched_world() -> PartialState:
         if not os.environ.get(name, "0").strip():
             del os.environ[name]  # Accelerate and torch read an empty variable as a number
     os.environ.update(world)
+    if size > 1 and sys.platform == "win32":
+        message = f"{size} processes: the trainer supports one process on Windows; use Linux or WSL 2 for more"
+        raise RecipeError([Problem("the launcher", "WORLD_SIZE", message, "unsupported")])
     # Accelerator reads ACCELERATE_USE_CPU, PartialState does not: without it, two CPU processes would be two worlds.
-    # The meter sums in float64, which Apple's GPUs do not support: a Mac trains on its CPU.
-    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or torch.backends.mps.is_available()
-    cpu = cpu or (size > 1 and not torch.accelerator.is_available())
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or (size > 1 and not _has_communicating_accelerator())
     backend = {"backend": "gloo"} if cpu and size > 1 else {}
     try:
         # Without this variable Accelerate would choose a number of threads and warn; `choose_threads` chooses it.
@@ -61,6 +62,12 @@ def launched_world() -> PartialState:
     if size > 1 and state.num_processes != size:
         raise RecipeError([_unjoined(world, f"{state.device.type} processes found no way to communicate")])
     return state
+
+
+def _has_communicating_accelerator() -> bool:
+    """Returns whether processes can communicate on this machine's accelerator; those of a Mac use its CPU."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return found is not None and found.type != "mps"
 
 
 def end_process(code: int) -> NoReturn:

@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-"""SIGHUP comes when the terminal or the SSH connection closes."""
+NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP", "SIGBREAK")
+"""SIGHUP comes when the terminal or the SSH connection closes. Of the last three, Windows has SIGBREAK only."""
+
+SIGNALS: tuple[signal.Signals, ...] = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 
 PREEMPTED = 75
 """Exit code of a run that saved a checkpoint and stopped on request, or stopped before it began.
@@ -33,14 +35,14 @@ and a moment later the launcher forwards it."""
 AGREE_SECONDS = 0.5
 """Approximate interval at which the ranks exchange their stop requests."""
 
-LAUNCHER_DIED = signal.SIGUSR1
+LAUNCHER_DIED = getattr(signal, "SIGUSR1", None)
 """Signal that the kernel sends when the launcher dies. It differs from SIGTERM because it never counts as a second
 request."""
 
 
 def handled_signals() -> list[signal.Signals]:
     """Returns the signals that request a stop. `nohup` ignores SIGHUP, and then this process does too."""
-    return [each for each in SIGNALS if each != signal.SIGHUP or signal.getsignal(each) is not signal.SIG_IGN]
+    return [each for each in SIGNALS if each.name != "SIGHUP" or signal.getsignal(each) is not signal.SIG_IGN]
 
 
 def exit_on_signals() -> None:

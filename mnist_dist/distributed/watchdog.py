@@ -38,9 +38,11 @@ COLLECTIVE_FILES = re.compile("distributed_c10d|_fully_shard")
 class Watchdog:
     """Runs a thread inside the context that compares the time since the last `beat` with a limit.
 
-    Every rank writes a report into the process group's store: its step, its stack, and whether it waits for other
-    ranks. Without progress, every rank reads all reports: the rank that does not wait is the one that hangs. Does
-    nothing in a world of one process.
+    Every rank writes a report into the process group's store: its step, its stack, and its position, which grows with
+    every beat and with every collective that the rank starts. Without progress, every rank reads all reports: the rank
+    with the lowest position is the one that hangs, because all others have started a collective that it has not. On a
+    GPU a rank waits for a collective in any call that reads a value, so its stack does not tell. Does nothing if one
+    process runs.
 
     Args:
         seconds: the limit. All processes end with exit code 1 when the time since the last beat exceeds both this limit
@@ -103,6 +105,7 @@ class Watchdog:
             "rank": self._rank,
             "serial": self._serial,
             "step": self._step,
+            "position": [self._beats, self._count_collectives(), self._clock.reductions],
             "where": f"{socket.gethostname()}, pid {os.getpid()}",
             "waits": self._clock.is_waiting or any(COLLECTIVE_FILES.search(entry.filename) for entry in stack[-6:]),
             "saving": any(entry.name == "wait_until_written" for entry in stack),
@@ -122,6 +125,13 @@ class Watchdog:
         thread.join(2 * self._period + 1 + LAST_WORDS_SECONDS)
         return found[0] if found else []
 
+    def _count_collectives(self) -> int:
+        """Returns how many collectives this rank has started. Not included are those inside a replayed CUDA graph."""
+        with suppress(RuntimeError):  # a backend without this number
+            group: Any = dist.distributed_c10d._get_default_group()  # torch does not declare the method
+            return group._get_sequence_number_for_group()
+        return 0
+
     def _collect(self) -> list[dict[str, Any]]:
         """Returns the last report of every rank. A rank is `alive` if its watchdog thread still publishes."""
         before = self._read()
@@ -130,7 +140,8 @@ class Watchdog:
         while time.monotonic() < until and not self._end.wait(self._period):
             self._publish()
         after = self._read()
-        unknown = {"serial": 0, "step": 0, "where": "no report", "waits": False, "saving": False, "stack": ""}
+        unknown: dict[str, Any] = dict.fromkeys(("serial", "step"), 0) | dict.fromkeys(("waits", "saving"), False)
+        unknown |= {"position": [], "where": "no report", "stack": ""}  # no position is lower
         reports = [{"rank": rank} | after.get(rank, unknown) for rank in range(self._world_size)]
         for each in reports:
             earlier = before.get(each["rank"], unknown)["serial"]
@@ -170,8 +181,10 @@ class Watchdog:
 
 def describe(reports: list[dict[str, Any]], seconds: float) -> str:
     """Returns the message for the user: which ranks hang, where, and which ranks wait for them."""
-    hanging = [each for each in reports if not each["alive"] or not each["waits"]] or reports
+    hanging = find_hanging(reports)
     lines = [f"mnist_dist: no progress for {seconds:.0f} s; all processes end"]
+    if len(hanging) == len(reports) and all(each["alive"] for each in reports):
+        lines.append("  no rank is behind the others: a device or the network between the devices may hang")
     for each in hanging:
         state = "hangs" if each["alive"] else "is frozen or has ended"
         lines += [f"  rank {each['rank']} ({each['where']}) {state} in step {each['step']}:", each["stack"].rstrip()]
@@ -180,3 +193,12 @@ def describe(reports: list[dict[str, Any]], seconds: float) -> str:
         lines.append(f"  waiting: rank {', '.join(waiting)}")
     lines.append("run the same command again to resume from the last checkpoint")
     return "\n".join(lines)
+
+
+def find_hanging(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the reports of the ranks that hang: those that publish no more, and those that all others wait for."""
+    lowest = min(each["position"] for each in reports)
+    behind = [each for each in reports if not each["alive"] or (each["position"] == lowest and not each["waits"])]
+    if 0 < len(behind) < len(reports):
+        return behind
+    return [each for each in reports if not each["alive"] or not each["waits"]] or reports

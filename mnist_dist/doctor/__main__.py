@@ -36,17 +36,24 @@ from mnist_dist.doctor.checks import (
     check_all_reduce,
     check_clocks,
     check_folder,
+    check_gpus,
+    check_limits,
     check_links,
     check_space,
-    check_training_alone,
-    check_training_distributed,
     check_versions,
     check_wandb,
     check_world,
     format_ranks,
 )
-from mnist_dist.doctor.measurements import REFERENCE, train_distributed
+from mnist_dist.doctor.comparison import Times, compare, find_mismatch, read_report, times_of
 from mnist_dist.doctor.ranks import ActionFailed, Ranks
+from mnist_dist.doctor.reference import FILE, REFERENCES, train_alone, train_distributed
+from mnist_dist.doctor.training import (
+    check_training_alone,
+    check_training_captured,
+    check_training_distributed,
+    check_training_other,
+)
 from mnist_dist.engine.files import write_atomically
 from mnist_dist.errors import Problem, RecipeError
 from mnist_dist.run.provenance import git_commit, versions
@@ -57,24 +64,35 @@ STYLES = {SLOW: "yellow", WARN: "yellow", FAIL: "bold red"}
 BETWEEN_RANKS = {"clocks", "peer to peer", "all-reduce"}
 """Checks that need at least two ranks."""
 
+Check = Callable[[Ranks], Findings]
 
-def examine(ranks: Ranks, run_dir: Path, world_size: int | None = None) -> list[Row]:
-    """Runs all checks. A check that fails on a rank becomes a row, and the next check runs.
 
-    Collective: call on every rank.
-    """
-    checks: dict[str, Callable[[Ranks], Findings]] = {
+def list_checks(run_dir: Path, world_size: int | None = None) -> dict[str, Check]:
+    """Returns all checks by their names in the table, in their order."""
+    return {
         "world": partial(check_world, expected=world_size),
         "versions": check_versions,
         "clocks": check_clocks,
+        "limits": check_limits,
         "free space": partial(check_space, run_dir=run_dir),
         "run folder": partial(check_folder, run_dir=run_dir),
         "peer to peer": check_links,
         "all-reduce": check_all_reduce,
         "W&B": check_wandb,
         "training, each rank alone": check_training_alone,
+        "training, batch norm": partial(check_training_other, name="batch norm"),
+        "training, bf16": partial(check_training_other, name="bf16"),
         "training, distributed": check_training_distributed,
+        "training, captured": check_training_captured,
+        "GPUs": check_gpus,  # after the training: an idle GPU is not throttled
     }
+
+
+def examine(ranks: Ranks, checks: dict[str, Check]) -> list[Row]:
+    """Runs checks. A check that fails on a rank becomes a row, and the next check runs.
+
+    Collective: call on every rank.
+    """
     rows = []
     for name, check in checks.items():
         if ranks.size == 1 and name in BETWEEN_RANKS:
@@ -113,7 +131,7 @@ def conclude(rows: list[Row]) -> str:
     return f"fit to train; see {warnings}" if warnings else "fit to train"
 
 
-def report(rows: list[Row], world_size: int, seconds: float, path: Path | None) -> None:
+def report(rows: list[Row], ranks: Ranks, seconds: float, path: Path | None) -> None:
     """Prints the table and the conclusion, and writes both as JSON to `path` if one is given.
 
     Args:
@@ -129,7 +147,8 @@ def report(rows: list[Row], world_size: int, seconds: float, path: Path | None) 
     console.print(table)
     console.print(f"{conclude(rows)} ({seconds:.0f} s)", markup=False, highlight=False, soft_wrap=True)
     if path:
-        facts = {"fit": is_fit(rows), "world_size": world_size, "seconds": round(seconds, 1)}
+        world = {"world_size": ranks.size, "device": device_name(ranks.device)}
+        facts = {"fit": is_fit(rows), **world, "seconds": round(seconds, 1)}
         origin = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "versions": versions()}
         content = facts | origin | {"checks": [asdict(row) for row in rows]}
         write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
@@ -144,8 +163,10 @@ def write_reference(ranks: Ranks) -> None:
         "versions": versions(),
         "git_commit": git_commit(),
     }
-    content = {"losses": train_distributed(ranks.device)["losses"], **origin}
-    write_atomically(REFERENCE, json.dumps(content, indent=2) + "\n")
+    losses = {name: train_alone(ranks.device, name)["losses"] for name in REFERENCES}
+    losses["lenet5"] = train_distributed(ranks.device)["losses"]  # the trainer's own update
+    content = {"losses": losses, **origin}
+    write_atomically(FILE, json.dumps(content, indent=2) + "\n")
 
 
 # --- the command line ---------------------------------------------------------------------------------------------
@@ -168,11 +189,26 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise RecipeError(problems)
 
 
+def read_on_rank_0(ranks: Ranks, path: Path) -> Times:
+    """Returns the times of an earlier report, which only the node of rank 0 need have. Collective: call on every rank.
+
+    Raises:
+        RecipeError: on every rank, if the report cannot be read or is of another world.
+    """
+    before = ranks.run(lambda: read_report(path) if ranks.rank == 0 else {})[0]
+    if "problem" in before:
+        raise RecipeError([Problem("command line", "--compare", before["problem"], before["kind"])])
+    device = ranks.run(lambda: device_name(ranks.device))[0]
+    if mismatch := find_mismatch(before, ranks.size, device):
+        raise RecipeError([Problem("command line", "--compare", mismatch, "conflict")])
+    return before["times"]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command.
 
     Returns:
-        The exit code: 0 fit to train, 1 not fit, 2 bad command line.
+        The exit code: 0 fit to train, 1 not fit or slower than before, 2 bad command line.
     """
     started = time.monotonic()
     arguments = parse("doctor", argv)
@@ -186,11 +222,19 @@ def main(argv: list[str] | None = None) -> int:
             raise RecipeError([Problem("command line", "--write-reference", message, "world")])
         write_reference(ranks)
         return 0
-    rows = examine(ranks, arguments.run_dir.absolute(), arguments.world_size)
+    before = read_on_rank_0(ranks, arguments.compare) if arguments.compare else None
+    checks = list_checks(arguments.run_dir.absolute(), arguments.world_size)
+    rows = examine(ranks, checks)
+    if before is not None:
+
+        def again(check: str) -> Times:
+            return times_of(examine(ranks, {check: checks[check]}))
+
+        rows += compare(before, times_of(rows), again, arguments.compare.name)
 
     def report_on_rank_0() -> None:
         if ranks.rank == 0:
-            report(rows, ranks.size, time.monotonic() - started, arguments.json)
+            report(rows, ranks, time.monotonic() - started, arguments.json)
 
     try:
         ranks.run(report_on_rank_0)  # the other ranks wait: a launcher ends all processes once one has ended

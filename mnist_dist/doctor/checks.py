@@ -19,19 +19,19 @@ import torch
 
 from mnist_dist.distributed.devices import device_name
 from mnist_dist.distributed.launcher import check_size, launch_settings
+from mnist_dist.doctor.gpu import query_gpu
 from mnist_dist.doctor.measurements import (
+    SHARED_MEMORY,
     SIZES,
     WANDB_SECONDS,
     FolderMeasurement,
     clock_offset,
     free_space,
+    limits,
     measure_all_reduce,
     measure_links,
     read_clock,
-    reference_losses,
     time_request,
-    train_alone,
-    train_distributed,
 )
 from mnist_dist.doctor.ranks import ActionFailed, Ranks
 from mnist_dist.errors import RecipeError
@@ -49,6 +49,8 @@ class Finding(NamedTuple):
     """The measured value or what is wrong."""
     ranks: str = ""
     """The ranks concerned."""
+    seconds: dict[str, float] | None = None
+    """Times of the slowest rank, which a later examination can be compared with."""
 
 
 Findings = Iterator[Finding]
@@ -62,6 +64,7 @@ class Row:
     verdict: str
     figure: str
     ranks: str
+    seconds: dict[str, float] | None = None
 
 
 # --- figures ------------------------------------------------------------------------------------------------------
@@ -148,11 +151,13 @@ def check_world(ranks: Ranks, expected: int | None) -> Findings:
 
 
 def check_versions(ranks: Ranks) -> Findings:
-    """Fails if Python, a package, CUDA or the commit is not the same on all ranks."""
+    """Fails if Python, a package, CUDA, NCCL or the commit is not the same on all ranks."""
 
     def describe() -> dict[str, str]:
         commit, dash, dirty = (git_commit() or "unknown").partition("-")
-        return {**versions(), "cuda": torch.version.cuda or "none", "commit": commit[:12] + dash + dirty}
+        nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else "none"
+        cuda = torch.version.cuda or "none"
+        return {**versions(), "cuda": cuda, "nccl": nccl, "commit": commit[:12] + dash + dirty}
 
     results, equal = ranks.run(describe), True
     for name in results[0]:
@@ -165,16 +170,58 @@ def check_versions(ranks: Ranks) -> Findings:
         yield Finding(OK, ", ".join(f"{name} {version}" for name, version in results[0].items()))
 
 
-LOW_SPACE = 1e9
-"""Free bytes below which a rank is reported: about what the largest bundled network needs with its optimizer."""
+LOW_SPACE, LOW_SHARED_MEMORY = 1e9, 2.5e8
+"""Free bytes below which a rank is reported: about what the largest bundled network needs with its optimizer, and four
+times what Docker gives a container, which is too little for NCCL."""
+
+
+def check_limits(ranks: Ranks) -> Findings:
+    """Reports the cores that each rank may use and the memory limit of its control groups."""
+    results = ranks.run(limits)
+    cores = [result["cores"] for result in results]
+    few = [rank for rank, result in enumerate(results) if result["cores"] < result["machine"]]
+    spread = f"{min(cores)}" + (f" to {max(cores)}" if max(cores) > min(cores) else "")
+    memory = min((result["memory"] for result in results if result["memory"]), default=None)
+    figure = f"{spread} of {max(result['machine'] for result in results)} cores, "
+    yield Finding(
+        OK, figure + (f"memory limit {format_bytes(memory)}" if memory else "no memory limit"), format_ranks(few)
+    )
+
+
+def check_gpus(ranks: Ranks) -> Findings:
+    """Reports drivers, uncorrected memory errors and throttled clocks, where nvidia-smi tells."""
+    results = dict(enumerate(ranks.run(partial(query_gpu, ranks.device))))
+    if not any(results.values()):
+        yield Finding(OK, "no NVIDIA GPU")
+        return
+    told = {rank: result for rank, result in results.items() if "driver" in result}
+    for problem in dict.fromkeys(result["problem"] for result in results.values() if "problem" in result):
+        yield Finding(NOTE, problem, format_ranks(r for r, each in results.items() if each.get("problem") == problem))
+    faults = {
+        (WARN, "uncorrected ECC errors since the driver was loaded"): [r for r in told if told[r]["ecc_errors"]],
+        (WARN, "memory pages are to be replaced: reset the GPU"): [r for r in told if told[r]["needs_reset"]],
+    }
+    for reason in dict.fromkeys(reason for each in told.values() for reason in each["throttling"]):
+        faults[SLOW, f"clocks are throttled ({reason})"] = [r for r in told if reason in told[r]["throttling"]]
+    drivers = Counter(each["driver"] for each in told.values())
+    if len(drivers) > 1:
+        common = drivers.most_common(1)[0][0]
+        faults[WARN, f"another driver than {common}"] = [r for r in told if told[r]["driver"] != common]
+    for (verdict, message), found in faults.items():
+        if found:
+            yield Finding(verdict, message, format_ranks(found))
+    if told and not any(faults.values()):
+        hottest = max((each["temperature"] or 0 for each in told.values()), default=0)
+        yield Finding(OK, f"driver {next(iter(drivers))}, no ECC errors, not throttled, at most {hottest} °C")
 
 
 def check_space(ranks: Ranks, run_dir: Path) -> Findings:
-    """Reports free memory of the host and the GPU, and free disk space for the run folder."""
+    """Reports free memory of the host and the GPU, free shared memory, and free disk space for the run folder."""
     results = ranks.run(partial(free_space, ranks.device, run_dir))
     for name in results[0]:
         free = [result.get(name, 0) for result in results]
-        low = [rank for rank, each in enumerate(free) if each < LOW_SPACE]
+        lowest = LOW_SHARED_MEMORY if name == str(SHARED_MEMORY) else LOW_SPACE
+        low = [rank for rank, each in enumerate(free) if each < lowest]
         yield Finding(WARN if low else OK, f"{name}: at least {format_bytes(min(free))} free", format_ranks(low))
 
 
@@ -199,7 +246,7 @@ def check_folder(ranks: Ranks, run_dir: Path) -> Findings:
     slow = [rank for rank, each in enumerate(seconds) if each > 1.0]  # absolute: other writes delay a flush
     visible = "" if pairs or ranks.size == 1 else f"; all {ranks.size} ranks see all files"
     figure = f"{run_dir}: write, flush and rename in {format_milliseconds(max(seconds))}{visible}"
-    yield Finding(SLOW if slow else OK, figure, format_ranks(slow))
+    yield Finding(SLOW if slow else OK, figure, format_ranks(slow), {"write": max(seconds)})
 
 
 def check_wandb(ranks: Ranks) -> Findings:
@@ -245,7 +292,8 @@ def check_links(ranks: Ranks) -> Findings:
         slow = {links[i]: {size: seconds[i]} for size, seconds in table.items() for i in slow_positions(seconds)}
         named = ", ".join(f"{rank}→{(rank + 1) % ranks.size} ({format_speeds(own)})" for rank, own in slow.items())
         median = {size: statistics.median_low(seconds) for size, seconds in table.items()}
-        yield Finding(SLOW if slow else OK, f"{kind}: {format_speeds(median)}", named)
+        slowest = {f"{kind}, {size}": max(seconds) for size, seconds in table.items()}
+        yield Finding(SLOW if slow else OK, f"{kind}: {format_speeds(median)}", named, slowest)
 
 
 def check_all_reduce(ranks: Ranks) -> Findings:
@@ -253,7 +301,7 @@ def check_all_reduce(ranks: Ranks) -> Findings:
     results = ranks.run(partial(measure_all_reduce, ranks), collective=True)
     yield from _wrong_sizes("wrong sums", [result["wrong"] for result in results])
     median = {size: statistics.median(result["seconds"][size] for result in results) for size in SIZES}
-    yield Finding(OK, format_speeds(median))
+    yield Finding(OK, format_speeds(median), "", {size: max(r["seconds"][size] for r in results) for size in SIZES})
 
 
 def _wrong_sizes(message: str, sizes: list[list[str]]) -> Findings:
@@ -266,59 +314,3 @@ def _wrong_sizes(message: str, sizes: list[list[str]]) -> Findings:
     if wrong:
         found = ", ".join(sorted({size for own in wrong.values() for size in own}))
         yield Finding(FAIL, f"{message} ({found})", format_ranks(wrong))
-
-
-# --- checks of training -------------------------------------------------------------------------------------------
-
-
-EARLY_STEPS, EARLY_TOLERANCE, TOLERANCE = 5, 1e-5, 1e-3
-"""Allowed relative deviations from the reference losses. Other processors, kernels and world sizes add in another
-order. Measured with 1 to 4 processes, other kernels, float64, and weights changed by up to 1e-6: the first five losses
-agree to 3e-7. Later a ReLU can fall to the other side of zero, which Adam amplifies, to 3e-4 at most. The faults to be
-found exceed the early tolerance: TF32 (5e-5), a learning rate that is wrong by 0.1 % (3e-5), one wrong pixel in every
-batch (2e-5), one weight that is wrong by 0.01 (2e-4)."""
-
-
-def check_training_alone(ranks: Ranks) -> Findings:
-    """Trains complete batches on every rank separately, because a mean over ranks could hide a wrong or slow rank."""
-    reference = ranks.run(reference_losses)[0]
-    results = ranks.run(partial(train_alone, ranks.device))
-    yield from compare_losses([result["losses"] for result in results], reference)
-    seconds = [result["seconds"] for result in results]
-    slow = slow_positions(seconds)
-    spread = f"{1000 * min(seconds):.1f}" + (f" to {1000 * max(seconds):.1f}" if ranks.size > 1 else "")
-    yield Finding(SLOW if slow else OK, f"{spread} ms per step of 128 images", format_ranks(slow))
-
-
-def check_training_distributed(ranks: Ranks) -> Findings:
-    """Runs the same training with the trainer's own update: batches split over the ranks, gradients reduced."""
-    reference = ranks.run(reference_losses)[0]
-    results = ranks.run(partial(train_distributed, ranks.device), collective=True)
-    yield from compare_losses([result["losses"] for result in results], reference)
-    others = most_common([result["weights"] for result in results])[1]
-    if others:  # GPUs of different kinds may round differently, so this alone does not fail
-        yield Finding(WARN, "the weights after training are not identical on all ranks", format_ranks(others))
-
-
-def compare_losses(curves: list[list[float]], reference: list[float]) -> Findings:
-    """Compares the losses of every rank with the reference losses. NaN fails.
-
-    Args:
-        curves: losses by rank and step.
-        reference: losses by step.
-    """
-    wrong: dict[str, list[int]] = {}
-    largest = 0.0
-    for rank, losses in enumerate(curves):
-        for step, (loss, expected) in enumerate(zip(losses, reference, strict=True), start=1):
-            deviation = abs(loss / expected - 1)
-            if not deviation <= (EARLY_TOLERANCE if step <= EARLY_STEPS else TOLERANCE):
-                message = f"step {step}: loss {loss:.6f}, reference {expected:.6f} (deviation {deviation:.1e})"
-                wrong.setdefault(message, []).append(rank)
-                break
-            largest = max(largest, deviation)
-    for message, failed in wrong.items():
-        yield Finding(FAIL, message, format_ranks(failed))
-    if not wrong:
-        tolerance = f"allowed {EARLY_TOLERANCE:.0e}, after step {EARLY_STEPS} {TOLERANCE:.0e}"
-        yield Finding(OK, f"{len(reference)} losses within {largest:.1e} of the reference ({tolerance})")

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import platform
 import shutil
-import statistics
 import time
 import urllib.error
 import urllib.request
@@ -18,31 +15,36 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from mnist_dist.data import Batches, Dataset, load_dataset
 from mnist_dist.distributed.devices import synchronize
 from mnist_dist.doctor.ranks import Ranks
-from mnist_dist.engine.optimizers import build_optimizer
-from mnist_dist.engine.schedules import set_rates
-from mnist_dist.recipe.loading import load_recipe
-from mnist_dist.recipe.schema import Recipe
-from mnist_dist.run.build import build_components
-from mnist_dist.run.kernels import set_kernels
-from mnist_dist.run.model_setup import build_module
-from mnist_dist.run.model_trial import to_device
+from mnist_dist.machine import count_cores, free_device_memory, free_memory, memory_limit
 
 # --- the machine --------------------------------------------------------------------------------------------------
 
 
+SHARED_MEMORY = Path("/dev/shm")
+"""NCCL's processes on one node communicate through it."""
+
+
 def free_space(device: torch.device, run_dir: Path) -> dict[str, int]:
-    """Returns free bytes of host memory, GPU memory, and the disk of the run folder, which need not exist."""
-    free = {"memory": psutil.virtual_memory().available}
-    if device.type == "cuda":
-        free["GPU memory"] = torch.cuda.mem_get_info(device)[0]
+    """Returns free bytes of host memory, GPU memory, shared memory, and the disk of the run folder.
+
+    Host memory is what the control groups of this process leave. The folder need not exist.
+    """
+    free = {"memory": free_memory()}
+    if device.type != "cpu" and (on_device := free_device_memory(device)) is not None:
+        free["GPU memory"] = on_device
+    if SHARED_MEMORY.is_dir():
+        free[str(SHARED_MEMORY)] = shutil.disk_usage(SHARED_MEMORY).free
     folder = next(path for path in (run_dir, *run_dir.parents) if path.is_dir())
     return free | {"disk": shutil.disk_usage(folder).free}
+
+
+def limits() -> dict[str, Any]:
+    """Returns the `cores` of this process, those of the `machine`, and the `memory` limit in bytes or None."""
+    return {"cores": count_cores(), "machine": psutil.cpu_count() or 1, "memory": memory_limit()}
 
 
 VISIBLE_WITHIN = 5.0
@@ -233,65 +235,3 @@ def measure_all_reduce(ranks: Ranks) -> dict[str, Any]:
         if bool((values != ranks.size * (ranks.size + 1) // 2).any()):
             wrong.append(size)
     return {"seconds": seconds, "wrong": wrong}
-
-
-# --- the reference training ---------------------------------------------------------------------------------------
-
-REFERENCE = Path(__file__).with_name("reference_losses.json")
-STEPS = 20
-
-
-def reference_losses() -> list[float]:
-    """Returns the losses of the reference training, which are part of this package."""
-    return json.loads(REFERENCE.read_text(encoding="utf-8"))["losses"]
-
-
-def build_reference() -> tuple[Recipe, Dataset, nn.Module]:
-    """Returns recipe, data and network of the reference training: lenet5 in fp32 with seed 0 on synthetic data."""
-    overrides = ("seed=0", "batch_size=128", "epochs=1", f"max_steps={STEPS}", "mixed_precision=no", "engine.tf32=off")
-    recipe = load_recipe("lenet5", *overrides, "data.dataset=synthetic", "tracking.wandb.mode=disabled")
-    set_kernels(recipe)  # TF32 keeps ten bits of the mantissa and would hide faults as small as its rounding
-    data = load_dataset("synthetic")
-    return recipe, data, build_module(recipe, data)
-
-
-def train_alone(device: torch.device) -> dict[str, Any]:
-    """Trains complete batches in a plain loop on this rank; returns `losses` and the median `seconds` of a step."""
-    recipe, dataset, module = build_reference()
-    data, augmentation = dataset.train.to(device), recipe.data.augment.build()
-    to_device(module, device, channels_last=True)
-    rate = recipe.optimizer.lr or 0.0  # constant within an epoch
-    optimizer = build_optimizer(module, recipe.optimizer.name, lr=rate, **recipe.optimizer.keywords)
-    batches = Batches(len(data), recipe.batch_size, recipe.seed, augmentation=augmentation)
-    plan, losses, seconds = batches.plan(0), [], []
-    for step in range(STEPS):
-        started = time.perf_counter()
-        rows = batches.rows(plan, step).to(device)
-        changes = batches.changes(plan.epoch, rows)
-        assert changes is not None
-        images = augmentation.apply(data.images[rows], changes)
-        loss = F.cross_entropy(module(data.normalize(images)), data.labels[rows])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-        synchronize(device)
-        seconds.append(time.perf_counter() - started)
-    return {"losses": losses, "seconds": statistics.median(seconds)}
-
-
-def train_distributed(device: torch.device) -> dict[str, Any]:
-    """Trains with the trainer's own update, each batch split over all ranks. Collective: call on every rank.
-
-    Returns:
-        `losses`, and the SHA-256 of the final `weights`.
-    """
-    recipe, data, module = build_reference()
-    components = build_components(recipe, "no", data.train, module)
-    plan, losses = components.batches.plan(0), []
-    for step in range(STEPS):
-        set_rates(components.update.optimizer, components.schedule, step)
-        components.update(plan, step, step)
-        losses.append(components.meter.read()["train/loss"])
-    weights = b"".join(parameter.detach().cpu().numpy().tobytes() for parameter in components.module.parameters())
-    return {"losses": losses, "weights": hashlib.sha256(weights).hexdigest()}

@@ -116,11 +116,14 @@ class Ranks:
             `result`, or `error` and, after a timeout, whether the thread `waits` for other ranks.
         """
         outcome: dict[str, Any] = {}
+        # The current device is per thread, and the device of a single process has no index.
+        is_used = self.device.type == "cuda" and torch.cuda.is_initialized()
+        gpu = torch.cuda.current_device() if is_used and self.device.index is None else self.device.index
 
         def work() -> None:
             try:
-                if self.device.type == "cuda" and self.device.index is not None:  # the current device is per thread
-                    torch.cuda.set_device(self.device)
+                if self.device.type == "cuda" and gpu is not None:
+                    torch.cuda.set_device(gpu)
                 outcome["result"] = json.loads(json.dumps(action()))
             except BaseException as error:
                 outcome["error"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

@@ -190,6 +190,7 @@ class CapturedStep:
     def _replay(self, replay: Callable[[], None], step: int) -> None:
         self._step.seed(step, self._step.accelerator.process_index)
         replay()
+        self.clock.reductions += 1
         self._last_replay = replay
 
     def _warm_up(self, batch: Batch, step: int) -> None:

@@ -15,16 +15,18 @@ class Guard:
     """Undoes a step whose gradient is not finite.
 
     Args:
-        tensors: what a step writes apart from weights and the optimizer's state; of any dtypes, on one device.
+        figures: what a step counts, on the device; never saved as a tensor.
+        buffers: the network's buffers, of any dtypes, on the same device.
         on_device: whether the device skips a bad update without the host. The memory of the tensors is then moved into
-            one block, which two kernels store and restore whatever their number. The tensors stay the same objects.
+            one block for each dtype of the buffers, because a kernel for each of many tensors would take longer than
+            its work. The tensors stay the same objects.
         stays_set: whether all steps after a bad one count as bad, until `take`.
     """
 
-    def __init__(self, tensors: list[Tensor], *, on_device: bool, stays_set: bool):
-        device = tensors[0].device
+    def __init__(self, figures: Tensor, buffers: list[Tensor], *, on_device: bool, stays_set: bool):
+        device = figures.device
         self._stays_set = stays_set
-        self._tensors = [_join(tensors)] if on_device else tensors
+        self._tensors = _join(figures, buffers) if on_device else [figures, *buffers]
         self._before = [torch.zeros_like(each) for each in self._tensors]
         self.bad = torch.zeros((), dtype=torch.bool, device=device)
         """Whether the latest step was bad."""
@@ -41,8 +43,7 @@ class Guard:
 
     def store(self) -> None:
         """Stores the content of the tensors. Call it before a step."""
-        for before, tensor in zip(self._before, self._tensors, strict=True):
-            before.copy_(tensor)
+        torch._foreach_copy_(self._before, self._tensors)
 
     def find(self, norm: Tensor) -> None:
         """Sets `bad` if the norm of the gradient is not finite."""
@@ -73,13 +74,20 @@ class Guard:
 
 
 @torch.no_grad()
-def _join(tensors: list[Tensor]) -> Tensor:
-    """Moves the memory of tensors into one block; returns the block, int64."""
-    sizes = [-(-each.nbytes // ALIGNMENT) * ALIGNMENT for each in tensors]
-    block = torch.zeros(sum(sizes), dtype=torch.uint8, device=tensors[0].device)
-    for tensor, piece in zip(tensors, block.split(sizes), strict=True):
-        strides = torch.empty_like(tensor, device="meta").stride()  # of dense memory
-        view = piece.view(tensor.dtype).as_strided(tensor.shape, strides)
-        view.copy_(tensor)
-        tensor.data = view
-    return block.view(torch.int64)
+def _join(figures: Tensor, buffers: list[Tensor]) -> list[Tensor]:
+    """Moves the memory of tensors into blocks; returns the blocks as int64."""
+    # `torch.save` refuses tensors of two dtypes in one block. The figures are not saved, so any block may hold them.
+    dtypes = list(dict.fromkeys(each.dtype for each in buffers))
+    groups = [[each for each in buffers if each.dtype == dtype] for dtype in dtypes] or [[]]
+    groups[0].append(figures)
+    blocks = []
+    for group in groups:
+        sizes = [-(-each.nbytes // ALIGNMENT) * ALIGNMENT for each in group]
+        block = torch.zeros(sum(sizes), dtype=torch.uint8, device=figures.device)
+        for tensor, piece in zip(group, block.split(sizes), strict=True):
+            strides = torch.empty_like(tensor, device="meta").stride()  # of dense memory
+            view = piece.view(tensor.dtype).as_strided(tensor.shape, strides)
+            view.copy_(tensor)
+            tensor.data = view
+        blocks.append(block.view(torch.int64))
+    return blocks

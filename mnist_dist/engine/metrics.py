@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from mnist_dist.distributed.devices import Moment, runs_behind
+from mnist_dist.distributed.devices import Moment, peak_memory, runs_behind, sum_dtype
 from mnist_dist.distributed.gradients import GradientClock
 
 
@@ -19,7 +19,7 @@ class Reading:
     """The figures of an interval of training, on their way from the device to the host."""
 
     figures: Tensor
-    """float64, on the host: sums of loss, correct predictions and samples, seconds that all processes agree on, samples
+    """On the host: sums of loss, correct predictions and samples, seconds that all processes agree on, samples
     of each process, then the values that were read with them. Valid once `end` has come."""
     own_sums: Tensor
     """The sums of this process, on the device."""
@@ -45,7 +45,8 @@ class Meter:
         self._accelerator = accelerator
         self.reads_behind = runs_behind(accelerator.device) and accelerator.scaler is None
         """Whether figures are better read an interval late. With a gradient scaler the host waits anyway."""
-        self.sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+        self._dtype = sum_dtype(accelerator.device)
+        self.sums = torch.zeros(3, dtype=self._dtype, device=accelerator.device)
         """Loss, correct predictions and samples since the last reading. Written in place and never replaced."""
         self._rows: dict[int, Tensor] = {}
         """Number of samples -> loss, correct predictions and number of the latest micro-batch of that size."""
@@ -72,11 +73,11 @@ class Meter:
         """
         count, found = len(targets), logits.argmax(dim=1)
         if count not in self._rows:  # filled on the device, without a transfer
-            self._rows[count] = torch.full((3,), float(count), dtype=torch.float64, device=loss_sum.device)
+            self._rows[count] = torch.full((3,), float(count), dtype=self._dtype, device=loss_sum.device)
         row = self._rows[count]
         row[0].copy_(loss_sum)
         if targets.ndim == 1:
-            torch.sum(found == targets, dim=0, dtype=torch.float64, out=row[1])
+            torch.sum(found == targets, dim=0, dtype=self._dtype, out=row[1])
         else:
             row[1].copy_(targets.gather(1, found[:, None]).sum())
         self.sums += row
@@ -110,11 +111,11 @@ class Meter:
             self._count_time(steps, end.seconds_since(start), self._seconds_before)
         agreed_steps, seconds = self._unsent
         self._unsent = 0, 0.0
-        row = torch.zeros(4 + self._accelerator.num_processes, dtype=torch.float64, device=device)
+        row = torch.zeros(4 + self._accelerator.num_processes, dtype=self._dtype, device=device)
         row[:3], row[4 + rank] = own_sums, own_sums[2]
         row[3] = seconds if self._accelerator.is_main_process else 0.0
         row = self._accelerator.reduce(row, reduction="sum")
-        row = torch.cat([row, *(value.double().reshape(1) for value in values)])
+        row = torch.cat([row, *(value.to(self._dtype).reshape(1) for value in values)])
         figures = row.to("cpu", non_blocking=self.reads_behind)
         if self.reads_behind:
             end = Moment(device)
@@ -159,7 +160,7 @@ class Meter:
         if self.reads_behind:
             steps, seconds = self._unsent
             self._unsent = 0, 0.0
-            known = torch.tensor([seconds if self._accelerator.is_main_process else 0.0], dtype=torch.float64)
+            known = torch.tensor([seconds if self._accelerator.is_main_process else 0.0], dtype=self._dtype)
             self._note_agreed(
                 steps, float(self._accelerator.reduce(known.to(self._accelerator.device), reduction="sum"))
             )
@@ -182,11 +183,11 @@ class Meter:
     def gauges(self) -> dict[str, float]:
         """Returns the memory in MB on rank 0, and each process's images/s between the last two reads.
 
-        Memory is the peak of tensors on a GPU, or the current size of the process on a CPU.
+        Memory is the peak of tensors on a GPU that counts them, or the current size of the process.
         """
         device = self._accelerator.device
-        on_gpu = device.type == "cuda"
-        used = torch.cuda.max_memory_allocated(device) if on_gpu else psutil.Process().memory_info().rss
+        counts_tensors = device.type in ("cuda", "xpu")
+        used = peak_memory(device) if counts_tensors else psutil.Process().memory_info().rss
         speeds = {f"process/{rank}/images_per_second": speed for rank, speed in enumerate(self._speeds)}
         return {"train/memory_mb": used / 2**20, **speeds}
 
@@ -196,7 +197,7 @@ class Meter:
         Collective: call on every rank.
         """
         own = [self._own_samples / max(self.own_seconds, 1e-9), clock.seconds / max(self.own_seconds, 1e-9)]
-        table = self._accelerator.gather(torch.tensor([own], dtype=torch.float64, device=self._accelerator.device))
+        table = self._accelerator.gather(torch.tensor([own], dtype=self._dtype, device=self._accelerator.device))
         speed, waited = table.T.tolist()
         return {
             "images_per_second_per_process": [round(each, 1) for each in speed],

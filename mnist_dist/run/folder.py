@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,9 @@ class RunFolder:
     """The paths of a run folder. STATUS holds one word: running, done, failed or preempted."""
 
     path: Path
-    status_before: str = ""
+    status_before: str = field(default="", kw_only=True)
     """The word in STATUS before the run was opened."""
-    end_if_lost: Callable[[], None] = lambda: None
+    end_if_lost: Callable[[], None] = field(default=lambda: None, kw_only=True)
     """Ends this process if another process has taken over the folder. Called before a file is replaced."""
 
     recipe = property(lambda self: self.path / "recipe.yaml")

@@ -7,7 +7,7 @@ the choice.
 
 from __future__ import annotations
 
-from mnist_dist.cli import FAILED, answer_early, parse, run_command
+from mnist_dist.cli import answer_early, parse, run_command
 
 if __name__ == "__main__":
     answer_early("sweep")  # before the imports below load torch
@@ -21,7 +21,7 @@ from rich.console import Console
 
 from mnist_dist.distributed.launcher import launched_world
 from mnist_dist.distributed.signals import PREEMPTED
-from mnist_dist.errors import Problem, RecipeError
+from mnist_dist.errors import FAILED, Problem, RecipeError
 from mnist_dist.recipe.file import find_recipe, read_recipe
 from mnist_dist.sweep.search_space import Sweep, read_file, read_words
 from mnist_dist.sweep.table import describe_best, print_table, write_results

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mnist_dist.errors import SafeStream
+from mnist_dist.tracking.activity import FiguresColumn
 
 PLAIN_SECONDS = 30.0
 """Shortest time between two lines of progress if the output is not a terminal."""
@@ -33,7 +34,7 @@ class ConsoleTracker(GeneralTracker):
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
+            FiguresColumn(),
             TimeRemainingColumn(),
             console=self._console,
             refresh_per_second=4,

@@ -230,16 +230,21 @@ class WandbTracker(WandBTracker):
             about: its metadata.
         """
 
-        def send() -> None:
-            from wandb import Artifact
+        self._guard("log the weights", lambda: self._send(f"model-{self.run.id}", "model", files, [alias], about))
 
-            artifact = Artifact(f"model-{self.run.id}", type="model", metadata=about)
-            for file in files:
-                # Uploaded from the run folder, without a copy: the weights of a finished run do not change.
-                artifact.add_file(str(file.resolve()), policy="immutable", skip_cache=True)
-            self.run.log_artifact(artifact, aliases=[alias])
+    def log_profile(self, files: list[Path]) -> None:
+        """Logs the files of a profile as the artifact `profile-<run id>`."""
+        self._guard("log the profile", lambda: self._send(f"profile-{self.run.id}", "profile", files, [], {}))
 
-        self._guard("log the weights", send)
+    def _send(self, name: str, kind: str, files: list[Path], aliases: list[str], about: dict[str, Any]) -> None:
+        """Logs a version of an artifact."""
+        from wandb import Artifact
+
+        artifact = Artifact(name, type=kind, metadata=about)
+        for file in files:
+            # Uploaded from its folder, without a copy: the files of a finished run do not change.
+            artifact.add_file(str(file.resolve()), policy="immutable", skip_cache=True)
+        self.run.log_artifact(artifact, aliases=aliases)
 
     def summarize(self, values: dict[str, Any]) -> None:
         """Writes best and last values, which W&B's table of runs shows."""

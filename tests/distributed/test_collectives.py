@@ -65,7 +65,7 @@ sys.exit(run_command(lambda: run_on_all_ranks(state, fail_on_one_rank) or 0))
 def test_any_error_on_one_rank_ends_all_and_is_named(error, name, failing):
     port = free_port()
     environments = [os.environ | {"ACCELERATE_USE_CPU": "true"} | rank_variables(rank, 2, port) for rank in range(2)]
-    program = ANY_ERROR.replace("import sys", "import sys, mnist_dist.cli; mnist_dist.cli.RANK_0_SECONDS = 0.1", 1)
+    program = ANY_ERROR.replace("import sys", "import sys, mnist_dist.errors as errors; errors.RANK_0_SECONDS = 0.1", 1)
     done = run_in_each(environments, [sys.executable, "-c", program, error, failing], timeout=120)
     assert all(each.returncode for each in done)
     other = done[1 - failing]

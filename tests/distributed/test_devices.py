@@ -1,4 +1,4 @@
-"""The number of threads of a CPU process."""
+"""The number of threads of a CPU process, and what devices can do."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import psutil
 import pytest
 import torch
 
+from mnist_dist import machine
 from mnist_dist.distributed import devices, launcher
-from mnist_dist.distributed.devices import choose_threads
+from mnist_dist.distributed.devices import choose_threads, peak_memory, sum_dtype, supports_precision
+from mnist_dist.machine import count_cores
 from tests.processes import ROOT
 
 ACCELERATE, TORCHRUN = {"ACCELERATE_MIXED_PRECISION": "no"}, {"TORCHELASTIC_RUN_ID": "none"}
@@ -48,42 +50,10 @@ def test_threads_are_a_share_of_the_cores_unless_the_user_set_them(
     monkeypatch.setattr(devices.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     monkeypatch.setattr(devices.os, "cpu_count", lambda: 8)
     monkeypatch.setattr(devices.psutil, "cpu_count", lambda logical: 8)
-    monkeypatch.setattr(devices, "cpu_quota", lambda: None)
+    monkeypatch.setattr(machine, "cpu_quota", lambda: None)
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     choose_threads(SimpleNamespace(device=torch.device("cpu"), num_processes=1))
     assert chosen == threads
-
-
-@pytest.mark.parametrize(
-    ("group", "files", "quota"),
-    [
-        ("0::/pod/app", {"pod/app/cpu.max": "400000 100000"}, 4),
-        ("0::/pod/app", {"pod/app/cpu.max": "max 100000"}, None),
-        ("0::/pod/app", {"pod/app/cpu.max": "max 100000", "pod/cpu.max": "250000 100000"}, 2),
-        ("0::/pod/app", {"pod/app/cpu.max": "200000 100000", "pod/cpu.max": "800000 100000"}, 2),
-        ("0::/", {"cpu.max": "50000 100000"}, 1),  # in a container, which sees its own group as the root
-        ("0::/../../other", {"cpu.max": "300000 100000"}, 3),
-        ("0::/pod", {"pod/cpu.max": "nonsense"}, None),
-        ("4:cpu,cpuacct:/pod", {"cpu,cpuacct/pod/cpu.cfs_": "300000 100000"}, 3),
-        ("4:cpu,cpuacct:/host/id", {"cpu/cpu.cfs_": "600000 100000"}, 6),  # the host's path, absent in the container
-        ("4:cpu:/pod", {"cpu/pod/cpu.cfs_": "-1 100000"}, None),
-        ("5:cpuset:/pod\n0::/", {}, None),
-        (None, {}, None),
-    ],
-)
-def test_the_cpu_quota_is_the_lowest_of_the_control_groups(group, files, quota, tmp_path):
-    if group is not None:
-        (tmp_path / "proc" / "self").mkdir(parents=True)
-        (tmp_path / "proc" / "self" / "cgroup").write_text(f"9:memory:/x\n{group}\n")
-    for name, content in files.items():
-        path = tmp_path / "sys" / "fs" / "cgroup" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if name.endswith("cpu.max"):
-            path.write_text(content + "\n")
-        else:
-            for part, value in zip(("quota", "period"), content.split(), strict=True):
-                path.with_name(f"{path.name}{part}_us").write_text(value + "\n")
-    assert devices.cpu_quota(tmp_path) == quota
 
 
 def test_a_quota_of_four_cpus_on_a_large_machine_gives_four_threads(monkeypatch):
@@ -93,7 +63,7 @@ def test_a_quota_of_four_cpus_on_a_large_machine_gives_four_threads(monkeypatch)
     monkeypatch.setattr(devices.os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
     monkeypatch.setattr(devices.os, "cpu_count", lambda: 64)
     monkeypatch.setattr(devices.psutil, "cpu_count", lambda logical: 32)
-    monkeypatch.setattr(devices, "cpu_quota", lambda: 4)
+    monkeypatch.setattr(machine, "cpu_quota", lambda: 4)
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     choose_threads(SimpleNamespace(device=torch.device("cpu"), num_processes=1))
     assert chosen == [4]
@@ -124,5 +94,31 @@ def test_a_process_of_accelerate_launch_uses_all_cores(tmp_path: Path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    expected = max(1, min(cores, psutil.cpu_count(logical=False) or cores, devices.cpu_quota() or cores))
+    expected = max(1, min(psutil.cpu_count(logical=False) or cores, count_cores()))
     assert f"threads {expected} " in done.stdout and f"{expected} thread" in done.stdout.partition("cpu (")[2]
+
+
+# --- what devices can do ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("has_fp64", "dtype"), [(True, torch.float64), (False, torch.float32)])
+def test_counters_are_float64_only_where_the_device_has_it(has_fp64, dtype, monkeypatch):
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda device: SimpleNamespace(has_fp64=has_fp64))
+    assert sum_dtype(torch.device("xpu")) == dtype
+    assert sum_dtype(torch.device("mps")) == torch.float32
+    assert sum_dtype(torch.device("cpu")) == sum_dtype(torch.device("cuda")) == torch.float64
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu"])
+def test_bf16_needs_a_gpu_that_computes_in_it(kind, monkeypatch):
+    """PyTorch says by default that a T4 supports bf16, because it emulates it."""
+    monkeypatch.setattr(getattr(torch, kind), "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert not supports_precision(torch.device(kind), "bf16")
+    assert supports_precision(torch.device(kind), "fp16") and supports_precision(torch.device("cpu"), "bf16")
+
+
+def test_the_peak_memory_is_that_of_tensors_where_the_gpu_counts_them(monkeypatch):
+    monkeypatch.setattr(torch.xpu, "max_memory_allocated", lambda device: 7)
+    assert peak_memory(torch.device("xpu")) == 7
+    assert peak_memory(torch.device("cpu")) >= psutil.Process().memory_info().rss // 2 > 2**20
+    assert peak_memory(torch.device("mps")) > 2**20

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from mnist_dist.distributed.watchdog import describe, find_hanging
 from tests.faults.training import VARIABLES
 from tests.processes import Process, free_port, popen, rank_variables, run_in_each, run_ranks
 
@@ -120,3 +121,73 @@ def test_the_processes_end_whatever_the_callback_does_and_without_the_store(how)
     else:
         assert [each.stdout for each in done] == ["called\n", ""]
         assert "all processes end" in done[0].stderr
+
+
+# --- NCCL: a rank waits for a collective in any call that reads a value of the device -----------------------------
+
+ASYNCHRONOUS = """
+import sys, time, torch, torch.distributed as dist
+from mnist_dist.distributed import watchdog
+from mnist_dist.distributed.gradients import GradientClock
+from mnist_dist.distributed.launcher import launched_world
+
+watchdog.PATIENCE_IN_STEPS = 1
+state = launched_world()
+
+def tolist(work):  # stands for Tensor.tolist on a GPU: no frame of torch.distributed is on the stack
+    while not work.is_completed():
+        time.sleep(0.01)
+
+def oversleeps():
+    time.sleep(600)
+
+with watchdog.Watchdog(state, 2.0, GradientClock()) as dog:
+    for step in range(1, 4):
+        work = dist.all_reduce(torch.ones(1), async_op=True)
+        tolist(work)
+        dog.beat(step)
+    if state.process_index == 1:
+        oversleeps()
+    tolist(dist.all_reduce(torch.ones(1), async_op=True))
+"""
+
+
+def test_a_rank_that_waits_for_its_device_is_not_named_as_hanging():
+    port = free_port()
+    environments = [os.environ | {"ACCELERATE_USE_CPU": "true"} | rank_variables(rank, 3, port) for rank in range(3)]
+    done = run_in_each(environments, [sys.executable, "-c", ASYNCHRONOUS], timeout=90)
+    assert [each.returncode for each in done] == [1, 1, 1]
+    message = done[0].stderr
+    assert "rank 1 (" in message and "hangs in step 3" in message and "oversleeps" in message
+    assert message.count("hangs in step") == 1 and "  waiting: rank 0, 2" in message.splitlines()
+
+
+def report(rank: int, *position: int, alive: bool = True, waits: bool = False) -> dict:
+    return {"rank": rank, "position": list(position), "alive": alive, "waits": waits} | {
+        "where": "n0, pid 1",
+        "step": position[0] if position else 0,
+        "stack": "  in tolist",
+    }
+
+
+@pytest.mark.parametrize(
+    ("reports", "hanging"),
+    [
+        # beats, collectives, reductions of replayed graphs
+        ([report(0, 9, 30, 9), report(1, 9, 29, 9), report(2, 9, 30, 9)], [1]),
+        ([report(0, 9, 0, 10), report(1, 9, 0, 9)], [1]),  # a captured step
+        ([report(0, 11, 32, 0), report(1, 9, 29, 0), report(2, 10, 30, 0)], [1]),  # a rank runs ahead of its device
+        ([report(0, 9, 30, 9), report(1, 9, 29, 9), report(2, 9, 29, 9)], [1, 2]),
+        ([report(0, 9, 30, 9), report(1, alive=False), report(2, 9, 30, 9)], [1]),
+        ([report(0, 9, 30, 9), report(1, 9, 30, 9, alive=False), report(2, 9, 30, 9, waits=True)], [0, 1]),
+        ([report(0, 9, 0, 0, waits=True), report(1, 9, 0, 0)], [1]),  # a backend that does not count
+    ],
+)
+def test_the_rank_that_has_started_the_fewest_collectives_hangs(reports, hanging):
+    assert [each["rank"] for each in find_hanging(reports)] == hanging
+    assert "no rank is behind" not in describe(reports, 60.0)
+
+
+def test_if_no_rank_is_behind_all_are_listed_and_the_devices_suspected():
+    message = describe([report(0, 9, 30, 9), report(1, 9, 30, 9)], 60.0)
+    assert "no rank is behind" in message and message.count("hangs in step 9") == 2

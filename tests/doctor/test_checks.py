@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mnist_dist.distributed.launcher import launched_world
-from mnist_dist.doctor import checks, measurements
+from mnist_dist.doctor import checks, gpu, measurements, training
 from mnist_dist.doctor.checks import FAIL, NOTE, OK, SLOW, WARN, Finding
 from mnist_dist.doctor.ranks import Ranks
 
@@ -42,7 +42,7 @@ REFERENCE = [2.3, 2.2, 2.1, 2.0, 1.9, 1.8]
 )
 def test_losses_are_compared_with_the_reference(step, factor, verdict):
     wrong = [loss * (factor if index == step else 1) for index, loss in enumerate(REFERENCE, start=1)]
-    [finding] = checks.compare_losses([REFERENCE, wrong], REFERENCE)
+    [finding] = training.compare_losses([REFERENCE, wrong], REFERENCE)
     assert finding.verdict == verdict
     if verdict == FAIL:
         assert finding.ranks == "1"
@@ -113,8 +113,74 @@ def test_a_slow_disk_a_full_disk_and_a_wrong_clock_are_named(tmp_path):
 
 def test_different_weights_after_training_are_a_warning():
     results = [{"losses": REFERENCE, "weights": weights} for weights in ("same", "same", "other")]
-    findings = list(checks.check_training_distributed(FakeRanks([REFERENCE] * 3, results)))
+    findings = list(training.check_training_distributed(FakeRanks(results, [REFERENCE] * 3)))
     assert [finding[::2] for finding in findings] == [(OK, ""), (WARN, "2")]
+
+
+# --- limits, shared memory, GPUs ----------------------------------------------------------------------------------
+
+
+def test_limits_of_cores_and_memory_are_reported():
+    free = {"cores": 64, "machine": 64, "memory": None}
+    [finding] = checks.check_limits(FakeRanks([free, free | {"cores": 4, "memory": 8_000_000_000}]))
+    assert (
+        finding[::2]
+        == (
+            OK,
+            "1",
+        )
+        and "4 to 64 of 64 cores" in finding.figure
+        and "8.0 GB" in finding.figure
+    )
+    [finding] = checks.check_limits(FakeRanks([free]))
+    assert finding.ranks == "" and "64 of 64 cores" in finding.figure
+
+
+def test_the_shared_memory_of_a_container_by_default_is_too_small(tmp_path):
+    free = {"memory": 8e9, "/dev/shm": 2e9, "disk": 8e9}
+    _, shared, _ = checks.check_space(FakeRanks([free, free | {"/dev/shm": 64 * 2**20}]), tmp_path)
+    assert (shared.verdict, shared.ranks) == (WARN, "1")
+
+
+HEALTHY = "550.54.15, 0, No, 0x0000000000000004, 61"
+"""The usual power limit is not throttling."""
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (HEALTHY, {"driver": "550.54.15", "ecc_errors": 0, "needs_reset": False, "throttling": [], "temperature": 61}),
+        ("550.54.15, 3, Yes, 0x0000000000000000, 40", {"ecc_errors": 3, "needs_reset": True}),
+        ("470.82, [N/A], [N/A], 0x0000000000000068, 93\n", {
+            "ecc_errors": None, "needs_reset": False,
+            "throttling": ["hardware slowdown", "software, heat", "hardware, heat"], "temperature": 93,
+        }),
+        ("535.1, [Not Supported], [Not Supported], [Not Supported], 50", {"throttling": [], "temperature": 50}),
+        ("535.1, 0, No, 0x0000000000000001, 30", {"throttling": []}),  # idle
+    ],
+)  # fmt: skip
+def test_a_line_of_nvidia_smi_is_read(text, expected):
+    found = gpu.parse_gpu(text)
+    assert {key: found[key] for key in expected} == expected and "problem" not in found
+
+
+@pytest.mark.parametrize("text", ["", "No devices were found\n", "a, b"])
+def test_other_output_of_nvidia_smi_is_a_problem(text):
+    assert gpu.parse_gpu(text).keys() == {"problem"}
+
+
+def test_faults_of_gpus_name_their_ranks():
+    sound = gpu.parse_gpu(HEALTHY)
+    ranks = FakeRanks(
+        [sound, sound | {"ecc_errors": 2}, sound | {"throttling": ["power brake"]}, sound | {"driver": "1"}]
+    )
+    findings = list(checks.check_gpus(ranks))
+    assert [(each.verdict, each.ranks) for each in findings] == [(WARN, "1"), (SLOW, "2"), (WARN, "3")]
+    [finding] = checks.check_gpus(FakeRanks([sound, sound | {"temperature": 70}]))
+    assert finding.verdict == OK and "70" in finding.figure and "550.54.15" in finding.figure
+    assert [each.verdict for each in checks.check_gpus(FakeRanks([{}, {}]))] == [OK]
+    problem = checks.check_gpus(FakeRanks([{"problem": "no program"}, sound]))
+    assert [each.verdict for each in problem] == [NOTE, OK]
 
 
 # --- Weights & Biases ---------------------------------------------------------------------------------------------

@@ -15,13 +15,14 @@ from types import SimpleNamespace
 import pytest
 
 from mnist_dist.doctor import __main__ as doctor
-from mnist_dist.doctor import checks, measurements, ranks
+from mnist_dist.doctor import checks, ranks, reference, training
 from mnist_dist.doctor.checks import FAIL, NOTE, OK, WARN
 from tests.processes import free_port, popen, rank_variables
 
 CHECKS = [
-    *("world", "versions", "clocks", "free space", "run folder", "peer to peer", "all-reduce", "W&B"),
-    *("training, each rank alone", "training, distributed"),
+    *("world", "versions", "clocks", "limits", "free space", "run folder", "peer to peer", "all-reduce", "W&B"),
+    *("training, each rank alone", "training, batch norm", "training, bf16"),
+    *("training, distributed", "training, captured", "GPUs"),
 ]
 
 
@@ -33,9 +34,16 @@ def no_network(monkeypatch):
 @pytest.fixture
 def no_training(monkeypatch):
     """The training measurements return the reference at once."""
-    losses = measurements.reference_losses()
-    monkeypatch.setattr(checks, "train_alone", lambda device: {"losses": losses, "seconds": 0.01})
-    monkeypatch.setattr(checks, "train_distributed", lambda device: {"losses": losses, "weights": ""})
+    monkeypatch.setattr(training, "train_alone", alone)
+    monkeypatch.setattr(training, "train_distributed", distributed)
+
+
+def alone(device: object, name: str = "lenet5") -> dict:
+    return {"losses": reference.reference_losses(name), "seconds": 0.01, "fastest": 0.01}
+
+
+def distributed(device: object, capture: str = "off") -> dict:
+    return {"losses": reference.reference_losses("lenet5"), "weights": "", "obstacle": ""}
 
 
 # --- one process --------------------------------------------------------------------------------------------------
@@ -83,11 +91,14 @@ def test_a_folder_that_cannot_be_written_fails(tmp_path, capsys, no_training):
 
 
 def test_wrong_losses_fail_at_their_step(tmp_path, monkeypatch, no_training):
-    losses = measurements.reference_losses()
-    monkeypatch.setattr(checks, "reference_losses", lambda: [*losses[:9], 1.1 * losses[9], *losses[10:]])
+    losses = reference.reference_losses("lenet5")
+    wrong = [*losses[:9], 1.1 * losses[9], *losses[10:]]
+    monkeypatch.setattr(
+        training, "reference_losses", lambda name: wrong if name == "lenet5" else alone(None, name)["losses"]
+    )
     code, rows = examine(tmp_path)
     assert code == 1
-    for check in CHECKS[-2:]:
+    for check in ("training, each rank alone", "training, distributed"):
         assert "step 10:" in rows_of(rows, check, FAIL)[0]["figure"]
 
 
@@ -144,14 +155,14 @@ def test_a_report_that_cannot_be_written_is_refused(tmp_path, monkeypatch, refus
 
 
 def test_the_reference_losses_are_those_of_this_trainer(tmp_path, monkeypatch):
-    before = json.loads(measurements.REFERENCE.read_text())
-    monkeypatch.setattr(doctor, "REFERENCE", tmp_path / "reference.json")
+    before = json.loads(reference.FILE.read_text())
+    monkeypatch.setattr(doctor, "FILE", tmp_path / "reference.json")
     assert doctor.main(["--write-reference"]) == 0
     after = json.loads((tmp_path / "reference.json").read_text())
-    assert before.keys() == after.keys() and len(before["losses"]) == measurements.STEPS
+    assert before.keys() == after.keys() and before["losses"].keys() == after["losses"].keys()
     assert before["command"] == after["command"]
-    assert after["losses"] == pytest.approx(before["losses"], rel=checks.TOLERANCE)
-    assert after["losses"][-1] < after["losses"][0], "it learns"
+    for name, losses in after["losses"].items():
+        assert losses == pytest.approx(before["losses"][name], rel=reference.REFERENCES[name].tolerance)
 
 
 def test_several_processes_cannot_write_the_reference(monkeypatch, refused):
@@ -164,11 +175,10 @@ def test_several_processes_cannot_write_the_reference(monkeypatch, refused):
 PROGRAM = """
 import os, sys, time
 from mnist_dist.cli import run_command
-from mnist_dist.doctor import __main__ as doctor, checks, measurements, ranks
-losses = measurements.reference_losses()
+from mnist_dist.doctor import __main__ as doctor, checks, measurements, ranks, training
+from tests.doctor.test_doctor import alone, distributed
 if {no_training}:
-    checks.train_alone = lambda device: {{"losses": [*losses], "seconds": 0.01}}
-    checks.train_distributed = lambda device: {{"losses": losses, "weights": ""}}
+    training.train_alone, training.train_distributed = alone, distributed
 {on_both}
 if os.environ["RANK"] == "1":
 {on_rank_1}
@@ -217,17 +227,17 @@ def test_the_rank_with_a_fault_is_named_by_each_check(tmp_path):
     codes, output, rows = examine_two(
         tmp_path,
         """
-        versions, train_alone, now = checks.versions, checks.train_alone, time.time
+        versions, train_alone, now = checks.versions, training.train_alone, time.time
         checks.versions = lambda: versions() | {"torch": "0.4.1"}
         def fail(self, target):
             raise OSError(30, "Read-only file system")
         measurements.Path.replace = fail
         measurements.time.time = lambda: now() - 5
-        def wrong_loss(device):
-            result = train_alone(device)
-            result["losses"][1] += 0.01
+        def wrong_loss(device, *name):
+            result = train_alone(device, *name)
+            result["losses"][1] += 0.0 if name else 0.01
             return result
-        checks.train_alone = wrong_loss
+        training.train_alone = wrong_loss
         """,
     )
     assert codes == [1, 1]

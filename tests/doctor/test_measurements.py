@@ -1,14 +1,10 @@
-"""The measurements: clock offsets, rounds of links, and the reference training."""
+"""The measurements: clock offsets and rounds of links."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn.functional import cross_entropy
 
 from mnist_dist.doctor import measurements
 
@@ -34,19 +30,3 @@ def test_every_link_has_a_round_in_which_no_rank_has_two_links(size):
         links = [rank for rank in range(size) if measurements.link_round(rank, size) == current]
         busy = [end for rank in links for end in (rank, (rank + 1) % size)]
         assert links and len(busy) == len(set(busy))
-
-
-@pytest.mark.parametrize("training", [measurements.train_alone, measurements.train_distributed])
-def test_the_reference_training_does_not_use_tf32(training, monkeypatch):
-    """The rounding of TF32 is larger than the tolerance."""
-    found = []
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    monkeypatch.setattr(measurements, "STEPS", 2)
-
-    def loss(*arguments: Any, **keywords: Any) -> torch.Tensor:
-        found.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
-        return cross_entropy(*arguments, **keywords)
-
-    monkeypatch.setattr("torch.nn.functional.cross_entropy", loss)
-    training(torch.device("cpu"))
-    assert len(found) >= 2 and set(found) == {(False, False)}

@@ -10,7 +10,7 @@ import inspect
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -533,9 +533,10 @@ def run_fake_steps(
     teacher: bool = False,
     elastic: float = 0.0,
     everything: bool = False,
+    watching: AbstractContextManager[object] | None = None,
     **settings: Any,
 ) -> None:
-    """Runs two steps on fake tensors, the second with learning rates on the device."""
+    """Runs two steps on fake tensors, the second with learning rates on the device, inside the context `watching`."""
     with FakeTensorMode(), GPU:
         try:
             torch.zeros(1).copy_(torch.ones(1))
@@ -548,7 +549,7 @@ def run_fake_steps(
     monkeypatch.setattr(torch, "_fused_sgd_", lambda *lists, **settings: None)  # needs the driver
     # A fake tensor must not stay in a cache.
     monkeypatch.setattr(mixing, "_probabilities", inspect.unwrap(mixing._probabilities))
-    with FakeTensorMode():
+    with FakeTensorMode(), watching or nullcontext():
         with GPU:
             module, other = build(), build_model("lenet5").eval()
             images = torch.zeros(64, 1, 28, 28, dtype=torch.uint8)

@@ -137,11 +137,15 @@ class Watched:
         parts = (line.split() for line in text.splitlines())
         return [(int(when), sign, phase, int(step)) for when, sign, phase, step in parts]
 
-    def wait_for(self, phase: str, step: int) -> None:
+    def wait_for(self, phase: str, step: int) -> bool:
         """Waits until that phase starts after at least `step` updates.
 
+        Returns:
+            Whether it has started. False if the run was completed before: the last epochs need not bring a better
+            accuracy, so the best weights may not be written again.
+
         Raises:
-            AssertionError: the run ended before, or two minutes have passed.
+            AssertionError: the run ended with an error, or two minutes have passed.
         """
         deadline, problem = time.monotonic() + 120, f"{phase} at step {step} or later was not reached"
         read = -1
@@ -149,7 +153,9 @@ class Watched:
             written = sum(path.stat().st_size for path in self.ranks("0"))
             begun = [(name, at) for _, sign, name, at in self.lines() if sign == "+"] if written != read else []
             if any(name == phase and at >= step for name, at in begun):
-                return
+                return True
+            if self.process.poll() == 0:
+                return False
             if self.process.poll() is not None:
                 raise AssertionError(f"{problem}; exit code {self.process.returncode}:\n{self.end()}")
             assert time.monotonic() < deadline, f"{problem} in two minutes"
@@ -276,13 +282,14 @@ def _step_of(place: Place, step: float) -> int:
     return STEPS if place.only_at_the_end else int(step)
 
 
-def strike(run: Watched, place: Place, step: int, chance: random.Random) -> None:
-    """Waits until the run is where the blow hits it."""
+def strike(run: Watched, place: Place, step: int, chance: random.Random) -> bool:
+    """Waits until the run is where the blow hits it. Returns whether it came there."""
     if place.point:
-        run.wait_for("held", step)
-        return
-    run.wait_for(place.phase, step)
+        return run.wait_for("held", step)
+    if not run.wait_for(place.phase, step):
+        return False
     time.sleep(chance.uniform(0, DURATIONS[place.phase]))
+    return run.process.poll() != 0
 
 
 def blow_trial(
@@ -294,8 +301,7 @@ def blow_trial(
     with survived(trial, run_dir, reference, world_size):
         for (place, number), step in zip(blows, steps, strict=True):
             with Watched(run_dir, world_size, (step, place.point) if place.point else None) as run:
-                strike(run, place, step, chance)
-                if run.process.poll() == 0:
+                if not strike(run, place, step, chance):
                     break  # the run ended before the blow: it does not count
                 if number == signal.SIGKILL:
                     run.kill()
@@ -386,7 +392,7 @@ def _stopped_run(home: Path, seed: int, world_size: int) -> Path:
     if not run_dir.exists():
         run = Watched(run_dir, world_size, None, *KEEP_THREE)
         with run:
-            strike(run, Place("step"), chance.randrange(STEPS // 2, STEPS - 2), chance)
+            assert strike(run, Place("step"), chance.randrange(STEPS // 2, STEPS - 2), chance)
             run.kill()
     return run_dir
 
@@ -397,7 +403,7 @@ def restart_trial(home: Path, reference: dict[str, Any], seed: int, world_size: 
     with survived(trial, run_dir, reference, world_size, finished=True):
         run = Watched(run_dir, world_size, None, "--max_restarts=1")
         with run:
-            strike(run, Place("step"), chance.randrange(8, STEPS - 2), chance)
+            assert strike(run, Place("step"), chance.randrange(8, STEPS - 2), chance)
             path, where = chance.choice(run.ranks()), run.where()
             os.kill(pid_of(path), signal.SIGKILL)
             rank = rank_of(path)

@@ -160,3 +160,40 @@ case $1 in show) kill -USR1 "$(cat "$CALLS.pid")"; echo a ;; *) echo "$@" >>"$CA
     with started(*job, PATH=environment(tmp_path)["PATH"], **slurm) as process:
         finish(process, expected=75)
     assert (tmp_path / "c").read_text() == "requeue 1\n"
+
+
+# In the place of srun: starts the two tasks of a step with the variables that srun gives them.
+TWO_TASKS = """#!/usr/bin/env bash
+[ "$1" = --kill-on-bad-exit=0 ] && shift
+export SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=2 SLURM_STEP_TASKS_PER_NODE=2 SLURM_NODEID=0
+SLURM_PROCID=1 SLURM_LOCALID=1 "$@" &
+SLURM_PROCID=0 SLURM_LOCALID=0 "$@" && code=0 || code=$?
+wait "$!" || exit "$?"
+exit "$code"
+"""
+
+
+# In the place of python: runs the command without its training, which takes long.
+WITHOUT_TRAINING = """#!{python}
+import sys
+assert sys.argv[1:3] == ["-m", "mnist_dist.doctor"]
+from mnist_dist.cli import run_command
+from mnist_dist.doctor import training
+from mnist_dist.doctor.__main__ import main
+from tests.doctor.test_doctor import alone, distributed
+training.train_alone, training.train_distributed = alone, distributed
+sys.exit(run_command(lambda: main(sys.argv[3:])))
+"""
+
+
+def test_doctor_under_sbatch_checks_all_tasks_and_ends_with_its_exit_code(tmp_path):
+    executable(tmp_path / "bin" / "srun", TWO_TASKS)
+    executable(tmp_path / "bin" / "python", WITHOUT_TRAINING.format(python=sys.executable))
+    job = ["bash", LAUNCH / "doctor.sbatch", tmp_path / "runs"]
+    slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_NTASKS": "2", "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    slurm |= {"PATH": environment(tmp_path / "bin")["PATH"], "PYTHONPATH": str(LAUNCH.parent)}
+    with started(*job, **slurm) as process:
+        output = finish(process)
+    assert "2 processes, started by srun" in output and "\nfit to train" in output
+    with started(*job, "--world-size", "3", **slurm) as process:  # the last value counts
+        assert "\nnot fit to train: world" in finish(process, expected=1)

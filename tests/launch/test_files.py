@@ -39,6 +39,25 @@ def test_trainjob_follows_the_published_schema():
     assert (TRAINJOB["apiVersion"], TRAINJOB["kind"]) == ("trainer.kubeflow.org/v1alpha1", "TrainJob")
 
 
+def test_the_trainjob_of_doctor_follows_the_schema_and_starts_the_command():
+    from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
+
+    from mnist_dist.cli import parse
+
+    job = yaml.safe_load((LAUNCH / "kubernetes" / "doctor.yaml").read_text())
+    assert TrainerV1alpha1TrainJob.from_dict(job).to_dict() == job
+    trainer, [patch] = job["spec"]["trainer"], job["spec"]["runtimePatches"]
+    assert trainer["command"] == ["torchrun"] and trainer["args"][:2] == ["-m", "mnist_dist.doctor"]
+    words = parse("doctor", trainer["args"][2:])
+    assert words.world_size == trainer["numNodes"] * trainer["numProcPerNode"]
+    [node] = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+    pod = node["template"]["spec"]["template"]["spec"]
+    mounted = {mount["mountPath"]: mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
+    assert str(words.run_dir) in mounted and words.json.parent == words.run_dir
+    [shared] = [volume for volume in pod["volumes"] if volume["name"] == mounted["/dev/shm"]]
+    assert shared["emptyDir"]["medium"] == "Memory"
+
+
 def test_trainjob_has_time_to_save_and_shared_memory():
     trainer = TRAINJOB["spec"]["trainer"]
     [patch] = TRAINJOB["spec"]["runtimePatches"]

@@ -16,6 +16,7 @@ from matplotlib.colors import to_hex
 from mnist_dist.plots import confusion, curves, style
 from mnist_dist.plots import images as grids
 from mnist_dist.plots.explanation import plot_explanation
+from mnist_dist.plots.timeline import LOOKS, plot_timelines
 from tests import processes
 
 pytestmark = pytest.mark.pictures
@@ -485,3 +486,49 @@ def test_mathematical_signs_in_titles_and_names_are_literal(tmp_path, figures):
     classes = ["$", "_^{"]
     confusion.plot_confusion_matrix(np.ones((2, 2)), tmp_path / "c.png", classes=classes, title="$x^ at lr_max=$1")
     assert figures[0].get_suptitle() == "$x^ at lr_max=$1"
+
+
+# --- timelines --------------------------------------------------------------------------------------------------------
+
+PHASES = ("data", "forward", "backward", "waiting", "optimizer", "logging", "idle")
+
+
+def draw_timelines(tmp_path, ranks, gap=0.0):
+    """Rank r starts r ms late; each of two steps has 1 ms of every phase, and a gap."""
+    rows, starts = {}, {}
+    for rank in range(ranks):
+        step = 6000 + 1000 * gap
+        begin = 1e15 + 1000 * rank
+        starts[f"rank {rank}"] = [begin, begin + step, begin + 2 * step]
+        rows[f"rank {rank}"] = [
+            (phase, begin + number * step + 1000 * index, begin + number * step + 1000 * (index + 1))
+            for number in range(2)
+            for index, phase in enumerate(PHASES[:-1])
+        ]
+    return plot_timelines(rows, starts, tmp_path / "timelines.png", phases=PHASES, title="A title")
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+def test_timelines_lie_under_one_another_on_one_axis(ranks, tmp_path, figures):
+    png_size(draw_timelines(tmp_path, ranks))
+    [axes] = figures[0].axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == [f"rank {rank}" for rank in range(ranks)]
+    boxes = [path.get_extents() for bars in axes.collections for path in bars.get_paths() if len(path.vertices) > 2]
+    drawn = [box for box in boxes if box.width == pytest.approx(1, abs=1e-3)]
+    assert len(drawn) == ranks * 2 * 6
+    for rank in range(ranks):
+        spans = sorted(box.x0 for box in drawn if box.y0 < rank < box.y1)
+        assert spans == pytest.approx([rank + each for each in range(12)], abs=1e-3)
+    assert axes.get_ylim()[0] > axes.get_ylim()[1], "rank 0 is at the top"
+
+
+def test_the_legend_of_timelines_names_what_is_drawn(tmp_path, figures):
+    draw_timelines(tmp_path, 1)
+    draw_timelines(tmp_path, 1, gap=2)
+    names = [[text.get_text() for text in figure.legends[0].get_texts()] for figure in figures]
+    assert names == [list(PHASES[:-1]), list(PHASES)]
+
+
+def test_no_two_phases_of_timelines_have_one_look():
+    assert len({(look["facecolor"], look.get("hatch")) for look in LOOKS}) == len(LOOKS)
+    assert len({look.get("hatch") for look in LOOKS}) >= len(LOOKS) - 1

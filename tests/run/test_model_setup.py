@@ -255,8 +255,8 @@ def test_two_processes_train_an_unused_layer_only_with_find_unused_parameters(tm
     words = ["--recipe", "debug", f"model={{name: '{__name__}:SkipsALayerByChance'}}", "max_steps=6", *QUIET]
     words += ["--run-dir", str(tmp_path / "run"), f"ddp.find_unused_parameters={find}".lower()]
     # Rank 1 prints no message of its own in the time that a launcher needs to end it.
-    program = "import sys, mnist_dist.cli as cli; cli.RANK_0_SECONDS = 0.1; from mnist_dist.train import main"
-    program += "; sys.exit(cli.run_command(main))"
+    program = "import sys, mnist_dist.errors as errors; errors.RANK_0_SECONDS = 0.1; from mnist_dist.train import main"
+    program += "; sys.exit(errors.run_command(main))"
     with nullcontext() if find else pytest.raises(AssertionError, match=r"ddp\.find_unused_parameters"):
         run_ranks(2, [sys.executable, "-c", program, *words])
     assert (tmp_path / "run" / "summary.json").exists() is (tmp_path / "run").exists() is find

@@ -1,0 +1,1 @@
+"""Measures where the time of a training step goes: the command `profile`."""
