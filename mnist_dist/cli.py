@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable
 
+from mnist_dist.distributed.expected_size import parse_world_size
 from mnist_dist.engine.files import expand_path as path
 from mnist_dist.errors import Problem, RecipeError, run_command
 
@@ -101,7 +102,7 @@ def _train(parser: Parser) -> None:
     parser.add_argument("--run-dir", type=path, metavar="DIR", help=folder)
     resume = "auto (default): resume the run in --run-dir; never: refuse a used folder; PATH: new run from a checkpoint"
     parser.add_argument("--resume", metavar="auto|never|PATH", default="auto", help=resume)
-    parser.add_argument("--world-size", type=int, metavar="N", help="stop if the number of processes is not N")
+    parser.add_argument("--world-size", type=parse_world_size, metavar="N|MIN:MAX", help="allowed numbers of processes")
     parser.add_argument("--allow-recipe-change", action="store_true", help="resume although the recipe has changed")
     parser.add_argument("--print-recipe", action="store_true", help="print the resolved recipe and exit")
     parser.add_argument("--list-recipes", action="store_true", help="print the bundled recipes and exit")

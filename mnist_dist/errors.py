@@ -166,7 +166,7 @@ RANK_0_SECONDS = 30.0
 def run_command(main: Callable[[], int]) -> int:
     """Runs a command's `main`. Prints an error that the user can act on as one screen on stderr.
 
-    Rank 0 prints at once. The other ranks wait `RANK_0_SECONDS`, so that the launcher ends them before they print.
+    Rank 0 prints first. The other ranks wait `RANK_0_SECONDS`, so that the launcher ends them before they print.
 
     Returns:
         What `main` returns; 2 for a `RecipeError`, 1 for a `RunError`, 130 after Ctrl-C.
@@ -185,7 +185,8 @@ def run_command(main: Callable[[], int]) -> int:
 
 def _print_error(error: Exception, code: int) -> int:
     if not is_main_process():
-        time.sleep(RANK_0_SECONDS)
+        # With --max-restarts torchrun waits for this process before it starts all processes again.
+        time.sleep(1 if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" else RANK_0_SECONDS)
     print(f"mnist_dist: {error}", file=sys.stderr)
     return code
 

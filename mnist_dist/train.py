@@ -128,7 +128,7 @@ def train(
     *,
     resume: str = "auto",
     allow_recipe_change: bool = False,
-    world_size: int | None = None,
+    world_size: int | range | None = None,
     allow_code: Iterable[str] = (),
 ) -> dict[str, Any]:
     """Trains a recipe in a run folder. Collective: call on every rank.
@@ -137,7 +137,7 @@ def train(
         run_dir: a new folder, or the folder of a run to resume; None for runs/<recipe>/<date-time>.
         resume: "auto": resume the run in `run_dir`; "never": refuse such a folder; else a run or checkpoint to start.
         allow_recipe_change: resume although the recipe has changed.
-        world_size: the expected number of processes; None for the number in the launcher's options, if it is known.
+        world_size: the accepted numbers of processes; None for the number in the launcher's options, if it is known.
         allow_code: modules from which the networks of `distill.from` may be imported; see `load_run`.
 
     Returns:
@@ -188,7 +188,7 @@ def _write_model_summary(folder: RunFolder, module: nn.Module, shape: tuple[int,
         write_atomically(folder.model_summary, summarize_model(module, input_shape=shape) + "\n")
 
 
-def _join_world(world_size: int | None) -> PartialState:
+def _join_world(world_size: int | range | None) -> PartialState:
     state = launched_world()
     check_size(state, world_size)
     choose_threads(state)

@@ -193,7 +193,7 @@ def check_launch_script(script: str, words: list[str]) -> None:
         load_recipe("debug", *(word for word in words if "=" in word))
         assert {word for word in words if word.startswith("-")} <= {"--rehearse"}
     else:
-        numbers = {"launch/multi_node.sh": 3, "launch/cpu.sh": 2, "launch/local.sh": 0}[script]
+        numbers = {"launch/multi_node.sh": 3, "launch/elastic.sh": 2, "launch/cpu.sh": 2, "launch/local.sh": 0}[script]
         own = list(itertools.takewhile(lambda word: not word.startswith("--"), words))
         assert len(own) == numbers or (script == "launch/cpu.sh" and len(own) < numbers)
         if words:

@@ -1,4 +1,6 @@
-"""`accelerate launch` that ends with one readable line and with the exit code of the training processes.
+"""`accelerate launch` or `torchrun` that ends with one readable line and with the exit code of the training processes.
+
+`launch.py ARGUMENTS…` runs accelerate launch, `launch.py torchrun ARGUMENTS…` runs torchrun.
 
 After every stop on request torchrun's agent raises an exception: Python would print its traceback below the trainer's
 last line and exit with code 1. `accelerate launch --quiet` does not reach that exception.
@@ -8,9 +10,15 @@ import logging
 import os
 import signal
 import sys
+import time
+from itertools import pairwise
+from typing import Any
 
-STOPPED = 75
-"""The trainer's exit code for "run the same command again"."""
+BAD_INPUT, STOPPED = 2, 75
+"""The trainer's exit codes for a mistake of the user, and for "run the same command again"."""
+
+HEALTHY_SECONDS = 60.0
+"""After this time without a failure all restarts of torchrun are available again."""
 
 ROUTINE = {
     "agent.server.api": "Received %s death signal",
@@ -21,17 +29,56 @@ ROUTINE = {
 """Logger below torch.distributed.elastic -> start of a warning that each ordinary end prints once per process."""
 
 
+def restart_as_the_exit_code_says() -> None:
+    """Makes torchrun's agent count only failures as restarts, and end at once after a mistake of the user.
+
+    An agent whose processes were asked to stop, because a machine joins or leaves, starts them again in any case.
+    """
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+
+    monitor, seen = LocalElasticAgent._monitor_workers, {"processes": None, "since": 0.0}
+
+    def monitor_workers(agent: Any, group: Any) -> Any:
+        result = monitor(agent, group)
+        codes = {failure.exitcode for failure in result.failures.values()}
+        if agent._pcontext is not seen["processes"]:
+            seen.update(processes=agent._pcontext, since=time.monotonic())
+        if BAD_INPUT in codes:
+            agent._remaining_restarts = 0
+        elif STOPPED in codes:
+            agent._remaining_restarts += 1
+        elif not codes and time.monotonic() - seen["since"] > HEALTHY_SECONDS:
+            agent._remaining_restarts = group.spec.max_restarts
+        return result
+
+    LocalElasticAgent._monitor_workers = monitor_workers
+
+
+def endpoint() -> str:
+    """Returns the address of the rendezvous."""
+    words = {option: value for option, value in pairwise(sys.argv) if option == "--rdzv_endpoint"}
+    return words.get("--rdzv_endpoint") or os.environ.get("PET_RDZV_ENDPOINT", "")
+
+
 def main() -> int:
-    """Runs `accelerate launch` with the arguments of this script; returns the exit code."""
+    """Runs the launcher with the arguments of this script; returns the exit code."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda *_: os._exit(STOPPED))  # until torchrun handles signals, no process is running
     variable = "TORCH_CPP_LOG_LEVEL"
     own = variable not in os.environ
     if own:
         os.environ[variable] = "ERROR"  # no C++ stack of the store when another agent ends first
-    from accelerate.commands.launch import main as launch
+    if sys.argv[1:2] == ["torchrun"]:
+        del sys.argv[1]
+        from torch.distributed.run import main as launch
+
+        restart_as_the_exit_code_says()
+    else:
+        from accelerate.commands.launch import main as launch
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
 
     if own:
         del os.environ[variable]  # torch has read it; the training processes keep their warnings
@@ -49,6 +96,14 @@ def main() -> int:
             return failure.exitcode  # the process has printed why
         print(f"launch: rank {rank} was ended by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
         return 128 - failure.exitcode
+    except RendezvousClosedError:
+        print(f"launch: the run at {endpoint()} has ended; a machine cannot join it any more", file=sys.stderr)
+        return 1
+    except (RendezvousError, DistError):
+        advice = "run the same command again on all machines; if that machine is gone, with another HEAD"
+        print(f"launch: {endpoint()}, which holds the rendezvous, cannot be reached", file=sys.stderr)
+        print(advice, "the run resumes from its last checkpoint", sep="\n", file=sys.stderr)
+        return STOPPED
     return 0
 
 

@@ -90,6 +90,7 @@ class Comparison:
                 lines=run.lines,
                 changes=run.changes,
                 plots=run.folder.plots,
+                world=run.world,
             )
             for row in single
             if (run := row.runs[0].run)

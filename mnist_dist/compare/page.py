@@ -59,6 +59,8 @@ class PageRun:
     """A number that changes whenever `lines` change."""
     plots: Path
     """The folder of the run's pictures."""
+    world: Sequence[Mapping[str, Any]] = ()
+    """The starts of the run's processes; see `mnist_dist.run.world_history`."""
 
 
 class Page:
@@ -99,6 +101,7 @@ class Page:
                     "family": self._families[run.family],
                     "seed": None if run.seed is None else str(run.seed),
                     "status": run.status,
+                    "world": list(run.world) if len(run.world) > 1 else [],
                     "curves": self._curves[run.name][1],
                 }
                 for run in runs

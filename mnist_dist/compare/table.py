@@ -23,6 +23,7 @@ from mnist_dist.recipe.file import bundled_recipes, note_measured, recipe_notes
 from mnist_dist.recipe.loading import load_recipe
 from mnist_dist.run.reader import RunReader, numbers
 from mnist_dist.run.tables import fill_between_marks, markdown_table, markdown_text, printable, table_console
+from mnist_dist.run.world_history import sizes
 
 MARKS = ("<!-- results: made by mnist_dist.compare -->", "<!-- end of results -->")
 """The lines before and after a table in a Markdown file. If the first line is
@@ -115,6 +116,7 @@ class Row:
         seconds = statistics.median(times) if times else None  # the mean would count the pauses of a suspended machine
         world, parameters, epochs = self.mean("world_size"), self.mean("parameters"), self.mean("epochs") or 0.0
         device, precision = (str(self.runs[0].summary.get(key) or "") for key in ("device", "mixed_precision"))
+        changed = ", ".join(text for run in self.runs if run.run and "→" in (text := sizes(run.run.world)))
         statuses = [run.run.status for run in self.runs if run.run]
         commits = [_short(str(run.summary.get("git_commit") or "")) for run in self.runs]
         accuracy = {which: self.values(f"{which}.accuracy") for which in ("eval.last", "eval.best", "test")}
@@ -130,7 +132,7 @@ class Row:
             "epochs": (f"{epochs:.4g}", epochs),
             "images/s": (mean_and_deviation(speeds, ",.0f"), self.mean("images_per_second")),
             "time": ("" if seconds is None else _time(seconds), seconds),
-            "world size": ("" if world is None else f"{world:g}", world),
+            "world size": (changed or ("" if world is None else f"{world:g}"), world),
             "precision": (PRECISION_NAMES.get(precision, precision), None),
             "device": (device, None),
             "ran on": (f"{world} × {device}" if world and world > 1 else device, None),

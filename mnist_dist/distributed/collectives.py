@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
@@ -49,6 +50,11 @@ def _report(state: PartialState, failure: BaseException | None) -> tuple[list[Pr
         return None, ""
     where = f"rank {state.process_index} ({socket.gethostname()}, pid {os.getpid()})"
     return None, f"{where} failed: {type(failure).__name__}: {failure}"
+
+
+def is_lost_connection(error: BaseException | None) -> bool:
+    """Returns whether a collective failed because another process has ended. gloo raises a RuntimeError of its own."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
 
 
 def count_nodes(state: PartialState) -> int:

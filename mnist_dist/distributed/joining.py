@@ -17,8 +17,13 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.constants import default_pg_timeout
 
+from mnist_dist.distributed.expected_size import is_elastic
+
 JOIN_SECONDS = 600.0
 """A process waits this long for the others. torchrun, too, waits ten minutes for its machines."""
+
+ELASTIC_SECONDS = 60.0
+"""The wait in an elastic world. A machine that was lost while the processes started never joins this world."""
 
 NOTE_SECONDS = 30.0
 """After this time a process prints once what it is waiting for."""
@@ -36,13 +41,13 @@ def join(world: dict[str, str]) -> dict[str, Any]:
         Keywords of `torch.distributed.init_process_group`: store, rank and world_size.
 
     Raises:
-        TimeoutError: a process has not joined within `JOIN_SECONDS`; the message names its rank.
+        TimeoutError: a process has not joined in time; the message names its rank.
         OSError, RuntimeError: the port is taken, or the store cannot be reached.
     """
     rank, size = int(world["RANK"]), int(world["WORLD_SIZE"])
     host, port = world["MASTER_ADDR"], int(world["MASTER_PORT"])
     hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    deadline = time.monotonic() + JOIN_SECONDS
+    deadline = time.monotonic() + _seconds()
     if not hosts:
         _wait(lambda: _accepts(host, port), lambda: f"for rank 0 at {host}:{port}", rank, deadline)
     left = timedelta(seconds=max(deadline - time.monotonic(), 1))
@@ -72,6 +77,11 @@ def _attempt() -> str:
     return f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if single else '0'}"
 
 
+def _seconds() -> float:
+    """Returns how long a process waits for the others."""
+    return ELASTIC_SECONDS if is_elastic() else JOIN_SECONDS
+
+
 def _accepts(host: str, port: int) -> bool:
     """Returns whether a process listens at this address."""
     try:
@@ -96,7 +106,7 @@ def _wait(condition: Callable[[], bool], describe: Callable[[], str], rank: int,
     note_at = time.monotonic() + NOTE_SECONDS
     while not condition():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {JOIN_SECONDS:.0f} s {describe()}")
+            raise TimeoutError(f"waited {_seconds():.0f} s {describe()}")
         if time.monotonic() > note_at:
             note_at = deadline + 1
             print(f"mnist_dist: rank {rank} waits {describe()}", file=sys.stderr, flush=True)

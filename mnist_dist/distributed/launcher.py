@@ -18,9 +18,10 @@ from accelerate import PartialState
 from accelerate.commands.config.config_args import default_config_file
 from accelerate.utils import parse_flag_from_env, patch_environment
 
+from mnist_dist.distributed.expected_size import as_range, describe_world_size, is_elastic
 from mnist_dist.distributed.joining import join
 from mnist_dist.distributed.launcher_variables import ADDRESS, TORCH, read_world, step_size
-from mnist_dist.errors import Problem, RecipeError
+from mnist_dist.errors import Problem, RecipeError, RunError
 
 
 def launched_world() -> PartialState:
@@ -30,6 +31,7 @@ def launched_world() -> PartialState:
 
     Raises:
         RecipeError: the launcher's variables describe a world that this process cannot join.
+        RunError: the same, if the launcher then starts the processes again.
     """
     if PartialState._shared_state:
         return PartialState()
@@ -53,7 +55,10 @@ def launched_world() -> PartialState:
         PartialState._reset_state()
         if size == 1:
             raise
-        raise RecipeError([_unjoined(world, f"{type(error).__name__}: {error}")]) from error
+        problem = _unjoined(world, f"{type(error).__name__}: {error}")
+        if is_elastic():  # a machine was lost while the processes started; torchrun starts the others again
+            raise RunError(problem.message) from error
+        raise RecipeError([problem]) from error
     if size > 1 and state.num_processes != size:
         raise RecipeError([_unjoined(world, f"{state.device.type} processes found no way to communicate")])
     return state
@@ -92,25 +97,32 @@ def _unjoined(world: dict[str, str], cause: str) -> Problem:
 # --- the number of processes --------------------------------------------------------------------------------------
 
 
-def check_size(state: PartialState, expected: int | None = None) -> None:
+def check_size(state: PartialState, expected: int | range | None = None) -> None:
     """Compares the number of processes with the expected number.
 
     Args:
-        expected: the number of processes; None for the number in the launcher's options or variables, if known.
+        expected: the accepted numbers of processes; None for the number in the launcher's options or variables, if it
+            is known.
 
     Raises:
         RecipeError: the numbers differ. The message names a command that starts the expected number.
     """
     requested, source = (expected, "--world-size") if expected is not None else _requested_size()
-    if requested is None or requested == state.num_processes:
+    if requested is None or state.num_processes in as_range(requested):
         return
+    accepted = as_range(requested)
     running = "1 process is" if state.num_processes == 1 else f"{state.num_processes} processes are"
-    message = f"{running} running, but {source} is {requested}\n{_start_hint(requested, state.device)}"
+    message = (
+        f"{running} running, but {source} is {describe_world_size(accepted)}\n{_start_hint(accepted, state.device)}"
+    )
     raise RecipeError([Problem("the launcher", source, message, "world")])
 
 
-def _start_hint(processes: int, device: torch.device) -> str:
-    """Returns the command that starts this number of processes on this kind of device."""
+def _start_hint(accepted: range, device: torch.device) -> str:
+    """Returns the command that starts an accepted number of processes on this kind of device."""
+    if len(accepted) > 1:
+        return "start them with launch/elastic.sh"
+    processes = accepted[0]
     if device.type == "cpu" and processes > 1:
         command = (
             f"ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {processes} --num_machines 1 "

@@ -90,10 +90,7 @@ class Watchdog:
             patience = PATIENCE_IN_STEPS * (self._seconds if self._beats < FIRST_STEPS else self._longest)
             if time.monotonic() - self._last_beat < max(self._seconds, patience):
                 continue
-            try:
-                reports = self._collect()
-            except Exception:
-                reports = []
+            reports = self._collect_in_time()
             if not self._end.is_set() and not any(each["saving"] and each["alive"] for each in reports):
                 self._end_processes(reports)
 
@@ -114,6 +111,19 @@ class Watchdog:
             "saving": any(entry.name == "wait_until_written" for entry in stack),
             "stack": "".join(traceback.format_list([entry for entry in stack if "runpy" not in entry.filename])),
         }
+
+    def _collect_in_time(self) -> list[dict[str, Any]]:
+        """Returns what `_collect` does; [] if the store cannot be reached. Calls over a cut network may never end."""
+        found: list[list[dict[str, Any]]] = []
+
+        def collect() -> None:
+            with suppress(Exception):
+                found.append(self._collect())
+
+        thread = threading.Thread(target=collect, daemon=True)
+        thread.start()
+        thread.join(2 * self._period + 1 + LAST_WORDS_SECONDS)
+        return found[0] if found else []
 
     def _count_collectives(self) -> int:
         """Returns how many collectives this rank has started. Not included are those inside a replayed CUDA graph."""

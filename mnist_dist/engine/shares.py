@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mnist_dist.data.batches import piece
+from mnist_dist.distributed.logical_shards import shards_of
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class Shares:
     def loaded(self, size: int) -> range:
         """Returns the positions whose images this process loads of a global batch of `size` samples."""
         if self.shards is not None:
-            each = self.shards // self.world_size
-            first, last = (piece(size, self.rank * each + shard, self.shards) for shard in (0, each - 1))
+            mine = shards_of(self.shards, self.rank, self.world_size)
+            first, last = (piece(size, shard, self.shards) for shard in (mine[0], mine[-1]))
             return range(first.start, last.stop)
         if not self.own(size) and not self.needs_no_filler:
             # A short last batch can leave a process without rows, but every process must take part in the reduction.

@@ -277,8 +277,8 @@ class Recipe(Section):
     logical_shards: (
         Annotated[int, Field(ge=1, le=1024), AfterValidator(_power_of_two), WithJsonSchema(_POWERS_OF_TWO)] | None
     ) = None
-    """Cut the global batch into this many fixed pieces (a power of two), so that every number of processes that
-    divides it gives identical bytes. Null: one piece per process."""
+    """Cut the global batch into this many fixed pieces (a power of two), so that every number of processes up to it
+    gives identical bytes. Null: one piece per process."""
     eval_batch_size: Positive = 500
     """Images per evaluation batch, the same at every number of processes. Changes the result only for networks that
     normalize by the evaluated batch (`simple_cnn`)."""

@@ -80,6 +80,9 @@ class CheckpointSection(Section):
     every_minutes: AboveZero | None = 5.0
     """Minutes of training between checkpoints; a checkpoint is written at the next log line. Null: only `every_steps`
     counts."""
+    elastic_seconds: AboveZero | None = 10.0
+    """Seconds of training between checkpoints if the launcher restarts the processes (launch/elastic.sh): about what a
+    lost machine costs. Longer if the saves would take more than a tenth of the time. Null: as in other runs."""
     keep: Positive = 2
     """Number of checkpoints kept in the run folder; older ones are deleted."""
 

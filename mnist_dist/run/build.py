@@ -67,8 +67,8 @@ def check_world(recipe: Recipe, state: PartialState) -> str:
     if recipe.batch_size < state.num_processes:
         message = f"a global batch of {recipe.batch_size} has too few samples for {state.num_processes} processes"
         raise RecipeError([recipe.problem("batch_size", message, "unsupported")])
-    if recipe.logical_shards and recipe.logical_shards % state.num_processes:
-        message = f"the number of processes, {state.num_processes}, must divide the {recipe.logical_shards} shards"
+    if recipe.logical_shards and recipe.logical_shards < state.num_processes:
+        message = f"{recipe.logical_shards} shards are too few for {state.num_processes} processes"
         raise RecipeError([recipe.problem("logical_shards", message, "unsupported")])
     return precision
 

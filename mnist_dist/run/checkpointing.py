@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,7 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mnist_dist.distributed.collectives import run_on_all_ranks
+from mnist_dist.distributed.collectives import is_lost_connection, run_on_all_ranks
+from mnist_dist.distributed.expected_size import is_elastic
+from mnist_dist.distributed.signals import PREEMPTED
 from mnist_dist.engine.checkpoint import list_checkpoints, save_checkpoint, save_weights
 from mnist_dist.engine.evaluation import Evaluation
 from mnist_dist.engine.train_step import NotFinite
@@ -19,6 +22,7 @@ from mnist_dist.engine.writer import Writer
 from mnist_dist.errors import RunError
 from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.components import Progress, TrainingComponents
+from mnist_dist.run.elastic_saves import ElasticSaves
 from mnist_dist.run.folder import RunFolder
 from mnist_dist.run.plan import Plan
 from mnist_dist.run.resume import file_bytes
@@ -47,6 +51,7 @@ class Checkpointer:
         self._writer = Writer(components.accelerator.device, writes)
         self._about = components.describe_weights(recipe) if writes else {}
         self._pauses: list[float] = []
+        self._elastic = ElasticSaves(recipe.checkpoint.elastic_seconds if is_elastic() else None)
         self._has_reserved = False
         self.start(0.0)
 
@@ -61,6 +66,7 @@ class Checkpointer:
         self._began = time.perf_counter() - seconds_before
         self._saved_at = self._components.meter.train_seconds
         self._saved_step = self._progress.step  # the step of the checkpoint that the run resumes from, or 0
+        self._first_step = self._progress.step
 
     def train_seconds(self) -> float:
         """Returns the seconds that all steps so far took, evaluations included.
@@ -118,6 +124,9 @@ class Checkpointer:
         by_steps = rule.every_steps is not None and self._progress.step % rule.every_steps == 0
         # Always after the last step: if the end of the run is interrupted, no training must be repeated.
         by_steps = by_steps or self._progress.step == self._components.total_steps
+        per_step = self._components.meter.seconds_per_step
+        since = self._saved_step if per_step else self._first_step
+        by_steps = by_steps or self._elastic.are_due(self._progress.step - since, per_step)
         return by_steps or (logged and rule.every_minutes is not None and seconds >= 60 * rule.every_minutes)
 
     def _reserve_memory(self) -> None:
@@ -152,11 +161,13 @@ class Checkpointer:
             if wandb := find_tracker(self._components.accelerator, WandbTracker):
                 state["wandb_id"] = wandb.run_id
             self._writer.write(STATE, state, partial(self._publish, metrics))
+        self._elastic.note(self._pauses[-1])
         if wait:
             self.wait()
 
     def _publish(self, metrics: JSONLTracker | None, state: dict[str, Any]) -> None:
         """Writes a checkpoint. Runs in the thread."""
+        self._folder.end_if_lost()
         if metrics:
             metrics.flush_to_disk()
         # A best.safetensors that exists before the first evaluation is from a killed process and a later step.
@@ -168,7 +179,12 @@ class Checkpointer:
         """Has the thread write the weights of the network that is evaluated. Collective: call on every rank."""
         self.wait(WEIGHTS)
         weights = self._components.eval_model.state_dict()
-        self._writer.write(WEIGHTS, weights, lambda copy: save_weights(path, copy, self._about))
+
+        def write(copy: dict[str, Any]) -> None:
+            self._folder.end_if_lost()
+            save_weights(path, copy, self._about)
+
+        self._writer.write(WEIGHTS, weights, write)
 
     def wait(self, *names: str) -> None:
         """Waits for the thread on all ranks, and raises its error on all ranks. Collective: call on every rank."""
@@ -204,14 +220,19 @@ class Checkpointer:
             return
         message = self.describe_failure(error)
         self._writer.close()
+        cause = message or f"{type(error).__name__}: {error}" if isinstance(error, Exception) else None
         with suppress(OSError):
-            self._end_trackers(message or f"{type(error).__name__}: {error}" if isinstance(error, Exception) else None)
+            self._end_trackers(cause, resumes=is_elastic() and is_lost_connection(error))
         if message:
             raise RunError(message) from error
 
     def mark_failed(self) -> None:
-        """Sets the status to failed. Does not wait for other processes, so the watchdog can call it."""
-        self._folder.set_status("failed")
+        """Sets the status to failed. Does not wait for other processes, so the watchdog can call it.
+
+        An elastic run has not failed: torchrun starts its processes again.
+        """
+        if not is_elastic():
+            self._folder.set_status("failed")
 
     def describe_failure(self, error: BaseException) -> str | None:
         """Returns a message with the cause, a remedy and the last checkpoint; None if only a traceback helps.
@@ -225,6 +246,10 @@ class Checkpointer:
             self.save(wait=True)
         elif isinstance(error, OSError) and error.errno in UNWRITABLE:
             lines = [f"{error.filename or self._folder.path} cannot be written: {error.strerror}"]
+        elif is_elastic() and is_lost_connection(error):
+            rank, size = self._components.accelerator.process_index, self._components.accelerator.num_processes
+            where = f"rank {rank} of {size} on {socket.gethostname()} in step {self._progress.step}"
+            return f"{where}: another process has ended; the launcher starts all processes again"
         else:
             return None
         self._writer.close()  # what it still writes may be the last checkpoint
@@ -246,10 +271,16 @@ class Checkpointer:
             lines.append("each sample alone has a finite loss; the loss or the gradient of the batch is not finite")
         return [*lines, "try a lower optimizer.lr, clip_grad_norm=1 or on_nonfinite=skip"]
 
-    def _end_trackers(self, cause: str | None) -> None:
-        """Ends all trackers. W&B sends an alert with the cause; after Ctrl-C, which has none, it sends no alert."""
+    def _end_trackers(self, cause: str | None, resumes: bool) -> None:
+        """Ends all trackers. W&B sends an alert with the cause; after Ctrl-C, which has none, it sends no alert.
+
+        Args:
+            resumes: the run resumes by itself, so W&B sends no alert.
+        """
         for tracker in self._components.accelerator.trackers:
             if not isinstance(tracker, WandbTracker):
                 tracker.finish()  # otherwise a terminal keeps its cursor hidden
+            elif resumes:
+                tracker.preempt(PREEMPTED)
             elif cause is not None:
                 tracker.fail(f"{self._recipe.name} failed", cause)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,10 @@ class RunFolder:
     """The paths of a run folder. STATUS holds one word: running, done, failed or preempted."""
 
     path: Path
+    status_before: str = field(default="", kw_only=True)
+    """The word in STATUS before the run was opened."""
+    end_if_lost: Callable[[], None] = field(default=lambda: None, kw_only=True)
+    """Ends this process if another process has taken over the folder. Called before a file is replaced."""
 
     recipe = property(lambda self: self.path / "recipe.yaml")
     metrics = property(lambda self: self.path / "metrics.jsonl")
@@ -36,6 +40,7 @@ class RunFolder:
     plots = property(lambda self: self.path / "plots")
     console = property(lambda self: self.path / "console.log")
     status = property(lambda self: self.path / "STATUS")
+    world = property(lambda self: self.path / "world.jsonl")
     checkpoints = property(lambda self: self.path / "checkpoints")
 
     @classmethod
@@ -59,6 +64,8 @@ class RunFolder:
             # Written first: if the process is killed later, the same command recognises its folder by this file.
             write_atomically(folder.recipe, recipe.to_yaml())
             folder.plots.mkdir(exist_ok=True)
+            with suppress(OSError, ValueError):
+                folder = replace(folder, status_before=read_regular(folder.status, MOST_JSON).decode().strip())
             folder.set_status("running")
         except OSError as error:
             raise unwritable(error, run_dir) from error
@@ -162,6 +169,7 @@ class RunFolder:
 
     def set_status(self, status: str) -> None:
         """Writes STATUS: one of the words running, done, failed and preempted."""
+        self.end_if_lost()
         write_atomically(self.status, status + "\n")
 
 

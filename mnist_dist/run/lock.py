@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 
+from mnist_dist.distributed.expected_size import is_elastic
 from mnist_dist.errors import Problem, RecipeError
 
 FILE = "run.lock"
@@ -32,14 +33,22 @@ system that requeues a job on another node takes about as long to start it. The 
 time and is not refused.
 """
 
+ELASTIC_RENEW_SECONDS, ELASTIC_SILENT_SECONDS = 1.0, 15.0
+"""The same for the lock of an elastic run, whose other machines continue without the writer's machine. They try to take
+the lock over only when the rendezvous has declared that machine lost."""
+
+ELASTIC_WATCH_SECONDS = 60.0
+"""A process of an elastic run watches a lock that is renewed for this time before it is refused: the writer of the lost
+machine may still be about to notice that it is alone."""
+
 
 class RunLock:
     """Holds a run folder for this process inside the context.
 
     The lock is a file with host, process id and start time. A lock left by a dead process of this machine is taken over
     at once. Whether a process of another machine (or container) still runs cannot be seen from here, so this process
-    watches its lock: if the lock is renewed, this process is refused; if it is not renewed for `SILENT_SECONDS`, it is
-    taken over.
+    watches its lock: if the lock is renewed, this process is refused; if it is not renewed for the lock's
+    `silent_seconds`, it is taken over.
 
     Args:
         folder: the run folder; must exist.
@@ -48,7 +57,11 @@ class RunLock:
 
     def __init__(self, folder: Path, while_waiting: Callable[[], None] = lambda: None):
         self._path, self._while_waiting = folder / FILE, while_waiting
-        self._own = _describe_process() | {"since": datetime.now().astimezone().isoformat(timespec="seconds")}
+        self._renew_seconds = ELASTIC_RENEW_SECONDS if is_elastic() else RENEW_SECONDS
+        self._own = _describe_process() | {
+            "since": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "silent_seconds": ELASTIC_SILENT_SECONDS if is_elastic() else SILENT_SECONDS,
+        }
         self._end = threading.Event()
 
     def __enter__(self) -> RunLock:
@@ -101,17 +114,19 @@ class RunLock:
         return {}, age  # a process was killed while it wrote the file
 
     def _stays_silent(self, content: dict[str, Any], age: float) -> bool:
-        """Watches a lock of another machine; returns whether it was not renewed for `SILENT_SECONDS`."""
-        if age < SILENT_SECONDS:
-            left = SILENT_SECONDS - age
+        """Watches a lock of another machine; returns whether it was not renewed for its `silent_seconds`."""
+        silent = _silent_seconds(content)
+        patient_until = time.monotonic() + (ELASTIC_WATCH_SECONDS if is_elastic() else 0.0)
+        if age < silent:
+            left = silent - age
             print(f"mnist_dist: {_holder(content)} may still write {self._path.parent}; waiting {left:.0f} s to see")
-        while age < SILENT_SECONDS:
-            time.sleep(min(1.0, SILENT_SECONDS / 10))
+        while age < silent:
+            time.sleep(min(1.0, silent / 10))
             self._while_waiting()
             before, (found, age) = age, self._observe()
             if found != content:
                 return True  # removed or replaced: `__enter__` tries again
-            if age < before:
+            if age < before and time.monotonic() > patient_until:
                 return False
         return True
 
@@ -130,19 +145,23 @@ class RunLock:
 
     def _renew(self) -> None:
         """Renews the lock until the context ends. Ends this process if another process has taken the lock over."""
-        while not self._end.wait(RENEW_SECONDS):
+        while not self._end.wait(self._renew_seconds):
             with suppress(OSError):  # a network file system may be unreachable for a while
                 os.utime(self._path)
-            with suppress(OSError, ValueError):
-                found = json.loads(self._path.read_bytes())
-                if found != self._own and not self._end.is_set():
-                    print(
-                        f"mnist_dist: {_holder(found)} took over {self._path.parent}, because this process did not"
-                        f" renew its lock for {SILENT_SECONDS:.0f} s; this process ends",
-                        file=sys.stderr,
-                        flush=True,
-                    )
-                    os._exit(1)
+            self.end_if_lost()
+
+    def end_if_lost(self) -> None:
+        """Ends this process if another process has taken the lock over: it must not write into the folder any more."""
+        with suppress(OSError, ValueError):
+            found = json.loads(self._path.read_bytes())
+            if found != self._own and not self._end.is_set():
+                print(
+                    f"mnist_dist: {_holder(found)} took over {self._path.parent}, because this process did not"
+                    f" renew its lock for {_silent_seconds(self._own):.0f} s; this process ends",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(1)
 
 
 def _describe_process() -> dict[str, Any]:
@@ -157,6 +176,12 @@ def _describe_process() -> dict[str, Any]:
         "started": psutil.Process().create_time(),
         "machine": " ".join(machine),
     }
+
+
+def _silent_seconds(content: dict[str, Any]) -> float:
+    """Returns after how long without a renewal the lock may be taken over. Its writer has chosen the time."""
+    seconds = content.get("silent_seconds")
+    return seconds if isinstance(seconds, int | float) else SILENT_SECONDS
 
 
 def _is_of_this_machine(content: dict[str, Any]) -> bool:
@@ -188,6 +213,7 @@ def _holder(content: dict[str, Any]) -> str:
 def _refusal(path: Path, content: dict[str, Any]) -> RecipeError:
     message = (
         f"{_holder(content)} is writing the run in {path.parent}; wait until it ends, or name another folder\n"
-        f"(if it has ended without removing {FILE}, other machines can use the folder after {SILENT_SECONDS:.0f} s)"
+        f"(if it has ended without removing {FILE}, other machines can use the folder after "
+        f"{_silent_seconds(content):.0f} s)"
     )
     return RecipeError([Problem("command line", "--run-dir", message, "exists")])

@@ -27,6 +27,7 @@ from mnist_dist.recipe.loading import load_recipe
 from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.folder import MOST_JSON, RunFolder
 from mnist_dist.run.tables import printable
+from mnist_dist.run.world_history import read_history
 from mnist_dist.tracking import JSONLReader
 
 LARGEST = 1e100
@@ -55,6 +56,7 @@ class RunReader:
     Attributes:
         name: the path as text that any console can print.
         recipe: dotted keys and values of the resolved recipe; empty if recipe.yaml cannot be read.
+        world: the starts of its processes; see `read_history`.
         summary: the values of summary.json; for an unfinished run, those that follow from its recipe and metrics.
         lines: the objects of metrics.jsonl so far.
         is_finished: summary.json is complete.
@@ -66,6 +68,7 @@ class RunReader:
         self.name = printable(path)
         self.recipe: dict[str, Any] = {}
         self.summary: dict[str, Any] = {}
+        self.world: list[dict[str, Any]] = []
         self.lines: list[dict[str, Any]] = []
         self.is_finished = False
         self.changes = 0
@@ -77,11 +80,12 @@ class RunReader:
     def refresh(self) -> None:
         """Reads the files again if one of them has changed."""
         folder = self.folder
-        stamps = [_stamp(path) for path in (folder.recipe, folder.summary, folder.status, folder.metrics)]
+        stamps = [_stamp(path) for path in (folder.recipe, folder.summary, folder.status, folder.metrics, folder.world)]
         if stamps == self._stamps:
             return
         self._stamps, self.changes = stamps, self.changes + 1
         self.lines = [] if folder.leaves(folder.metrics) else self._metrics.read()
+        self.world = read_history(folder)
         self._word, self.recipe = "no STATUS", {}
         summary: Any = None
         with suppress(OSError, ValueError):
@@ -101,6 +105,7 @@ class RunReader:
             "recipe": printable(self.recipe.get("name") or self.folder.path.name),
             "seed": seed if isinstance(seed, int) else None,
             "epochs": max(numbers(self.lines, "epoch"), default=0),
+            "world_size": self.world[-1]["processes"] if self.world else None,
             "mixed_precision": self.recipe.get("mixed_precision"),
             "images_per_second": speeds[-1] if speeds else None,
             "eval.last.accuracy": accuracies[-1] if accuracies else None,

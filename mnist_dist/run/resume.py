@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,16 +71,17 @@ def open_folder(
             folder.refuse_content(recipe, resume, allow_recipe_change)
             refuse_lengths(recipe, num_samples, folder, source[1] if source else None)
             try:
-                held.enter_context(RunLock(folder.path, interrupts.exit_before_start))
+                lock = held.enter_context(RunLock(folder.path, interrupts.exit_before_start))
             except OSError as error:
                 raise unwritable(error, run_dir) from error
-            RunFolder.open(folder.path, recipe, resume, allow_recipe_change)
+            opened = RunFolder.open(folder.path, recipe, resume, allow_recipe_change)
             if source:
                 adopt(folder, *source, recipe.checkpoint.keep)
-            return folder
+            return replace(opened, end_if_lost=lock.end_if_lost)
 
         opened = run_on_all_ranks(state, open_on_main)
-        folder = RunFolder(Path(broadcast_object_list([str(opened.path) if opened else None])[0]))
+        path = broadcast_object_list([str(opened.path) if opened else None])[0]
+        folder = opened or RunFolder(Path(path))
         with folder.failed_on_error(state.is_main_process):
             yield folder
 

@@ -23,6 +23,7 @@ from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.components import Progress, TrainingComponents
 from mnist_dist.run.folder import RunFolder
 from mnist_dist.run.reader import load_run
+from mnist_dist.run.world_history import note_start, read_history, sizes
 from mnist_dist.tracking import ConsoleTracker, JSONLTracker, WandbTracker, find_tracker, resolve_mode
 
 # --- trackers -----------------------------------------------------------------------------------------------------
@@ -37,7 +38,9 @@ def open_trackers(
     *,
     quiet: bool = False,
 ) -> ConsoleTracker | None:
-    """Starts the console, metrics.jsonl and W&B on rank 0 and prints the run's header.
+    """Starts the console, metrics.jsonl and W&B on rank 0, prints the run's header and continues world.jsonl.
+
+    Collective: call on every rank.
 
     Args:
         recipe: the resolved recipe.
@@ -50,6 +53,7 @@ def open_trackers(
     Returns:
         The console; None on the other ranks.
     """
+    nodes = count_nodes(components.accelerator.state)
     if not components.accelerator.is_main_process:
         return None
     split = "validation" if dataset.has_validation else "test"
@@ -60,6 +64,10 @@ def open_trackers(
     console.header(_header(recipe, components, dataset) | {"wandb": reason, "run folder": str(folder.path)})
     if checkpoint:
         console.message(f"resumed from the checkpoint at step {checkpoint['progress']['step']:,}")
+    step = checkpoint["progress"]["step"] if checkpoint else 0
+    history = note_start(folder, step, components.accelerator.num_processes, nodes)
+    if len(history) > 1:
+        console.message(f"world: {sizes(history[-2:])} processes, {history[-1]['cause']}")
     trackers: list[Any] = [console, JSONLTracker(folder.metrics, checkpoint.get("metrics_bytes", 0))]
     if mode != "disabled":
         init: dict[str, Any] = _wandb_settings(recipe) | {"mode": mode}
@@ -69,6 +77,8 @@ def open_trackers(
         trackers.append(WandbTracker(project, **files, notify=console.message, gauges=components.meter.gauges, **init))
     components.accelerator.log_with = trackers
     components.accelerator.init_trackers(project, config=recipe.model_dump())
+    if tracker := find_tracker(components.accelerator, WandbTracker):
+        tracker.summarize({"world_history": history})
     return console
 
 
@@ -133,8 +143,7 @@ def _header(recipe: Recipe, components: TrainingComponents, dataset: Dataset) ->
         "launcher": f"{launch['launcher']}{f' ({settings})' if settings else ''}",
     }
     if recipe.logical_shards:
-        divisors = [str(1 << power) for power in range(recipe.logical_shards.bit_length())]
-        header["shards"] = f"{recipe.logical_shards} logical shards: the same bytes at {', '.join(divisors)} processes"
+        header["shards"] = f"{recipe.logical_shards} logical shards: the same bytes at every number of processes"
     return header
 
 
@@ -196,6 +205,7 @@ def finish_run(
     except Interrupted:
         return stop_run(folder, components, progress, console)
     summary = summarize(recipe, components, progress, test if dataset.has_validation else None) | facts
+    summary["world_history"] = read_history(folder)
     finished = True
     if console:
         finished = _write_results(folder, recipe, components, dataset, test, summary, console, interrupts)

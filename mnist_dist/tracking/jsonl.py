@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,12 @@ class JSONLTracker(GeneralTracker):
         super().__init__()
         self.path = path
         path.touch()
-        with path.open("rb+") as file:
+        # A copy: a process that was frozen and has lost the run may still write a line, into the old file.
+        copy = path.with_name(f"{path.name}.tmp")
+        shutil.copyfile(path, copy)
+        with copy.open("rb+") as file:
             file.truncate(file.read(keep_bytes).rfind(b"\n") + 1)
+        copy.replace(path)
         self._file = path.open("a", encoding="utf-8")
 
     @property

@@ -12,7 +12,6 @@ import re
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -20,10 +19,9 @@ from pathlib import Path
 
 import pytest
 
-from mnist_dist.run.tables import replace_between_marks
 from tests import processes
+from tests.cluster.results import Results, written_as_table
 from tests.cluster.slurm import NODES, Cluster, missing
-from tests.faults.__main__ import describe, to_markdown
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,35 +36,11 @@ WORDS = [
 MARKS = ("<!-- cluster: made by tests/cluster -->", "<!-- end of cluster -->")
 
 
-class Results:
-    """What happened to the jobs: (what was done, when, how the job took it) -> number of times."""
-
-    def __init__(self) -> None:
-        self.counts: Counter[tuple[str, str, str]] = Counter()
-
-    def add(self, what: str, where: str, how: str) -> None:
-        """Notes a trial that has passed: the table has no others, because a test that fails writes none."""
-        self.counts[what, where, how] += 1
-
-    def rows(self) -> list[tuple[str, str, str, str]]:
-        """Returns the rows of the table, with the columns of the fault tables."""
-        rows = []
-        for what, where in dict.fromkeys((what, where) for what, where, _ in self.counts):
-            kinds = {how: n for (*row, how), n in self.counts.items() if row == [what, where]}
-            total = sum(kinds.values())
-            rows.append((what, where, f"{total} / {total}", ", ".join(f"{n} {how}" for how, n in kinds.items())))
-        return [*rows, ("all", "", f"{self.counts.total()} / {self.counts.total()}", "")]
-
-
 @pytest.fixture(scope="module")
 def results(request: pytest.FixtureRequest) -> Iterator[Results]:
-    """Collects the trials; writes the table if every test of the session has passed."""
-    begun, found = time.monotonic(), Results()
-    yield found
-    file = os.environ.get("MNIST_DIST_CLUSTER_TABLE")
-    if file and not request.session.testsfailed:
-        about = describe("pytest -m cluster tests/cluster", 2, time.monotonic() - begun)
-        replace_between_marks(Path(file), to_markdown(found.rows(), about), MARKS)
+    """Collects the trials."""
+    with written_as_table(request, "pytest -m cluster tests/cluster/test_slurm.py", 2, MARKS) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -206,16 +180,24 @@ def test_preempted_jobs_are_requeued_and_end_with_the_same_bytes(cluster, undist
 # --- what else happens to jobs ------------------------------------------------------------------------------------
 
 
-def test_the_job_of_a_dead_node_is_requeued_and_completed(cluster, undisturbed, tmp_path, results):
+@pytest.mark.parametrize(("node", "requeued"), [("n1", False), ("n0", True)])
+def test_the_job_of_a_dead_node_is_completed(node, requeued, cluster, undisturbed, tmp_path, results):
+    """The step continues on the other node. The first node runs the batch script and holds the rendezvous."""
     run_dir, log = tmp_path / "run", tmp_path / "run.log"
-    job = train(cluster, run_dir, words=[*WORDS, "engine.hang_seconds=20"])
+    job = train(cluster, run_dir)
     cluster.wait_for(lambda: step_of(run_dir) >= 20, "step 20")
-    cluster.kill_node("n1")
-    cluster.wait_for(lambda: cluster.state(job).get("Restarts", "0") != "0", "the job is requeued")
-    cluster.start_node("n1")
-    assert cluster.wait_for_state(job, "COMPLETED", "FAILED")["JobState"] == "COMPLETED", log.read_text()[-3000:]
+    cluster.kill_node(node)
+    if requeued:
+        cluster.wait_for(lambda: cluster.state(job).get("Restarts", "0") != "0", "the job is requeued")
+        cluster.start_node(node)
+    facts = cluster.wait_for_state(job, "COMPLETED", "FAILED", "NODE_FAIL")
+    if not requeued:
+        cluster.start_node(node)
+        assert json.loads((run_dir / "summary.json").read_text())["world_size"] == 1
+    assert (facts["JobState"], facts["Restarts"] != "0") == ("COMPLETED", requeued), log.read_text()[-3000:]
     assert_same(run_dir, undisturbed, log)
-    results.add("a node dies", "step", "requeued, the same bytes")
+    how = "requeued, the same bytes" if requeued else "the other goes on, the same bytes"
+    results.add(f"the {'first' if requeued else 'second'} node dies", "step", how)
 
 
 def test_an_array_trains_one_seed_per_task(cluster, tmp_path, results):

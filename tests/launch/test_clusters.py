@@ -25,6 +25,7 @@ from tests.launch.launching import (
     losses,
     started,
 )
+from tests.processes import free_port
 
 # --- two machines -------------------------------------------------------------------------------------------------
 
@@ -88,11 +89,14 @@ case $1 in show) echo localhost ;; *) echo "$@" >>"$CALLS" ;; esac
 
 def test_the_trainjob_is_one_world_of_its_processes(tmp_path, losses_of_one_process):
     """Runs the command of the TrainJob in one pod with two processes, as Kubeflow's torch plugin starts it."""
-    plugin = {"PET_NNODES": "1", "PET_NPROC_PER_NODE": "2", "PET_NODE_RANK": "0", "PET_STANDALONE": "1"}
+    address = {"PET_MASTER_ADDR": "localhost", "PET_MASTER_PORT": str(free_port())}
+    plugin = {"PET_NNODES": "1", "PET_NPROC_PER_NODE": "2", "PET_NODE_RANK": "0", **address}
     trainer = TRAINJOB["spec"]["trainer"]
+    variables = {each["name"]: each["value"] for each in trainer["env"] if "value" in each}
+    arguments = [re.sub(r"\$\((\w+)\)", lambda name: address[name[1]], word) for word in trainer["args"]]
     # The last value of a repeated option or key counts.
     words = ["data.root=null", *WORDS, "--run-dir", tmp_path / "run"]
-    launch(*trainer["command"], *trainer["args"], *words, **plugin)
+    launch(*trainer["command"], *arguments, *words, **plugin, **variables)
     assert load_run(tmp_path / "run").summary["world_size"] == 2
     assert losses(tmp_path / "run") == pytest.approx(losses_of_one_process, rel=1e-6)
 

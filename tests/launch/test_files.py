@@ -70,8 +70,9 @@ def test_trainjob_has_time_to_save_and_shared_memory():
     mounted = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
     [shared] = [volume for volume in pod["volumes"] if volume["name"] == mounted["/dev/shm"]]
     assert shared["emptyDir"]["medium"] == "Memory"
-    assert f"--world-size={trainer['numNodes'] * trainer['numProcPerNode']}" in trainer["args"]
-    assert_resolves(trainer["args"][2:])
+    nodes, each = trainer["numNodes"], trainer["numProcPerNode"]
+    assert f"--nnodes=1:{nodes}" in trainer["args"] and f"--world-size={each}:{nodes * each}" in trainer["args"]
+    assert_resolves(trainer["args"][trainer["args"].index("mnist_dist.train") + 1 :])
 
 
 def test_sweep_passes_the_chosen_values_as_overrides():

@@ -42,7 +42,8 @@ def world(num_processes: int, device: str = "cpu") -> SimpleNamespace:
         (["batch_size=4"], world(4), None),
         (["batch_size=3"], world(4), "batch_size"),
         (["logical_shards=4"], world(2), None),
-        (["logical_shards=4"], world(3), "logical_shards"),
+        (["logical_shards=4"], world(3), None),
+        (["logical_shards=4"], world(5), "logical_shards"),
     ],
     ids=str,
 )

@@ -254,3 +254,23 @@ def is_wandb_service(process: psutil.Process, pid: int) -> bool:
     except psutil.Error:
         return False
     return any("wandb-core" in word for word in words) and str(pid) in words
+
+
+LOST = "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.1]:29400"
+
+
+@pytest.mark.parametrize("restarts", ["0", "3"])
+def test_the_loss_of_another_process_is_a_line_if_the_launcher_starts_all_again(restarts, tmp_path, monkeypatch):
+    """Otherwise it stays an error with a traceback, which may be the only trace of the cause."""
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+
+    def lose(*arguments: object) -> None:
+        raise RuntimeError(LOST)
+
+    monkeypatch.setattr("mnist_dist.engine.train_step.TrainStep.__call__", lose)
+    recipe = load_recipe("debug", "tracking.plots=false", "tracking.wandb.mode=disabled")
+    with pytest.raises((RuntimeError, RunError)) as caught:
+        train(recipe, tmp_path / "run")
+    assert isinstance(caught.value, RunError) == (restarts != "0")
+    assert "step 0" in str(caught.value) or restarts == "0"
+    assert (tmp_path / "run" / "STATUS").read_text() == "failed\n"

@@ -127,3 +127,40 @@ with lock.RunLock(folder):
     done = run([sys.executable, "-c", script, tmp_path])
     assert done.returncode == 1 and "node7" in done.stderr
     assert (tmp_path / FILE).exists(), "the lock now belongs to the other process"
+
+
+@pytest.mark.parametrize("elastic", [True, False])
+def test_a_process_of_an_elastic_run_waits_until_the_writer_of_a_lost_machine_is_silent(
+    elastic, tmp_path, monkeypatch, refused
+):
+    """A plain process is refused at the first renewal. The writer has chosen its own time of silence."""
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3" if elastic else "0")
+    path, renewals = foreign(tmp_path), iter(range(3))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"silent_seconds": 2.0 if elastic else 300.0}))
+
+    def renew() -> None:
+        if next(renewals, None) is not None:
+            os.utime(path)
+
+    if not elastic:
+        assert refused(lambda: RunLock(tmp_path, renew).__enter__()) == [("--run-dir", "exists")]
+        return
+    with RunLock(tmp_path, renew):
+        assert json.loads(path.read_text())["silent_seconds"] == lock.ELASTIC_SILENT_SECONDS
+
+
+def test_a_writer_that_was_paused_ends_before_it_writes(tmp_path):
+    """The thread that renews the lock may notice the loss only after the paused process has written."""
+    script = """
+import json, sys
+from pathlib import Path
+from mnist_dist.run import lock
+folder = Path(sys.argv[1])
+with lock.RunLock(folder) as held:
+    held.end_if_lost()
+    (folder / lock.FILE).write_text(json.dumps({"host": "node7", "pid": 1, "since": "noon"}))
+    held.end_if_lost()
+    print("wrote")
+"""
+    done = run([sys.executable, "-c", script, tmp_path])
+    assert done.returncode == 1 and "node7" in done.stderr and not done.stdout

@@ -135,6 +135,17 @@ def test_metrics_shorter_than_the_checkpoint_expects_keep_their_complete_lines(t
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
+def test_a_process_that_has_lost_the_run_does_not_write_into_the_metrics_of_its_successor(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lost = JSONLTracker(path)
+    lost.log({"step": 1})
+    successor = JSONLTracker(path, keep_bytes=path.stat().st_size)
+    lost.log({"step": 2, "lost": True})
+    successor.log({"step": 2})
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
 def test_a_valid_checkpoint_of_the_same_step_is_never_deleted(tmp_path, monkeypatch):
     save_checkpoint(tmp_path, 1, {"step": 1}, keep=1)
     with monkeypatch.context() as patch:
