@@ -32,19 +32,9 @@ MARKS = ("<!-- results: made by mnist_dist.compare -->", "<!-- end of results --
 FIRST_MARK = re.compile(r"<!-- results(?: of (?P<recipes>[^\n:]+))?: made by mnist_dist\.compare -->")
 
 COLUMNS = (
-    "recipe",
-    "parameters",
-    "claim",
-    "last epoch",
-    "best epoch",
-    "n",
-    "epochs",
-    "time",
-    "precision",
-    "ran on",
-    "commit",
+    "recipe", "parameters", "claim", "last epoch", "best epoch", "n", "epochs", "time", "precision", "ran on", "commit",
     "verdict",
-)
+)  # fmt: skip
 """Columns of a Markdown table of all finished runs."""
 
 SHORT_COLUMNS = ("recipe", "parameters", "claim", "last epoch", "n", "epochs", "time", "verdict")
@@ -182,13 +172,14 @@ def _short(commit: str) -> str:
 def _claimed(name: str, data: str) -> tuple[Path | None, str, float]:
     """Returns the file of a shipped recipe, the document's claim and the recipe's number of epochs.
 
-    None, an empty text and 0 if `data`, the data set of a run, is not the recipe's.
+    None, an empty text and 0 if `data`, the data set of a run, is not that of the claim: the one that the line `data`
+    of the head comment names, else the recipe's.
     """
-    path = _shipped().get(name)
-    recipe = load_recipe(path) if path else None
-    if path is None or recipe is None or data not in ("", recipe.data.dataset):
-        return None, "", 0.0
-    return path, recipe_notes(path).get("claim", ""), recipe.epochs
+    if path := _shipped().get(name):
+        recipe, notes = load_recipe(path), recipe_notes(path)
+        if data in ("", notes.get("data", recipe.data.dataset).split(",")[0]):
+            return path, notes.get("claim", ""), recipe.epochs
+    return None, "", 0.0
 
 
 def _time(seconds: float) -> str:

@@ -28,6 +28,10 @@ OPERATIONS = ("Identity", *GEOMETRY, *COLOURS)
 
 LARGEST_MAGNITUDE = 30
 
+SELECTING_DEVICES = ("cpu",)
+"""Devices on which an operation is computed only for the images that drew it. A GPU computes all operations for all
+images: the host would wait for the number of selected images."""
+
 
 @lru_cache
 def _between(low: float, high: float, magnitude: int) -> float:
@@ -56,7 +60,7 @@ def apply_operation(
         The changed images, again whole levels with `nearest`.
     """
     result = images.clone()
-    selects = images.device.type == "cpu" and not torch.compiler.is_compiling()
+    selects = images.device.type in SELECTING_DEVICES and not torch.compiler.is_compiling()
     for first, last in ((GEOMETRY[0], GEOMETRY[-1]), *zip(COLOURS, COLOURS, strict=True)):
         chosen = (numbers >= OPERATIONS.index(first)) & (numbers <= OPERATIONS.index(last))
         rows = chosen.nonzero()[:, 0] if selects else slice(None)

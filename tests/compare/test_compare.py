@@ -360,9 +360,18 @@ def test_the_data_set_of_each_run_is_named(colour_run, debug_run, tmp_path, caps
     assert "folder birds" in Path("page.html").read_text()
 
 
-@pytest.mark.parametrize("data", ["mnist", "kmnist"])
-def test_a_run_on_other_data_does_not_count_for_the_claim_of_its_recipe(tmp_path, data):
-    write_run(tmp_path / "run", recipe={"name": "lenet5", "data": {"dataset": data}})
+@pytest.mark.parametrize(
+    ("recipe", "data", "counts"),
+    [
+        ("lenet5", {"dataset": "mnist"}, True),
+        ("lenet5", {"dataset": "kmnist"}, False),
+        ("cifar10_quick", {"dataset": "folder", "root": "data/cifar10-jpeg"}, True),
+        ("cifar10_quick", {"dataset": "folder", "root": "data/birds"}, False),
+        ("cifar10_quick", {"dataset": "cifar10"}, False),  # its head comment names another copy
+    ],
+)
+def test_a_run_on_other_data_does_not_count_for_the_claim_of_its_recipe(tmp_path, recipe, data, counts):
+    write_run(tmp_path / "run", recipe={"name": recipe, "data": data})
     [row] = compare.group(compare.Comparison([tmp_path / "run"]).read())
-    assert bool(row.verdict()) == bool(cell(row, "claim")) == (data == "mnist")
-    assert bool(run_table.representative_rows([row])) == (data == "mnist")
+    assert bool(row.verdict()) == bool(cell(row, "claim")) == counts
+    assert bool(run_table.representative_rows([row])) == counts

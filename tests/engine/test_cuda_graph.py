@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mnist_dist import load_recipe, load_run, train
-from mnist_dist.data import Augmentation, Batches, Images, mixing
+from mnist_dist.data import Augmentation, Batches, Images, mixing, randaugment
 from mnist_dist.distributed.gradients import FlatGradients, GradientClock
 from mnist_dist.engine import cuda_graph, train_step
 from mnist_dist.engine.cuda_graph import WARM_UP_STEPS, CapturedStep, capture_obstacle, rates_on_device
@@ -98,6 +98,12 @@ def capture(body: Callable[[], None]) -> Callable[[], None]:
     with tensors_restored(), OperationList() as captured:
         body()
     return captured.replay
+
+
+@pytest.fixture(autouse=True)
+def random_operations_on_all_images(monkeypatch):
+    """Makes the CPU compute RandAugment as a GPU does: a graph cannot hold sizes that depend on values."""
+    monkeypatch.setattr(randaugment, "SELECTING_DEVICES", ())
 
 
 # --- the same run, eager and captured -----------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mnist_dist.engine import ema, metrics
+from mnist_dist.engine import metrics
 from mnist_dist.engine.metrics import Meter
 from mnist_dist.models import build_model
 from tests.engine.test_cuda_graph import run_fake_steps
@@ -32,15 +32,11 @@ class NoFloat64(TorchDispatchMode):
     ids=lambda words: "-".join(words),
 )
 def test_a_step_and_its_figures_need_no_float64(name, words, monkeypatch):
-    for module in (metrics, ema):
-        monkeypatch.setattr(module, "sum_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(metrics, "sum_dtype", lambda device: torch.float32)
     run_fake_steps(lambda: build_model(name), monkeypatch, watching=NoFloat64(), **words)
 
 
-@pytest.mark.parametrize("module", [metrics, ema], ids=lambda module: module.__name__)
-def test_the_stand_in_refuses_float64(module, monkeypatch):
-    for each in {metrics, ema} - {module}:
-        monkeypatch.setattr(each, "sum_dtype", lambda device: torch.float32)
+def test_the_stand_in_refuses_float64(monkeypatch):
     with pytest.raises(TypeError, match="float64"):
         run_fake_steps(lambda: build_model("lenet5"), monkeypatch, watching=NoFloat64(), ema=True)
 
@@ -57,7 +53,7 @@ def test_the_figures_in_float32_agree_with_those_in_float64(monkeypatch):
         for loss in losses:
             meter.add(loss, torch.eye(2).repeat(64, 1), torch.zeros(128, dtype=torch.int64))
             meter.count_step(128)
-        state = {"sums": [meter._sums.tolist()], "epoch_sums": [0.0, 0.0, 0.0], "train_seconds": 1.0, "steps": 2000}
+        state = {"sums": [meter.sums.tolist()], "epoch_sums": [0.0, 0.0, 0.0], "train_seconds": 1.0, "steps": 2000}
         found[dtype] = meter.read()
     exact, single = found[torch.float64], found[torch.float32]
     assert single["train/accuracy"] == exact["train/accuracy"] == 50.0
