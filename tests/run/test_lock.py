@@ -137,6 +137,7 @@ def test_a_process_of_an_elastic_run_waits_until_the_writer_of_a_lost_machine_is
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3" if elastic else "0")
     path, renewals = foreign(tmp_path), iter(range(3))
     path.write_text(json.dumps(json.loads(path.read_text()) | {"silent_seconds": 2.0 if elastic else 300.0}))
+    os.utime(path, (time.time() - 1, time.time() - 1))  # older than after a renewal, on a machine of any speed
 
     def renew() -> None:
         if next(renewals, None) is not None:
