@@ -166,7 +166,11 @@ def check_own_command(command: str, words: list[str]) -> None:
             assert (ROOT / arguments.sweep).is_file()
         check_lists(arguments.sweep, overrides)
     elif command == "benchmark":
-        load_recipe(arguments.recipe or arguments.time_to_accuracy, *overrides)
+        counted = arguments.operations or []  # recipes and overrides
+        overrides = [*overrides, *(word for word in counted if "=" in word)]
+        recipes = [arguments.recipe, arguments.time_to_accuracy, *(word for word in counted if "=" not in word)]
+        for recipe in list(filter(None, recipes)) or ["debug"]:
+            load_recipe(recipe, *overrides)
         check_lists(arguments.recipe, [arguments.sweep] if arguments.sweep else [])
     elif command == "train" and arguments.recipe:
         load_recipe("debug" if arguments.recipe in READERS_OWN else arguments.recipe, *overrides)

@@ -21,7 +21,7 @@ LAYERS = (
 )
 """From top to bottom, below the commands. A module imports its own folder and lower layers."""
 
-ROOT_ONLY = {"__init__", "__main__", "cli", "errors", "machine"}
+ROOT_ONLY = {"__init__", "__main__", "cli", "errors"}
 """Modules at the package's root that are not commands."""
 
 LOOP_IS_TIMED_BY = {"benchmark", "profile"}
@@ -188,7 +188,7 @@ def test_there_is_no_import_cycle():
         visit(name, ())
 
 
-def test_the_root_holds_commands_and_five_modules():
+def test_the_root_holds_commands_and_four_modules():
     assert {folder_of(name) for name in modules()} == ROOT_ONLY | commands() | set().union(*LAYERS)
     assert "train" in commands()
 

@@ -30,7 +30,7 @@ from torchvision.transforms import InterpolationMode
 from mnist_dist.benchmark.baselines import BenchmarkSetup, TimedLoop, fastest_kernels, plain_step, training_step
 from mnist_dist.data import Images
 from mnist_dist.data.images import as_numbers
-from mnist_dist.machine import count_cores
+from mnist_dist.machine.limits import count_cores
 from mnist_dist.recipe.schema import Recipe
 
 HAS_LIGHTNING = importlib.util.find_spec("lightning") is not None

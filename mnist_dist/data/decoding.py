@@ -34,7 +34,7 @@ from mnist_dist.data.cache import (
     writable_folder,
 )
 from mnist_dist.data.form import DataError, Form, convert_picture, fit_picture
-from mnist_dist.machine import count_cores
+from mnist_dist.machine.limits import count_cores
 
 VERSION = 1
 """A part of every cache's key. A change of the decoding's arithmetic needs another number."""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mnist_dist.data.cache import map_file, remove_unfinished, unfinished_path, user_cache
 from mnist_dist.data.images import Images
-from mnist_dist.machine import free_device_memory, free_memory
+from mnist_dist.machine.limits import free_device_memory, free_memory
 
 Place = Literal["device", "host", "disk"]
 

@@ -15,7 +15,7 @@ from accelerate import PartialState
 from accelerate.utils import is_bf16_available
 
 from mnist_dist.distributed.launcher import launched_by_accelerate, launcher_arguments, read_proc
-from mnist_dist.machine import count_cores
+from mnist_dist.machine.limits import count_cores
 
 
 def choose_threads(state: PartialState) -> None:

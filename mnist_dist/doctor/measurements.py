@@ -12,14 +12,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from mnist_dist.distributed.devices import synchronize
 from mnist_dist.doctor.ranks import Ranks
-from mnist_dist.machine import count_cores, free_device_memory, free_memory, memory_limit
+from mnist_dist.machine.limits import count_all_cores, count_cores, free_device_memory, free_memory, memory_limit
 
 # --- the machine --------------------------------------------------------------------------------------------------
 
@@ -44,7 +43,7 @@ def free_space(device: torch.device, run_dir: Path) -> dict[str, int]:
 
 def limits() -> dict[str, Any]:
     """Returns the `cores` of this process, those of the `machine`, and the `memory` limit in bytes or None."""
-    return {"cores": count_cores(), "machine": psutil.cpu_count() or 1, "memory": memory_limit()}
+    return {"cores": count_cores(), "machine": count_all_cores(), "memory": memory_limit()}
 
 
 VISIBLE_WITHIN = 5.0

@@ -33,7 +33,7 @@ def mark_phases(step: TrainStep) -> None:
         BACKWARD: [(step.accelerator, "backward")],
         OPTIMIZER: [(step, "compute")],
         WAITING: [(step.reduction, "finish")] if step.reduction else [],
-        LOGGING: [(step.meter, "begin_step"), (step.meter, "add")],
+        LOGGING: [(step.meter, "add")],
     }
     for phase, methods in ranges.items():
         for owner, name in methods:

@@ -12,10 +12,10 @@ import psutil
 import pytest
 import torch
 
-from mnist_dist import machine
 from mnist_dist.distributed import devices, launcher
 from mnist_dist.distributed.devices import choose_threads, peak_memory, sum_dtype, supports_precision
-from mnist_dist.machine import count_cores
+from mnist_dist.machine import limits
+from mnist_dist.machine.limits import count_cores
 from tests.processes import ROOT
 
 ACCELERATE, TORCHRUN = {"ACCELERATE_MIXED_PRECISION": "no"}, {"TORCHELASTIC_RUN_ID": "none"}
@@ -50,7 +50,7 @@ def test_threads_are_a_share_of_the_cores_unless_the_user_set_them(
     monkeypatch.setattr(devices.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     monkeypatch.setattr(devices.os, "cpu_count", lambda: 8)
     monkeypatch.setattr(devices.psutil, "cpu_count", lambda logical: 8)
-    monkeypatch.setattr(machine, "cpu_quota", lambda: None)
+    monkeypatch.setattr(limits, "cpu_quota", lambda: None)
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     choose_threads(SimpleNamespace(device=torch.device("cpu"), num_processes=1))
     assert chosen == threads
@@ -63,7 +63,7 @@ def test_a_quota_of_four_cpus_on_a_large_machine_gives_four_threads(monkeypatch)
     monkeypatch.setattr(devices.os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
     monkeypatch.setattr(devices.os, "cpu_count", lambda: 64)
     monkeypatch.setattr(devices.psutil, "cpu_count", lambda logical: 32)
-    monkeypatch.setattr(machine, "cpu_quota", lambda: 4)
+    monkeypatch.setattr(limits, "cpu_quota", lambda: 4)
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     choose_threads(SimpleNamespace(device=torch.device("cpu"), num_processes=1))
     assert chosen == [4]

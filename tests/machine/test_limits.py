@@ -9,9 +9,9 @@ import psutil
 import pytest
 import torch
 
-from mnist_dist import machine
 from mnist_dist.data import decoding
-from mnist_dist.machine import count_cores, cpu_quota, free_device_memory, free_memory, memory_limit
+from mnist_dist.machine import limits
+from mnist_dist.machine.limits import count_cores, cpu_quota, free_device_memory, free_memory, memory_limit
 
 
 @pytest.mark.parametrize(
@@ -87,15 +87,15 @@ V1 = {
 )
 def test_free_memory_ends_at_the_limit_of_the_control_group(groups, files, limit, left, tmp_path, monkeypatch):
     write_groups(tmp_path, groups, files)
-    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    monkeypatch.setattr(limits, "ROOT", tmp_path)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=9_000_000_000))
     assert memory_limit(tmp_path) == limit
     assert free_memory() == left
 
 
 def test_every_part_of_the_package_counts_the_cores_of_the_quota(monkeypatch):
-    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
-    monkeypatch.setattr(machine, "cpu_quota", lambda: 4)
+    monkeypatch.setattr(limits.os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
+    monkeypatch.setattr(limits, "cpu_quota", lambda: 4)
     assert count_cores() == 4
     threads = []
     monkeypatch.setattr(decoding, "ThreadPoolExecutor", lambda count: threads.append(count) or 1 / 0)
@@ -105,10 +105,10 @@ def test_every_part_of_the_package_counts_the_cores_of_the_quota(monkeypatch):
 
 
 def test_no_other_module_counts_cores_by_itself():
-    package = Path(machine.__file__).parent
+    package = Path(limits.__file__).parents[1]
     words = ("cpu_count()", "sched_getaffinity", "cpu.max")
     found = {path.name for path in package.rglob("*.py") if any(word in path.read_text() for word in words)}
-    assert found == {"machine.py"}
+    assert found == {"limits.py"}
 
 
 def test_the_free_memory_of_a_device_is_unknown_where_pytorch_does_not_know_it(monkeypatch):

@@ -25,6 +25,11 @@ def count_cores() -> int:
     return min(visible, cpu_quota() or visible)
 
 
+def count_all_cores() -> int:
+    """Returns how many cores the machine has."""
+    return psutil.cpu_count() or 1
+
+
 def free_memory() -> int:
     """Returns how many bytes of memory this process can still take, by the machine and by its control groups."""
     left = [max(0, limit - used) for limit, used in _memory_limits(ROOT)]
