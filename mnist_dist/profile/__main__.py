@@ -65,6 +65,7 @@ class ProfileFolder(RunFolder):
     picture = property(lambda self: self.path / "timelines.png")
     metrics = property(lambda self: self.scratch / "metrics.jsonl")
     console = property(lambda self: self.scratch / "console.log")
+    world = property(lambda self: self.scratch / "world.jsonl")
     best = property(lambda self: self.scratch / "best.safetensors")
     last = property(lambda self: self.scratch / "last.safetensors")
     status = property(lambda self: self.scratch / "STATUS")
