@@ -56,12 +56,19 @@ class _Setup(BenchmarkSetup):
 
 
 def _module(recipe: Recipe) -> nn.Module:
-    return build_model(recipe.model.name, **recipe.model.keywords).train()
+    channels, height, width = _shape(recipe)
+    size = (height, width)
+    return build_model(recipe.model.name, in_channels=channels, image_size=size, **recipe.model.keywords).train()
+
+
+def _shape(recipe: Recipe) -> tuple[int, int, int]:
+    """Returns the shape of an image. That of a set of one's own images is not known: it counts as MNIST's."""
+    return SHAPES.get(recipe.data.dataset, SHAPES["mnist"])
 
 
 def _images(recipe: Recipe) -> Images:
-    """Returns images without content. The shape of a set of one's own images is not known: it counts as MNIST's."""
-    shape = SHAPES.get(recipe.data.dataset, SHAPES["mnist"])
+    """Returns images without content."""
+    shape = _shape(recipe)
     images, labels = torch.zeros(SAMPLES, *shape, dtype=torch.uint8), torch.zeros(SAMPLES, dtype=torch.int64)
     statistics = (0.1,) * shape[0], (0.3,) * shape[0]
     return Images(images, labels, tuple("0123456789"), *statistics)
