@@ -148,7 +148,9 @@ with watchdog.Watchdog(state, 2.0, GradientClock()) as dog:
         dog.beat(step)
     if state.process_index == 1:
         oversleeps()
-    tolist(dist.all_reduce(torch.ones(1), async_op=True))
+    work = dist.all_reduce(torch.ones(1), async_op=True)
+    while True:  # as `tolist`, but gloo completes the work when another rank has ended
+        time.sleep(0.01)
 """
 
 
