@@ -159,7 +159,7 @@ def find_builder(name: str) -> Builder:
     Args:
         name: a key of `MODELS`, `torchvision/<name>`, `timm/<name>`, or `my_package.nets:MyNet`, which is imported from
             the current directory or an installed package. Only a person may give such a path, never a file that a
-            command reads: see `mnist_dist.models.foreign`.
+            command reads: see `mnist_dist.models.rebuilding`.
 
     Raises:
         ValueError: there is no such network; the message names similar ones.
