@@ -37,8 +37,8 @@ class Writer:
     def write(self, name: str, value: Any, job: Callable[[Any], object]) -> None:
         """Copies a value to the host and lets the thread call `job` with the copy.
 
-        Waits for the earlier job of this name, which reads the memory that the new copy takes. Collective if there are
-        sharded tensors: call on every rank.
+        First waits for the earlier job of this name, because that job reads the memory that the new copy overwrites.
+        Collective if there are sharded tensors: call on every rank.
 
         Args:
             name: of the memory that holds the copy.
@@ -58,7 +58,7 @@ class Writer:
 
         Args:
             name: of the memory that holds the copy.
-            value: has the tensors of the later values, in the memory of the CPU. Other tensors are left out.
+            value: has tensors of the shapes and dtypes of the later values. Only its tensors on the CPU get memory.
         """
         if self._writes and name not in self._copies:
             copy = self._copies[name] = HostCopy()
@@ -99,7 +99,7 @@ class Writer:
 
 
 class HostCopy:
-    """Memory of the host that holds the copy of a value. The next copy takes the same memory.
+    """Memory of the host that holds the copy of a value. The next copy overwrites it.
 
     The memory for the tensors of a CUDA device is pinned, so the host does not wait for the copy: the device makes it
     before the next step. Sharded tensors are gathered one at a time, so a rank never holds more than one of them.
@@ -130,7 +130,7 @@ class HostCopy:
         return self._memory(value, path).copy_(value, non_blocking=value.is_cuda) if self._keeps else None
 
     def reserve(self, value: Any, path: tuple[Any, ...] = ()) -> None:
-        """Gets memory for a later copy of the tensors of the CPU in the value. The system has not provided it yet."""
+        """Allocates memory for later copies of the value's CPU tensors. `touch` makes the system provide it."""
         if isinstance(value, dict | list | tuple):
             for key, each in value.items() if isinstance(value, dict) else enumerate(value):
                 self.reserve(each, (*path, key))
@@ -138,7 +138,7 @@ class HostCopy:
             self._memory(value, path)
 
     def touch(self) -> None:
-        """Writes to all memory. The system provides memory at the first write, which takes longer than the copy."""
+        """Writes to all memory. The system provides a page at the first write to it, which takes longer than a copy."""
         for each in self._tensors.values():
             each.zero_()
 

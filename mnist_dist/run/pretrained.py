@@ -1,4 +1,4 @@
-"""What a run takes from earlier runs: initial weights and teacher networks."""
+"""Loads what a run takes from earlier runs: initial weights and teacher networks."""
 
 from __future__ import annotations
 
