@@ -20,7 +20,7 @@ class Reading:
 
     figures: Tensor
     """On the host: sums of loss, correct predictions and samples, seconds that all processes agree on, samples
-    of each process, then the values that were read with them. Valid after `end`."""
+    of each process, then the values that were read with them. Valid once `end` has come."""
     own_sums: Tensor
     """The sums of this process, on the device."""
     steps: int
@@ -106,7 +106,7 @@ class Meter:
         """
         device, rank = self._accelerator.device, self._accelerator.process_index
         steps, start, own_sums = self._steps + self._steps_before, self._start, self.sums.clone()
-        if not self.reads_behind:  # then the row holds the seconds of this interval; otherwise those of earlier ones
+        if not self.reads_behind:  # the row holds the seconds of this interval, else of intervals that are finished
             end = Moment(device)
             self._count_time(steps, end.seconds_since(start), self._seconds_before)
         agreed_steps, seconds = self._unsent
