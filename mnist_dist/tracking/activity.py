@@ -10,7 +10,7 @@ from rich.table import Column
 from rich.text import Text
 
 QUIET_SECONDS = 10.0
-"""After this time without movement, the figures are old, and the bar shows what the training waits for instead."""
+"""After a longer time without movement, the figures are replaced: they are old."""
 
 ACTIVITIES = {
     "mnist_dist.data.loader": "images",
