@@ -130,7 +130,7 @@ class HostCopy:
         return self._memory(value, path).copy_(value, non_blocking=value.is_cuda) if self._keeps else None
 
     def reserve(self, value: Any, path: tuple[Any, ...] = ()) -> None:
-        """Allocates memory for later copies of the value's CPU tensors. `touch` makes the system provide it."""
+        """Gets memory for a later copy of the tensors of the CPU in the value. The system has not provided it yet."""
         if isinstance(value, dict | list | tuple):
             for key, each in value.items() if isinstance(value, dict) else enumerate(value):
                 self.reserve(each, (*path, key))
