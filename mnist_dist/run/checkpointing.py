@@ -40,7 +40,7 @@ class Checkpointer:
     """Saves weights and checkpoints, measures the training time and reports a failure.
 
     A save copies the values to the host and returns; a thread of rank 0 writes them. A failure of that thread is raised
-    by the next save, on all ranks, and `has_failed` asks the training loop for one.
+    by the next save, on all ranks; `has_failed` is then true, and the training loop saves and stops.
 
     Every method that saves is collective: call it on every rank.
     """
