@@ -41,7 +41,7 @@ def test_shellcheck_finds_nothing():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("script", ["cpu.sh", "elastic.sh", "multi_node.sh", "slurm.sbatch"])
+@pytest.mark.parametrize("script", ["cpu.sh", "elastic.sbatch", "elastic.sh", "multi_node.sh", "slurm.sbatch"])
 def test_a_script_without_arguments_prints_its_usage(script):
     done = subprocess.run(["bash", LAUNCH / script], env=environment(), capture_output=True, text=True)
     assert done.returncode != 0
