@@ -16,6 +16,7 @@ import pytest
 
 from mnist_dist import load_run
 from tests.launch.launching import (
+    INSTALLED,
     LAUNCH,
     TRAINJOB,
     WORDS,
@@ -26,7 +27,7 @@ from tests.launch.launching import (
     losses,
     started,
 )
-from tests.processes import free_port
+from tests.processes import forked_python, free_port
 
 # --- two machines -------------------------------------------------------------------------------------------------
 
@@ -72,7 +73,9 @@ def test_two_machines_run_the_same_command_and_form_one_world(tmp_path, machines
 
     def on(machine: str):
         enter = ["ip", "netns", "exec", machines[machine], "unshare", "--uts"]
-        return started(*enter, sys.executable, "-c", SET_HOST_NAME, machine, *command, GLOO_SOCKET_IFNAME="eth0")
+        return started(
+            *enter, sys.executable, "-c", SET_HOST_NAME, machine, *command, GLOO_SOCKET_IFNAME="eth0", PATH=INSTALLED
+        )
 
     with on("bob") as second, on("alice") as first:
         finish(first)
@@ -95,6 +98,7 @@ def test_the_trainjob_is_one_world_of_its_processes(tmp_path, losses_of_one_proc
     trainer = TRAINJOB["spec"]["trainer"]
     variables = {each["name"]: each["value"] for each in trainer["env"] if "value" in each}
     arguments = [re.sub(r"\$\((\w+)\)", lambda name: address[name[1]], word) for word in trainer["args"]]
+    variables["PYTHON_EXEC"] = str(forked_python())  # torchrun starts its processes with it
     # The last value of a repeated option or key counts.
     words = ["data.root=null", *WORDS, "--run-dir", tmp_path / "run"]
     launch(*trainer["command"], *arguments, *words, **plugin, **variables)
@@ -219,8 +223,8 @@ exit "$code"
 """
 
 
-# In the place of python: runs the command without its training, which takes long.
-WITHOUT_TRAINING = """#!{python}
+# What the `python` of the test runs: the command without its training, which takes long.
+WITHOUT_TRAINING = """
 import sys
 assert sys.argv[1:3] == ["-m", "mnist_dist.doctor"]
 from mnist_dist.cli import run_command
@@ -234,7 +238,9 @@ sys.exit(run_command(lambda: main(sys.argv[3:])))
 
 def test_doctor_under_sbatch_checks_all_tasks_and_ends_with_its_exit_code(tmp_path):
     executable(tmp_path / "bin" / "srun", TWO_TASKS)
-    executable(tmp_path / "bin" / "python", WITHOUT_TRAINING.format(python=sys.executable))
+    (tmp_path / "without_training.py").write_text(WITHOUT_TRAINING)
+    program = f'#!/bin/sh\nexec "{forked_python()}" "{tmp_path}/without_training.py" "$@"\n'
+    executable(tmp_path / "bin" / "python", program)
     job = ["bash", LAUNCH / "doctor.sbatch", tmp_path / "runs"]
     slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_NTASKS": "2", "WANDB_BASE_URL": "http://127.0.0.1:9"}
     slurm |= {"PATH": environment(tmp_path / "bin")["PATH"], "PYTHONPATH": str(LAUNCH.parent)}

@@ -76,16 +76,17 @@ def command(tmp_path: Path, *words: str) -> list[str | Path]:
     return [LAUNCH / "elastic.sh", address, "1:1", "2", *WORDS, *words, "--run-dir", tmp_path / "run"]
 
 
-def trainers(launcher: int) -> list[psutil.Process]:
-    children = psutil.Process(launcher).children(recursive=True)
-    return [each for each in children if "mnist_dist.train" in each.cmdline()]
+def trainers(run_dir: Path) -> list[psutil.Process]:
+    """Returns the training processes of a run: all whose command line names its folder, without the launcher."""
+    lines = [(each, each.info["cmdline"] or []) for each in psutil.process_iter(["cmdline"])]
+    return [each for each, line in lines if str(run_dir) in line and str(LAUNCH / "accelerate/launch.py") not in line]
 
 
 def test_a_process_that_dies_is_started_again_and_the_bytes_stay_the_same(tmp_path):
     words = ["logical_shards=2", "max_steps=400", "epochs=400"]
     with started(*command(tmp_path, *words)) as process:
         wait_for_lines(tmp_path / "run", 30, process)
-        os.kill(trainers(process.pid)[0].pid, signal.SIGKILL)
+        os.kill(trainers(tmp_path / "run")[0].pid, signal.SIGKILL)
         finish(process)
     found = load_run(tmp_path / "run").summary["world_history"]
     assert [(each["processes"], each["cause"]) for each in found] == [(2, "start"), (2, "resumed after a failure")]

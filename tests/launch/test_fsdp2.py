@@ -27,8 +27,9 @@ def test_sharded_parameters_give_the_run_of_one_process_and_its_checkpoints(tmp_
     train(recipe, tmp_path / "one process")
     checkpoint = tmp_path / "one process" / "checkpoints" / "step-4"
 
-    launcher = ["accelerate", "launch", "--quiet", "--config_file", LAUNCH / "accelerate" / "fsdp2.yaml"]
-    launcher += ["--num_processes", "2", "--fsdp_min_num_params", "1000", "-m", "mnist_dist.train"]
+    launcher = ["python", "-m", "accelerate.commands.launch", "--quiet", "--num_processes", "2"]
+    launcher += ["--config_file", LAUNCH / "accelerate" / "fsdp2.yaml", "--fsdp_min_num_params", "1000"]
+    launcher += ["-m", "mnist_dist.train"]
     output = launch(*launcher, "--world-size", "2", *WORDS, *words, "--run-dir", tmp_path / "sharded")
     assert "FSDP2" in output
 

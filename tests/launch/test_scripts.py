@@ -13,6 +13,7 @@ from accelerate.commands.launch import launch_command_parser
 
 from mnist_dist import load_run
 from tests.launch.launching import (
+    INSTALLED,
     LAUNCH,
     ROOT,
     WORDS,
@@ -115,7 +116,8 @@ def test_a_launcher_that_is_stopped_ends_with_75_and_the_line_of_the_trainer(tmp
 
 
 def test_a_launcher_that_is_stopped_before_it_has_started_a_process_ends_with_75(tmp_path):
-    with started(LAUNCH / "cpu.sh", "2", "1", *WORDS, "--run-dir", tmp_path / "run") as process:
+    command = [LAUNCH / "cpu.sh", "2", "1", *WORDS, "--run-dir", tmp_path / "run"]
+    with started(*command, PATH=INSTALLED) as process:
         status, deadline = Path(f"/proc/{process.pid}/status"), time.monotonic() + 60
         while time.monotonic() < deadline:  # until the process handles SIGUSR1
             [caught] = re.findall(r"(?m)^SigCgt:\s*(\w+)", status.read_text())
