@@ -26,7 +26,7 @@ from mnist_dist.run.elastic_saves import ElasticSaves
 from mnist_dist.run.folder import RunFolder
 from mnist_dist.run.plan import Plan
 from mnist_dist.run.resume import file_bytes
-from mnist_dist.tracking import JSONLTracker, WandbTracker, find_tracker
+from mnist_dist.tracking import JSONLTracker, OtherTracker, WandbTracker, find_tracker
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 """Error numbers of a disk that is full, read-only or broken: the user needs a message, not a traceback."""
@@ -277,8 +277,10 @@ class Checkpointer:
         Args:
             resumes: the run resumes by itself, so W&B sends no alert.
         """
-        for tracker in self._components.accelerator.trackers:
-            if not isinstance(tracker, WandbTracker):
+        for tracker in reversed(self._components.accelerator.trackers):  # the console last: others write to it
+            if isinstance(tracker, OtherTracker):
+                tracker.end("KILLED" if cause is None or resumes else "FAILED")
+            elif not isinstance(tracker, WandbTracker):
                 tracker.finish()  # otherwise a terminal keeps its cursor hidden
             elif resumes:
                 tracker.preempt(PREEMPTED)

@@ -21,6 +21,7 @@ ACTIVITIES = {
     "mnist_dist.engine.evaluation": "an evaluation",
     "mnist_dist.engine.metrics": "figures of other processes",
     "mnist_dist.engine.train_step": "a training step",
+    "mnist_dist.tracking.others": "the other trackers",
     "mnist_dist.tracking.wandb": "W&B",
 }
 """Module whose code the training executes -> what the user waits for."""
