@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import wandb
 import yaml
 from PIL import Image
 
-import wandb
 from mnist_dist import load_recipe, load_run, train
 from mnist_dist.distributed.signals import PREEMPTED
 from mnist_dist.recipe.schema import Recipe
