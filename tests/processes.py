@@ -165,8 +165,10 @@ _server: tuple[str, subprocess.Popen[bytes]] | None = None
 
 
 def _address() -> str:
-    """Starts the server at the first call; returns the path of its socket."""
+    """Starts the server at the first call, unless MNIST_DIST_TEST_SERVER names one; returns the path of its socket."""
     global _server
+    if address := os.environ.get("MNIST_DIST_TEST_SERVER"):
+        return address
     if _server is None or _server[1].poll() is not None:
         folder = tempfile.mkdtemp(prefix="mnist_dist-tests-")
         address = f"{folder}/socket"
