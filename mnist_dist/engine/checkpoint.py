@@ -89,7 +89,7 @@ SHARED_DISK = "with FSDP2 all processes write a part of a checkpoint; put the ru
 
 
 def stage_checkpoint(folder: Path, step: int) -> Path:
-    """Creates and returns the empty folder in which the files of a checkpoint are written.
+    """Creates and returns an empty folder in which the files of a checkpoint are written.
 
     Args:
         folder: the folder of the checkpoints; created if it does not exist.
@@ -129,16 +129,18 @@ def save_checkpoint(
         OSError: the disk is full or read-only; the earlier checkpoints are untouched.
         RunError: a file of `shards` is not in the folder.
     """
-    final = folder / f"step-{step}"
-    staged = staged_folder(folder, step) if shards else stage_checkpoint(folder, step)
-    try:
-        if final.exists():  # the state of a step is always the same, so a complete checkpoint is kept
-            try:
-                load_checkpoint(final)
+    final, staged = folder / f"step-{step}", staged_folder(folder, step)
+    if final.exists():  # the state of a step is always the same, so a complete checkpoint is kept
+        try:
+            load_checkpoint(final)
+            if shards:
                 shutil.rmtree(staged)
-                return final
-            except ValueError:
-                remove(final)
+            return final
+        except ValueError:
+            remove(final)
+    if not shards:
+        stage_checkpoint(folder, step)
+    try:
         _check_arrival(staged, shards or {})
         stream = io.BytesIO()
         torch.save(state, stream)
