@@ -110,20 +110,20 @@ def fsync_path(path: Path) -> None:
 def expand_path(path: str | Path, problem: Callable[[str, Kind], Problem] | None = None) -> Path:
     """Returns a path that a user wrote, with `~`, `~user`, `$VAR` and `${VAR}` replaced.
 
-    A shell leaves them as they are inside a word such as `data.root=~/data`, and so does YAML.
+    A shell does not replace them inside a word such as `data.root=~/data`, and YAML never does.
 
     Args:
         problem: message and kind -> the problem of the key that holds the path; None for one on the command line.
 
     Raises:
-        RecipeError: a variable is not set, or a user is unknown, and no file has that very name.
+        RecipeError: a variable is not set, or a user is unknown, and no file has exactly that name.
     """
     expanded = os.path.expandvars(os.path.expanduser(path))  # noqa: PTH111  # Path's raises for an unknown user
     left = re.search(r"^~[^/]*|\$(\w+|\{[^}]*\})", expanded)
     if left is None or os.path.lexists(expanded):
         return Path(expanded)
     if left[0].startswith("~"):
-        message = f"{left[0]} is no user's home folder"
+        message = f"no user has the home folder {left[0]}"
     else:
         message = f"the environment variable {left[0].strip('${}')} is not set"
     build = problem or (lambda message, kind: Problem("command line", str(path), message, kind))

@@ -36,8 +36,8 @@ class Writer:
     def write(self, name: str, value: Any, job: Callable[[Any], object] | None) -> None:
         """Copies a value to the host and lets the thread call `job` with the copy.
 
-        Waits for the earlier job of this name, which reads the memory that the new copy takes. Collective if there are
-        sharded tensors: call on every rank.
+        First waits for the earlier job of this name, because that job reads the memory that the new copy overwrites.
+        Collective if there are sharded tensors: call on every rank.
 
         Args:
             name: of the memory that holds the copy.
@@ -57,7 +57,7 @@ class Writer:
 
         Args:
             name: of the memory that holds the copy.
-            value: has the tensors of the later values, in the memory of the CPU. Other tensors are left out.
+            value: has tensors of the shapes and dtypes of the later values. Only its tensors on the CPU get memory.
         """
         if name not in self._copies:
             copy = self._copies[name] = HostCopy()
@@ -98,7 +98,7 @@ class Writer:
 
 
 class HostCopy:
-    """Memory of the host that holds the copy of a value. The next copy takes the same memory.
+    """Memory of the host that holds the copy of a value. The next copy overwrites it.
 
     The memory for the tensors of a CUDA device is pinned, so the host does not wait for the copy: the device makes it
     before the next step. Sharded tensors are gathered one at a time, so a rank never holds more than one of them.
@@ -139,7 +139,7 @@ class HostCopy:
         map_tensors(get, value)
 
     def touch(self) -> None:
-        """Writes to all memory. The system provides memory at the first write, which takes longer than the copy."""
+        """Writes to all memory. The system provides a page at the first write to it, which takes longer than a copy."""
         for each in self._tensors.values():
             each.zero_()
 

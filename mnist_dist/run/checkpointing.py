@@ -51,8 +51,8 @@ class Checkpointer:
     """Saves weights and checkpoints, measures the training time and reports a failure.
 
     A save copies the values to the host and returns; a thread of rank 0 writes them. A failure of that thread is raised
-    by the next save, on all ranks, and `has_failed` asks the training loop for one. With FSDP2 a thread of every rank
-    writes its shards of a checkpoint; the thread of rank 0 publishes the checkpoint when all of them are written.
+    by the next save, on all ranks; `has_failed` is then true, and the training loop saves and stops. With FSDP2 the
+    threads of all ranks write their shards of a checkpoint; that of rank 0 publishes it when all are written.
 
     Every method that saves is collective: call it on every rank.
     """
@@ -139,7 +139,7 @@ class Checkpointer:
             self._reserve_memory()
         rule, seconds = self._recipe.checkpoint, self._components.meter.train_seconds - self._saved_at
         by_steps = rule.every_steps is not None and self._progress.step % rule.every_steps == 0
-        # Always after the last step: if the end of the run is interrupted, no training must be repeated.
+        # Always after the last step: if the end of the run is interrupted, no training has to be repeated.
         by_steps = by_steps or self._progress.step == self._components.total_steps
         per_step = self._components.meter.seconds_per_step
         since = self._saved_step if per_step else self._first_step
@@ -147,7 +147,7 @@ class Checkpointer:
         return by_steps or (logged and rule.every_minutes is not None and seconds >= 60 * rule.every_minutes)
 
     def _reserve_memory(self) -> None:
-        """Reserves the memory for the copies of the largest tensors. After the first step the optimizer has its own."""
+        """Reserves the memory for the copies of the largest tensors. Call it once the optimizer has its state."""
         module, optimizer = self._components.module, self._components.update.optimizer
         large = {"model": module.state_dict(), "optimizer": optimizer.state_dict()}
         if self._is_main or self._shard_group:
@@ -303,7 +303,7 @@ class Checkpointer:
             return f"{where}: another process has ended; the launcher starts all processes again"
         else:
             return None
-        self._writer.close()  # what it still writes may be the last checkpoint
+        self._writer.close()  # the thread may still be writing the last checkpoint
         saved = list_checkpoints(self._folder.checkpoints)
         end = "no checkpoint was saved"
         if saved:

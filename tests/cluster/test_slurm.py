@@ -84,14 +84,14 @@ def train(cluster: Cluster, run_dir: Path, *options: str, words: list[str] = WOR
 
 
 def assert_same(run_dir: Path, undisturbed: Path, log: Path) -> None:
-    """The run is done and its weights are those of the undisturbed run, byte for byte."""
+    """Checks that the run is done and that its weights are those of the undisturbed run, byte for byte."""
     assert (run_dir / "STATUS").read_text() == "done\n", log.read_text()[-3000:]
     for name in ("last.safetensors", "best.safetensors"):
         assert (run_dir / name).read_bytes() == (undisturbed / name).read_bytes(), name
 
 
 def step_of(run_dir: Path) -> int:
-    """The last step in metrics.jsonl; 0 if there is none."""
+    """Returns the last step in metrics.jsonl; 0 if there is none."""
     metrics = run_dir / "metrics.jsonl"
     lines = metrics.read_text().splitlines(keepends=True) if metrics.is_file() else []
     return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
