@@ -7,6 +7,7 @@ regular file of a bounded size.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import stat
@@ -14,6 +15,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from mnist_dist.errors import Kind, Problem, RecipeError
 
@@ -81,6 +83,11 @@ def write_flushed(path: Path, content: bytes | memoryview | str) -> None:
     except OSError as error:
         error.filename = str(path)  # the system call `write` does not name the file
         raise
+
+
+def fingerprint(content: bytes | memoryview) -> list[Any]:
+    """Returns size and SHA-256 of a file's content, as the manifest of a checkpoint holds them."""
+    return [len(content), hashlib.sha256(content).hexdigest()]
 
 
 def rename_flushed(source: Path, target: Path) -> None:

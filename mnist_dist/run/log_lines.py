@@ -38,7 +38,7 @@ class LogLines:
             self.finish()
 
     def finish(self) -> None:
-        """Writes the line that is not written yet. Call it before an evaluation and before a checkpoint.
+        """Writes the line that is not written yet. Call it after an evaluation and before a checkpoint.
 
         Waits for the device. Collective: call on every rank.
 
