@@ -248,10 +248,18 @@ def check_file_named(words: list[str]) -> None:
     assert (ROOT / next(word for word in words if word.startswith("launch/"))).is_file()
 
 
+def check_tracker(words: list[str]) -> None:
+    """Checks the first word only: the trackers are optional."""
+    assert words[0] in ("--logdir", "ui", "show")
+
+
 OTHER_PROGRAMS = {
     "pip": check_pip,
     "pytest": check_pytest,
     "wandb": check_wandb,
+    "tensorboard": check_tracker,
+    "mlflow": check_tracker,
+    "trackio": check_tracker,
     "sbatch": check_sbatch,
     "kubectl": check_file_named,
     "sky": check_file_named,
