@@ -12,12 +12,13 @@ def main(argv: list[str] | None = None) -> None:
     """Runs the lessons with the real programs and writes the pages whose outputs have changed."""
     parser = argparse.ArgumentParser("python -m tests.lessons", description=__doc__)
     parser.add_argument("numbers", nargs="*", type=int, metavar="N", help="default: all lessons")
-    numbers = parser.parse_args(argv).numbers
+    parser.add_argument("--all", action="store_true", help="also rewrite outputs that differ only where they may")
+    arguments = parser.parse_args(argv)
     for page in PAGES:
-        if numbers and int(page.name[:2]) not in numbers:
+        if arguments.numbers and int(page.name[:2]) not in arguments.numbers:
             continue
         started, text = time.perf_counter(), page.read_text(encoding="utf-8")
-        new = rewrite(text, run(page, real=True))
+        new = rewrite(text, run(page, real=True), keep=not arguments.all)
         page.write_text(new, encoding="utf-8")
         print(f"{page.name}: {'unchanged' if new == text else 'written'} ({time.perf_counter() - started:.0f} s)")
 

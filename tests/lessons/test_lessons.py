@@ -31,6 +31,14 @@ def test_a_lesson_has_its_parts(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_functions_and_classes_that_a_lesson_names_exist(page):
+    code = TEXTS[page].partition("## In the code")[2]
+    sources = [(FOLDER / link).read_text(encoding="utf-8") for link in re.findall(r"\]\(([^)\s#]+\.py)\)", code)]
+    for name in re.findall(r"`([\w.]+)`", code):
+        assert any(all(re.search(rf"\b{part}\b", text) for part in name.split(".")) for text in sources), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_lesson_quotes_its_scripts(page):
     """The lines of a Python block are lines of one script or module that the page names, in this order."""
     named = [FOLDER / link for link in re.findall(r"\]\(([^)\s#]+\.py)\)", TEXTS[page])]
@@ -88,6 +96,7 @@ def test_outputs_are_written_behind_their_blocks():
     assert differences(changed, ["1\n", "now 9\n"]) == []
     assert differences(changed, ["2\n", "then 7\n"]) == [("1\n", "2\n"), ("now 7\n", "then 7\n")]
     assert rewrite(changed, ["", "now 9\n"]) == PAGE
+    assert rewrite(PAGE, ["", "now 9\n"], keep=False) == PAGE.replace("now 7", "now 9")
 
 
 def test_a_block_that_fails_is_an_error(tmp_path):
