@@ -263,9 +263,6 @@ OTHER_PROGRAMS = {
     "sbatch": check_sbatch,
     "kubectl": check_file_named,
     "sky": check_file_named,
-    "tensorboard": lambda words: words,  # programs of optional packages
-    "mlflow": lambda words: words,
-    "trackio": lambda words: words,
     "ls": lambda words: words,  # shows the user's own folder
     "export": lambda words: words,
     "pre-commit": lambda words: text_of(".pre-commit-config.yaml"),

@@ -41,6 +41,8 @@ VARIABLES = {
     "OMP_NUM_THREADS": "1",
     "WANDB_MODE": "disabled",
 }
+PORTS = ("29400", "29500")
+"""Ports in commands; the tests replace them by free ones."""
 SECONDS = 600
 """Longest time of a lesson."""
 
@@ -71,6 +73,8 @@ def run(page: Path, *, real: bool) -> list[str]:
     """
     blocks = [block["commands"] for block in BLOCK.finditer(page.read_text(encoding="utf-8"))]
     script = "".join(f'{commands}echo "--- exit code $?"\n' for commands in blocks)
+    for port in PORTS:
+        script = script.replace(port, str(processes.free_port()))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
         (folder / "launch").symlink_to(ROOT / "launch")

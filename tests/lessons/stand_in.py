@@ -11,6 +11,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests import processes
 
+OPTIONS = {"nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port"}
+"""The options of torchrun that lessons use."""
+
 
 def main(program: str, words: list[str]) -> int:
     """Runs a program in this process's streams and folder; returns its exit code, or 1 if a rank of torchrun failed."""
@@ -18,11 +21,19 @@ def main(program: str, words: list[str]) -> int:
         words = ["-m", "mnist_dist", *words]
     if program != "torchrun":
         return processes.popen([sys.executable, *words], stdin=sys.stdin).wait()
-    option, count, *words = words
-    assert option in ("--nproc_per_node", "--nproc-per-node"), option
-    port, base = processes.free_port(), os.environ | {"TORCHELASTIC_RUN_ID": "none"}
-    environments = [base | processes.rank_variables(rank, int(count), port) for rank in range(int(count))]
-    ranks = [processes.popen([sys.executable, *words], env=each) for each in environments]
+    options = {"nnodes": "1", "node_rank": "0", "master_port": str(processes.free_port())}
+    while words[0].startswith("--"):
+        option, value, *words = words
+        options[option.removeprefix("--").replace("-", "_")] = value
+    assert options.keys() <= OPTIONS, options
+    each, machine = int(options["nproc_per_node"]), int(options["node_rank"])
+    ranks = []
+    for local in range(each):
+        rank, size = machine * each + local, int(options["nnodes"]) * each
+        variables = processes.rank_variables(rank, size, int(options["master_port"]))
+        variables |= {"LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": str(each), "GROUP_RANK": str(machine)}
+        variables |= {"TORCHELASTIC_RUN_ID": "none"}
+        ranks.append(processes.popen([sys.executable, *words], env=os.environ | variables))
     codes = [rank.wait() for rank in ranks]
     return int(any(codes))
 

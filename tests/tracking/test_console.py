@@ -1,5 +1,6 @@
 """The console of a run, also where its output goes nowhere or cannot show every character."""
 
+import builtins
 import errno
 import io
 import os
@@ -31,6 +32,19 @@ def test_the_time_left_is_by_the_speed_of_this_process_also_after_a_resume(tmp_p
         "step 740/1,000  loss 0.5000  acc 90.00 %  64 images/s  9 min left",
         "step 760/1,000  loss 0.5000  acc 90.00 %  64 images/s  8 min left",
     ]
+
+
+def test_a_notebook_gets_lines_of_text(tmp_path, monkeypatch, capsys):
+    class ZMQInteractiveShell:
+        """The class name by which rich knows a notebook."""
+
+    monkeypatch.setattr(builtins, "get_ipython", ZMQInteractiveShell, raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)  # as in a notebook
+    tracker = ConsoleTracker(10, 1, "test", tmp_path / "console.log")
+    tracker.start()
+    tracker.header({"recipe": "debug"})
+    tracker.finish()
+    assert capsys.readouterr().out == "recipe  debug\n"
 
 
 def finished(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
