@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import ClassVar
@@ -15,7 +14,7 @@ from accelerate import PartialState
 
 from mnist_dist.distributed import launcher
 from mnist_dist.engine import files
-from tests.processes import ROOT
+from tests.processes import ROOT, run
 
 # Removes from Python what Windows does not have, after the imports of other packages, which bring their own versions.
 WINDOWS = """
@@ -29,6 +28,8 @@ for name in ("sched_getaffinity", "sched_yield", "fork", "getuid", "geteuid", "g
     delattr(os, name)
 for name in ("resource", "fcntl", "termios", "pty", "tty", "pwd", "grp"):
     sys.modules[name] = None
+for name in [name for name in sys.modules if name.partition(".")[0] == "mnist_dist"]:
+    del sys.modules[name]  # the server of test processes has imported the package with them
 """
 
 IMPORTS = """
@@ -53,8 +54,7 @@ sys.exit(code)
 
 def on_windows(program: str, *words: object) -> str:
     """Runs a program in a Python without the POSIX-only parts; returns its output."""
-    command = [sys.executable, "-c", WINDOWS + program, *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = run([sys.executable, "-c", WINDOWS + program, *map(str, words)], cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
