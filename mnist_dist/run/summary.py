@@ -244,7 +244,7 @@ def summarize(
         "epochs": round(progress.step / components.batches.steps_per_epoch, 6),
         "steps": progress.step,
         "images_per_second": round(images / components.meter.train_seconds, 1),
-        **components.meter.per_process(components.update.clock),
+        **components.meter.per_process(),
         # A process that resumed after the last step has made no step.
         "wandb_share": round(wandb.log_seconds / own_seconds, 6) if wandb and own_seconds else 0.0,
         "skipped_steps": components.update.skipped,
