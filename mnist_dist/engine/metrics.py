@@ -63,6 +63,8 @@ class Meter:
         self._unsent = 0, 0.0
         """Steps and seconds by this process's clock that no row has sent to the other processes."""
         self._own_samples = 0
+        self.steps_made = 0
+        """Steps of this process. Other threads read the number to see whether the training moves."""
         self.own_seconds = 0.0
         """Seconds of training in this process, without the time before a resume."""
         self.train_seconds = 0.0
@@ -94,6 +96,7 @@ class Meter:
     def count_step(self, samples: int) -> None:
         """Counts a step and this process's samples in it, on the host."""
         self._steps += 1
+        self.steps_made += 1
         self._own_samples += samples
 
     def read(self) -> dict[str, float]:

@@ -57,7 +57,8 @@ def open_trackers(
     if not components.accelerator.is_main_process:
         return None
     split = "validation" if dataset.has_validation else "test"
-    console = ConsoleTracker(components.total_steps, recipe.epochs, split, folder.console, quiet=quiet)
+    meter, steps = components.meter, components.total_steps
+    console = ConsoleTracker(steps, recipe.epochs, split, folder.console, quiet=quiet, steps=lambda: meter.steps_made)
     wandb = recipe.tracking.wandb
     project = wandb.project or os.environ.get("WANDB_PROJECT") or "mnist_dist"
     mode, reason = resolve_mode(wandb.mode)
