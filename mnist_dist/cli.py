@@ -132,7 +132,7 @@ def _explain(parser: Parser) -> None:
     _add_run(parser)
     parser.add_argument("picture", type=path, metavar="IMAGE", help="an image file")
     parser.add_argument("--layers", nargs="+", metavar="NAME", help="layers to draw (default: up to 6 convolutions)")
-    parser.add_argument("--output", type=path, metavar="FILE", help="a PNG (default: RUN/plots/explain_IMAGE.png)")
+    parser.add_argument("--output", type=path, metavar="FILE", help="PNG (default: a new RUN/plots/explain_IMAGE.png)")
     _add_weights(parser)
 
 

@@ -13,6 +13,8 @@ from mnist_dist.cli import answer_early, parse, run_command
 if __name__ == "__main__":
     answer_early("explain")  # before the imports below load torch
 
+import itertools
+import os
 import sys
 from collections.abc import Iterable
 from functools import partial
@@ -146,10 +148,16 @@ def explain(run: Run, picture: Tensor, path: Path, layers: list[str] | None = No
     )
 
 
+def _new_path(folder: Path, stem: str) -> Path:
+    """Returns a path that no file has: pictures in several folders may have the same name."""
+    paths = (folder / f"explain_{stem}{f'-{number}' * (number > 1)}.png" for number in itertools.count(1))
+    return next(path for path in paths if not os.path.lexists(path))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns exit code 0. Exit code 2 means: no such run, weights, picture or layers."""
     arguments = parse("explain", argv)
-    output = arguments.output or Path(arguments.run, "plots", f"explain_{arguments.picture.stem}.png")
+    output = arguments.output or _new_path(Path(arguments.run, "plots"), arguments.picture.stem)
     run = open_run(arguments.run, arguments.weights, arguments.allow_code)
     if arguments.output is None:
         run.folder.refuse_output(output)

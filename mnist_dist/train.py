@@ -78,12 +78,13 @@ def fit(
         while True:
             # Evaluate every image once; keep the best weights.
             if components.evaluation_is_due(progress, recipe.eval_every):
-                lines.finish()
                 try:
                     evaluation = components.evaluate(held_out, recipe.eval_batch_size, asked_to_stop)
                 except Interrupted:
+                    lines.finish()
                     checkpointer.save(wait=True)
                     return False
+                lines.finish()  # after the evaluation: a GPU gets its work before the host waits for the last steps
                 if progress.note(evaluation, components.meter.read_epoch(), components.epoch(progress)):
                     checkpointer.save_best()
                 accelerator.log({"step": progress.step, "epoch": components.epoch(progress), **progress.last})
@@ -98,8 +99,7 @@ def fit(
 
             # One update: this process's rows of the global batch, the learning rate of this step.
             epoch, index = divmod(progress.step, batches.steps_per_epoch)
-            if epoch != plan.epoch:
-                plan = batches.plan(epoch)
+            plan = plan if plan.epoch == epoch else batches.plan(epoch)
             set_rates(update.optimizer, components.schedule, progress.step)
             update(plan, index, progress.step)
             progress.step += 1

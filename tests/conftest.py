@@ -28,7 +28,7 @@ os.environ["ACCELERATE_USE_CPU"] = "true"
 
 MARKED_FOLDERS = {"launch": "launch", "faults": "faults", "cluster": "cluster"}
 """Folder below tests/ -> marker of its tests."""
-MARKED_FIXTURES = {"mnist_root": "mnist", "gpu": "gpu", "browser": "browser"}
+MARKED_FIXTURES = {"mnist_root": "mnist", "gpu": "gpu", "browser": "browser", "machines": "root"}
 """Fixture -> marker of the tests that request it."""
 
 

@@ -3,7 +3,8 @@
 A server process imports torch and this package once and is forked for every process that a test starts: each child has
 its own session, environment, working directory and standard streams, as `subprocess` would give it. Use `popen` and
 `run` like the functions of these names in `subprocess`; `run_ranks` starts one process per rank, as torchrun does on
-one machine. A test of a launcher, or of what happens before torch is imported, uses `subprocess` itself.
+one machine. `forked_python` is a program that takes the place of `python`: the processes of launchers and scripts start
+as fast with it. A test of what happens before torch is imported uses `subprocess` itself.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import gc
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,6 +24,7 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,6 +81,10 @@ def serve(address: str) -> None:
             os.close(stream)
         with suppress(OSError):
             connection.sendall(f"{child}\n".encode())
+        if request["program"] and hasattr(os, "pidfd_open"):
+            ended = os.pidfd_open(child)
+            if ended not in select.select([ended, connection], [], [])[0]:
+                os.kill(child, signal.SIGKILL)  # the program that stands for the child was killed
         _, status = os.waitpid(child, 0)
         with suppress(OSError):
             connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
@@ -96,8 +103,14 @@ def become(request: dict[str, Any], streams: list[int]) -> None:
     for number in SIGNALS:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, mode) for n, mode in ((0, "r"), (1, "w"), (2, "w")))
-    sys.stderr.reconfigure(line_buffering=True)
+    sys.stderr.reconfigure(line_buffering=True, errors="backslashreplace")
+    if encoding := request["env"].get("PYTHONIOENCODING"):
+        sys.stdout.reconfigure(encoding=encoding)
+        sys.stderr.reconfigure(encoding=encoding)
+    if request["env"].get("PYTHONUNBUFFERED"):
+        sys.stdout.reconfigure(write_through=True)
     sys.argv = request["argv"]
+    sys.executable = request["program"] or sys.executable  # a launcher starts its processes with it
     import random
 
     import torch
@@ -137,7 +150,11 @@ def end(code: object) -> None:
         code = 1
     threading._shutdown()  # type: ignore[attr-defined]  # waits for the threads, as the interpreter does
     atexit._run_exitfuncs()
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        print(f"Exception ignored on flushing sys.stdout: {error}", file=sys.stderr)
+        code = 120
     sys.stderr.flush()
     os._exit(code or 0)
 
@@ -148,8 +165,10 @@ _server: tuple[str, subprocess.Popen[bytes]] | None = None
 
 
 def _address() -> str:
-    """Starts the server at the first call; returns the path of its socket."""
+    """Starts the server at the first call, unless MNIST_DIST_TEST_SERVER names one; returns the path of its socket."""
     global _server
+    if address := os.environ.get("MNIST_DIST_TEST_SERVER"):
+        return address
     if _server is None or _server[1].poll() is not None:
         folder = tempfile.mkdtemp(prefix="mnist_dist-tests-")
         address = f"{folder}/socket"
@@ -162,6 +181,7 @@ def _address() -> str:
             assert process.poll() is None and time.monotonic() < deadline, "the server of test processes did not start"
             time.sleep(0.02)
         _server = address, process
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
         atexit.register(process.kill)
     return _server[0]
 
@@ -243,8 +263,13 @@ def popen(
     stderr: Any = None,
     text: bool = True,
     start_new_session: bool = True,
+    program: str = "",
 ) -> Process:
-    """Starts `[sys.executable, "-m", module, …]`, `[sys.executable, "-c", source, …]` or a script. Output is text."""
+    """Starts `[sys.executable, "-m", module, …]`, `[sys.executable, "-c", source, …]` or a script. Output is text.
+
+    Args:
+        program: path of the `forked_python` that calls this function and stands for the process.
+    """
     words = [str(word) for word in argv]
     assert words[0] == sys.executable and text and start_new_session, "processes.popen starts Python only"
     connection = socket.socket(socket.AF_UNIX)
@@ -274,6 +299,7 @@ def popen(
             "argv": words[1:],
             "env": dict(os.environ if env is None else env),
             "cwd": str(Path.cwd() if cwd is None else cwd),
+            "program": program,
         }
         request["env"]["PYTHONPATH"] = os.pathsep.join(filter(None, [request["env"].get("PYTHONPATH", ""), str(ROOT)]))
         data = json.dumps(request).encode() + b"\n"
@@ -314,6 +340,58 @@ def run(
     if check:
         done.check_returncode()
     return done
+
+
+FORKED_PYTHON = """\
+#!{python} -S
+import sys
+sys.path.insert(0, {root!r})
+from tests.processes import stand_in
+stand_in({address!r}, {program!r})
+"""
+
+
+def forked_python() -> Path:
+    """Returns an executable named `python` that runs its program in a child of the server.
+
+    It passes signals on, and ends as the child ends; if it is killed, the child is killed. The child is in the network
+    and the namespaces of the server, and does not read the variables that Python or torch read when they start.
+    """
+    address = _address()
+    path = Path(address).with_name("python")
+    if not path.exists():
+        path.write_text(FORKED_PYTHON.format(python=sys.executable, root=str(ROOT), address=address, program=str(path)))
+        path.chmod(0o755)
+    return path
+
+
+def stand_in(address: str, program: str) -> None:
+    """Runs the words of the command line in a child of the server and ends as the child ends."""
+    global _server
+    started: list[Process] = []
+    early: list[int] = []
+
+    def forward(number: int, _: object) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(started[0].pid, number) if started else early.append(number)
+
+    for number in SIGNALS:
+        signal.signal(number, forward)
+    _server = address, SimpleNamespace(poll=lambda: None)  # type: ignore[assignment]
+    words = sys.argv[1:]
+    if words[0] == "-u":
+        os.environ["PYTHONUNBUFFERED"] = "1"
+        del words[0]
+    process = popen([sys.executable, *words], program=program)
+    started.append(process)
+    for number in early:
+        forward(number, None)
+    code = process.wait()
+    if code < 0:
+        with suppress(OSError):  # SIGKILL has no handler
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
 
 
 def rank_variables(rank: int, world_size: int, port: int) -> dict[str, str]:

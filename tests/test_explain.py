@@ -112,6 +112,16 @@ def test_the_command_writes_a_png_of_all_or_of_chosen_layers(debug_run, picture,
     assert both[0] == one[0] and both[1] > one[1] > 300
 
 
+def test_another_picture_of_the_same_name_gets_another_png(debug_run, picture, tmp_path, capsys):
+    first = debug_run / "plots" / "explain_noise.png"
+    first.parent.mkdir(exist_ok=True)
+    first.write_bytes(b"of another picture")
+    assert main([str(debug_run), str(picture), "--layers", "classifier.1"]) == 0
+    second = first.with_name("explain_noise-2.png")
+    assert capsys.readouterr().out == f"{second}\n" and second.is_file()
+    assert first.read_bytes() == b"of another picture"
+
+
 def test_a_picture_in_colour_is_explained(colour_run, colour_data, tmp_path, capsys):
     [path] = write_pictures(tmp_path, colour_data.test, count=1)
     assert main([str(colour_run.folder.path), str(path), "--allow-code", CODE]) == 0

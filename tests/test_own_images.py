@@ -60,7 +60,7 @@ def test_the_six_lines_lead_from_a_folder_of_pictures_to_a_prediction(photos, mo
     monkeypatch.setattr(exporter, "load_runtime", lambda archive: {"script": b"", "wasm": b""})
     section = (ROOT / "README.md").read_text().partition("## Your own images\n")[2].partition("\n## ")[0]
     [block] = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
-    listing, *lines = block.splitlines()
+    listing, *lines = block.replace("\\\n", "").splitlines()
     assert listing.startswith("ls photos ") and len(lines) == 5
     for line in lines:
         run_line(line.replace("--recipe resnet18", "--recipe lenet5 epochs=1"))  # the export of a ResNet takes 20 s

@@ -147,7 +147,7 @@ def test_pictures_in_colour_are_classified_by_the_names_of_the_classes(colour_ru
     assert [each["class"] for each in found] == [CLASSES[position % 3] for position in range(9)] + [CLASSES[0]]
     assert all({"path", "class", "confidence", "top3", "unsure"} == set(each) for each in found)
     for each, exact in zip(found, predict(colour_run, colour_data.test.images[:9]), strict=False):
-        assert each["top3"] == exact["top3"], "a picture of the training set's shape is used as it is"
+        assert each["top3"] == exact["top3"], "a picture of the training set's shape is used unchanged"
     assert main(command) == 0
     assert f"{paths[0]}: {CLASSES[0]} " in capsys.readouterr().out
 

@@ -271,4 +271,4 @@ def test_the_top_level_holds_the_listed_files_only():
 def test_tests_mirror_the_package():
     """A folder below tests/ is named after a folder or command of the package, or holds what is tested as a whole."""
     folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name != "__pycache__"}
-    assert folders <= {folder_of(name) for name in modules()} | {"launch", "faults", "cluster", "screens"}
+    assert folders <= {folder_of(name) for name in modules()} | {"launch", "faults", "cluster", "lessons", "screens"}

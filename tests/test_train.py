@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -22,6 +21,7 @@ from mnist_dist.run.folder import RunFolder
 from mnist_dist.run.model_setup import build_module
 from mnist_dist.tracking import ConsoleTracker, JSONLTracker
 from mnist_dist.train import main
+from tests.processes import forked_python
 
 TINY = [
     "data.dataset=synthetic",
@@ -37,7 +37,7 @@ TINY = [
 def test_quickstart_through_accelerate_launch_reaches_97_percent(tmp_path):
     pytest.importorskip("sklearn", reason='the digits come with scikit-learn: pip install -e ".[demo]"')
     command = [
-        sys.executable,
+        forked_python(),
         "-m",
         "accelerate.commands.launch",
         "-m",

@@ -9,6 +9,7 @@ last line and exit with code 1. `accelerate launch --quiet` does not reach that 
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from itertools import pairwise
@@ -19,6 +20,9 @@ BAD_INPUT, STOPPED = 2, 75
 
 HEALTHY_SECONDS = 60.0
 """After this time without a failure all restarts of torchrun are available again."""
+
+LOOK_UP_SECONDS = 5.0
+"""A name is looked up for this time: the machine may just be starting. torchrun would try for a minute."""
 
 ROUTINE = {
     "agent.server.api": "Received %s death signal",
@@ -60,6 +64,29 @@ def endpoint() -> str:
     return words.get("--rdzv_endpoint") or os.environ.get("PET_RDZV_ENDPOINT", "")
 
 
+def is_known(address: str) -> bool:
+    """Returns whether the host of an address has a name that can be looked up, or is an IP address."""
+    from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
+
+    host, _ = parse_rendezvous_endpoint(address, default_port=0)
+    deadline = time.monotonic() + LOOK_UP_SECONDS
+    while True:
+        try:
+            return bool(socket.getaddrinfo(host, None))
+        except socket.gaierror:
+            if time.monotonic() > deadline:
+                return False
+        time.sleep(0.5)
+
+
+def report_lost_head() -> int:
+    """Prints what to do if the machine that holds the rendezvous is lost; returns the exit code."""
+    advice = "run the same command again on all machines; if that machine is gone, with another HEAD"
+    print(f"launch: {endpoint()}, which holds the rendezvous, cannot be reached", file=sys.stderr)
+    print(advice, "the run resumes from its last checkpoint", sep="\n", file=sys.stderr)
+    return STOPPED
+
+
 def main() -> int:
     """Runs the launcher with the arguments of this script; returns the exit code."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
@@ -86,6 +113,8 @@ def main() -> int:
         logger = logging.getLogger(f"torch.distributed.elastic.{name}")
         logger.addFilter(lambda record, start=start: not str(record.msg).startswith(start))
     sys.tracebacklimit = 0
+    if endpoint() and not is_known(endpoint()):
+        return report_lost_head()
     try:
         launch()
     except SignalException:
@@ -100,10 +129,7 @@ def main() -> int:
         print(f"launch: the run at {endpoint()} has ended; a machine cannot join it any more", file=sys.stderr)
         return 1
     except (RendezvousError, DistError):
-        advice = "run the same command again on all machines; if that machine is gone, with another HEAD"
-        print(f"launch: {endpoint()}, which holds the rendezvous, cannot be reached", file=sys.stderr)
-        print(advice, "the run resumes from its last checkpoint", sep="\n", file=sys.stderr)
-        return STOPPED
+        return report_lost_head()
     return 0
 
 

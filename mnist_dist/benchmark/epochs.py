@@ -26,10 +26,10 @@ def measure_epochs(recipe: Recipe, rounds: int, steps: int) -> dict[str, Any]:
 
     Args:
         rounds: number of rounds per loop.
-        steps: steps with which the number of DataLoader workers is chosen.
+        steps: steps per trial when the number of DataLoader workers is chosen.
 
     Returns:
-        Plain values, as `training.measure`. Speeds count the images that were trained on.
+        Plain values, like those of `training.measure`. Speeds count the images that were trained on.
 
     Raises:
         RecipeError: from `BenchmarkSetup.prepare`.

@@ -26,33 +26,33 @@ GPU = torch.device("cuda", 0)
 
 @dataclass
 class Operations:
-    """What a part of the training asked of the device."""
+    """Counts of what a part of the training asks of the device."""
 
     launches: float = 0
     """Kernels. An operation on a list of tensors counts once if PyTorch has one kernel for the list."""
     syncs: float = 0
     """Waits of the host for the device."""
     copies: float = 0
-    """Copies from the host to the device; of the trainer's step in an epoch."""
+    """Copies from the host to the device. For the trainer's step: per epoch, not per step."""
 
     def __add__(self, other: Operations) -> Operations:
         return Operations(self.launches + other.launches, self.syncs + other.syncs, self.copies + other.copies)
 
     def times(self, steps: int) -> Operations:
-        """Returns those of a number of equal steps."""
+        """Returns the operations of this many equal steps."""
         return Operations(*(each * steps for each in asdict(self).values()))
 
     def per(self, steps: int) -> Operations:
-        """Returns the mean of a number of steps, rounded."""
+        """Returns the mean per step of the operations of this many steps, rounded."""
         return Operations(*(round(each / steps, 2) for each in asdict(self).values()))
 
 
 ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "lift_fresh", "detach")
-"""Operations without a kernel that are no views."""
+"""Operations that launch no kernel, in addition to views."""
 
 
 class OperationCounter(TorchDispatchMode):
-    """Counts the operations on CUDA tensors in its context. A value that the host reads is 1."""
+    """Counts the operations on CUDA tensors in its context. The host reads every value as 1, or False for a bool."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -177,7 +177,7 @@ def _apply(node: Any, gradients: dict[int, Tensor]) -> tuple[Tensor | None, ...]
     return results if isinstance(results, tuple) else (results,)
 
 
-# --- a GPU that is not there ------------------------------------------------------------------------------------------
+# --- the fake GPU -----------------------------------------------------------------------------------------------------
 
 
 class _FakeMode(FakeTensorMode):
@@ -187,7 +187,7 @@ class _FakeMode(FakeTensorMode):
 
 @contextmanager
 def fake_gpu() -> Iterator[None]:
-    """Makes CUDA tensors possible without a GPU inside the context; they have no content."""
+    """Allows CUDA tensors without a GPU inside the context. They have no content."""
     supported: Any = [foreach_utils._foreach_supported_types, torch_optimizer._foreach_supported_types]
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     for types in supported:  # else PyTorch would update fake tensors one by one
@@ -215,7 +215,7 @@ class FakeAccelerator:
         self.num_processes = world_size
 
     def prepare_model(self, model: nn.Module, **_: Any) -> nn.Module:
-        """Returns the network as it is."""
+        """Returns the network unchanged."""
         return model
 
     def autocast(self) -> AbstractContextManager[None]:

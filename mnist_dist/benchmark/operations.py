@@ -1,4 +1,4 @@
-"""Counts what a training step asks of a GPU: kernels, waits of the host, copies to the device. Needs no GPU.
+"""Counts the kernels, host syncs and host-to-device copies of a training step, without a GPU.
 
 PyTorch's fake tensors have a device, a dtype and a shape, but no content. The trainer's step and the bare step run on
 fake CUDA tensors while every operation is counted. The trainer's step is the one that `run.build` builds.
@@ -33,16 +33,17 @@ from mnist_dist.run.tables import markdown_table, table_console
 
 WORLD_SIZES = (1, 2)
 LARGEST_EXTRA = {"step": 12, "augmentation": 8, "average": 3}
-"""Launches that the trainer's step may have more than the bare step, and more again with either feature."""
+"""Kernels that the trainer's step may launch in addition to those of the bare step: always, and further ones with
+augmentation and with averaged weights."""
 HEADINGS = (
-    "recipe", "processes", "bare step", "mnist_dist", "more", "allowed", "waits a step", "copies an epoch", "floor",
+    "recipe", "processes", "bare step", "mnist_dist", "more", "allowed", "syncs per step", "copies per epoch", "limits",
 )  # fmt: skip
 EXPLANATION = (
     "Kernels that a step launches on a GPU, counted on fake tensors in fp32. An operation on a list of tensors counts "
-    "once. The reduction over several processes is counted in neither step. The one copy of an epoch is its order."
+    "once. The reduction over several processes is counted in neither step. The only copy of an epoch is its order."
 )
 SAMPLES = 20_000
-"""Of an epoch: about as many small images as a GPU prepares at once."""
+"""Samples of an epoch. The trainer prepares about this many small images at once on a GPU."""
 
 # --- the two steps ------------------------------------------------------------------------------------------------
 
@@ -62,7 +63,7 @@ def _module(recipe: Recipe) -> nn.Module:
 
 
 def _shape(recipe: Recipe) -> tuple[int, int, int]:
-    """Returns the shape of an image. That of a set of one's own images is not known: it counts as MNIST's."""
+    """Returns the shape of an image. The shape of a user's own images is not known here, so MNIST's is used."""
     return SHAPES.get(recipe.data.dataset, SHAPES["mnist"])
 
 
@@ -95,7 +96,7 @@ def count_trainer_step(recipe: Recipe, world_size: int) -> tuple[Operations, Ope
     """Counts the trainer's steps.
 
     Returns:
-        The launches and waits of a step, as the mean over an epoch, with the copies of an epoch; and the counter of one
+        The launches and syncs per step, as the mean over an epoch, with the copies per epoch; and the counter of one
         step without the loading of its batch.
     """
     module = _module(recipe)
@@ -151,8 +152,8 @@ def _names(ours: list[str], others: list[str]) -> dict[str, int]:
     return {name.removeprefix("aten::"): number for name, number in (Counter(ours) - Counter(others)).items()}
 
 
-def keeps_floors(result: dict[str, Any]) -> bool:
-    """Returns whether the trainer's step launches and waits no more than it may, and copies an epoch's order only."""
+def is_within_limits(result: dict[str, Any]) -> bool:
+    """Returns whether a trainer's step keeps the limits of launches and syncs, and an epoch copies only its order."""
     ours = result["mnist_dist"]
     fits = ours["launches"] <= result["launches_allowed"] and ours["syncs"] <= result["syncs_allowed"]
     return fits and ours["copies"] <= 1
@@ -173,7 +174,7 @@ def table_of(result: dict[str, Any]) -> list[tuple[str, ...]]:
         launches = [f"{number:,.10g}" for number in (bare["launches"], ours["launches"], each["launches_allowed"])]
         more = f"{ours['launches'] - bare['launches']:+,.10g}"
         waits = [f"{number:.10g}" for number in (ours["syncs"], ours["copies"])]
-        verdict = "met" if keeps_floors(each) else "not met"
+        verdict = "met" if is_within_limits(each) else "not met"
         rows.append((each["recipe"], str(each["world_size"]), *launches[:2], more, launches[2], *waits, verdict))
     return rows
 

@@ -32,8 +32,8 @@ MARKS = ("<!-- results: made by mnist_dist.compare -->", "<!-- end of results --
 FIRST_MARK = re.compile(r"<!-- results(?: of (?P<recipes>[^\n:]+))?: made by mnist_dist\.compare -->")
 
 COLUMNS = (
-    "recipe", "parameters", "claim", "last epoch", "best epoch", "n", "epochs", "time", "precision", "ran on", "commit",
-    "verdict",
+    "recipe", "parameters", "claim", "last epoch", "best epoch", "verdict", "n", "epochs", "time", "precision",
+    "ran on", "commit",
 )  # fmt: skip
 """Columns of a Markdown table of all finished runs."""
 

@@ -56,7 +56,7 @@ def watch(run: RunReader) -> dict[str, Any]:
         "state": "silent" if since else run.word,
         "since": round(since, 1) if since else _written(folder, folder.status),
         "logged": _written(folder, folder.metrics) if lines else None,
-        **_position(run, [*run.lines, {}], lines),
+        **_position(run, run.lines, lines),
         "speed": _number(line, "train/images_per_second"),
         "waiting": _number(line, "train/waiting_percent"),
         "loss": _number(line, "train/loss"),
@@ -71,7 +71,7 @@ def watch(run: RunReader) -> dict[str, Any]:
 
 def _position(run: RunReader, lines: list[dict[str, Any]], timed: list[dict[str, Any]]) -> dict[str, Any]:
     """Returns step and epoch of the last line, of the end of the run, and the seconds of training that are left."""
-    last = next((line for line in reversed(lines) if _number(line, "step") is not None), {})
+    last: dict[str, Any] = next((line for line in reversed(lines) if _number(line, "step") is not None), {})
     step, epoch = _number(last, "step"), _number(last, "epoch")
     batch, epochs, most = (_number(run.recipe, key) for key in ("batch_size", "epochs", "max_steps"))
     steps = most

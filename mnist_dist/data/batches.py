@@ -117,7 +117,7 @@ class Batch:
 
     @property
     def is_prepared(self) -> bool:
-        """Whether the images can be given to the network as they are."""
+        """Whether the images can be given to the network without further changes."""
         return self.images.is_floating_point()
 
     def __getitem__(self, part: slice) -> Batch:

@@ -34,7 +34,7 @@ def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
-    """Multiplies the distance to the grey image by a factor, (N,). Images without three channels stay as they are."""
+    """Multiplies the distance to the grey image by a factor, (N,). Images without three channels are unchanged."""
     return blend(images, to_grey(images), factor) if images.shape[1] == 3 else images
 
 
@@ -47,7 +47,7 @@ def to_grey(images: Tensor) -> Tensor:
 
 
 def blur(images: Tensor) -> Tensor:
-    """Returns images smoothed by a 3×3 kernel whose centre weighs five times as much; the border stays as it is."""
+    """Returns images smoothed by a 3×3 kernel whose centre weighs five times as much; the border is unchanged."""
     if min(images.shape[2:]) <= 2:
         return images
     inner = images[..., 1:-1, 1:-1]

@@ -1,8 +1,8 @@
-"""Image files decoded once, into a memory-mapped uint8 array in a cache folder.
+"""Decodes image files once, into a memory-mapped uint8 array in a cache folder.
 
 The key of the cache is a hash of the files' names, sizes and times of change, and of the form of the images. The array
-is written in a temporary folder that gets its name when it is complete, so a cache is complete or absent. A decoding
-that was killed begins again.
+is written in a temporary folder that gets its name when it is complete, so a cache is complete or absent. If
+the process is killed, the next one decodes all files again.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def _write_cache(folder: Path, files: ImageFiles, form: Form, on_bad_image: str,
     images.flush()
     np.save(folder / "kept.npy", kept)
     about = {"version": VERSION, "shape": [len(kept), *shape[1:]], "skipped": [files.names[row] for row in sorted(bad)]}
-    # The last file of a folder that has no name yet: nobody can read half of it.
+    # Written last, into a folder that does not have its final name yet: nobody can read half of it.
     with (folder / "about.json").open("w", encoding="utf-8") as file:
         json.dump(about, file)
         file.flush()
@@ -272,7 +272,7 @@ def _report(names: Sequence[str], bad: dict[int, str], on_bad_image: str, notify
     if len(rows) == len(names):
         raise DataError("root", "\n".join(["no image can be read:", *lines]))
     raise DataError(
-        "on_bad_image", "\n".join([f"{count}; mend or delete them, or set data.on_bad_image=skip:", *lines])
+        "on_bad_image", "\n".join([f"{count}; repair or delete them, or set data.on_bad_image=skip:", *lines])
     )
 
 

@@ -21,7 +21,7 @@ CHUNK = 2**26
 """Bytes of float32 images that are resized at once."""
 
 LARGEST_LABEL = 2**53
-"""Larger labels are numbers of another kind."""
+"""Larger numbers are refused: they are not classes, and a float64 cannot hold all of them exactly."""
 
 LUMA = (0.299, 0.587, 0.114)
 """Weights of red, green and blue in a grey level (ITU-R BT.601), as Pillow uses them."""
@@ -58,7 +58,7 @@ class Form:
 
     @property
     def is_free(self) -> bool:
-        """Whether images of any form stay as they are."""
+        """Whether images of every form are left unchanged."""
         return self.size is None and self.channels is None
 
 
@@ -176,7 +176,7 @@ def as_image_arrays(values: Sequence[tuple[Any, str]], key: str = "root") -> lis
         key: the recipe key that names the arrays, below `data`.
 
     Raises:
-        DataError: the values do not stand for images.
+        DataError: the values are not images.
     """
     given = [_to_numpy(each, name, key) for each, name in values]
     found = [f"{name}: found {each.dtype} of shape {each.shape}" for each, (_, name) in zip(given, values, strict=True)]

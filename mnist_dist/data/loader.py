@@ -32,11 +32,11 @@ class _Ahead:
 class Loader:
     """Gathers the batches of one process.
 
-    Images on a CPU that is the device are gathered when they are asked for. Images on a GPU are gathered, changed and
-    normalised for several batches at once: a small batch needs as many kernels, and a kernel's launch takes longer than
-    its work. Images in host memory or on disk, for a GPU, are gathered by a thread, one batch ahead: the order is a
-    pure function, so the next rows are always known. They are copied from pinned memory on a stream of their own, so
-    neither the host nor the network waits for them.
+    If the device is the CPU, images are gathered when they are asked for. Images on a GPU are gathered, changed and
+    normalised for several batches at once: a small batch needs as many kernels as a large one, and the launch of a
+    kernel takes longer than its work. Images in host memory or on disk, for a GPU, are gathered by a thread, one batch
+    ahead: the order is a pure function, so the next rows are always known. They are copied from pinned memory on a
+    stream of their own, so neither the host nor the network waits for them.
 
     Random changes are drawn on the device for several batches at once, because drawing them for one small batch costs
     nearly as much. They are equal wherever the images lie.
@@ -136,7 +136,7 @@ class Loader:
         return plan.order, *self._gather(self._rows(batches, plan.order, index))
 
     def _rows(self, batches: Batches, order: Tensor, index: int) -> Tensor:
-        """Returns the sample indices of this process's part of a batch, after the partner of the first if they mix."""
+        """Returns the sample indices of this process's part of a batch; with mixing, a partner precedes them."""
         rows = batches.rows_with_partner if batches.mixes else batches.rows_at
         return rows(order, index, self._positions(batches.size(index)))
 

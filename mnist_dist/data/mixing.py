@@ -18,6 +18,7 @@ COLUMNS = 6
 bottom and right of the box, which shows the partner alone; weight of its own label."""
 
 TABLE = 4096
+"""Intervals of the table of a distribution function."""
 
 
 def mixing_parameters(draws: Tensor, size: Size, mixup: float, cutmix: float) -> Tensor:
@@ -89,7 +90,10 @@ def _from_grid(position: Tensor, alpha: float) -> Tensor:
 
 @lru_cache(maxsize=16)  # a copy to a GPU at every batch would wait for the GPU
 def _probabilities(alpha: float, device: torch.device) -> Tensor:
-    """Returns the probability below each of TABLE + 1 positions, float32; the last one is 1/2. By trapezoids."""
+    """Returns the probability below each of TABLE + 1 positions, float32; the last one is 1/2.
+
+    The density is integrated by the trapezoidal rule.
+    """
     position = torch.linspace(0, 1, TABLE + 1, dtype=torch.float64)
     # Density x^(alpha - 1) (1 - x)^(alpha - 1) times dx/dposition, up to a constant.
     density = position ** max(0.0, alpha - 1) * (1 - _from_grid(position, alpha)) ** (alpha - 1)

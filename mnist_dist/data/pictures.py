@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from mnist_dist.data.figures import find_figure
+from mnist_dist.data.foreground import find_figure
 from mnist_dist.data.form import convert_picture, fit_picture
 from mnist_dist.data.geometry import Geometry
 

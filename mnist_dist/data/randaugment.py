@@ -1,8 +1,8 @@
 """RandAugment (Cubuk et al., "RandAugment: Practical automated data augmentation", 2019) of a batch of images.
 
 Each image gets its own operations. They are those of `torchvision.transforms.v2.RandAugment`, with its magnitudes. On a
-CPU, each operation is computed for the images that drew it. A GPU would wait for such a selection, so there every
-operation is computed for all images, and one result is chosen for each.
+CPU, each operation is computed for the images that drew it. On a GPU the host would wait for such a selection,
+so there every operation is computed for all images, and one result is chosen for each.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from accelerate import PartialState
@@ -16,8 +16,11 @@ from mnist_dist.errors import Problem, RecipeError, RunError
 T = TypeVar("T")
 
 
-def run_on_all_ranks(state: PartialState, action: Callable[[], T]) -> T:
+def run_on_all_ranks(state: PartialState, action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Runs `action` on every rank. If one rank raises an exception, every rank does. Collective: call on every rank.
+
+    Args:
+        group: see `gather_values`.
 
     Returns:
         What `action` returns on this rank.
@@ -32,7 +35,7 @@ def run_on_all_ranks(state: PartialState, action: Callable[[], T]) -> T:
         result = action()
     except BaseException as error:  # Ctrl-C and SystemExit would leave the other ranks waiting as well
         failure = error
-    reports = gather_object([_report(state, failure)])
+    reports = gather_values(_report(state, failure), group)
     if problems := next((problems for problems, _ in reports if problems), None):
         raise RecipeError(problems) from failure
     if failure is not None:
@@ -40,6 +43,19 @@ def run_on_all_ranks(state: PartialState, action: Callable[[], T]) -> T:
     if messages := [message for _, message in reports if message]:
         raise RunError("\n  ".join([*messages, "all ranks end"]))
     return result  # type: ignore[return-value]  # None only if a rank failed
+
+
+def gather_values(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Returns the values of all ranks, in their order. Collective: call on every rank.
+
+    Args:
+        group: a second group of all ranks, for a thread. Each group runs its collectives one after another.
+    """
+    if group is None:
+        return gather_object([value])
+    found: list[Any] = [None] * group.size()
+    dist.all_gather_object(found, value, group=group)
+    return found
 
 
 def _report(state: PartialState, failure: BaseException | None) -> tuple[list[Problem] | None, str]:

@@ -1,4 +1,4 @@
-"""The number of CPU threads and the names of devices."""
+"""Sets the number of CPU threads, describes devices, and marks moments at which a device finishes its work."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def sum_dtype(device: torch.device) -> torch.dtype:
     """Returns the dtype of counters on a device: float64, or float32 on a GPU that has no float64.
 
     Apple's GPUs and Intel's GPUs for desktops have none. In float32 a count is exact up to 16.7 million, and the sum of
-    n losses has a relative error below n × 6e-8. Both are read, and added in float64, at every log line.
+    n losses has a relative error below n × 6e-8. At every log line, both are read and added up in float64.
     """
     if device.type == "mps":
         return torch.float32
@@ -81,7 +81,7 @@ def sum_dtype(device: torch.device) -> torch.dtype:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Returns the peak of the bytes of tensors on a GPU that counts them, else the peak of this process's memory."""
+    """Returns the peak memory in bytes: that of the tensors on a GPU that counts them, else that of this process."""
     if hasattr(backend := getattr(torch, device.type), "max_memory_allocated"):
         return backend.max_memory_allocated(device)
     try:
@@ -101,12 +101,12 @@ def synchronize(device: torch.device) -> None:
 
 
 def runs_behind(device: torch.device) -> bool:
-    """Returns whether the device works behind the host, and can mark a `Moment` without a wait of the host."""
+    """Returns whether the device computes asynchronously and can mark a `Moment` without making the host wait."""
     return device.type == "cuda"
 
 
 class Moment:
-    """The moment at which a device finishes the work that was queued before. On other devices than CUDA: now.
+    """The moment at which a device finishes the work that was queued before. On devices other than CUDA: now.
 
     Marking a moment does not make the host wait for a CUDA device.
     """

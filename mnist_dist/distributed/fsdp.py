@@ -1,8 +1,8 @@
-"""FSDP2: shards parameters, gradients and optimizer state over the processes, and unshards them for checkpoints."""
+"""FSDP2: shards parameters, gradients and optimizer state over the processes, and unshards them for weights files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -61,16 +61,30 @@ def unsharded_parameters(module: nn.Module) -> Iterator[None]:
             part.reshard()
 
 
+def map_tensors(function: Callable[[tuple[Any, ...], Any], Any], value: Any, path: tuple[Any, ...] = ()) -> Any:
+    """Returns the same dictionaries, lists and tuples with `function(path, tensor)` in the place of each tensor.
+
+    Args:
+        path: the keys and indices that lead to the value.
+    """
+    if isinstance(value, dict):
+        return {key: map_tensors(function, each, (*path, key)) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map_tensors(function, each, (*path, index)) for index, each in enumerate(value))
+    return function(path, value) if isinstance(value, Tensor) else value
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Returns whether each rank holds a part of the tensor."""
+    return hasattr(tensor, "full_tensor")
+
+
 def unshard(value: Any) -> Any:
     """Returns the same dictionary, list or tensor with every sharded tensor replaced by the full tensor.
 
     Collective: call on every rank, with the same structure in the same order.
     """
-    if isinstance(value, dict):
-        return {key: unshard(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [unshard(each) for each in value]
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
+    return map_tensors(lambda _, tensor: tensor.full_tensor() if is_sharded(tensor) else tensor, value)
 
 
 def shard_like(value: Tensor, pattern: Any) -> Tensor:

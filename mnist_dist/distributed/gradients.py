@@ -1,4 +1,4 @@
-"""The sum of gradients over the processes, and the time that a process waits for it."""
+"""Sums the gradients over the processes, and measures how long a process waits for the sum."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 BUCKET_BYTES = 25 * 2**20
-"""Largest size of a flat buffer that holds more than one gradient: that of DistributedDataParallel."""
+"""Largest size of a flat buffer that holds more than one gradient: the default of DistributedDataParallel."""
 
 ALIGNMENT = 16
 """Every gradient starts at a multiple of this number of elements, because a GPU's vector instructions need it."""
@@ -71,7 +71,7 @@ class FlatGradients:
     Args:
         precision: dtype in which gradients are sent; "none" sends them in their own dtype.
         allows_unused: whether a step need not use all parameters. Every rank then learns which parameters were used;
-            a parameter that no rank has used keeps no gradient. A GPU is waited for.
+            a parameter that no rank has used keeps no gradient. On a GPU, the host waits for the device.
         clock: measures the wait.
     """
 
@@ -95,13 +95,15 @@ class FlatGradients:
                     parameter.register_post_accumulate_grad_hook(partial(self._on_gradient, bucket))
 
     def start(self) -> None:
-        """Call before the last backward pass of a step: from now on, buffers are sent as soon as they are full."""
+        """Makes every buffer be sent as soon as it is full. Call it before the last backward pass of a step."""
         self._sends_early = True
         for bucket in self.buckets:
             bucket.missing = len(bucket.parameters)
 
     def finish(self) -> None:
-        """Sends the rest, waits, and sets `grad` to the sums. Collective: call on every rank after a backward pass.
+        """Sends the remaining buffers, waits, and sets `grad` to the sums.
+
+        Collective: call on every rank after the last backward pass of a step.
 
         Raises:
             RuntimeError: a parameter received no gradient on this rank, although all are expected to.
@@ -120,7 +122,7 @@ class FlatGradients:
             raise RuntimeError(message)
 
     def _on_gradient(self, bucket: _Bucket, parameter: Tensor) -> None:
-        """Counts a gradient of the last backward pass. Buffers are sent in order, however the pass fills them."""
+        """Counts a gradient of the last backward pass. Buffers are sent in the order of their numbers."""
         if not self._sends_early:
             return
         if not bucket.missing:
@@ -141,7 +143,7 @@ class _Bucket:
     Args:
         named: names and parameters.
         sent_dtype: dtype of the buffer that is sent; None for that of the parameters.
-        has_flags: whether a flag per parameter is sent with the gradients: 1 if it has one.
+        has_flags: whether a flag per parameter is sent with the gradients: 1 if the parameter has one.
     """
 
     def __init__(self, named: list[tuple[str, nn.Parameter]], sent_dtype: torch.dtype | None, has_flags: bool):
@@ -191,13 +193,13 @@ def _flat_views(parameters: list[nn.Parameter], dtype: torch.dtype, extra: int =
     """
     sizes = [-(-each.numel() // ALIGNMENT) * ALIGNMENT for each in parameters]
     flat = torch.zeros(sum(sizes) + extra, dtype=dtype, device=parameters[0].device)
-    strides = [torch.empty_like(each, device="meta").stride() for each in parameters]  # of dense memory
+    strides = [torch.empty_like(each, device="meta").stride() for each in parameters]  # those of dense memory
     pieces = zip(flat.split([*sizes, extra]), parameters, strides, strict=False)
     return flat, [piece.as_strided(each.shape, stride) for piece, each, stride in pieces]
 
 
 def _split(named: list[tuple[str, nn.Parameter]]) -> Iterator[list[tuple[str, nn.Parameter]]]:
-    """Yields the parameters of each bucket, in the given order as far as one dtype per bucket permits."""
+    """Yields the parameters of each bucket, in the given order within each dtype."""
     ordered = sorted(named, key=lambda pair: str(pair[1].dtype))
     for _, group in groupby(ordered, key=lambda pair: pair[1].dtype):
         bucket: list[tuple[str, nn.Parameter]] = []

@@ -106,8 +106,8 @@ class Interrupts:
         """Sets the number of steps between two exchanges of stop requests.
 
         Args:
-            seconds_per_step: duration of a training step; must be the same number on every rank. 0: not known yet,
-                the interval stays.
+            seconds_per_step: duration of a training step; must be the same number on every rank. 0 (not
+                known yet) keeps the interval.
         """
         if seconds_per_step:
             self._interval = max(1, int(AGREE_SECONDS / max(seconds_per_step, 1e-6)))

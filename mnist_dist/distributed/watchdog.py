@@ -41,8 +41,8 @@ class Watchdog:
     Every rank writes a report into the process group's store: its step, its stack, and its position, which grows with
     every beat and with every collective that the rank starts. Without progress, every rank reads all reports: the rank
     with the lowest position is the one that hangs, because all others have started a collective that it has not. On a
-    GPU a rank waits for a collective in any call that reads a value, so its stack does not tell. Does nothing if one
-    process runs.
+    GPU a rank waits for a collective in any call that reads a value, so its stack does not show who waits. Does
+    nothing if one process runs.
 
     Args:
         seconds: the limit. All processes end with exit code 1 when the time since the last beat exceeds both this limit
@@ -113,7 +113,7 @@ class Watchdog:
         }
 
     def _collect_in_time(self) -> list[dict[str, Any]]:
-        """Returns what `_collect` does; [] if the store cannot be reached. Calls over a cut network may never end."""
+        """Returns what `_collect` does; [] if the store cannot be reached: a call over a cut network may never end."""
         found: list[list[dict[str, Any]]] = []
 
         def collect() -> None:
@@ -126,7 +126,7 @@ class Watchdog:
         return found[0] if found else []
 
     def _count_collectives(self) -> int:
-        """Returns how many collectives this rank has started. Not included are those inside a replayed CUDA graph."""
+        """Returns how many collectives this rank has started, without those inside a replayed CUDA graph."""
         with suppress(RuntimeError):  # a backend without this number
             group: Any = dist.distributed_c10d._get_default_group()  # torch does not declare the method
             return group._get_sequence_number_for_group()
@@ -136,7 +136,7 @@ class Watchdog:
         """Returns the last report of every rank. A rank is `alive` if its watchdog thread still publishes."""
         before = self._read()
         until = time.monotonic() + 2 * self._period + 1
-        # All ranks collect at about the same time: each must go on publishing, or the others take it for frozen.
+        # All ranks collect at about the same time: each must continue to publish, or the others consider it frozen.
         while time.monotonic() < until and not self._end.wait(self._period):
             self._publish()
         after = self._read()
@@ -196,7 +196,7 @@ def describe(reports: list[dict[str, Any]], seconds: float) -> str:
 
 
 def find_hanging(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the reports of the ranks that hang: those that publish no more, and those that all others wait for."""
+    """Returns the reports of the ranks that hang: those that no longer publish, and those that all others wait for."""
     lowest = min(each["position"] for each in reports)
     behind = [each for each in reports if not each["alive"] or (each["position"] == lowest and not each["waits"])]
     if 0 < len(behind) < len(reports):

@@ -190,7 +190,9 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 
 
 def read_on_rank_0(ranks: Ranks, path: Path) -> Times:
-    """Returns the times of an earlier report, which only the node of rank 0 need have. Collective: call on every rank.
+    """Returns the times of an earlier report, which only the node of rank 0 needs to have.
+
+    Collective: call on every rank.
 
     Raises:
         RecipeError: on every rank, if the report cannot be read or is of another world.

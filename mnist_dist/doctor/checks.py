@@ -189,29 +189,29 @@ def check_limits(ranks: Ranks) -> Findings:
 
 
 def check_gpus(ranks: Ranks) -> Findings:
-    """Reports drivers, uncorrected memory errors and throttled clocks, where nvidia-smi tells."""
+    """Reports drivers, uncorrected memory errors and throttled clocks, if nvidia-smi can be run."""
     results = dict(enumerate(ranks.run(partial(query_gpu, ranks.device))))
     if not any(results.values()):
         yield Finding(OK, "no NVIDIA GPU")
         return
-    told = {rank: result for rank, result in results.items() if "driver" in result}
+    known = {rank: result for rank, result in results.items() if "driver" in result}
     for problem in dict.fromkeys(result["problem"] for result in results.values() if "problem" in result):
         yield Finding(NOTE, problem, format_ranks(r for r, each in results.items() if each.get("problem") == problem))
     faults = {
-        (WARN, "uncorrected ECC errors since the driver was loaded"): [r for r in told if told[r]["ecc_errors"]],
-        (WARN, "memory pages are to be replaced: reset the GPU"): [r for r in told if told[r]["needs_reset"]],
+        (WARN, "uncorrected ECC errors since the driver was loaded"): [r for r in known if known[r]["ecc_errors"]],
+        (WARN, "memory pages wait for their replacement: reset the GPU"): [r for r in known if known[r]["needs_reset"]],
     }
-    for reason in dict.fromkeys(reason for each in told.values() for reason in each["throttling"]):
-        faults[SLOW, f"clocks are throttled ({reason})"] = [r for r in told if reason in told[r]["throttling"]]
-    drivers = Counter(each["driver"] for each in told.values())
+    for reason in dict.fromkeys(reason for each in known.values() for reason in each["throttling"]):
+        faults[SLOW, f"clocks are throttled ({reason})"] = [r for r in known if reason in known[r]["throttling"]]
+    drivers = Counter(each["driver"] for each in known.values())
     if len(drivers) > 1:
         common = drivers.most_common(1)[0][0]
-        faults[WARN, f"another driver than {common}"] = [r for r in told if told[r]["driver"] != common]
+        faults[WARN, f"a driver other than {common}"] = [r for r in known if known[r]["driver"] != common]
     for (verdict, message), found in faults.items():
         if found:
             yield Finding(verdict, message, format_ranks(found))
-    if told and not any(faults.values()):
-        hottest = max((each["temperature"] or 0 for each in told.values()), default=0)
+    if known and not any(faults.values()):
+        hottest = max((each["temperature"] or 0 for each in known.values()), default=0)
         yield Finding(OK, f"driver {next(iter(drivers))}, no ECC errors, not throttled, at most {hottest} °C")
 
 

@@ -1,4 +1,4 @@
-"""Compares the times of an examination with those of an earlier one: what became slower since."""
+"""Compares the times of an examination with those of an earlier one, and reports what became slower."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Times = dict[str, dict[str, float]]
 
 LIMITS = {"training, each rank alone": 1.5, "run folder": 10.0}
 """Check -> ratio from which a time is slower than before. The times are the shortest of many, which other programs
-change least: steps differ by some percent, messages (`MESSAGE_LIMIT`) by up to a factor of two, a flush by more."""
+disturb least: steps differ by some percent, messages (`MESSAGE_LIMIT`) by up to a factor of two, a flush by more."""
 
 MESSAGE_LIMIT = 3.0
 
-SHORTEST = 20e-6
-"""Seconds that a time must have grown by. Shorter differences are those of the clock and the scheduler."""
+SMALLEST_CHANGE = 20e-6
+"""A time is slower only if it grew by more seconds. Smaller changes come from the clock and the scheduler."""
 
 
 def times_of(rows: Iterable[Row]) -> Times:
@@ -39,7 +39,7 @@ def read_report(path: Path) -> dict[str, Any]:
     except OSError as error:
         return {"problem": f"{path} cannot be read: {error.strerror}", "kind": "missing"}
     except (ValueError, KeyError, TypeError, AttributeError):
-        return {"problem": f"{path} is no report of doctor, or one of an earlier version", "kind": "damaged"}
+        return {"problem": f"{path} is not a report of doctor, or was written by an earlier version", "kind": "damaged"}
     return report | {"times": times_of(rows)}
 
 
@@ -47,15 +47,15 @@ def find_mismatch(before: dict[str, Any], world_size: int, device: str) -> str |
     """Returns why the times of a report cannot be compared with those of this world; None if they can."""
     for key, here in (("world_size", world_size), ("device", device)):
         if before[key] != here:
-            return f"the report has the {key.replace('_', ' ')} {before[key]}, this is {here}"
+            return f"the {key.replace('_', ' ')} of the report is {before[key]}, here it is {here}"
     return None
 
 
 def compare(before: Times, now: Times, again: Callable[[str], Times], name: str) -> list[Row]:
     """Returns a row for each time that is slower than before, or one row if none is.
 
-    A check with a slower time is measured once more, and the shorter times count: what other programs slowed down for a
-    moment is not a finding.
+    A check with a slower time is measured once more, and the shorter times count: other programs may have slowed down
+    the first measurement.
 
     Args:
         again: measures a check once more.
@@ -76,7 +76,7 @@ def compare(before: Times, now: Times, again: Callable[[str], Times], name: str)
         return rows
     ratios = [(now[check][key] / old, check, key) for check, key, old in _common(before, now)]
     if not ratios:
-        return [Row(title, OK, "no time was measured in both", "")]
+        return [Row(title, OK, "no time was measured both now and before", "")]
     ratio, check, key = max(ratios)
     return [Row(title, OK, f"{len(ratios)} times, none is slower; largest ratio {ratio:.2f} ({check}, {key})", "")]
 
@@ -96,6 +96,6 @@ def _slower(before: Times, now: Times) -> list[tuple[str, str, float]]:
     found = []
     for check, key, old in _common(before, now):
         limit = LIMITS.get(check, MESSAGE_LIMIT)
-        if now[check][key] > limit * old and now[check][key] - old > SHORTEST:
+        if now[check][key] > limit * old and now[check][key] - old > SMALLEST_CHANGE:
             found.append((check, key, limit))
     return found

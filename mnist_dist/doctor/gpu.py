@@ -1,4 +1,4 @@
-"""What nvidia-smi tells about a GPU: driver, memory errors (ECC), and whether its clocks are throttled."""
+"""Asks nvidia-smi about a GPU: driver, memory errors (ECC), and whether its clocks are throttled."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ FIELDS = (
     "temperature.gpu",
 )
 
-THROTTLING = {0x8: "hardware slowdown", 0x20: "software, heat", 0x40: "hardware, heat", 0x80: "power brake"}
+THROTTLING = {0x8: "hardware slowdown", 0x20: "heat, by software", 0x40: "heat, by hardware", 0x80: "power brake"}
 """Bits of clocks_throttle_reasons.active that mean a fault. An idle GPU and the usual power limit have other bits."""
 
 SECONDS = 20.0
+"""Time limit of nvidia-smi."""
 
 
 def query_gpu(device: torch.device) -> dict[str, Any]:
-    """Returns what nvidia-smi tells about this rank's GPU, `problem` if it tells nothing, or {} without one."""
+    """Returns what nvidia-smi reports about this rank's GPU (see `parse_gpu`), or {} without an NVIDIA GPU."""
     if device.type != "cuda" or torch.version.hip:
         return {}
     command = ["nvidia-smi", f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits"]
@@ -41,7 +42,8 @@ def parse_gpu(text: str) -> dict[str, Any]:
 
     Returns:
         `driver`, `ecc_errors` (uncorrected, since the driver was loaded; None without ECC), `needs_reset` (memory pages
-        are replaced at the next reset), `throttling` (reasons), `temperature` (°C or None); `problem` for another text.
+        are replaced at the next reset), `throttling` (reasons), `temperature` (°C or None). For a text of another form:
+        `problem`.
     """
     values = [each.strip() for each in text.strip().splitlines()[0].split(",")] if text.strip() else []
     if len(values) != len(FIELDS):

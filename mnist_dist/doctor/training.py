@@ -32,7 +32,7 @@ def check_training_alone(ranks: Ranks) -> Findings:
 
 
 def check_training_other(ranks: Ranks, name: str) -> Findings:
-    """Trains another reference, a key of `REFERENCES`, on every rank separately. Its times are not judged."""
+    """Trains another reference, a key of `REFERENCES`, on every rank separately. Its times are not checked."""
     precision = REFERENCES[name].precision
     if not all(ranks.run(partial(supports_precision, ranks.device, precision))):
         yield Finding(OK, f"a device does not compute in {precision}: nothing to measure")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import shutil
@@ -18,12 +17,15 @@ from torch import Tensor
 
 from mnist_dist.engine.files import (
     check_regular,
+    fingerprint,
     fsync_path,
     read_regular,
     rename_flushed,
     write_atomically,
     write_flushed,
 )
+from mnist_dist.engine.shards import SHARDS, join_shards
+from mnist_dist.errors import RunError
 
 # --- weights ------------------------------------------------------------------------------------------------------
 
@@ -83,8 +85,31 @@ STATE, MANIFEST = "state.pt", "manifest.json"
 MOST_STATE, MOST_MANIFEST = 2**37, 2**20
 """Bytes of the largest files that are read."""
 
+SHARED_DISK = "with FSDP2 all processes write a part of a checkpoint; put the run folder on a shared disk"
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+
+def stage_checkpoint(folder: Path, step: int) -> Path:
+    """Creates and returns an empty folder in which the files of a checkpoint are written.
+
+    Args:
+        folder: the folder of the checkpoints; created if it does not exist.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for left_over in folder.glob(".step-*.staged"):  # left by a run that was killed in a save, perhaps of another step
+        shutil.rmtree(left_over)
+    staged = staged_folder(folder, step)
+    staged.mkdir()
+    return staged
+
+
+def staged_folder(folder: Path, step: int) -> Path:
+    """Returns the folder that becomes the checkpoint of a step."""
+    return folder / f".step-{step}.staged"
+
+
+def save_checkpoint(
+    folder: Path, step: int, state: dict[str, Any], keep: int, shards: dict[str, list[Any]] | None = None
+) -> Path:
     """Publishes the checkpoint `folder/step-N` in one rename, then removes the oldest ones.
 
     The files are first written to a staged folder, flushed to the disk and listed in a manifest with size and SHA-256.
@@ -95,39 +120,49 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
         step: the number of updates made.
         state: tensors, numbers, strings and containers of them, so that `torch.load(weights_only=True)` can read it.
         keep: number of newest checkpoints to keep.
+        shards: the fingerprints of the files that the ranks have written to the folder of `stage_checkpoint`, by name.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
         OSError: the disk is full or read-only; the earlier checkpoints are untouched.
+        RunError: a file of `shards` is not in the folder.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    final, staged = folder / f"step-{step}", folder / f".step-{step}.staged"
-    for left_over in folder.glob(".step-*.staged"):  # left by a run that was killed in a save, perhaps of another step
-        shutil.rmtree(left_over)
+    final, staged = folder / f"step-{step}", staged_folder(folder, step)
     if final.exists():  # the state of a step is always the same, so a complete checkpoint is kept
         try:
             load_checkpoint(final)
+            if shards:
+                shutil.rmtree(staged)
             return final
         except ValueError:
             remove(final)
-    staged.mkdir()
+    if not shards:
+        stage_checkpoint(folder, step)
     try:
+        _check_arrival(staged, shards or {})
         stream = io.BytesIO()
         torch.save(state, stream)
         content = stream.getbuffer()
         write_flushed(staged / STATE, content)
-        manifest = {"step": step, "files": {STATE: _fingerprint(content)}}
+        manifest = {"step": step, "files": {STATE: fingerprint(content)} | (shards or {})}
         write_flushed(staged / MANIFEST, json.dumps(manifest))
         fsync_path(staged)
         rename_flushed(staged, final)
-    except OSError:
+    except (OSError, RunError):
         shutil.rmtree(staged, ignore_errors=True)
         raise
     for old in list_checkpoints(folder)[:-keep]:
         remove(old)
     return final
+
+
+def _check_arrival(staged: Path, shards: dict[str, list[Any]]) -> None:
+    """Raises RunError if a file is missing that another rank has written."""
+    for name, (size, _) in shards.items():
+        if not (staged / name).is_file() or (staged / name).stat().st_size != size:
+            raise RunError(f"{staged / name} has not arrived: {SHARED_DISK}. The earlier checkpoints are valid.")
 
 
 def remove(path: Path) -> None:
@@ -150,13 +185,18 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         manifest = json.loads(read_regular(path / MANIFEST, MOST_MANIFEST))
-        check_regular(path / STATE, MOST_STATE)
+        files = manifest["files"]
+        names = [STATE, *sorted(files.keys() - {STATE})]
         if path.name != f"step-{manifest['step']}":
             raise ValueError(f"it was written as step-{manifest['step']}")
-        if manifest["files"][STATE] != _fingerprint((path / STATE).read_bytes()):
-            raise ValueError(f"size or SHA-256 of {STATE} differs from {MANIFEST}")
+        for name in names:
+            if name != STATE and not SHARDS.fullmatch(name):
+                raise ValueError(f"{MANIFEST} names {name}, which is no file of a checkpoint")
+            if files[name] != fingerprint(read_regular(path / name, MOST_STATE)):
+                raise ValueError(f"size or SHA-256 of {name} differs from {MANIFEST}")
         _refuse_compression(path / STATE)
-        return torch.load(path / STATE, map_location="cpu", weights_only=True)
+        state = torch.load(path / STATE, map_location="cpu", weights_only=True)
+        return join_shards(state, [path / name for name in names[1:]])
     except Exception as error:  # unpickling raises a different error for each kind of damage
         raise ValueError(f"{path} is damaged: {error}") from error
 
@@ -186,8 +226,3 @@ def newest_checkpoint(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
             path.rename(aside)
             problems.append(f"{error}; renamed to {aside.name}")
     return None, problems
-
-
-def _fingerprint(content: bytes | memoryview) -> list[Any]:
-    """Returns size and SHA-256 of a file's content, as the manifest holds them."""
-    return [len(content), hashlib.sha256(content).hexdigest()]

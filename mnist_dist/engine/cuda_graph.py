@@ -17,14 +17,14 @@ from torch.optim import Optimizer
 from mnist_dist.data import Batch, Batches, EpochPlan
 from mnist_dist.engine.train_step import TrainStep
 
-STEPS_A_REPLAY = 10
+STEPS_PER_REPLAY = 10
 """Steps per replay with `engine.capture: epoch`. The usual values of `log_every` are multiples of it, so a log line
 rarely comes in the middle of a replay."""
 WARM_UP_STEPS = 3
 """Eager steps before the capture. They choose kernels and allocate the optimizer's state."""
 
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
-"""Captures the device's work of a function; returns a function that replays it."""
+"""Captures the work that a function gives to the device; returns a function that replays it."""
 
 
 def capture_cuda_graph(body: Callable[[], object], stream: torch.cuda.Stream) -> Callable[[], None]:
@@ -90,7 +90,7 @@ class CapturedStep:
         self._stream: torch.cuda.Stream | None = None
         if capture is None:
             self._stream = torch.cuda.Stream(step.accelerator.device)
-            # No method of this object, which would be a cycle: graphs would live until the next garbage collection.
+            # Not a method of this object: a reference cycle would keep graphs until the next garbage collection.
             capture = partial(capture_cuda_graph, stream=self._stream)
         self._capture = capture
         self._replay_one: Callable[[], None] | None = None
@@ -155,7 +155,7 @@ class CapturedStep:
         self._gradients.clear()
 
     def finish(self) -> None:
-        """Runs the waiting steps. Call it before weights, gradients or counters are used; `check` does."""
+        """Runs the waiting steps. `check` calls it. Call it before weights, gradients or counters are used."""
         if self._waiting:
             assert self._replay_one is not None and self._rates is not None
             groups = self.optimizer.param_groups
@@ -242,7 +242,7 @@ class CapturedStep:
         try:
             self._replay_one = capture(1)
             self._replay_all = capture(self._steps) if self._steps > 1 else self._replay_one
-        except Exception as error:  # a network may contain any operation, also one that a graph cannot hold
+        except Exception as error:  # a network may contain operations that a graph cannot contain
             failure = (str(error).splitlines() or [type(error).__name__])[0]
         finally:
             self._step.seeds_itself = True

@@ -7,6 +7,7 @@ regular file of a bounded size.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import stat
@@ -14,6 +15,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from mnist_dist.errors import Kind, Problem, RecipeError
 
@@ -83,6 +85,11 @@ def write_flushed(path: Path, content: bytes | memoryview | str) -> None:
         raise
 
 
+def fingerprint(content: bytes | memoryview) -> list[Any]:
+    """Returns size and SHA-256 of a file's content, as the manifest of a checkpoint holds them."""
+    return [len(content), hashlib.sha256(content).hexdigest()]
+
+
 def rename_flushed(source: Path, target: Path) -> None:
     """Renames a file or a folder within one file system and waits until the new name is on the disk."""
     source.replace(target)
@@ -103,20 +110,20 @@ def fsync_path(path: Path) -> None:
 def expand_path(path: str | Path, problem: Callable[[str, Kind], Problem] | None = None) -> Path:
     """Returns a path that a user wrote, with `~`, `~user`, `$VAR` and `${VAR}` replaced.
 
-    A shell leaves them as they are inside a word such as `data.root=~/data`, and so does YAML.
+    A shell does not replace them inside a word such as `data.root=~/data`, and YAML never does.
 
     Args:
         problem: message and kind -> the problem of the key that holds the path; None for one on the command line.
 
     Raises:
-        RecipeError: a variable is not set, or a user is unknown, and no file has that very name.
+        RecipeError: a variable is not set, or a user is unknown, and no file has exactly that name.
     """
     expanded = os.path.expandvars(os.path.expanduser(path))  # noqa: PTH111  # Path's raises for an unknown user
     left = re.search(r"^~[^/]*|\$(\w+|\{[^}]*\})", expanded)
     if left is None or os.path.lexists(expanded):
         return Path(expanded)
     if left[0].startswith("~"):
-        message = f"{left[0]} is no user's home folder"
+        message = f"no user has the home folder {left[0]}"
     else:
         message = f"the environment variable {left[0].strip('${}')} is not set"
     build = problem or (lambda message, kind: Problem("command line", str(path), message, kind))

@@ -15,7 +15,7 @@ class Guard:
     """Undoes a step whose gradient is not finite.
 
     Args:
-        figures: what a step counts, on the device; never saved as a tensor.
+        figures: the counters that a step changes, on the device; never saved as a tensor.
         buffers: the network's buffers, of any dtypes, on the same device.
         on_device: whether the device skips a bad update without the host. The memory of the tensors is then moved into
             one block for each dtype of the buffers, because a kernel for each of many tensors would take longer than
@@ -60,7 +60,7 @@ class Guard:
         self.bad.copy_(self.found_inf)
 
     def undo(self) -> None:
-        """Brings the stored content back, and counts the step as skipped, if it was bad."""
+        """If the step was bad, restores the stored content and counts the step as skipped."""
         self._skipped += self.bad
         for before, tensor in zip(self._before, self._tensors, strict=True):
             torch.where(self.bad, before, tensor, out=tensor)
@@ -85,7 +85,7 @@ def _join(figures: Tensor, buffers: list[Tensor]) -> list[Tensor]:
         sizes = [-(-each.nbytes // ALIGNMENT) * ALIGNMENT for each in group]
         block = torch.zeros(sum(sizes), dtype=torch.uint8, device=figures.device)
         for tensor, piece in zip(group, block.split(sizes), strict=True):
-            strides = torch.empty_like(tensor, device="meta").stride()  # of dense memory
+            strides = torch.empty_like(tensor, device="meta").stride()  # those of dense memory
             view = piece.view(tensor.dtype).as_strided(tensor.shape, strides)
             view.copy_(tensor)
             tensor.data = view

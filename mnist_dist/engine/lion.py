@@ -67,5 +67,5 @@ def _update(weights: list[Tensor], gradients: list[Tensor], averages: list[Tenso
 
 
 def _local(tensor: Any) -> Tensor:
-    """Returns this rank's part of a sharded tensor, which shares its memory; another tensor as it is."""
+    """Returns this rank's part of a sharded tensor, which shares its memory; any other tensor unchanged."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

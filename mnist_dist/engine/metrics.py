@@ -25,12 +25,12 @@ class Reading:
     own_sums: Tensor
     """The sums of this process, on the device."""
     steps: int
-    """Steps of the interval, with `steps_before`."""
+    """Steps of the interval, including `steps_before`."""
     steps_before: int
     seconds_before: float
-    """Steps since the last reading, and their duration, that a resumed run made before."""
+    """Steps of the interval, and their seconds, that an earlier process of a resumed run made."""
     agreed_steps: int
-    """Steps of the seconds that the row holds."""
+    """Number of steps whose seconds are in `figures`."""
     start: Moment
     end: Moment
 
@@ -265,5 +265,5 @@ class Meter:
             sums = torch.cat([sums.sum(dim=0, keepdim=True), torch.zeros(world_size - 1, 3, dtype=torch.float64)])
         self.sums.copy_(sums[rank])
         self._epoch_sums, self.train_seconds = state["epoch_sums"], state["train_seconds"]
-        # Earlier versions did not save the last two.
+        # Earlier versions did not save `steps` and `seconds`.
         self._steps_before, self._seconds_before = state.get("steps", 0), state.get("seconds", 0.0)

@@ -20,7 +20,8 @@ def split_hidden(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Paramet
     """Splits the trained parameters of a network into those for Muon and those for AdamW.
 
     Muon takes the weight matrices and convolution kernels between the first and the last layer, in the order of the
-    network's modules. AdamW takes these two layers, biases, gains, embeddings, position tables, and depthwise kernels.
+    network's modules. AdamW takes the first and the last layer, biases, gains, embeddings, position tables, and
+    depthwise kernels.
     This is the practice of Keller Jordan, https://kellerjordan.github.io/posts/muon/.
     """
     embeddings = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding | nn.EmbeddingBag)}

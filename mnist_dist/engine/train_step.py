@@ -142,8 +142,8 @@ class TrainStep:
         Collective: call on every rank.
 
         Raises:
-            NotFinite: on all processes alike, because all see the same reduced gradient. Where the device guards the
-                step, `check` raises it instead.
+            NotFinite: on every process, because all see the same reduced gradient. If the device guards the step,
+                `check` raises it instead.
         """
         self.count_step(index, step)
         self.compute(self.load(plan, index), step)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mnist_dist.distributed.devices import Moment
-from mnist_dist.distributed.fsdp import unshard
+from mnist_dist.distributed.fsdp import is_sharded, map_tensors, unshard
 
 
 class Writer:
@@ -22,11 +22,10 @@ class Writer:
 
     Args:
         device: the device of the values. The thread waits until it has finished its copies to the host.
-        writes: whether this rank writes. The other ranks only take part in gathering sharded tensors.
     """
 
-    def __init__(self, device: torch.device, writes: bool = True):
-        self._device, self._writes = device, writes
+    def __init__(self, device: torch.device):
+        self._device = device
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="writer")
         self._copies: dict[str, HostCopy] = {}
         self._jobs: dict[str, Future[None]] = {}
@@ -34,23 +33,23 @@ class Writer:
         self.seconds = 0.0
         """Seconds that the thread has worked."""
 
-    def write(self, name: str, value: Any, job: Callable[[Any], object]) -> None:
+    def write(self, name: str, value: Any, job: Callable[[Any], object] | None) -> None:
         """Copies a value to the host and lets the thread call `job` with the copy.
 
-        Waits for the earlier job of this name, which reads the memory that the new copy takes. Collective if there are
-        sharded tensors: call on every rank.
+        First waits for the earlier job of this name, because that job reads the memory that the new copy overwrites.
+        Collective if there are sharded tensors: call on every rank.
 
         Args:
             name: of the memory that holds the copy.
             value: tensors, numbers, strings, and containers of them.
-            job: writes the copy to a file.
+            job: writes the copy to a file. None on a rank that only takes part in gathering sharded tensors.
 
         Raises:
             BaseException: what an earlier job raised.
         """
         self.wait_until_written(name)
-        copy = self._copies.setdefault(name, HostCopy(self._writes)).take(value)
-        if self._writes:
+        copy = self._copies.setdefault(name, HostCopy(job is not None)).take(value)
+        if job is not None:
             self._jobs[name] = self._thread.submit(self._run, Moment(self._device), copy, job)
 
     def reserve(self, name: str, value: Any) -> None:
@@ -58,9 +57,9 @@ class Writer:
 
         Args:
             name: of the memory that holds the copy.
-            value: has the tensors of the later values, in the memory of the CPU. Other tensors are left out.
+            value: has tensors of the shapes and dtypes of the later values. Only its tensors on the CPU get memory.
         """
-        if self._writes and name not in self._copies:
+        if name not in self._copies:
             copy = self._copies[name] = HostCopy()
             copy.reserve(value)
             self._jobs[name] = self._thread.submit(self._run, Moment(self._device), None, lambda _: copy.touch())
@@ -99,7 +98,7 @@ class Writer:
 
 
 class HostCopy:
-    """Memory of the host that holds the copy of a value. The next copy takes the same memory.
+    """Memory of the host that holds the copy of a value. The next copy overwrites it.
 
     The memory for the tensors of a CUDA device is pinned, so the host does not wait for the copy: the device makes it
     before the next step. Sharded tensors are gathered one at a time, so a rank never holds more than one of them.
@@ -113,32 +112,34 @@ class HostCopy:
         self._tensors: dict[tuple[Any, ...], Tensor] = {}
 
     @torch.no_grad()
-    def take(self, value: Any, path: tuple[Any, ...] = ()) -> Any:
+    def take(self, value: Any) -> Any:
         """Returns a copy of the value; valid until the next call. Without `keeps`, all tensors are None.
 
         Args:
-            value: tensors, numbers, strings, and dictionaries, lists and tuples of them.
-            path: the keys that lead to the value.
+            value: tensors, numbers, strings, and dictionaries, lists and tuples of them. A tensor of the device "meta"
+                has no memory and is returned as it is.
         """
-        if isinstance(value, dict):
-            return {key: self.take(each, (*path, key)) for key, each in value.items()}
-        if isinstance(value, list | tuple):
-            return type(value)(self.take(each, (*path, index)) for index, each in enumerate(value))
-        if not isinstance(value, Tensor):
-            return value
-        value = unshard(value)
-        return self._memory(value, path).copy_(value, non_blocking=value.is_cuda) if self._keeps else None
+        return map_tensors(self._take, value)
 
-    def reserve(self, value: Any, path: tuple[Any, ...] = ()) -> None:
+    def _take(self, path: tuple[Any, ...], value: Tensor) -> Tensor | None:
+        value = unshard(value)
+        if not self._keeps:
+            return None
+        if value.is_meta:
+            return value
+        return self._memory(value, path).copy_(value, non_blocking=value.is_cuda)
+
+    def reserve(self, value: Any) -> None:
         """Gets memory for a later copy of the tensors of the CPU in the value. The system has not provided it yet."""
-        if isinstance(value, dict | list | tuple):
-            for key, each in value.items() if isinstance(value, dict) else enumerate(value):
-                self.reserve(each, (*path, key))
-        elif isinstance(value, Tensor) and value.device.type == "cpu" and not hasattr(value, "full_tensor"):
-            self._memory(value, path)
+
+        def get(path: tuple[Any, ...], value: Tensor) -> None:
+            if value.device.type == "cpu" and not is_sharded(value):
+                self._memory(value, path)
+
+        map_tensors(get, value)
 
     def touch(self) -> None:
-        """Writes to all memory. The system provides memory at the first write, which takes longer than the copy."""
+        """Writes to all memory. The system provides a page at the first write to it, which takes longer than a copy."""
         for each in self._tensors.values():
             each.zero_()
 

@@ -1,4 +1,4 @@
-"""What this process may use of its machine: processor cores, memory, and the memory of a device.
+"""Finds out what this process may use of its machine: processor cores, memory, and the memory of a device.
 
 A container on a cluster often sees all cores and all memory of its machine. Its control groups allow it less: the
 kernel pauses a process that has used its share of CPU time, and kills one that takes more memory.
@@ -20,7 +20,7 @@ ROOT = Path("/")
 
 
 def count_cores() -> int:
-    """Returns how many cores this process may use, by its affinity and the CPU quota of its control groups."""
+    """Returns how many cores this process may use, within its CPU affinity and the quota of its control groups."""
     visible = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(visible, cpu_quota() or visible)
 
@@ -31,7 +31,7 @@ def count_all_cores() -> int:
 
 
 def free_memory() -> int:
-    """Returns how many bytes of memory this process can still take, by the machine and by its control groups."""
+    """Returns how many bytes of memory this process can still take from the machine and from its control groups."""
     left = [max(0, limit - used) for limit, used in _memory_limits(ROOT)]
     return min([psutil.virtual_memory().available, *left])
 
@@ -42,7 +42,7 @@ def free_device_memory(device: torch.device) -> int | None:
 
     try:
         return getattr(torch, device.type).mem_get_info(device)[0]
-    except (AttributeError, RuntimeError):  # Apple's GPUs share the host's memory; some of Intel's do not tell
+    except (AttributeError, RuntimeError):  # Apple's GPUs share the host's memory; some of Intel's do not report it
         return None
 
 
@@ -74,7 +74,7 @@ def memory_limit(root: Path = ROOT) -> int | None:
 
 
 def _memory_limits(root: Path) -> Iterator[tuple[int, int]]:
-    """Yields each group's limit and the memory in use there, without files that the kernel can drop at once."""
+    """Yields each group's limit and its memory in use, without cached files, which the kernel can drop at once."""
     names = {
         2: ("memory.max", "memory.current", "inactive_file "),
         1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file "),

@@ -110,7 +110,7 @@ def _check_patches(name: str, model: nn.Module, image_size: tuple[int, int], tak
 
 
 def _square_of_patches(name: str, image_size: tuple[int, int]) -> int:
-    """Returns the side of the images for torchvision's vision transformer, whose patches have the size in its name."""
+    """Returns the side of the images for torchvision's vision transformer, whose name ends with the size of a patch."""
     height, width = image_size
     patch = int(name.split("_")[-1])
     if height != width:

@@ -18,7 +18,7 @@ class PatchCNN(nn.Module):
     Args:
         num_classes: number of classes.
         in_channels, image_size: channels, and height and width, of the images.
-        patch: side of a patch in pixels, which divides both sides of the image; 1 leaves the image as it is.
+        patch: side of a patch in pixels, which divides both sides of the image; 1 leaves the image unchanged.
         widths: channels of each convolution.
         pooled: positions in `widths`, from 0, of the convolutions that are max-pooled over 2×2.
         padding: pixels that each convolution adds at the border.

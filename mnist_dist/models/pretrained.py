@@ -1,4 +1,4 @@
-"""torchvision's weights for ImageNet, and first convolutions for another number of channels."""
+"""Loads torchvision's weights for ImageNet, and adapts a first convolution to another number of channels."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def accept_channels(model: nn.Module, channels: int) -> None:
 
 
 def load_pretrained(name: str, model: nn.Module) -> None:
-    """Loads torchvision's weights for ImageNet into its network of that name, except for another last layer.
+    """Loads torchvision's weights for ImageNet into its network of that name, except for a last layer of another shape.
 
     Args:
         name: of the network, in torchvision.

@@ -143,7 +143,7 @@ def _square(name: str, image_size: tuple[int, int]) -> int:
 def _take_logits(module: nn.Module, inputs: Any, output: Any) -> Any:
     """Returns the logits of an output that holds them, as those of Hugging Face's networks do; None for any other.
 
-    A tuple is left as it is, with or without names: it may hold further outputs that a loss should use.
+    A tuple is left unchanged, with or without names: it may hold further outputs that a loss should use.
     """
     if isinstance(output, torch.Tensor | tuple):
         return None
@@ -159,7 +159,7 @@ def find_builder(name: str) -> Builder:
     Args:
         name: a key of `MODELS`, `torchvision/<name>`, `timm/<name>`, or `my_package.nets:MyNet`, which is imported from
             the current directory or an installed package. Only a person may give such a path, never a file that a
-            command reads: see `mnist_dist.models.foreign`.
+            command reads: see `mnist_dist.models.rebuilding`.
 
     Raises:
         ValueError: there is no such network; the message names similar ones.

@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-# Read when torch is imported. The profiler of memory would warn that it does not know older tensors.
+# torch reads it at its import. Otherwise the memory profiler warns about tensors that are older than itself.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 from accelerate import PartialState
@@ -55,7 +55,7 @@ from mnist_dist.train import fit
 
 @dataclass(frozen=True)
 class ProfileFolder(RunFolder):
-    """The files of a profile. What a run writes and a profile does not keep goes to a scratch folder."""
+    """The files of a profile. A scratch folder receives the files that a run writes and a profile does not keep."""
 
     scratch: Path
 

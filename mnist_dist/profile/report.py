@@ -15,6 +15,7 @@ from mnist_dist.recipe.schema import Recipe
 
 LARGE = 0.2
 """A phase with a larger share of the step gets advice."""
+LESSON = "launch/lessons, lesson 6"
 LARGE_LOGGING = 0.1
 LARGE_OVERHEAD = 0.5
 UNEVEN = 0.1
@@ -70,7 +71,7 @@ def advise(profile: Profile, recipe: Recipe) -> list[str]:
 
 def _advice(profile: Profile, recipe: Recipe) -> Iterator[str]:
     if (waiting := mean_share(profile, WAITING)) > LARGE:
-        yield f"{WAITING} takes {waiting:.0%} of a step: {_waiting_advice(profile)}"
+        yield f"{WAITING} takes {waiting:.0%} of a step: {_waiting_advice(profile)}; see {LESSON}"
     if (data := mean_share(profile, DATA)) > LARGE:
         place = "" if recipe.data.place == "device" else " data.place=device keeps the images on the device;"
         yield f"{DATA} takes {data:.0%} of a step:{place} a lighter data.augment costs less"

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from mnist_dist.profile.phases import IDLE, LOGGING, PREFIX, STEP, WAITING
 
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
-"""Categories of the work of a GPU."""
+"""Categories of the events that are work of a GPU."""
 
 
 class Segment(NamedTuple):

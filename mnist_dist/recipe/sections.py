@@ -112,5 +112,8 @@ class TrackingSection(Section):
 
     plots: bool = True
     """Draw the pictures in the run folder's `plots/` when the run ends."""
+    also: list[Literal["tensorboard", "mlflow", "trackio"]] = []
+    """More trackers, which get the values of metrics.jsonl. Each writes into the run folder, in the folder of its name;
+    MLflow to MLFLOW_TRACKING_URI, if it is set. Each is an extra: `pip install "mnist_dist[tensorboard]"`."""
     wandb: WandbSection = WandbSection()
     """Weights & Biases."""

@@ -27,7 +27,7 @@ from mnist_dist.distributed.gradients import FlatGradients, GradientClock
 from mnist_dist.distributed.launcher import asks_for_fsdp, check_engine, fsdp_settings
 from mnist_dist.distributed.logical_shards import LogicalShards
 from mnist_dist.distributed.sync_batchnorm import synchronize_batch_norm
-from mnist_dist.engine.cuda_graph import STEPS_A_REPLAY, CapturedStep, capture_obstacle
+from mnist_dist.engine.cuda_graph import STEPS_PER_REPLAY, CapturedStep, capture_obstacle
 from mnist_dist.engine.distillation import Distillation
 from mnist_dist.engine.ema import MovingAverage
 from mnist_dist.engine.metrics import Meter
@@ -296,7 +296,7 @@ def _capture(recipe: Recipe, step: TrainStep, schedule: Schedule) -> tuple[Train
         compile_mode=recipe.compile,
     )
     if obstacle is None:
-        return CapturedStep(step, STEPS_A_REPLAY if recipe.engine.capture == "epoch" else 1), []
+        return CapturedStep(step, STEPS_PER_REPLAY if recipe.engine.capture == "epoch" else 1), []
     expected = recipe.engine.capture != "auto" or device.type == "cuda"
     return step, [f"engine.capture: all steps run eagerly: {obstacle}"] if expected else []
 

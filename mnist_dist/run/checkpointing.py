@@ -12,21 +12,32 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from mnist_dist.distributed.collectives import is_lost_connection, run_on_all_ranks
 from mnist_dist.distributed.expected_size import is_elastic
+from mnist_dist.distributed.fsdp import is_sharded
 from mnist_dist.distributed.signals import PREEMPTED
-from mnist_dist.engine.checkpoint import list_checkpoints, save_checkpoint, save_weights
+from mnist_dist.engine.checkpoint import (
+    SHARED_DISK,
+    list_checkpoints,
+    save_checkpoint,
+    save_weights,
+    stage_checkpoint,
+    staged_folder,
+)
 from mnist_dist.engine.evaluation import Evaluation
+from mnist_dist.engine.shards import save_shards, shard_offset, split_shards
 from mnist_dist.engine.train_step import NotFinite
 from mnist_dist.engine.writer import Writer
-from mnist_dist.errors import RunError
+from mnist_dist.errors import Problem, RecipeError, RunError
 from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.components import Progress, TrainingComponents
 from mnist_dist.run.elastic_saves import ElasticSaves
 from mnist_dist.run.folder import RunFolder
 from mnist_dist.run.plan import Plan
 from mnist_dist.run.resume import file_bytes
-from mnist_dist.tracking import ConsoleTracker, JSONLTracker, WandbTracker, find_tracker
+from mnist_dist.tracking import ConsoleTracker, JSONLTracker, OtherTracker, WandbTracker, find_tracker
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 """Error numbers of a disk that is full, read-only or broken: the user needs a message, not a traceback."""
@@ -40,16 +51,22 @@ class Checkpointer:
     """Saves weights and checkpoints, measures the training time and reports a failure.
 
     A save copies the values to the host and returns; a thread of rank 0 writes them. A failure of that thread is raised
-    by the next save, on all ranks, and `has_failed` asks the training loop for one.
+    by the next save, on all ranks; `has_failed` is then true, and the training loop saves and stops. With FSDP2 the
+    threads of all ranks write their shards of a checkpoint; that of rank 0 publishes it when all are written.
 
     Every method that saves is collective: call it on every rank.
     """
 
     def __init__(self, folder: RunFolder, recipe: Recipe, components: TrainingComponents, progress: Progress):
         self._folder, self._recipe, self._components, self._progress = folder, recipe, components, progress
-        writes = components.accelerator.is_main_process
-        self._writer = Writer(components.accelerator.device, writes)
-        self._about = components.describe_weights(recipe) if writes else {}
+        self._state = components.accelerator.state
+        self._is_main = components.accelerator.is_main_process
+        self._writer = Writer(components.accelerator.device)
+        self._about = components.describe_weights(recipe) if self._is_main else {}
+        self._shard_group: Any = None  # the process group of the ranks' threads, if the state is sharded
+        if any(is_sharded(parameter) for parameter in components.module.parameters()):
+            run_on_all_ranks(self._state, self._check_disk)
+            self._shard_group = dist.new_group(backend="gloo")
         self._pauses: list[float] = []
         self._elastic = ElasticSaves(recipe.checkpoint.elastic_seconds if is_elastic() else None)
         self._has_reserved = False
@@ -122,7 +139,7 @@ class Checkpointer:
             self._reserve_memory()
         rule, seconds = self._recipe.checkpoint, self._components.meter.train_seconds - self._saved_at
         by_steps = rule.every_steps is not None and self._progress.step % rule.every_steps == 0
-        # Always after the last step: if the end of the run is interrupted, no training must be repeated.
+        # Always after the last step: if the end of the run is interrupted, no training has to be repeated.
         by_steps = by_steps or self._progress.step == self._components.total_steps
         per_step = self._components.meter.seconds_per_step
         since = self._saved_step if per_step else self._first_step
@@ -130,12 +147,21 @@ class Checkpointer:
         return by_steps or (logged and rule.every_minutes is not None and seconds >= 60 * rule.every_minutes)
 
     def _reserve_memory(self) -> None:
-        """Reserves the memory for the copies of the largest tensors. After the first step the optimizer has its own."""
+        """Reserves the memory for the copies of the largest tensors. Call it once the optimizer has its state."""
         module, optimizer = self._components.module, self._components.update.optimizer
         large = {"model": module.state_dict(), "optimizer": optimizer.state_dict()}
-        self._writer.reserve(STATE, {"components": large})
-        self._writer.reserve(WEIGHTS, self._components.eval_model.state_dict())
+        if self._is_main or self._shard_group:
+            self._writer.reserve(STATE, self._split({"components": large})[0])
+        if self._is_main:
+            self._writer.reserve(WEIGHTS, self._components.eval_model.state_dict())
         self._has_reserved = True
+
+    def _split(self, state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, list[int]]]:
+        """Returns what this rank copies of a state, its shards separately; and the offsets of the shards."""
+        state, shards = split_shards(state)
+        local = {name: each.to_local() for name, each in shards.items()}
+        offsets = {name: shard_offset(each) for name, each in shards.items()}
+        return {"state": state if self._is_main else None, "shards": local}, offsets
 
     def save(self, wait: bool = False) -> None:
         """Saves `checkpoints/step-N` with everything that the next step depends on. Collective: call on every rank.
@@ -150,7 +176,7 @@ class Checkpointer:
         """
         with self._pause():
             self._components.update.check()
-            self.wait(STATE)
+            run_on_all_ranks(self._state, self._prepare_state)
             state: dict[str, Any] = {"components": self._components.state_dict(), "progress": asdict(self._progress)}
             self._saved_at, self._saved_step = self._components.meter.train_seconds, self._progress.step
             state["train_seconds"] = self.train_seconds()
@@ -160,20 +186,39 @@ class Checkpointer:
                 state["metrics_bytes"] = metrics.bytes_written()
             if wandb := find_tracker(self._components.accelerator, WandbTracker):
                 state["wandb_id"] = wandb.run_id
-            self._writer.write(STATE, state, partial(self._publish, metrics))
+            value, offsets = self._split(state)
+            publish = partial(self._publish, metrics, self._progress.step, offsets)
+            self._writer.write(STATE, value, publish if self._is_main or self._shard_group else None)
         self._elastic.note(self._pauses[-1])
         if wait:
             self.wait()
 
-    def _publish(self, metrics: JSONLTracker | None, state: dict[str, Any]) -> None:
-        """Writes a checkpoint. Runs in the thread."""
+    def _prepare_state(self) -> None:
+        """Waits for the earlier state. If the state is sharded, rank 0 creates the folder that all ranks write into.
+
+        A sharded state waits for all earlier files: a thread that has failed would leave those of other ranks waiting.
+        """
+        self._writer.wait_until_written(*([] if self._shard_group else [STATE]))
+        if self._shard_group and self._is_main:
+            self._folder.end_if_lost()
+            stage_checkpoint(self._folder.checkpoints, self._progress.step)
+
+    def _publish(
+        self, metrics: JSONLTracker | None, step: int, offsets: dict[str, list[int]], value: dict[str, Any]
+    ) -> None:
+        """Writes a checkpoint. Runs in the thread of rank 0, and with a sharded state in the thread of every rank."""
+        folder, state, shards = self._folder.checkpoints, value["state"], None
+        if self._shard_group:
+            shards = save_shards(staged_folder(folder, step), value["shards"], offsets, self._state, self._shard_group)
+        if not self._is_main:
+            return
         self._folder.end_if_lost()
         if metrics:
             metrics.flush_to_disk()
         # A best.safetensors that exists before the first evaluation is from a killed process and a later step.
         if state["progress"]["evaluated_at"] and self._folder.best.is_file():
             state["best"] = file_bytes(self._folder.best)
-        save_checkpoint(self._folder.checkpoints, state["progress"]["step"], state, keep=self._recipe.checkpoint.keep)
+        save_checkpoint(folder, step, state, keep=self._recipe.checkpoint.keep, shards=shards)
 
     def _save_weights(self, path: Path) -> None:
         """Has the thread write the weights of the network that is evaluated. Collective: call on every rank."""
@@ -184,11 +229,17 @@ class Checkpointer:
             self._folder.end_if_lost()
             save_weights(path, copy, self._about)
 
-        self._writer.write(WEIGHTS, weights, write)
+        self._writer.write(WEIGHTS, weights, write if self._is_main else None)
 
     def wait(self, *names: str) -> None:
         """Waits for the thread on all ranks, and raises its error on all ranks. Collective: call on every rank."""
-        run_on_all_ranks(self._components.accelerator.state, lambda: self._writer.wait_until_written(*names))
+        run_on_all_ranks(self._state, lambda: self._writer.wait_until_written(*names))
+
+    def _check_disk(self) -> None:
+        """Raises RecipeError on a machine that does not have the run folder."""
+        if not self._folder.recipe.is_file():
+            message = f"{self._folder.path} does not exist on {socket.gethostname()}: {SHARED_DISK}"
+            raise RecipeError([Problem("command line", "--run-dir", message, "missing")])
 
     @contextmanager
     def _pause(self) -> Iterator[None]:
@@ -252,7 +303,7 @@ class Checkpointer:
             return f"{where}: another process has ended; the launcher starts all processes again"
         else:
             return None
-        self._writer.close()  # what it still writes may be the last checkpoint
+        self._writer.close()  # the thread may still be writing the last checkpoint
         saved = list_checkpoints(self._folder.checkpoints)
         end = "no checkpoint was saved"
         if saved:
@@ -277,10 +328,12 @@ class Checkpointer:
         Args:
             resumes: the run resumes by itself, so W&B sends no alert.
         """
-        for tracker in self._components.accelerator.trackers:
+        for tracker in reversed(self._components.accelerator.trackers):  # the console last: others write to it
             if isinstance(tracker, ConsoleTracker) and cause is not None:
                 tracker.note(cause)
-            if not isinstance(tracker, WandbTracker):
+            if isinstance(tracker, OtherTracker):
+                tracker.end("KILLED" if cause is None or resumes else "FAILED")
+            elif not isinstance(tracker, WandbTracker):
                 tracker.finish()  # otherwise a terminal keeps its cursor hidden
             elif resumes:
                 tracker.preempt(PREEMPTED)

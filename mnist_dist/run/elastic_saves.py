@@ -5,7 +5,7 @@ from __future__ import annotations
 from accelerate.utils import broadcast_object_list
 
 LARGEST_SHARE = 0.1
-"""The saves may take this share of the time."""
+"""Largest share of the time that the saves may take."""
 
 
 class ElasticSaves:
@@ -33,6 +33,6 @@ class ElasticSaves:
         return (steps + 1) * seconds_per_step > max(self._seconds, self._pause / LARGEST_SHARE)
 
     def note(self, pause: float) -> None:
-        """Notes for how many seconds a save paused the training; rank 0 decides. Collective: call on every rank."""
+        """Notes for how many seconds a save paused the training on rank 0. Collective: call on every rank."""
         if self._seconds is not None:
             self._pause = broadcast_object_list([pause])[0]

@@ -35,12 +35,12 @@ time and is not refused.
 """
 
 ELASTIC_RENEW_SECONDS, ELASTIC_SILENT_SECONDS = 1.0, 15.0
-"""The same for the lock of an elastic run, whose other machines continue without the writer's machine. They try to take
-the lock over only when the rendezvous has declared that machine lost."""
+"""Shorter values for an elastic run, whose other machines continue when the writer's machine is lost. They try to take
+over the lock only after the rendezvous has declared that machine lost."""
 
 ELASTIC_WATCH_SECONDS = 60.0
-"""A process of an elastic run watches a lock that is renewed for this time before it is refused: the writer of the lost
-machine may still be about to notice that it is alone."""
+"""If the lock is renewed, a process of an elastic run watches it for this time before it is refused: the writer on a
+lost machine needs a while to notice that it is alone."""
 
 
 MOST_BYTES = 2**16
@@ -124,7 +124,7 @@ class RunLock:
         patient_until = time.monotonic() + (ELASTIC_WATCH_SECONDS if is_elastic() else 0.0)
         if age < silent:
             left = silent - age
-            print(f"mnist_dist: {_holder(content)} may still write {self._path.parent}; waiting {left:.0f} s to see")
+            print(f"mnist_dist: {_holder(content)} may still write {self._path.parent}; checking for {left:.0f} s")
         while age < silent:
             time.sleep(min(1.0, silent / 10))
             self._while_waiting()

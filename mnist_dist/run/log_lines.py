@@ -1,4 +1,4 @@
-"""The log lines of the training."""
+"""Writes the log lines of the training; on a CUDA device, each one a log interval late."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from mnist_dist.run.components import Progress, TrainingComponents
 class LogLines:
     """Logs the figures of the training.
 
-    A CUDA device computes while a line is read: a line is written when the next one begins, or by `finish`. On other
-    devices, and in fp16, a line is written at once.
+    On a CUDA device a line is written when the next one begins, or by `finish`, so that the device computes while the
+    line is read. On other devices, and in fp16, a line is written at once.
     """
 
     def __init__(self, components: TrainingComponents):
         self._components = components
         self._pending: tuple[dict[str, float], dict[str, float], Reading] | None = None
-        """The first and the last values of the line that is not written yet, and the reading of the others."""
+        """First and last values of the line that is not written yet, and the reading of the values between them."""
 
     def add(self, progress: Progress) -> None:
-        """Begins the line of the step that was made last, and writes the line before. Collective: call on every rank.
+        """Begins the line of the latest step, and writes the previous line. Collective: call on every rank.
 
         Raises:
-            NotFinite: as `TrainStep.check`; on a CUDA device for a step of the line before.
+            NotFinite: as `TrainStep.check`; on a CUDA device for a step of the previous line.
         """
         components, meter = self._components, self._components.meter
         line_before = self._read()
@@ -38,7 +38,7 @@ class LogLines:
             self.finish()
 
     def finish(self) -> None:
-        """Writes the line that is not written yet. Call it before an evaluation and before a checkpoint.
+        """Writes the line that is not written yet. Call it after an evaluation and before a checkpoint.
 
         Waits for the device. Collective: call on every rank.
 
@@ -59,7 +59,7 @@ class LogLines:
         try:
             if bad:
                 self._components.update.check()
-        except NotFinite:  # the checkpoint of the step before needs the figures
+        except NotFinite:  # the checkpoint of the state before the bad step needs the figures
             self._components.meter.take_back(reading)
             raise
         meter = self._components.meter

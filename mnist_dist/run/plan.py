@@ -43,7 +43,7 @@ class Plan:
 
 
 def plan_of(checkpoint: dict[str, Any], otherwise: Plan) -> Plan:
-    """Returns the plan under which a checkpoint was made, or `otherwise`: earlier versions stored no plan."""
+    """Returns the plan under which a checkpoint was made, or `otherwise`, because earlier versions stored no plan."""
     return Plan(**checkpoint["plan"]) if "plan" in checkpoint else otherwise
 
 
@@ -71,7 +71,7 @@ def refuse_length(recipe: Recipe, num_samples: int, checkpoint: dict[str, Any], 
         done_in: the folder of the run, if that run has finished.
 
     Raises:
-        RecipeError: it cannot; the message names what to change.
+        RecipeError: the recipe cannot continue; the message names what to change.
     """
     new = Plan.of(recipe, num_samples)
     old = plan_of(checkpoint, new)

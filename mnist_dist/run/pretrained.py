@@ -1,4 +1,4 @@
-"""What a run takes from earlier runs: initial weights and teacher networks."""
+"""Loads what a run takes from earlier runs: initial weights and teacher networks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def load_initial_weights(recipe: Recipe, module: nn.Module) -> list[str]:
     """Copies the tensors of `model.init_from` into the network where name and shape are equal.
 
     Returns:
-        One note that says which tensors were copied and which were not; empty without `model.init_from`.
+        One note that names the tensors that were copied, and those that were not; empty without `model.init_from`.
 
     Raises:
         RecipeError: the weights cannot be read, or fit no parameter, or lack a frozen parameter.

@@ -266,7 +266,10 @@ class Run:
     def _read_weights(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Returns the tensors and the description in the weights file."""
         path = self.folder.refuse_link(self.folder.path / f"{self.weights}.safetensors")
-        tensors, about = load_weights(path)
+        try:
+            tensors, about = load_weights(path)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(self._describe_missing_weights()) from error
         try:
             check_description(about)
         except ValueError as error:
@@ -274,6 +277,14 @@ class Run:
         # Older files describe images of MNIST's shape, and hold a number for the only channel.
         statistics = {key: as_numbers(about[key]) for key in ("mean", "std")}
         return tensors, {"shape": list(SHAPE), **about, **statistics}
+
+    def _describe_missing_weights(self) -> str:
+        """Returns the message for a run that has not written its weights file yet."""
+        state, other = ("has not finished", "best") if self.weights == "last" else ("was not evaluated yet", "last")
+        message = f"{self.folder.path} has no {self.weights}.safetensors: the run {state}\n"
+        if (self.folder.path / f"{other}.safetensors").is_file():
+            message += f"use --weights {other}, or "
+        return f"{message}run the command of the training again to continue it"
 
 
 def load_run(folder: str | Path, weights: str = "best", allow_code: str | Iterable[str] = ()) -> Run:

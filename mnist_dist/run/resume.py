@@ -31,6 +31,7 @@ from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.folder import RunFolder, unwritable
 from mnist_dist.run.lock import RunLock
 from mnist_dist.run.plan import Plan, converted, refuse_length
+from mnist_dist.run.trackers import refuse_missing_trackers
 
 # --- the run folder -----------------------------------------------------------------------------------------------
 
@@ -62,6 +63,7 @@ def open_folder(
         def open_on_main() -> RunFolder | None:
             if not state.is_main_process:
                 return None
+            refuse_missing_trackers(recipe)
             # When the same command runs again after a kill, the folder's own checkpoints are newer than the source,
             # and the source may be gone.
             starts_from_source = resume not in ("auto", "never") and not holds_checkpoint(run_dir)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -23,8 +22,16 @@ from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.components import Progress, TrainingComponents
 from mnist_dist.run.folder import RunFolder
 from mnist_dist.run.reader import load_run
+from mnist_dist.run.trackers import other_trackers, project_name, wandb_settings
 from mnist_dist.run.world_history import note_start, read_history, sizes
-from mnist_dist.tracking import ConsoleTracker, JSONLTracker, WandbTracker, find_tracker, resolve_mode
+from mnist_dist.tracking import (
+    ConsoleTracker,
+    JSONLTracker,
+    OtherTracker,
+    WandbTracker,
+    find_tracker,
+    resolve_mode,
+)
 
 # --- trackers -----------------------------------------------------------------------------------------------------
 
@@ -38,7 +45,7 @@ def open_trackers(
     *,
     quiet: bool = False,
 ) -> ConsoleTracker | None:
-    """Starts the console, metrics.jsonl and W&B on rank 0, prints the run's header and continues world.jsonl.
+    """Starts the trackers on rank 0, prints the run's header and continues world.jsonl.
 
     Collective: call on every rank.
 
@@ -59,9 +66,8 @@ def open_trackers(
     split = "validation" if dataset.has_validation else "test"
     meter, steps = components.meter, components.total_steps
     console = ConsoleTracker(steps, recipe.epochs, split, folder.console, quiet=quiet, steps=lambda: meter.steps_made)
-    wandb = recipe.tracking.wandb
-    project = wandb.project or os.environ.get("WANDB_PROJECT") or "mnist_dist"
-    mode, reason = resolve_mode(wandb.mode)
+    project = project_name(recipe)
+    mode, reason = resolve_mode(recipe.tracking.wandb.mode)
     console.header(_header(recipe, components, dataset) | {"wandb": reason, "run folder": str(folder.path)})
     if checkpoint:
         console.message(f"resumed from the checkpoint at step {checkpoint['progress']['step']:,}")
@@ -71,29 +77,17 @@ def open_trackers(
         console.message(f"world: {sizes(history[-2:])} processes, {history[-1]['cause']}")
     trackers: list[Any] = [console, JSONLTracker(folder.metrics, checkpoint.get("metrics_bytes", 0))]
     if mode != "disabled":
-        init: dict[str, Any] = _wandb_settings(recipe) | {"mode": mode}
+        init: dict[str, Any] = wandb_settings(recipe) | {"mode": mode}
         if checkpoint.get("wandb_id"):
             init |= {"id": checkpoint["wandb_id"], "resume": "allow"}
         files = {"directory": folder.path, "recipe": folder.recipe}
         trackers.append(WandbTracker(project, **files, notify=console.message, gauges=components.meter.gauges, **init))
+    trackers += other_trackers(recipe, folder, console.message)
     components.accelerator.log_with = trackers
     components.accelerator.init_trackers(project, config=recipe.model_dump())
     if tracker := find_tracker(components.accelerator, WandbTracker):
         tracker.summarize({"world_history": history})
     return console
-
-
-def _wandb_settings(recipe: Recipe) -> dict[str, Any]:
-    """Returns keywords for `wandb.init`, each from the recipe, else from W&B's environment variable, else a default."""
-    wandb, environ = recipe.tracking.wandb, os.environ
-    tags = [tag.strip() for tag in environ.get("WANDB_TAGS", "").split(",") if tag.strip()]
-    return {
-        "entity": wandb.entity or environ.get("WANDB_ENTITY") or None,
-        "name": environ.get("WANDB_NAME") or f"{recipe.name}-seed{recipe.seed}",
-        "group": wandb.group or environ.get("WANDB_RUN_GROUP") or recipe.name,
-        "job_type": wandb.job_type or environ.get("WANDB_JOB_TYPE") or "train",
-        "tags": wandb.tags or tags,
-    }
 
 
 def show_notes(console: ConsoleTracker | None, components: TrainingComponents, notes: Sequence[str]) -> None:
@@ -143,6 +137,8 @@ def _header(recipe: Recipe, components: TrainingComponents, dataset: Dataset) ->
         "world": f"{processes} on {device_name(accelerator.device)}, precision {accelerator.mixed_precision}",
         "launcher": f"{launch['launcher']}{f' ({settings})' if settings else ''}",
     }
+    if recipe.tracking.also:
+        header["trackers"] = ", ".join(recipe.tracking.also)
     if recipe.logical_shards:
         header["shards"] = f"{recipe.logical_shards} logical shards: the same bytes at every number of processes"
     return header
@@ -163,8 +159,11 @@ def stop_run(
         step = f"{progress.step:,}"
         console.message(f"stop requested; checkpoint saved at step {step}. Rerun the same command to resume.")
         folder.set_status("preempted")
-    if wandb := find_tracker(components.accelerator, WandbTracker):
-        wandb.preempt(PREEMPTED)
+    for tracker in components.accelerator.trackers:
+        if isinstance(tracker, WandbTracker):
+            tracker.preempt(PREEMPTED)
+        elif isinstance(tracker, OtherTracker):
+            tracker.end("KILLED")
     _close(components)
     return {"status": "preempted", "step": progress.step}
 

@@ -56,7 +56,7 @@ def _cause(before: int | None, processes: int, status: str) -> str:
     """Returns why the processes started.
 
     Args:
-        before: their number at the start before; None at the first one.
+        before: their number at the previous start; None at the first start.
         processes: their number now.
         status: the STATUS that the run had before.
     """

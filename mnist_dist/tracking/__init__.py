@@ -1,4 +1,4 @@
-"""Trackers for Accelerate: console, JSON lines and Weights & Biases. `accelerator.log(...)` calls all of them."""
+"""Trackers for Accelerate: console, JSON lines, Weights & Biases and others. `accelerator.log(...)` calls all."""
 
 from typing import TypeVar
 
@@ -6,14 +6,18 @@ from accelerate import Accelerator
 
 from mnist_dist.tracking.console import ConsoleTracker
 from mnist_dist.tracking.jsonl import JSONLReader, JSONLTracker
-from mnist_dist.tracking.wandb import WandbTracker, resolve_mode, server_url
+from mnist_dist.tracking.others import OtherTracker, missing_packages
+from mnist_dist.tracking.wandb import WandbTracker
+from mnist_dist.tracking.wandb_mode import resolve_mode, server_url
 
 __all__ = [
     "ConsoleTracker",
     "JSONLReader",
     "JSONLTracker",
+    "OtherTracker",
     "WandbTracker",
     "find_tracker",
+    "missing_packages",
     "resolve_mode",
     "server_url",
 ]

@@ -25,6 +25,7 @@ ACTIVITIES = {
     "mnist_dist.engine.train_step": "a training step",
     "mnist_dist.engine.writer": "the disk",
     "mnist_dist.run.summary": "the results of the run",
+    "mnist_dist.tracking.others": "the other trackers",
     "mnist_dist.tracking.wandb": "W&B",
 }
 """Module whose code the training executes -> what the user waits for."""

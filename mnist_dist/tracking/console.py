@@ -48,7 +48,9 @@ class ConsoleTracker(GeneralTracker):
         super().__init__()
         # The run folder is complete without a console, so an error of the terminal or pipe must not end the run.
         stream: Any = sys.stdout and SafeStream(sys.stdout)
-        self._console = Console(quiet=quiet, file=stream)
+        # To a notebook rich would send objects, which the processes of `notebook_launcher` cannot: they print lines.
+        lines: dict[str, Any] = {"force_jupyter": False, "force_terminal": False} if Console().is_jupyter else {}
+        self._console = Console(quiet=quiet, file=stream, **lines)
         self._log = log_path.open("a", encoding="utf-8", errors="backslashreplace")  # a file name need not be text
         self._total_steps, self._epochs, self._split = total_steps, epochs, split
         self._standstill, self._longest = Standstill(steps, clock), PLAIN_SECONDS

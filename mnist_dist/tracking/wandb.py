@@ -2,96 +2,35 @@
 
 from __future__ import annotations
 
-import configparser
-import io
-import netrc
+import json
 import os
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, redirect_stderr, suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
+from uuid import uuid4
 
 import numpy as np
 from accelerate.tracking import WandBTracker
 from accelerate.utils import patch_environment
 from torch import Tensor
 
-INIT_SECONDS = 30
-"""A run that does not reach the W&B server within this time is logged offline."""
+SETTINGS: dict[str, Any] = {
+    "init_timeout": 30,  # a run that does not reach the server within this time is logged offline
+    "finish_timeout": 60,
+    "finish_timeout_raises": True,
+    "silent": True,
+    "console": "off",
+    "save_code": True,
+}
+"""Settings of wandb, each unless its environment variable is set or this version of wandb does not know it."""
 
 MOST_CELLS = 10_000
 """W&B shows this many rows of a table."""
 
 PACKAGE = Path(__file__).parent.parent
-
-
-def resolve_mode(mode: str) -> tuple[str, str]:
-    """Resolves `auto` to online or offline by the credentials on this machine; the environment has priority.
-
-    Returns:
-        The mode, and its reason for the console.
-    """
-    if mode != "auto":
-        return mode, f"{mode} (recipe)"
-    requested = os.environ.get("WANDB_MODE", "").strip().lower()
-    if requested in ("online", "offline", "disabled", "dryrun"):
-        mode = "offline" if requested == "dryrun" else requested
-        return mode, f"{mode} (WANDB_MODE)"
-    if os.environ.get("WANDB_DISABLED", "").strip().lower() in ("true", "1", "yes", "on"):  # known from transformers
-        return "disabled", "disabled (WANDB_DISABLED)"
-    if _has_credentials():
-        return "online", "online (credentials found)"
-    return "offline", "offline (no credentials: run `wandb login`); `wandb sync` uploads the run later"
-
-
-def server_url() -> str:
-    """Returns W&B's server: WANDB_BASE_URL, else the server that `wandb login --host` stored, else the public one."""
-    folder = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser()
-    settings = configparser.ConfigParser(interpolation=None)
-    with suppress(configparser.Error, UnicodeDecodeError):
-        settings.read(folder / "settings")
-    stored = settings.get("default", "base_url", fallback="")
-    return os.environ.get("WANDB_BASE_URL") or stored or _public_server()
-
-
-def _public_server() -> str:
-    """Returns the default server of the installed wandb. `wandb login` stores the key under the server's host."""
-    try:
-        from wandb.sdk.lib.urls import DEFAULT_BASE_URL
-    except ImportError:  # an older version of wandb, which knows only this server
-        return "https://api.wandb.ai"
-    return DEFAULT_BASE_URL
-
-
-def _has_credentials() -> bool:
-    """Returns whether wandb's own reader finds credentials for its server. The reader neither prompts nor connects."""
-    try:
-        from wandb.sdk.lib.wbauth import authenticate_session
-    except ImportError:  # another version of wandb: look in the documented places
-        return _has_stored_key(urlparse(server_url()).netloc)
-    try:
-        # Without this, its warnings about a broken netrc file would appear above the header.
-        with redirect_stderr(io.StringIO()):
-            found = authenticate_session(host=server_url(), source="mnist_dist", prompt=False, update_session=False)
-        return found is not None
-    except Exception:  # a key of an invalid form, or a reader with other arguments
-        return _has_stored_key(urlparse(server_url()).netloc)
-
-
-def _has_stored_key(host: str) -> bool:
-    """Returns whether the environment or a netrc file holds a key for `host`, given as HOST or HOST:PORT."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    for path in filter(None, (os.environ.get("NETRC"), "~/.netrc", "~/_netrc")):
-        try:
-            if netrc.netrc(Path(path).expanduser()).authenticators(host):
-                return True
-        except (OSError, netrc.NetrcParseError):
-            continue
-    return False
 
 
 class WandbTracker(WandBTracker):
@@ -117,10 +56,13 @@ class WandbTracker(WandBTracker):
     ):
         from wandb import Settings
 
-        settings = Settings(init_timeout=INIT_SECONDS, finish_timeout=60, silent=True, console="off", save_code=True)
+        settings: dict[str, Any] = {key: value for key, value in SETTINGS.items() if key in Settings.model_fields}
         if (PACKAGE.parent / ".git").exists():  # otherwise wandb searches for a repository around the run folder
-            settings.git_root = str(PACKAGE.parent)
-        super().__init__(project, dir=str(directory), settings=settings, **init)
+            settings["git_root"] = str(PACKAGE.parent)
+        # wandb prefers a given setting to its environment variable.
+        settings = {key: value for key, value in settings.items() if not os.environ.get(f"WANDB_{key.upper()}")}
+        folder = os.environ.get("WANDB_DIR") or str(directory)
+        super().__init__(project, dir=folder, settings=Settings(**settings), **init)
         self._directory, self._recipe, self._notify, self._gauges = directory, recipe, notify, gauges
         self._alive = False
         self.log_seconds = 0.0
@@ -131,18 +73,49 @@ class WandbTracker(WandBTracker):
 
         if wandb.run is not None:  # the user's own run: `init` would return it, and `finish` would end it
             self.init_kwargs["reinit"] = "create_new"
-        try:
-            # wandb refuses a WANDB_MODE in capitals, even where `init` gets a mode.
-            with self._writable_folders(), patch_environment(WANDB_MODE=self.init_kwargs.get("mode", "online")):
-                super().start()
-        except Exception as error:
-            self._notify(f"wandb could not start ({_first_line(error)}); this run is logged offline")
-            self.init_kwargs["mode"] = "offline"
-            self._alive = True
-            self._guard("start offline", super().start)
-        self._alive = getattr(self, "run", None) is not None
+        while not self._alive:
+            try:
+                self._init()
+                self._alive = True
+            except Exception as error:
+                if not self._changed_plan(_first_line(error)):
+                    break
         self._guard("define metrics", self._define_metrics)
         self._guard("save the code", self._save_code)
+
+    def _init(self) -> None:
+        import wandb
+
+        # wandb refuses a WANDB_MODE in capitals, even where `init` gets a mode.
+        with self._writable_folders(), patch_environment(WANDB_MODE=self.init_kwargs.get("mode", "online")):
+            wandb.setup()
+            wandb.termsetup(self.init_kwargs["settings"], None)  # the setting `silent` alone does not silence a retry
+            super().start()
+
+    def _changed_plan(self, message: str) -> bool:
+        """Notifies the user that the W&B run could not start, and chooses another way to start it, if there is one.
+
+        Args:
+            message: of wandb's error.
+        """
+        import wandb
+
+        named = self.init_kwargs.get("id") or os.environ.get("WANDB_RUN_ID")
+        if named and "409" in message:
+            self._notify(f"the W&B run {named} has been deleted; this run continues as a new W&B run")
+            self.init_kwargs |= {"id": uuid4().hex[:8], "resume": "allow"}
+            return True
+        if self.init_kwargs.get("mode") == "offline":
+            self._notify(f"wandb could not start offline ({message}); training continues without it")
+            return False
+        self._notify(f"wandb could not start ({message}); this run is logged offline")
+        self.init_kwargs["mode"] = "offline"
+        if named and wandb.run is None:  # the service keeps the id of the run that failed, and refuses it to another
+            with suppress(Exception):
+                wandb.teardown()
+        elif named:  # the service has a run of the user
+            self.init_kwargs["id"] = uuid4().hex[:8]
+        return True
 
     def _define_metrics(self) -> None:
         # The step is a metric: wandb's own step cannot decrease, but a resume repeats steps.
@@ -153,7 +126,8 @@ class WandbTracker(WandBTracker):
         self.run.log({}, commit=False)
 
     def _save_code(self) -> None:
-        self.run.log_code(str(PACKAGE))
+        if self.run.settings.save_code and not self.run.settings.disable_code:
+            self.run.log_code(str(PACKAGE))
         # A copy, because wandb would only link the file, which may change later.
         copy = shutil.copy(self._recipe, self.run.dir)
         self.run.save(copy, base_path=self.run.dir, policy="now")
@@ -264,12 +238,24 @@ class WandbTracker(WandBTracker):
         self._end()
 
     def _end(self, exit_code: int | None = None) -> None:
-        if self._alive:
-            self._guard("finish", lambda: self.run.finish(exit_code=exit_code))
-        elif getattr(self, "run", None):
-            # The failure has been reported. An open W&B run would receive the next training of this process.
-            with suppress(Exception), self._writable_folders():
+        import wandb
+
+        if getattr(self, "run", None) is None:
+            return
+        folder, reason = Path(self.run.dir).parent, ""
+        try:
+            with self._writable_folders():
                 self.run.finish(exit_code=exit_code)
+        except Exception as error:
+            reason = _first_line(error)
+        reason = reason or _upload_error(folder)
+        # A failure before has been reported. The run is finished all the same: it would receive the next training.
+        if self._alive and reason:
+            command = f"wandb sync --include-online {folder}"
+            self._notify(f"wandb could not upload the complete run ({reason}); upload it with: {command}")
+        self._alive = False
+        with suppress(Exception):
+            wandb.termsetup(wandb.setup().settings, None)
 
     def _writable_folders(self) -> AbstractContextManager[None]:
         """Gives wandb folders for its data and its cache. The home folder may be full, read-only or unknown.
@@ -304,6 +290,19 @@ class WandbTracker(WandBTracker):
         except Exception as error:  # wandb raises errors of many kinds, e.g. its own and broken pipes
             self._alive = False
             self._notify(f"wandb could not {action} ({_first_line(error)}); training continues without it")
+
+
+def _upload_error(folder: Path) -> str:
+    """Returns why wandb stopped to upload the lines of a run; empty if it did not. wandb raises no error.
+
+    Args:
+        folder: wandb's folder of the run, with its logs.
+    """
+    with suppress(OSError, ValueError):
+        for line in (folder / "logs" / "debug-internal.log").read_text(errors="replace").splitlines():
+            if "filestream: fatal error" in line:
+                return str(json.loads(line)["msg"]).splitlines()[0]
+    return ""
 
 
 def _is_writable(folder: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Three machines inside one: network namespaces with host names of their own, which a bridge joins.
+"""Makes three machines inside this one: network namespaces with host names of their own, joined by a bridge.
 
 A machine can be killed, frozen, or cut from the network. All of them see the same files, as on a shared file system.
 """
@@ -79,5 +79,5 @@ class Machines:
         namespaces.run("ip", "link", "set", f"md-{name}", "master", BRIDGE)
 
     def cut(self, name: str) -> None:
-        """Takes a machine off the network. Nobody is told: packets are lost, and connections stay open."""
+        """Takes a machine off the network. No process notices it at once: packets are lost, connections stay open."""
         namespaces.run("ip", "link", "set", f"md-{name}", "nomaster")

@@ -1,4 +1,4 @@
-"""Machines inside one: network namespaces with host names of their own, which a bridge joins. Needs root."""
+"""Makes machines inside this one: network namespaces with host names, joined by a bridge. Needs root."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def missing(programs: Iterable[str], packages: str, more: Mapping[str, str] | No
     Args:
         programs: needed besides `PROGRAMS`.
         packages: names of the Debian packages with all programs.
-        more: what else must be possible -> the command that tries it; `{folder}` is a temporary folder.
+        more: further things that must be possible -> the command that tries each; `{folder}` is a temporary folder.
     """
     if os.name != "posix" or os.geteuid() != 0:
         return "machines in network namespaces need root"
@@ -101,7 +101,10 @@ def remove(bridge: str, machines: Collection[str]) -> None:
         if Path(f"/run/netns/{name}").exists():
             kill(name)
             run("ip", "netns", "del", name)
-    for device in (bridge, *(f"md-{name}" for name in machines)):  # a dead namespace gives them up with a delay
+    for device in (
+        bridge,
+        *(f"md-{name}" for name in machines),
+    ):  # the kernel frees them late
         subprocess.run(["ip", "link", "del", device], capture_output=True)
 
 

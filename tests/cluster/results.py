@@ -16,7 +16,7 @@ from tests.faults.__main__ import describe, to_markdown
 
 
 class Results:
-    """What happened to the jobs: (what was done, when, how the job took it) -> number of times."""
+    """What happened to the jobs: (what was done, when, how the job reacted) -> number of times."""
 
     def __init__(self) -> None:
         self.counts: Counter[tuple[str, str, str]] = Counter()

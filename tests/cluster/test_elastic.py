@@ -56,7 +56,7 @@ def undisturbed(folder: Path, *words: str) -> tuple[bytes, list[dict]]:
 
 
 class Job:
-    """A run of launch/elastic.sh on several machines, and how it has taken what was done to them."""
+    """A run of launch/elastic.sh on several machines, and what its files show."""
 
     def __init__(self, machines: Machines, run_dir: Path, head: str, *words: str):
         self.machines, self.run_dir, self.log = machines, run_dir, run_dir.with_suffix(".log")
@@ -97,7 +97,7 @@ class Job:
     def change(
         self, what: Callable[[], None], processes: int, cause: str, again: Callable[[], None] = lambda: None
     ) -> tuple[float, int]:
-        """Does something to the machines and waits until the new world has made its first step, and ten more.
+        """Changes the machines and waits until the new world has made its first step, and ten more.
 
         Args:
             processes: the number of processes in the new world.
@@ -119,7 +119,7 @@ class Job:
         return seconds, max(0, step - first["step"])
 
     def start_again(self, name: str) -> None:
-        """Runs the command again if the launcher has ended and has said so: it was cut off for longer than a minute."""
+        """Runs the command again if the launcher was cut off for more than a minute and has ended with code 75."""
         if self.launchers[name].poll() is not None:
             assert self.launchers[name].returncode == 75, self.log.read_text()[-6000:]
             self.start(name)
@@ -192,5 +192,5 @@ def test_the_same_command_continues_after_the_loss_of_the_machine_that_holds_the
     assert [[line.get(key) for key in keys] for line in found] == [[line.get(key) for key in keys] for line in expected]
     assert found[-1]["eval/accuracy"] == pytest.approx(expected[-1]["eval/accuracy"], abs=5)
     results.add(
-        "the machine that holds the rendezvous dies", "2 → 2", "the message says what to do; the same command went on"
+        "the machine that holds the rendezvous dies", "2 → 2", "the message says what to do; the same command continued"
     )

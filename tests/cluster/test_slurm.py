@@ -78,20 +78,22 @@ def submit(cluster: Cluster, log: Path, *words: str | Path, options: tuple[str, 
     )
 
 
-def train(cluster: Cluster, run_dir: Path, *options: str, words: list[str] = WORDS) -> int:
+def train(
+    cluster: Cluster, run_dir: Path, *options: str, words: list[str] = WORDS, script: str = "slurm.sbatch"
+) -> int:
     log = run_dir.with_suffix(".log")
-    return submit(cluster, log, ROOT / "launch" / "slurm.sbatch", run_dir, *words, options=options)
+    return submit(cluster, log, ROOT / "launch" / script, run_dir, *words, options=options)
 
 
 def assert_same(run_dir: Path, undisturbed: Path, log: Path) -> None:
-    """The run is done and its weights are those of the undisturbed run, byte for byte."""
+    """Checks that the run is done and that its weights are those of the undisturbed run, byte for byte."""
     assert (run_dir / "STATUS").read_text() == "done\n", log.read_text()[-3000:]
     for name in ("last.safetensors", "best.safetensors"):
         assert (run_dir / name).read_bytes() == (undisturbed / name).read_bytes(), name
 
 
 def step_of(run_dir: Path) -> int:
-    """The last step in metrics.jsonl; 0 if there is none."""
+    """Returns the last step in metrics.jsonl; 0 if there is none."""
     metrics = run_dir / "metrics.jsonl"
     lines = metrics.read_text().splitlines(keepends=True) if metrics.is_file() else []
     return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
@@ -220,11 +222,98 @@ def test_doctor_runs_as_a_job_on_both_nodes(cluster, tmp_path, results):
     results.add("nothing", "doctor", "both nodes are fit to train")
 
 
-def test_a_cancelled_job_leaves_no_process(cluster, tmp_path, results):
+@pytest.mark.parametrize("script", ["slurm.sbatch", "elastic.sbatch"])
+def test_a_cancelled_job_leaves_no_process(script, cluster, tmp_path, results):
     run_dir = tmp_path / "run"
-    job = train(cluster, run_dir, words=[*WORDS, "epochs=4000"])
+    job = train(cluster, run_dir, words=[*WORDS, "epochs=4000"], script=script)
     cluster.wait_for(lambda: step_of(run_dir) >= 8, "step 8")
     cluster.run("scancel", str(job))
     cluster.wait_for_state(job, "CANCELLED")
     cluster.wait_for(lambda: not cluster.processes(), "no process on the nodes")
-    results.add("scancel", "step", "no process is left")
+    results.add("scancel", "step" if script == "slurm.sbatch" else "elastic job", "no process is left")
+
+
+# --- elastic jobs -------------------------------------------------------------------------------------------------
+
+SLOW_WORDS = [*WORDS, "model.name=tests.cluster.slow_network:SlowLeNet", "epochs=30"]
+
+
+@pytest.fixture(scope="module")
+def slow_undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of the training of the elastic jobs, in one process without SLURM."""
+    folder = tmp_path_factory.mktemp("slow_undisturbed") / "run"
+    command = [sys.executable, "-m", "mnist_dist.train", *SLOW_WORDS, "--run-dir", folder]
+    processes.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
+    return folder
+
+
+def history_of(run_dir: Path) -> list[tuple[int, str]]:
+    """Number of processes and cause of each world of a run."""
+    file = run_dir / "world.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
+    found = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [(each["processes"], each["cause"]) for each in found]
+
+
+def wait_for_both_nodes(cluster: Cluster, run_dir: Path, step: int) -> None:
+    """Waits until both nodes train and a step is reached. A node that starts 3 s after the other joins it."""
+    cluster.wait_for(lambda: history_of(run_dir) and history_of(run_dir)[-1][0] == 2, "a world of two nodes")
+    cluster.wait_for(lambda: step_of(run_dir) >= step, f"step {step}")
+
+
+def train_slowly(cluster: Cluster, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[int, Path]:
+    """Submits an elastic job on one or two nodes; returns its number, and the file without which it is fast."""
+    slow = run_dir.with_suffix(".slow")
+    slow.touch()
+    monkeypatch.setenv("SLOW_WHILE", str(slow))
+    job = train(cluster, run_dir, "--nodes=1-2", words=SLOW_WORDS, script="elastic.sbatch")
+    wait_for_both_nodes(cluster, run_dir, step=12)
+    return job, slow
+
+
+def test_an_elastic_job_goes_on_without_a_dead_node_and_another_job_joins_it(
+    cluster, slow_undisturbed, tmp_path, results, monkeypatch
+):
+    """SLURM does not give a node back to the job that it was in. A second job on that node joins the run."""
+    run_dir, log = tmp_path / "run", tmp_path / "run.log"
+    job, slow = train_slowly(cluster, run_dir, monkeypatch)
+    cluster.kill_node("n1")
+    died = time.monotonic()
+    cluster.wait_for(lambda: history_of(run_dir)[-1] == (1, "processes lost"), "n0 goes on alone")
+    seconds = time.monotonic() - died
+    cluster.wait_for(lambda: cluster.state(job)["NodeList"] == "n0", "SLURM removes n1 from the job")
+    cluster.start_node("n1")
+    [command] = re.findall(r"(?m)^another node joins with: (.*)$", log.read_text())
+    options = ("--nodes=1", "--nodelist=n1", "--wrap", command)
+    second = submit(cluster, tmp_path / "second.log", options=options)
+    cluster.wait_for(lambda: history_of(run_dir)[-1] == (2, "processes joined"), "n1 joins")
+    slow.unlink()
+    for each in (job, second):
+        facts = cluster.wait_for_state(each, "COMPLETED", "FAILED")
+        assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "0"), log.read_text()[-3000:]
+    assert_same(run_dir, slow_undisturbed, log)
+    results.add("a node dies", "elastic job", f"the other goes on after {seconds:.0f} s, the same bytes")
+    results.add("a job on the returned node", "elastic job", "joins, the same bytes")
+
+
+def test_an_elastic_job_is_requeued_by_another_node_if_its_first_node_dies(
+    cluster, slow_undisturbed, tmp_path, results, monkeypatch
+):
+    """The first node runs the batch script and holds the rendezvous. The requeued job starts on the other one alone."""
+    run_dir, log = tmp_path / "run", tmp_path / "run.log"
+    job, slow = train_slowly(cluster, run_dir, monkeypatch)
+    cluster.run("scancel", "--batch", "--signal=USR1", str(job))
+    cluster.wait_for(
+        lambda: any(cause == "resumed after a stop" for _, cause in history_of(run_dir)), "the stopped job resumes"
+    )
+    wait_for_both_nodes(cluster, run_dir, step=step_of(run_dir) + 8)
+    cluster.kill_node("n0")
+    cluster.wait_for(lambda: cluster.state(job).get("Restarts") == "2", "n1 requeues the job")
+    slow.unlink()
+    facts = cluster.wait_for_state(job, "COMPLETED", "FAILED")
+    cluster.start_node("n0")
+    assert facts["JobState"] == "COMPLETED", log.read_text()[-3000:]
+    assert [number for number, _ in history_of(run_dir)][-2:] == [2, 1]
+    assert_same(run_dir, slow_undisturbed, log)
+    results.add("SIGUSR1 to the job", "elastic job", "requeued, the same bytes")
+    results.add("the first node dies", "elastic job", "requeued by the other, the same bytes")

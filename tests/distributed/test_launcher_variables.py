@@ -19,7 +19,7 @@ from mnist_dist.distributed.joining import join
 from mnist_dist.distributed.launcher_variables import first_host, read_world
 from mnist_dist.errors import RecipeError
 from tests.distributed.training import WITHOUT_TRACKING
-from tests.processes import ROOT, free_port, popen, run, run_in_each
+from tests.processes import ROOT, forked_python, free_port, popen, run, run_in_each
 
 LAUNCHERS = ("ACCELERATE_", "SLURM_", "OMPI_", "PMI", "MPI_", "MV2_", "TORCHELASTIC_", "LOCAL_", "MASTER_", "GROUP_")
 
@@ -105,7 +105,8 @@ def test_two_processes_of_a_pytorchjob_train_one_run(tmp_path, cpu_only):
 
 
 def test_two_processes_of_torchrun_train_one_run_on_a_cpu(tmp_path, cpu_only):
-    command = [Path(sys.executable).with_name("torchrun"), "--nproc-per-node", "2", "--master-port", str(free_port())]
+    python = forked_python()
+    command = [python, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
     words = [
         "-m",
         "mnist_dist.train",

@@ -153,7 +153,7 @@ HEALTHY = "550.54.15, 0, No, 0x0000000000000004, 61"
         ("550.54.15, 3, Yes, 0x0000000000000000, 40", {"ecc_errors": 3, "needs_reset": True}),
         ("470.82, [N/A], [N/A], 0x0000000000000068, 93\n", {
             "ecc_errors": None, "needs_reset": False,
-            "throttling": ["hardware slowdown", "software, heat", "hardware, heat"], "temperature": 93,
+            "throttling": ["hardware slowdown", "heat, by software", "heat, by hardware"], "temperature": 93,
         }),
         ("535.1, [Not Supported], [Not Supported], [Not Supported], 50", {"throttling": [], "temperature": 50}),
         ("535.1, 0, No, 0x0000000000000001, 30", {"throttling": []}),  # idle

@@ -129,7 +129,7 @@ def test_cosine_restarts_is_cosineannealingwarmrestarts(keywords, interval):
     assert_same_rates(build("cosine_restarts", interval=interval, **keywords), expected)
 
 
-def test_polynomial_covers_the_complete_run_unless_told_otherwise():
+def test_polynomial_covers_the_complete_run_by_default():
     schedule = build("polynomial", interval="step", power=2.0)
     assert [schedule.lr_at(step) for step in (0, TOTAL_STEPS // 2, TOTAL_STEPS)] == pytest.approx([LR, LR / 4, 0])
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 
 from mnist_dist import load_run
+from tests.processes import forked_python
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
@@ -28,13 +29,17 @@ OVERRIDES = [
 WORDS = ["--recipe", "lenet5", *OVERRIDES]
 
 
+INSTALLED = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+"""PATH with the `python` of the tests. For a test of what happens while a process starts, or of another network."""
+
+
 def environment(*first_in_path: Path, **variables: str) -> dict[str, str]:
-    """Returns the environment of a launch script.
+    """Returns the environment of a launch script, whose `python` is `forked_python`.
 
     Args:
         first_in_path: folders whose programs replace those of the system.
     """
-    path = [*map(str, first_in_path), str(Path(sys.executable).parent), os.environ["PATH"]]
+    path = [*map(str, first_in_path), str(forked_python().parent), INSTALLED]
     settings = {"PATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     return os.environ | settings | variables
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 
 from mnist_dist import load_run
 from tests.launch.launching import (
+    INSTALLED,
     LAUNCH,
     TRAINJOB,
     WORDS,
@@ -25,7 +27,7 @@ from tests.launch.launching import (
     losses,
     started,
 )
-from tests.processes import free_port
+from tests.processes import forked_python, free_port
 
 # --- two machines -------------------------------------------------------------------------------------------------
 
@@ -71,7 +73,9 @@ def test_two_machines_run_the_same_command_and_form_one_world(tmp_path, machines
 
     def on(machine: str):
         enter = ["ip", "netns", "exec", machines[machine], "unshare", "--uts"]
-        return started(*enter, sys.executable, "-c", SET_HOST_NAME, machine, *command, GLOO_SOCKET_IFNAME="eth0")
+        return started(
+            *enter, sys.executable, "-c", SET_HOST_NAME, machine, *command, GLOO_SOCKET_IFNAME="eth0", PATH=INSTALLED
+        )
 
     with on("bob") as second, on("alice") as first:
         finish(first)
@@ -94,6 +98,7 @@ def test_the_trainjob_is_one_world_of_its_processes(tmp_path, losses_of_one_proc
     trainer = TRAINJOB["spec"]["trainer"]
     variables = {each["name"]: each["value"] for each in trainer["env"] if "value" in each}
     arguments = [re.sub(r"\$\((\w+)\)", lambda name: address[name[1]], word) for word in trainer["args"]]
+    variables["PYTHON_EXEC"] = str(forked_python())  # torchrun starts its processes with it
     # The last value of a repeated option or key counts.
     words = ["data.root=null", *WORDS, "--run-dir", tmp_path / "run"]
     launch(*trainer["command"], *arguments, *words, **plugin, **variables)
@@ -104,10 +109,14 @@ def test_the_trainjob_is_one_world_of_its_processes(tmp_path, losses_of_one_proc
 # A real cluster preempts jobs in tests/cluster. The stubs below make moments that cannot be met there on purpose.
 
 
-def test_sbatch_requests_a_warning_and_a_requeue():
-    head, _, _ = (LAUNCH / "slurm.sbatch").read_text().partition("\nset ")  # SLURM reads no option after a command
+@pytest.mark.parametrize(
+    ("script", "more"), [("slurm.sbatch", {"--ntasks-per-node=1"}), ("elastic.sbatch", {"--no-kill"})]
+)
+def test_sbatch_requests_a_warning_and_a_requeue(script, more):
+    head, _, _ = (LAUNCH / script).read_text().partition("\nset ")  # SLURM reads no option after a command
     options = set(re.findall(r"(?m)^#SBATCH (\S+)$", head))
-    assert {"--requeue", "--open-mode=append", "--signal=B:USR1@120", "--ntasks-per-node=1"} <= options
+    assert {"--requeue", "--open-mode=append", "--signal=B:USR1@120"} | more <= options
+    assert ("--no-kill" in options) == ("--ntasks-per-node=1" not in options)
 
 
 def test_sbatch_does_not_requeue_a_run_that_failed(tmp_path):
@@ -162,6 +171,47 @@ case $1 in show) kill -USR1 "$(cat "$CALLS.pid")"; echo a ;; *) echo "$@" >>"$CA
     assert (tmp_path / "c").read_text() == "requeue 1\n"
 
 
+def test_the_elastic_job_starts_one_elastic_launcher_per_node(tmp_path):
+    executable(tmp_path / "srun", '#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    executable(tmp_path / "scontrol", SCONTROL)
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "a", "SLURM_JOB_NUM_NODES": "3", "SLURM_GPUS_ON_NODE": "2"}
+    job = ["bash", LAUNCH / "elastic.sbatch", tmp_path / "run", "--recipe", "lenet5"]
+    first, *words = launch(*job, PATH=environment(tmp_path)["PATH"], **slurm).splitlines()
+    arguments = ["localhost:10007", "1:3", "2", "--recipe", "lenet5", "--run-dir", str(tmp_path / "run")]
+    assert words == ["--kill-on-bad-exit=0", "--no-kill", "launch/elastic_node.sh", *arguments]
+    assert shlex.split(first.partition(": ")[2]) == ["launch/elastic.sh", *arguments]
+
+
+# In the place of the launcher: ends with a code; with a signal to this process and its parent first, as SLURM sends it.
+ENDS_WITH = '#!/bin/sh\ntrap : USR1\n[ -z "$SIGNAL" ] || kill -"$SIGNAL" $PPID $$\nexit "$CODE"\n'
+
+
+@pytest.mark.parametrize(
+    ("code", "signal_name", "left", "expected", "requeued"),
+    [
+        (0, "", "", 0, False),
+        (2, "", "", 2, False),
+        (75, "", "", 0, True),
+        (75, "", "7", 75, False),
+        (75, "USR1", "", 75, False),
+        (0, "USR1", "", 0, False),
+    ],
+    ids=["done", "refused", "first node dead", "first node alive", "stopped", "done when stopped"],
+)
+def test_a_node_requeues_its_job_only_if_the_first_node_is_dead(code, signal_name, left, expected, requeued, tmp_path):
+    """`left` is what squeue prints: the job, if it still runs on the first node."""
+    shutil.copy(LAUNCH / "elastic_node.sh", tmp_path)
+    executable(tmp_path / "elastic.sh", ENDS_WITH)
+    executable(tmp_path / "squeue", f"#!/bin/sh\necho {left}\n".replace("echo \n", ":\n"))
+    executable(tmp_path / "scontrol", SCONTROL)
+    executable(tmp_path / "sleep", "#!/bin/sh\n")
+    slurm = {"SLURM_JOB_ID": "7", "CALLS": str(tmp_path / "c"), "CODE": str(code), "SIGNAL": signal_name}
+    with started(tmp_path / "elastic_node.sh", "a:1", "1:2", PATH=environment(tmp_path)["PATH"], **slurm) as process:
+        finish(process, expected=expected)
+    found = (tmp_path / "c").read_text() if (tmp_path / "c").exists() else ""
+    assert found == ("requeue 7\n" if requeued else "")
+
+
 # In the place of srun: starts the two tasks of a step with the variables that srun gives them.
 TWO_TASKS = """#!/usr/bin/env bash
 [ "$1" = --kill-on-bad-exit=0 ] && shift
@@ -173,8 +223,8 @@ exit "$code"
 """
 
 
-# In the place of python: runs the command without its training, which takes long.
-WITHOUT_TRAINING = """#!{python}
+# What the `python` of the test runs: the command without its training, which takes long.
+WITHOUT_TRAINING = """
 import sys
 assert sys.argv[1:3] == ["-m", "mnist_dist.doctor"]
 from mnist_dist.cli import run_command
@@ -188,7 +238,9 @@ sys.exit(run_command(lambda: main(sys.argv[3:])))
 
 def test_doctor_under_sbatch_checks_all_tasks_and_ends_with_its_exit_code(tmp_path):
     executable(tmp_path / "bin" / "srun", TWO_TASKS)
-    executable(tmp_path / "bin" / "python", WITHOUT_TRAINING.format(python=sys.executable))
+    (tmp_path / "without_training.py").write_text(WITHOUT_TRAINING)
+    program = f'#!/bin/sh\nexec "{forked_python()}" "{tmp_path}/without_training.py" "$@"\n'
+    executable(tmp_path / "bin" / "python", program)
     job = ["bash", LAUNCH / "doctor.sbatch", tmp_path / "runs"]
     slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_NTASKS": "2", "WANDB_BASE_URL": "http://127.0.0.1:9"}
     slurm |= {"PATH": environment(tmp_path / "bin")["PATH"], "PYTHONPATH": str(LAUNCH.parent)}

@@ -5,41 +5,26 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
-from tests import processes
 from tests.launch.launching import LAUNCH, ROOT, environment, executable
 
-FORKED_PYTHON = """\
-#!{python} -S
-import sys
-sys.path.insert(0, {root!r})
-from types import SimpleNamespace
-from tests import processes
-processes._server = ({address!r}, SimpleNamespace(poll=lambda: None))
-sys.exit(processes.popen([sys.executable, *sys.argv[1:]]).wait())
-"""
-"""A `python` for scripts that is forked from the server of test processes."""
 
-
-def reproduce(folder: Path, programs: Path, *words: str, **variables: str) -> str:
-    """Runs the script in a folder with the programs of another one; returns its output."""
-    command, env = [LAUNCH / "reproduce.sh", *words], environment(programs, **variables)
+def reproduce(folder: Path, *words: str, **variables: str) -> str:
+    """Runs the script in a folder, with the programs in its folder `bin`; returns its output."""
+    command, env = [LAUNCH / "reproduce.sh", *words], environment(folder / "bin", **variables)
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def test_missing_runs_are_trained_teachers_first_and_the_table_is_written(tmp_path):
-    python = FORKED_PYTHON.format(python=sys.executable, root=str(ROOT), address=processes._address())
-    executable(tmp_path / "bin" / "python", python)
     small = "model: {name: lenet5}\ndata: {dataset: synthetic, limit_train: 64, limit_test: 20}\nbatch_size: 32\n"
     small += "tracking: {plots: false, wandb: {mode: disabled}}\n"
     (tmp_path / "teacher").write_text(small)
     (tmp_path / "pupil").write_text(small + "distill: {from: [runs/reproduce/teacher-seed1]}\n")
 
-    assert "pupil" in reproduce(tmp_path, tmp_path / "bin", "pupil", "epochs=2", SEEDS="3")
+    assert "pupil" in reproduce(tmp_path, "pupil", "epochs=2", SEEDS="3")
     folder = tmp_path / "runs" / "reproduce"
     runs = {"teacher-seed1", "pupil-seed3-epochs=2"}
     assert {path.name for path in folder.iterdir()} == {*runs, "results.md"}
@@ -48,7 +33,7 @@ def test_missing_runs_are_trained_teachers_first_and_the_table_is_written(tmp_pa
     assert re.search(r"\| teacher \|.* 1 \| 1 \|", table)
 
     before = {name: (folder / name / "summary.json").stat().st_mtime_ns for name in runs}
-    reproduce(tmp_path, tmp_path / "bin", "pupil", "epochs=2", SEEDS="3")
+    reproduce(tmp_path, "pupil", "epochs=2", SEEDS="3")
     after = {name: (folder / name / "summary.json").stat().st_mtime_ns for name in runs}
     assert after == before, "finished runs are not trained again"
 
@@ -57,6 +42,6 @@ def test_without_arguments_every_recipe_of_the_table_is_trained(tmp_path):
     (tmp_path / "configs").mkdir()
     shutil.copy(ROOT / "configs" / "results.jsonl", tmp_path / "configs")
     executable(tmp_path / "bin" / "python", '#!/bin/sh\necho "$@" >> calls\n')
-    reproduce(tmp_path, tmp_path / "bin", SEEDS="7")
+    reproduce(tmp_path, SEEDS="7")
     trained = set(re.findall(r"--recipe (\S.*?) --run-dir", (tmp_path / "calls").read_text()))
     assert {"ms_ran", "resnet152", "plus_8k"} <= trained <= {path.stem for path in (ROOT / "configs").rglob("*.yaml")}

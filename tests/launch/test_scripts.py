@@ -13,6 +13,7 @@ from accelerate.commands.launch import launch_command_parser
 
 from mnist_dist import load_run
 from tests.launch.launching import (
+    INSTALLED,
     LAUNCH,
     ROOT,
     WORDS,
@@ -41,7 +42,7 @@ def test_shellcheck_finds_nothing():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("script", ["cpu.sh", "elastic.sh", "multi_node.sh", "slurm.sbatch"])
+@pytest.mark.parametrize("script", ["cpu.sh", "elastic.sbatch", "elastic.sh", "multi_node.sh", "slurm.sbatch"])
 def test_a_script_without_arguments_prints_its_usage(script):
     done = subprocess.run(["bash", LAUNCH / script], env=environment(), capture_output=True, text=True)
     assert done.returncode != 0
@@ -115,7 +116,8 @@ def test_a_launcher_that_is_stopped_ends_with_75_and_the_line_of_the_trainer(tmp
 
 
 def test_a_launcher_that_is_stopped_before_it_has_started_a_process_ends_with_75(tmp_path):
-    with started(LAUNCH / "cpu.sh", "2", "1", *WORDS, "--run-dir", tmp_path / "run") as process:
+    command = [LAUNCH / "cpu.sh", "2", "1", *WORDS, "--run-dir", tmp_path / "run"]
+    with started(*command, PATH=INSTALLED) as process:
         status, deadline = Path(f"/proc/{process.pid}/status"), time.monotonic() + 60
         while time.monotonic() < deadline:  # until the process handles SIGUSR1
             [caught] = re.findall(r"(?m)^SigCgt:\s*(\w+)", status.read_text())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -72,7 +73,9 @@ def test_the_wait_for_a_slow_rank_names_the_rank(recipe):
 
 def test_the_wait_of_equally_fast_ranks_is_for_the_network(recipe):
     [line] = advise(profile_of(rank(0, waiting=50), rank(1, waiting=51)), recipe)
-    assert "network" in line and "batch_size" in line
+    assert "network" in line and "batch_size" in line and "lesson 6" in line
+    [lesson] = (Path(__file__).parents[2] / "launch" / "lessons").glob("06_*.md")
+    assert "reduction and waiting" in lesson.read_text(encoding="utf-8")
 
 
 def test_a_large_overhead_is_named(recipe):

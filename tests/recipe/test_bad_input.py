@@ -857,14 +857,14 @@ def test_one_process_ends_with_code_2_and_nothing_on_stdout(tmp_path):
 @pytest.mark.launch
 def test_two_processes_print_one_message_although_rank_0_is_slower(tmp_path):
     # A launcher ends the other processes as soon as one has ended, whether rank 0 has printed its message or not.
-    slow = "import os, time\nif os.environ.get('RANK') == '0':\n    time.sleep(2)\n"
-    Path("sitecustomize.py").write_text(slow, encoding="utf-8")
+    python, slow = processes.forked_python(), tmp_path / "python"
+    slow.write_text(f'#!/bin/sh\n[ "$RANK" != 0 ] || sleep 2\nexec "{python}" "$@"\n', encoding="utf-8")
+    slow.chmod(0o755)
     Path("my.yaml").write_text(GOOD, encoding="utf-8")
     before = tree(tmp_path)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [sys.executable, *launcher, "-m", "mnist_dist.train", "--recipe", "my.yaml", "epoch=3"]
-    paths = [str(Path.cwd()), str(processes.ROOT)]  # Python imports sitecustomize.py from the first
-    variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [python, *launcher, "-m", "mnist_dist.train", "--recipe", "my.yaml", "epoch=3"]
+    variables = {"OMP_NUM_THREADS": "1", "PYTHON_EXEC": str(slow), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=300)
     screens = [line for line in done.stderr.splitlines() if line.startswith("mnist_dist: ")]
     assert len(screens) == 1, done.stderr

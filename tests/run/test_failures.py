@@ -205,7 +205,7 @@ SOONER = """
 import sys
 from mnist_dist.tracking import wandb as weights_and_biases
 from mnist_dist.train import main
-weights_and_biases.INIT_SECONDS = 5
+weights_and_biases.SETTINGS["init_timeout"] = 5
 sys.exit(main(sys.argv[1:]))
 """
 

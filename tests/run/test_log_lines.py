@@ -10,8 +10,10 @@ import pytest
 
 from mnist_dist import load_recipe, load_run, train
 from mnist_dist.distributed.signals import Interrupts
+from mnist_dist.engine import evaluation
 from mnist_dist.engine.checkpoint import list_checkpoints, load_checkpoint
 from mnist_dist.engine.metrics import Meter
+from mnist_dist.run import components
 from tests.distributed.training import WITHOUT_TRACKING, train_in_world, weights_and_metrics
 from tests.processes import run_ranks
 
@@ -61,6 +63,28 @@ def test_a_line_is_written_after_the_reading_of_the_next_one_began(tmp_path, mon
         *("count_step", "finish_reading", "start_reading"),
         *("count_step", "finish_reading", "start_reading", "finish_reading"),  # the evaluation needs all of them
     ]
+
+
+def test_an_evaluation_is_queued_before_the_host_waits_for_the_steps(tmp_path, monkeypatch, read_behind):
+    events: list[str] = []
+
+    def spy(owner, name):
+        function = getattr(owner, name)
+
+        def spied(*arguments, **keywords):
+            events.append(name)
+            return function(*arguments, **keywords)
+
+        monkeypatch.setattr(owner, name, spied)
+
+    for method in ("start_reading", "finish_reading", "read_epoch"):
+        spy(Meter, method)
+    spy(components, "evaluate")
+    spy(evaluation, "score")
+    words = ["data.limit_train=32", "epochs=2", "log_every=9", "checkpoint.every_steps=null"]
+    train(load_recipe("debug", *WORDS, *words), tmp_path / "run")
+    # `score` reads the result of the evaluation: it is the first wait of the host.
+    assert events[:5] == ["start_reading", "evaluate", "score", "finish_reading", "read_epoch"]
 
 
 @pytest.mark.parametrize("stopped_at", [3, 4, 8])

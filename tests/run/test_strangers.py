@@ -35,7 +35,8 @@ from mnist_dist.compare.__main__ import main as compare_main
 from mnist_dist.data.geometry import Geometry
 from mnist_dist.data.pictures import read_picture
 from mnist_dist.data.sources.idx import read_idx
-from mnist_dist.engine.checkpoint import MANIFEST, STATE, _fingerprint, load_checkpoint, load_weights, save_weights
+from mnist_dist.engine.checkpoint import MANIFEST, STATE, load_checkpoint, load_weights, save_weights
+from mnist_dist.engine.files import fingerprint
 from mnist_dist.errors import RecipeError
 from mnist_dist.export.__main__ import main as export_main
 from mnist_dist.export.page import build_page
@@ -244,7 +245,7 @@ def checkpoint(_run_with_checkpoint, tmp_path):
 def reseal(checkpoint: Path) -> None:
     """Writes the manifest that fits the state."""
     step = int(checkpoint.name.partition("-")[2])
-    manifest = {"step": step, "files": {STATE: _fingerprint((checkpoint / STATE).read_bytes())}}
+    manifest = {"step": step, "files": {STATE: fingerprint((checkpoint / STATE).read_bytes())}}
     (checkpoint / MANIFEST).write_text(json.dumps(manifest))
 
 

@@ -101,6 +101,7 @@ SCREENS: dict[str, str] = {
     "resume_without_checkpoint": "train --recipe my.yaml --resume full",
     # other commands
     "evaluate_missing_run": "evaluate runs/none",
+    "evaluate_unfinished_run": "evaluate other",
     "predict_missing_run": "predict runs/none photo.png",
     "explain_missing_run": "explain runs/none photo.png",
     "ensemble_missing_run": "ensemble runs/none runs/other",

@@ -1,15 +1,18 @@
 """The console of a run, also where its output goes nowhere or cannot show every character."""
 
+import builtins
 import errno
 import io
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mnist_dist.tracking import ConsoleTracker
+from tests.processes import popen
 
 TRAIN = [sys.executable, "-m", "mnist_dist.train", "epochs=1", "max_steps=4", "log_every=2", "tracking.plots=false"]
 
@@ -30,9 +33,28 @@ def test_the_time_left_is_by_the_speed_of_this_process_also_after_a_resume(tmp_p
     ]
 
 
-def trained(folder: Path, *words: str, **options: object) -> subprocess.CompletedProcess[str]:
-    command = [*TRAIN, "--recipe", "debug", "--run-dir", str(folder), *words]
-    return subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=300, **options)
+def test_a_notebook_gets_lines_of_text(tmp_path, monkeypatch, capsys):
+    class ZMQInteractiveShell:
+        """The class name by which rich knows a notebook."""
+
+    monkeypatch.setattr(builtins, "get_ipython", ZMQInteractiveShell, raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)  # as in a notebook
+    tracker = ConsoleTracker(10, 1, "test", tmp_path / "console.log")
+    tracker.start()
+    tracker.header({"recipe": "debug"})
+    tracker.finish()
+    assert capsys.readouterr().out == "recipe  debug\n"
+
+
+def finished(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """Runs a command to its end; returns its exit code and what it printed into pipes."""
+    process = popen(command, stderr=subprocess.PIPE, **options)
+    out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(command, process.wait(), out, err)
+
+
+def trained(folder: Path, *words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return finished([*TRAIN, "--recipe", "debug", "--run-dir", str(folder), *words], **options)
 
 
 def assert_done(folder: Path, done: subprocess.CompletedProcess[str]) -> None:
@@ -62,7 +84,7 @@ def test_other_commands_end_quietly_where_nobody_reads():
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, "-m", "mnist_dist.train", "--list-recipes"]
-    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=300)
+    done = finished(command, stdout=writing)
     os.close(writing)
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -71,7 +93,7 @@ def test_other_commands_end_quietly_where_nobody_reads():
 def test_a_command_whose_output_a_full_disk_does_not_take_fails():
     command = [sys.executable, "-m", "mnist_dist.train", "--list-recipes"]
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
+        done = finished(command, stdout=full)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert os.strerror(errno.ENOSPC) in done.stderr
 
@@ -83,7 +105,7 @@ def test_characters_that_the_output_lacks_are_replaced_and_the_log_keeps_them(tm
     assert "r?seau" in done.stdout
     assert "réseau" in (tmp_path / "réseau" / "console.log").read_text(encoding="utf-8")
     command = [sys.executable, "-m", "mnist_dist.train", "--recipe", "réseau"]
-    refused = subprocess.run(command, capture_output=True, text=True, env=ascii_only, timeout=300)
+    refused = finished(command, stdout=subprocess.PIPE, env=ascii_only)
     assert refused.returncode == 2
     assert "Traceback" not in refused.stderr
 

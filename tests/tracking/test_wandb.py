@@ -22,7 +22,7 @@ from PIL import Image
 from mnist_dist import load_recipe, load_run, train
 from mnist_dist.distributed.signals import PREEMPTED
 from mnist_dist.recipe.schema import Recipe
-from mnist_dist.tracking import WandbTracker, resolve_mode, server_url
+from mnist_dist.tracking import WandbTracker, resolve_mode, server_url, wandb_mode
 from mnist_dist.tracking import wandb as weights_and_biases
 from tests import processes
 from tests.colour import train_on_colour
@@ -340,7 +340,7 @@ def test_an_error_of_wandb_is_reported_and_the_training_continues(name, tmp_path
     assert train(tiny("epochs=1"), tmp_path / "run")["steps"] == 4
     lines = (tmp_path / "run" / "console.log").read_text().splitlines()
     reports = [line for line in lines if "wandb" in line and "No space left" in line]
-    assert len(reports) == (2 if name == "init" else 1)  # init: online, then offline
+    assert len(reports) == 1
     assert wandb.run is None, "the next training in this process must be another W&B run"
 
 
@@ -401,15 +401,15 @@ def test_the_dashboard_reports_in_one_line_what_is_missing(capfd, monkeypatch):
 
 
 def test_variables_of_wandb_count_where_the_recipe_is_silent(monkeypatch):
-    from mnist_dist.run.summary import _wandb_settings
+    from mnist_dist.run.trackers import wandb_settings
 
     given = {"NAME": "mine", "RUN_GROUP": "g", "TAGS": "a, b", "ENTITY": "team", "JOB_TYPE": "trial"}
     for name, value in given.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
     expected = {"name": "mine", "group": "g", "tags": ["a", "b"], "entity": "team", "job_type": "trial"}
-    assert _wandb_settings(tiny()) == expected
+    assert wandb_settings(tiny()) == expected
     words = [f"tracking.wandb.{word}" for word in ("group=h", "tags=[c]", "entity=me", "job_type=sweep")]
-    assert _wandb_settings(tiny(*words)) == {
+    assert wandb_settings(tiny(*words)) == {
         "name": "mine",
         "group": "h",
         "tags": ["c"],
@@ -433,6 +433,35 @@ def test_a_run_starts_with_a_mode_in_capitals(tmp_path):
     assert len(offline_runs(tmp_path / "run")) == 1
 
 
+def test_the_settings_of_the_trainer_yield_to_variables_of_wandb(tmp_path):
+    # In a process of its own: wandb reads its variables once.
+    given = {
+        "NOTES": "first try",
+        "RUN_ID": "chosen",
+        "SAVE_CODE": "false",
+        "DIR": str(tmp_path),
+        "FINISH_TIMEOUT": "9",
+    }
+    words = [*WORDS, "epochs=1"]
+    command = [sys.executable, "-m", "mnist_dist.train", "--recipe", "lenet5", "--run-dir", tmp_path / "run", *words]
+    variables = {f"WANDB_{name}": value for name, value in given.items()}
+    done = processes.run(command, env=os.environ | variables, check=True)
+    assert "could not" not in done.stdout and not offline_runs(tmp_path / "run")
+    [folder] = offline_runs(tmp_path)
+    logged = Logged(folder)
+    assert (logged.run["run_id"], logged.run["notes"], logged.artifacts("code")) == ("chosen", "first try", [])
+
+
+def test_a_variable_of_wandb_replaces_a_setting(tmp_path, monkeypatch):
+    def settings() -> dict[str, Any]:
+        tracker = WandbTracker("p", directory=tmp_path, recipe=tmp_path / "recipe.yaml", notify=print)
+        return tracker.init_kwargs["settings"].model_dump(exclude_unset=True)
+
+    assert settings()["finish_timeout"] == weights_and_biases.SETTINGS["finish_timeout"]
+    monkeypatch.setenv("WANDB_FINISH_TIMEOUT", "9")
+    assert "finish_timeout" not in settings() and "init_timeout" in settings()
+
+
 def test_an_error_of_a_variable_names_it():
     with pytest.raises(ValueError) as error:
         wandb.Settings(init_timeout="soon")  # type: ignore[arg-type]
@@ -443,7 +472,7 @@ def test_an_error_of_a_variable_names_it():
 @pytest.mark.parametrize(("value", "mode"), [("true", "disabled"), ("1", "disabled"), ("false", "offline")])
 def test_the_variable_that_disables_wandb_is_known(value, mode, monkeypatch):
     monkeypatch.delenv("WANDB_MODE")
-    monkeypatch.setattr(weights_and_biases, "_has_credentials", lambda: False)
+    monkeypatch.setattr(wandb_mode, "_has_credentials", lambda: False)
     monkeypatch.setenv("WANDB_DISABLED", value)
     assert resolve_mode("auto")[0] == mode
 

@@ -144,7 +144,7 @@ def _elsewhere(root: Path, name: str, stems: list[str]) -> str:
 def _fetch_atomically(root: Path, folder: Path, fetch: Callable[[Path], object]) -> None:
     """Downloads into a temporary folder in `root`, then renames the files: another process never reads half of one.
 
-    Existing files stay as they are.
+    Existing files are kept.
     """
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".download-", dir=root, ignore_cleanup_errors=True) as staged:

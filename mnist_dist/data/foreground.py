@@ -1,4 +1,7 @@
-"""Finds the figure (the drawn shape) in a grey picture: removes uneven light, noise and specks, and reports doubts."""
+"""Separates the figure (the drawn shape) in a grey picture from its background, and reports doubts.
+
+Uneven light, noise and specks are removed.
+"""
 
 from __future__ import annotations
 
@@ -277,7 +280,7 @@ def _choose_parts(parts: list[_Part]) -> tuple[list[int], bool]:
     kept, several = [main], False
     for part in parts[1:]:
         if part.area < SPECK * main.area:
-            break  # a speck; all further parts are as small
+            break  # a speck, and all further parts are smaller
         far = min(part.gap(each) for each in kept) > 0.4 * size
         if far and (part.area < STRAY * main.area or part.strength < 0.5 * main.strength):
             continue  # a stray mark, or the edge of a shadow, which is weak

@@ -31,7 +31,7 @@ BUILD_SECONDS = 120.0
 """Time limit for building a network. A network of this package, torchvision or timm takes about a second."""
 
 FILE_KEYWORDS = ("checkpoint_path", "cache_dir", "feature_cfg", "model_cfg")
-"""Keywords with which timm reads files, which may be pickles, or looks up classes. Keywords `pretrained…` do so too."""
+"""Keywords with which timm reads files, which may be pickles, or looks up classes. So do the keywords `pretrained…`."""
 
 
 class CodeRefused(ValueError):
@@ -52,7 +52,7 @@ def refuse_code(name: str, allowed: Sequence[str], what: str = "network") -> Non
 
     Args:
         allowed: modules, which include the modules below them, or whole dotted paths `package.module:Name`.
-        what: is named, for the message.
+        what: what the path names, for the message.
 
     Raises:
         CodeRefused: the path is not allowed. Nothing was imported.
