@@ -386,6 +386,16 @@ def test_details_stay_as_the_user_left_them(look, tmp_path):
         assert page.locator("#watch details").count() == 1
 
 
+def test_the_process_that_waits_least_is_named_as_the_slowest(look, tmp_path):
+    path = write_run(tmp_path / "run", status="running")
+    line = {"step": 31, "epoch": 3, "train/loss": 1.0}
+    for rank, wait in enumerate((40.0, 5.0, 30.0)):
+        line |= {f"process/{rank}/images_per_second": 10.0, f"process/{rank}/waiting_percent": wait}
+    (path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    with serving(tmp_path) as url:
+        look(url).locator("#watch p", has_text="Rank 1 is the slowest").wait_for()
+
+
 def test_a_page_in_a_file_has_no_details(look, address):
     assert look(address).locator("#watch *").count() == 0
 
