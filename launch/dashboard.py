@@ -30,7 +30,8 @@ def build(entity: str, project: str) -> Any:
         ws.Section(name=name, panels=[lines(metric, y=[metric]) for metric in metrics], is_open=True)
         for name, metrics in PANELS.items()
     ]
-    sections[-1].panels.append(lines("images/s of each process", metric_regex=r"process/\d+/images_per_second"))
+    for title, key in (("images/s", "images_per_second"), ("% of the time spent waiting", "waiting_percent")):
+        sections[-1].panels.append(lines(f"{title} of each process", metric_regex=rf"process/\d+/{key}"))
     columns = {"Actual": "Actual", "Predicted": "Predicted", "nPredictions": "nPredictions"}
     confusion = wr.CustomChart(
         query={"summaryTable": {"tableKey": "eval/confusion_table"}},

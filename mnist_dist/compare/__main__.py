@@ -16,6 +16,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from mnist_dist.compare.table import (
     print_table,
     write_tables,
 )
+from mnist_dist.compare.watch import watch, watched
 from mnist_dist.engine.files import read_regular, write_atomically
 from mnist_dist.errors import Kind, Problem, RecipeError
 from mnist_dist.run.reader import RunReader, find_runs, is_summary
@@ -73,9 +75,10 @@ class Comparison:
                 self._readers[path] = RunReader(path)
         return [*self._kept, *(Measured(self._readers[path].summary, self._readers[path]) for path in paths)]
 
-    def page_values(self, page: Page) -> dict[str, Any]:
-        """Reads all runs again and returns the values of the page."""
+    def page_values(self, page: Page, *, live: bool = False) -> dict[str, Any]:
+        """Reads all runs again and returns the values of the page. A live page shows some of the runs in detail."""
         measured = self.read()
+        shown = watched([each.run for each in measured if each.run]) if live else []
         label = labels(measured)
         single = in_order([Row([each], label(each)) for each in measured])
         runs = [
@@ -91,6 +94,7 @@ class Comparison:
                 changes=run.changes,
                 plots=run.folder.plots,
                 world=run.world,
+                watch=watch(run) if run in shown else None,
             )
             for row in single
             if (run := row.runs[0].run)
@@ -126,7 +130,7 @@ def follow(comparison: Comparison, port: int) -> None:
         RecipeError: the port cannot be used.
     """
     try:
-        server = LiveServer(port, comparison.page_values)
+        server = LiveServer(port, partial(comparison.page_values, live=True))
     except OverflowError as error:
         raise _problem("--port", f"port {port} is not between 0 and 65535", "range") from error
     except OSError as error:

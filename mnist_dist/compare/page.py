@@ -28,7 +28,10 @@ COLOURS = (style.BLUE, style.VERMILLION, style.GREEN, style.PURPLE, style.ORANGE
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "14 4")
 """Dash patterns of SVG lines. Six colours and five patterns have no common divisor, so 30 families look different."""
 
-CURVES = ("train/loss", "eval/loss", "train/accuracy", "eval/accuracy", "train/lr", "train/images_per_second")
+CURVES = (
+    "train/loss", "eval/loss", "train/accuracy", "eval/accuracy", "train/lr",
+    "train/images_per_second", "train/waiting_percent",
+)  # fmt: skip
 POINTS = 300
 """Maximum number of points of a curve. Each point of a longer curve is the mean of several lines."""
 
@@ -61,6 +64,8 @@ class PageRun:
     """The folder of the run's pictures."""
     world: Sequence[Mapping[str, Any]] = ()
     """The starts of the run's processes; see `mnist_dist.run.world_history`."""
+    watch: Mapping[str, Any] | None = None
+    """What a live page shows in detail; see `mnist_dist.compare.watch`."""
 
 
 class Page:
@@ -101,7 +106,8 @@ class Page:
                     "family": self._families[run.family],
                     "seed": None if run.seed is None else str(run.seed),
                     "status": run.status,
-                    "world": list(run.world) if len(run.world) > 1 else [],
+                    "world": list(run.world) if len(run.world) > 1 and not run.watch else [],
+                    "watch": run.watch,
                     "curves": self._curves[run.name][1],
                 }
                 for run in runs

@@ -20,7 +20,8 @@ class Reading:
 
     figures: Tensor
     """On the host: sums of loss, correct predictions and samples, seconds that all processes agree on, samples
-    of each process, then the values that were read with them. Valid once `end` has come."""
+    of each process, on a CPU the percentage of its time that each process waited, then the values that were read with
+    them. Valid once `end` has come."""
     own_sums: Tensor
     """The sums of this process, on the device."""
     steps: int
@@ -39,12 +40,17 @@ class Meter:
 
     The figures are read in two parts. `start_reading` queues the copy to the host and ends the interval; nothing waits.
     `finish_reading` waits for the copy. If other work is queued between the two, the device is never idle.
+
+    Args:
+        clock: measures how long this process waits for the gradients of the others.
     """
 
-    def __init__(self, accelerator: Accelerator):
-        self._accelerator = accelerator
+    def __init__(self, accelerator: Accelerator, clock: GradientClock | None = None):
+        self._accelerator, self._clock = accelerator, clock or GradientClock()
         self.reads_behind = runs_behind(accelerator.device) and accelerator.scaler is None
         """Whether figures are better read an interval late. With a gradient scaler the host waits anyway."""
+        self._sees_waits = accelerator.device.type == "cpu" and not self.reads_behind
+        """Whether `clock` sees the waits: the host of a GPU does not wait for gradients."""
         self._dtype = sum_dtype(accelerator.device)
         self.sums = torch.zeros(3, dtype=self._dtype, device=accelerator.device)
         """Loss, correct predictions and samples since the last reading. Written in place and never replaced."""
@@ -57,13 +63,18 @@ class Meter:
         self._unsent = 0, 0.0
         """Steps and seconds by this process's clock that no row has sent to the other processes."""
         self._own_samples = 0
+        self.steps_made = 0
+        """Steps of this process. Other threads read the number to see whether the training moves."""
         self.own_seconds = 0.0
         """Seconds of training in this process, without the time before a resume."""
         self.train_seconds = 0.0
         """Seconds of training since the start of the run, by rank 0's clock; equal on all processes."""
         self.seconds_per_step = 0.0
         """Mean seconds of a step in the latest interval that all processes know; 0 before the first. Equal on all."""
+        self._waited = 0.0
+        """Seconds that this process had waited at the last reading."""
         self._speeds: list[float] = []
+        self._waits: list[float] = []
 
     def add(self, loss_sum: Tensor, logits: Tensor, targets: Tensor) -> None:
         """Adds a micro-batch: its summed loss (scalar), logits (n, classes) and labels int64 (n,).
@@ -85,6 +96,7 @@ class Meter:
     def count_step(self, samples: int) -> None:
         """Counts a step and this process's samples in it, on the host."""
         self._steps += 1
+        self.steps_made += 1
         self._own_samples += samples
 
     def read(self) -> dict[str, float]:
@@ -108,11 +120,16 @@ class Meter:
         steps, start, own_sums = self._steps + self._steps_before, self._start, self.sums.clone()
         if not self.reads_behind:  # the row holds the seconds of this interval, else of intervals that are finished
             end = Moment(device)
-            self._count_time(steps, end.seconds_since(start), self._seconds_before)
+            own_seconds = end.seconds_since(start)
+            self._count_time(steps, own_seconds, self._seconds_before)
         agreed_steps, seconds = self._unsent
         self._unsent = 0, 0.0
-        row = torch.zeros(4 + self._accelerator.num_processes, dtype=self._dtype, device=device)
+        size = self._accelerator.num_processes
+        row = torch.zeros(4 + size * (1 + self._sees_waits), dtype=self._dtype, device=device)
         row[:3], row[4 + rank] = own_sums, own_sums[2]
+        if self._sees_waits:
+            row[4 + size + rank] = 100 * (self._clock.seconds - self._waited) / max(own_seconds, 1e-9)
+            self._waited = self._clock.seconds
         row[3] = seconds if self._accelerator.is_main_process else 0.0
         row = self._accelerator.reduce(row, reduction="sum")
         row = torch.cat([row, *(value.to(self._dtype).reshape(1) for value in values)])
@@ -132,12 +149,15 @@ class Meter:
         Waits until the device has finished the interval.
         """
         reading.end.wait()
-        loss, correct, seen, agreed_seconds, *seen_by = reading.figures.tolist()[: 4 + self._accelerator.num_processes]
+        size = self._accelerator.num_processes
+        loss, correct, seen, agreed_seconds, *others = reading.figures.tolist()
         seconds = reading.end.seconds_since(reading.start) + reading.seconds_before
         if self.reads_behind:
             self._count_time(reading.steps, seconds - reading.seconds_before, reading.seconds_before)
         self._note_agreed(reading.agreed_steps, agreed_seconds)
-        self._speeds = [each / seconds for each in seen_by]
+        self._speeds = [each / seconds for each in others[:size]]
+        if self._sees_waits and self._clock.reductions:
+            self._waits = others[size : 2 * size]
         self._epoch_sums = [old + new for old, new in zip(self._epoch_sums, (loss, correct, seen), strict=True)]
         seen_or_one = max(seen, 1.0)  # all steps since the last read may have been skipped
         return {
@@ -180,23 +200,31 @@ class Meter:
         self._epoch_sums = [0.0, 0.0, 0.0]
         return {"train/epoch_loss": loss / max(seen, 1), "train/epoch_accuracy": 100 * correct / max(seen, 1)}
 
-    def gauges(self) -> dict[str, float]:
-        """Returns the memory in MB on rank 0, and each process's images/s between the last two reads.
+    def process_figures(self) -> dict[str, float]:
+        """Returns each process's images/s between the last two reads.
 
-        Memory is the peak of tensors on a GPU that counts them, or the current size of the process.
+        If several processes reduce gradients on CPUs, also the percentage of the time that each of them waited for the
+        gradients of the others, and the mean. The process that waits least is the slowest.
         """
+        found = {f"process/{rank}/images_per_second": round(each, 2) for rank, each in enumerate(self._speeds)}
+        found |= {f"process/{rank}/waiting_percent": round(each, 2) for rank, each in enumerate(self._waits)}
+        if self._waits:
+            found["train/waiting_percent"] = round(sum(self._waits) / len(self._waits), 2)
+        return found
+
+    def gauges(self) -> dict[str, float]:
+        """Returns the memory in MB on rank 0: the peak of tensors on a GPU that counts them, or of the process now."""
         device = self._accelerator.device
         counts_tensors = device.type in ("cuda", "xpu")
         used = peak_memory(device) if counts_tensors else psutil.Process().memory_info().rss
-        speeds = {f"process/{rank}/images_per_second": speed for rank, speed in enumerate(self._speeds)}
-        return {"train/memory_mb": used / 2**20, **speeds}
+        return {"train/memory_mb": used / 2**20}
 
-    def per_process(self, clock: GradientClock) -> dict[str, list[float]]:
+    def per_process(self) -> dict[str, list[float]]:
         """Returns each process's images/s since it started, and the share of that time that it waited for others.
 
         Collective: call on every rank.
         """
-        own = [self._own_samples / max(self.own_seconds, 1e-9), clock.seconds / max(self.own_seconds, 1e-9)]
+        own = [self._own_samples / max(self.own_seconds, 1e-9), self._clock.seconds / max(self.own_seconds, 1e-9)]
         table = self._accelerator.gather(torch.tensor([own], dtype=self._dtype, device=self._accelerator.device))
         speed, waited = table.T.tolist()
         return {
@@ -206,7 +234,7 @@ class Meter:
 
     def resume(self) -> None:
         """Restarts the clock after time that does not count as training, such as an evaluation."""
-        self._steps = 0
+        self._steps, self._waited = 0, self._clock.seconds
         self._start = Moment(self._accelerator.device)
 
     def state_dict(self) -> dict[str, Any]:

@@ -130,7 +130,8 @@ def build_components(
         total_steps=total_steps,
         **recipe.schedule.keywords,
     )
-    meter, clock = Meter(accelerator), GradientClock()
+    clock = GradientClock()
+    meter = Meter(accelerator, clock)
     network = _build_network(recipe, accelerator, module, schedule, clock)
     stored, place, placement = run_on_all_ranks(PartialState(), lambda: _place(recipe, train_data, device))
     step = TrainStep(

@@ -37,7 +37,7 @@ from mnist_dist.run.elastic_saves import ElasticSaves
 from mnist_dist.run.folder import RunFolder
 from mnist_dist.run.plan import Plan
 from mnist_dist.run.resume import file_bytes
-from mnist_dist.tracking import JSONLTracker, OtherTracker, WandbTracker, find_tracker
+from mnist_dist.tracking import ConsoleTracker, JSONLTracker, OtherTracker, WandbTracker, find_tracker
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 """Error numbers of a disk that is full, read-only or broken: the user needs a message, not a traceback."""
@@ -323,12 +323,14 @@ class Checkpointer:
         return [*lines, "try a lower optimizer.lr, clip_grad_norm=1 or on_nonfinite=skip"]
 
     def _end_trackers(self, cause: str | None, resumes: bool) -> None:
-        """Ends all trackers. W&B sends an alert with the cause; after Ctrl-C, which has none, it sends no alert.
+        """Ends all trackers. The console's log gets the cause, and W&B sends an alert; Ctrl-C has no cause.
 
         Args:
             resumes: the run resumes by itself, so W&B sends no alert.
         """
         for tracker in reversed(self._components.accelerator.trackers):  # the console last: others write to it
+            if isinstance(tracker, ConsoleTracker) and cause is not None:
+                tracker.note(cause)
             if isinstance(tracker, OtherTracker):
                 tracker.end("KILLED" if cause is None or resumes else "FAILED")
             elif not isinstance(tracker, WandbTracker):

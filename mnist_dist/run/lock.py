@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 
 from mnist_dist.distributed.expected_size import is_elastic
+from mnist_dist.engine.files import read_regular
 from mnist_dist.errors import Problem, RecipeError
 
 FILE = "run.lock"
@@ -40,6 +41,10 @@ over the lock only after the rendezvous has declared that machine lost."""
 ELASTIC_WATCH_SECONDS = 60.0
 """If the lock is renewed, a process of an elastic run watches it for this time before it is refused: the writer on a
 lost machine needs a while to notice that it is alone."""
+
+
+MOST_BYTES = 2**16
+"""A lock file of more bytes is not read."""
 
 
 class RunLock:
@@ -164,6 +169,25 @@ class RunLock:
                 os._exit(1)
 
 
+def last_renewal(path: Path) -> tuple[float, bool]:
+    """Returns when a lock file was renewed last, in seconds since 1970, and whether its process has ended or is silent.
+
+    Only reads. The file may come from a stranger.
+
+    Raises:
+        OSError: there is no such file, or it is not a regular file.
+    """
+    content, text, renewed = {}, read_regular(path, MOST_BYTES), path.stat().st_mtime
+    with suppress(ValueError, RecursionError):
+        content = json.loads(text)
+    if not isinstance(content, dict):
+        content = {}
+    has_ended = False
+    with suppress(KeyError, TypeError, ValueError, OverflowError):
+        has_ended = _is_of_this_machine(content) and _has_ended(content)
+    return renewed, has_ended or time.time() - renewed > _silent_seconds(content)
+
+
 def _describe_process() -> dict[str, Any]:
     """Returns machine, process id and start time of this process. A restarted container counts as another machine."""
     machine = [socket.gethostname()]
@@ -189,19 +213,21 @@ def _is_of_this_machine(content: dict[str, Any]) -> bool:
 
 
 def _is_dead_here(content: dict[str, Any]) -> bool:
-    """Returns whether the lock belongs to a process of this machine that has ended.
+    """Returns whether the lock belongs to an ended process of this machine, or to an earlier run of this process."""
+    return _is_of_this_machine(content) and (_has_ended(content) or content["pid"] == os.getpid())
+
+
+def _has_ended(content: dict[str, Any]) -> bool:
+    """Returns whether a process of this machine has ended.
 
     The start time is compared too, because the system may have given the process id to another process.
     """
-    if not _is_of_this_machine(content):
-        return False
     try:
         process = psutil.Process(content["pid"])
         # 10 s of tolerance: psutil's start time shifts when the clock of the machine is set.
-        ended = process.status() == psutil.STATUS_ZOMBIE or abs(process.create_time() - content["started"]) > 10
+        return process.status() == psutil.STATUS_ZOMBIE or abs(process.create_time() - content["started"]) > 10
     except psutil.Error:
         return True
-    return ended or content["pid"] == os.getpid()  # an earlier run of this process
 
 
 def _holder(content: dict[str, Any]) -> str:

@@ -62,4 +62,6 @@ class LogLines:
         except NotFinite:  # the checkpoint of the state before the bad step needs the figures
             self._components.meter.take_back(reading)
             raise
-        return position | self._components.meter.finish_reading(reading) | rates | {"train/grad_norm": norm}
+        meter = self._components.meter
+        figures = meter.finish_reading(reading) | rates | {"train/grad_norm": norm}
+        return position | figures | meter.process_figures()

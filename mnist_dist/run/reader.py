@@ -8,6 +8,7 @@ import time
 from collections.abc import Hashable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from mnist_dist.recipe.file import read_recipe
 from mnist_dist.recipe.loading import load_recipe
 from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.folder import MOST_JSON, RunFolder
+from mnist_dist.run.lock import FILE as LOCK
+from mnist_dist.run.lock import last_renewal
 from mnist_dist.run.tables import printable
 from mnist_dist.run.world_history import read_history
 from mnist_dist.tracking import JSONLReader
@@ -34,7 +37,7 @@ LARGEST = 1e100
 """Numbers of a larger magnitude are ignored. JSON can hold 1e999, and whole numbers that are too large for a float."""
 
 SILENCE = 600.0
-"""After this many seconds without a change of its files, the status of a running run shows how long it is silent."""
+"""A running run without a lock file is silent after this many seconds without a change of its files."""
 
 # --- a run in any state -------------------------------------------------------------------------------------------
 
@@ -57,6 +60,7 @@ class RunReader:
         name: the path as text that any console can print.
         recipe: dotted keys and values of the resolved recipe; empty if recipe.yaml cannot be read.
         world: the starts of its processes; see `read_history`.
+        word: the word in STATUS.
         summary: the values of summary.json; for an unfinished run, those that follow from its recipe and metrics.
         lines: the objects of metrics.jsonl so far.
         is_finished: summary.json is complete.
@@ -74,7 +78,7 @@ class RunReader:
         self.changes = 0
         self._metrics = JSONLReader(self.folder.metrics)
         self._stamps: list[tuple[int, int] | None] = []
-        self._word = ""
+        self.word = ""
         self.refresh()
 
     def refresh(self) -> None:
@@ -86,10 +90,10 @@ class RunReader:
         self._stamps, self.changes = stamps, self.changes + 1
         self.lines = [] if folder.leaves(folder.metrics) else self._metrics.read()
         self.world = read_history(folder)
-        self._word, self.recipe = "no STATUS", {}
+        self.word, self.recipe = "no STATUS", {}
         summary: Any = None
         with suppress(OSError, ValueError):
-            self._word = read_regular(folder.refuse_link(folder.status), MOST_JSON).decode().strip()[:20]
+            self.word = read_regular(folder.refuse_link(folder.status), MOST_JSON).decode().strip()[:20]
         with suppress(RecipeError, ValueError):
             self.recipe = flatten(read_recipe(folder.refuse_link(folder.recipe))[0])
         with suppress(OSError, ValueError, RecursionError):
@@ -114,18 +118,36 @@ class RunReader:
 
     @property
     def status(self) -> str:
-        """The word of STATUS; for an unfinished run also the epochs done, and how long it has been silent."""
+        """The word of STATUS; for an unfinished run also the epochs done, and its last sign of life if it is silent."""
         if not self.recipe:
             return "damaged: recipe.yaml cannot be read"
         if self.is_finished:
-            return self._word
-        if self._word == "done":
+            return self.word
+        if self.word == "done":
             return "damaged: no whole summary.json"
-        text = f"{self._word} at {self.summary['epochs']:.3g} of {self.recipe.get('epochs')} epochs"
-        if self._word == "running" and (last := max(filter(None, self._stamps), default=None)):
-            silent = time.time() - last[0] / 1e9
-            text += f", silent for {_duration(silent)}" if silent > SILENCE else ""
+        text = f"{self.word} at {self.summary['epochs']:.3g} of {self.recipe.get('epochs')} epochs"
+        if since := self.silent_since:
+            text += f", no sign of life since {datetime.fromtimestamp(since):%Y-%m-%d %H:%M}"
         return text
+
+    @property
+    def changed(self) -> float:
+        """When one of the files was written last, in seconds since 1970."""
+        return max([0.0, *(stamp[0] / 1e9 for stamp in self._stamps if stamp)])
+
+    @property
+    def silent_since(self) -> float | None:
+        """The last sign of life of a run that should be running, in seconds since 1970; None if it may still run.
+
+        A run renews its lock file every few seconds, also while it waits. A copy of a run folder may lack the file.
+        """
+        if self.word != "running" or self.is_finished:
+            return None
+        try:
+            renewed, is_silent = last_renewal(self.folder.refuse_link(self.folder.path / LOCK))
+        except (OSError, ValueError):
+            renewed, is_silent = 0.0, time.time() - self.changed > SILENCE
+        return min(max(renewed, self.changed), time.time()) if is_silent else None
 
     @property
     def data(self) -> str:
@@ -165,14 +187,6 @@ def _stamp(path: Path) -> tuple[int, int] | None:
         found = path.stat()
         return found.st_mtime_ns, found.st_size
     return None
-
-
-def _duration(seconds: float) -> str:
-    """Returns a duration in days, hours or minutes."""
-    for size, unit in ((86400, "days"), (3600, "h")):
-        if seconds > 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds / 60:.0f} min"
 
 
 # --- a trained network --------------------------------------------------------------------------------------------

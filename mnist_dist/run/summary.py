@@ -64,7 +64,8 @@ def open_trackers(
     if not components.accelerator.is_main_process:
         return None
     split = "validation" if dataset.has_validation else "test"
-    console = ConsoleTracker(components.total_steps, recipe.epochs, split, folder.console, quiet=quiet)
+    meter, steps = components.meter, components.total_steps
+    console = ConsoleTracker(steps, recipe.epochs, split, folder.console, quiet=quiet, steps=lambda: meter.steps_made)
     project = project_name(recipe)
     mode, reason = resolve_mode(recipe.tracking.wandb.mode)
     console.header(_header(recipe, components, dataset) | {"wandb": reason, "run folder": str(folder.path)})
@@ -243,7 +244,7 @@ def summarize(
         "epochs": round(progress.step / components.batches.steps_per_epoch, 6),
         "steps": progress.step,
         "images_per_second": round(images / components.meter.train_seconds, 1),
-        **components.meter.per_process(components.update.clock),
+        **components.meter.per_process(),
         # A process that resumed after the last step has made no step.
         "wandb_share": round(wandb.log_seconds / own_seconds, 6) if wandb and own_seconds else 0.0,
         "skipped_steps": components.update.skipped,

@@ -250,7 +250,7 @@ def test_the_status_mentions_a_long_time_without_output(tmp_path):
     for file in path.iterdir():
         os.utime(file, (0, 1e9))
     status = RunReader(path).status
-    assert status.startswith("running at 3 of 3 epochs") and "silent" in status and "days" in status
+    assert status.startswith("running at 3 of 3 epochs") and "2001-09-09" in status
 
 
 @pytest.mark.parametrize(

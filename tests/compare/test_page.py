@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from mnist_dist.compare.page import POINTS, Page, curves, embedded, render
 from mnist_dist.run.tables import printable
 from tests import processes
 from tests.compare.test_compare import lines, summary, write_run
+from tests.distributed.training import WITHOUT_TRACKING
 
 pytest_plugins = ["tests.browser"]
 
@@ -251,7 +253,7 @@ def test_curves_are_short_and_hold_no_nan():
 @contextmanager
 def serving(*paths: Path) -> Iterator[str]:
     comparison = compare.Comparison(list(paths), may_wait=True)
-    with LiveServer(0, comparison.page_values) as server:
+    with LiveServer(0, partial(comparison.page_values, live=True)) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
         try:
@@ -303,6 +305,99 @@ def test_a_live_page_waits_for_the_first_run(look, tmp_path):
         assert page.inner_text("#nothing") == "No runs yet."
         write_run(tmp_path / "first", status="running")
         page.wait_for_selector("text=running at 3 of 3 epochs")
+
+
+class TwoProcesses:
+    """Trains a run in two processes, for longer than any test."""
+
+    def __init__(self, folder: Path):
+        words = ["--recipe", "debug", "--run-dir", folder, "epochs=100000", "checkpoint.every_steps=3"]
+        words += ["batch_size=64", "data.limit_train=512", "data.limit_test=32"]
+        self._command = [sys.executable, "-m", "mnist_dist.train", *words, *WITHOUT_TRACKING]
+        self._ranks: list[processes.Process] = []
+
+    def start(self) -> None:
+        port, base = processes.free_port(), os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        variables = [processes.rank_variables(rank, 2, port) for rank in range(2)]
+        self._ranks = [processes.popen(self._command, env=base | each, stdout=subprocess.DEVNULL) for each in variables]
+
+    def end(self, number: int) -> None:
+        """Sends a signal to both processes and waits until they have ended."""
+        for rank in self._ranks:
+            rank.send_signal(number)
+        for rank in self._ranks:
+            rank.wait(timeout=120)
+
+
+@pytest.fixture
+def two_processes(tmp_path) -> Iterator[TwoProcesses]:
+    training = TwoProcesses(tmp_path / "runs" / "watched")
+    yield training
+    training.end(signal.SIGKILL)
+
+
+def test_a_phone_watches_a_run_of_two_processes_that_is_killed_and_resumed(look, tmp_path, two_processes):
+    (tmp_path / "runs").mkdir()
+    with serving(tmp_path / "runs") as url:
+        page = look(url, viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
+
+        def shows(*texts: str) -> None:
+            for text in texts:
+                page.locator("#watch", has_text=text).wait_for()
+
+        two_processes.start()
+        page.wait_for_selector("#watch .state.running")
+        shows("images/s", "waiting share", "of training left", "best weights", "/100000  train loss")
+        rows = page.locator("#watch h3:text('Processes') + div tr")
+        assert [text.split()[0] for text in rows.all_inner_texts()] == ["rank", "0", "1"]
+        assert all(row.count("%") == 1 for row in rows.all_inner_texts()[1:])
+
+        two_processes.end(signal.SIGKILL)
+        page.wait_for_selector("#watch .state.silent")
+        shows("No sign of life since", "resumes it from step", "images/s, last")
+        page.locator("#about", has_text="1 without a sign of life").wait_for()
+
+        two_processes.start()
+        page.wait_for_selector("#watch .state.running")
+        shows("2 processes from step 0", "resumed after a failure", "last log line")
+
+        two_processes.end(signal.SIGTERM)
+        page.wait_for_selector("#watch .state.preempted")
+        shows("Stopped by a signal", "Rerun the same command")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        touched = "all => all.filter(each => each.checkVisibility()).map(each => each.getBoundingClientRect().height)"
+        heights = page.locator("button, summary, #filter, #bar label").evaluate_all(touched)
+        assert len(heights) > 8 and min(heights) >= 44
+
+
+def test_details_stay_as_the_user_left_them(look, tmp_path):
+    for name in ("first", "second"):
+        write_run(tmp_path / name, status="running", steps=4, recipe={"name": name})
+    with serving(tmp_path) as url:
+        page = look(url)
+        page.wait_for_selector("#watch details[open] >> nth=1")
+        page.locator("#watch summary", has_text="second").click()
+        (tmp_path / "second" / "console.log").write_text("<b>a message</b>\n")
+        (tmp_path / "first" / "console.log").write_text("<img src=x onerror=alert(1)>\n")
+        page.locator("#watch", has_text="<b>a message</b>").wait_for(state="attached")
+        assert page.locator("#watch details").evaluate_all("all => all.map(each => each.open)") == [True, False]
+        assert page.locator("#watch pre").first.inner_text() == "<img src=x onerror=alert(1)>"
+        page.fill("#filter", "second")
+        assert page.locator("#watch details").count() == 1
+
+
+def test_the_process_that_waits_least_is_named_as_the_slowest(look, tmp_path):
+    path = write_run(tmp_path / "run", status="running")
+    line = {"step": 31, "epoch": 3, "train/loss": 1.0}
+    for rank, wait in enumerate((40.0, 5.0, 30.0)):
+        line |= {f"process/{rank}/images_per_second": 10.0, f"process/{rank}/waiting_percent": wait}
+    (path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    with serving(tmp_path) as url:
+        look(url).locator("#watch p", has_text="Rank 1 is the slowest").wait_for()
+
+
+def test_a_page_in_a_file_has_no_details(look, address):
+    assert look(address).locator("#watch *").count() == 0
 
 
 def ask(url: str, path: str, host: str = "") -> tuple[int, bytes]:

@@ -33,12 +33,23 @@ def test_evaluation_is_the_same_even_if_outputs_depend_on_the_batch(tmp_path):
     assert three["eval/loss"] == pytest.approx(one["eval/loss"], rel=1e-6)
 
 
+FIGURES = ("images_per_second", "waiting_percent")
+
+
 def test_two_processes_write_one_run_folder_with_the_speed_of_each(tmp_path):
     train_in_world(2, tmp_path / "run", "--recipe", "debug", "epochs=1")
     run = load_run(tmp_path / "run")
     assert len([line for line in run.metrics if "eval/loss" in line]) == 1
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["world_size"] == 2
     assert run.summary["nodes"] == 1
+    for line in run.metrics:
+        speeds, waits = ([line.get(f"process/{rank}/{key}") for rank in range(2)] for key in FIGURES)
+        if "train/loss" in line:
+            assert sum(speeds) == pytest.approx(line["train/images_per_second"], abs=0.1)
+            assert all(0 < wait < 100 for wait in waits)
+            assert line["train/waiting_percent"] == pytest.approx(sum(waits) / 2, abs=0.02)
+        else:
+            assert [*speeds, *waits] == [None] * 4
     assert len(run.summary["images_per_second_per_process"]) == 2
     assert all(0 < share < 1 for share in run.summary["communication_share_per_process"])
     assert run.summary["wandb_share"] == 0  # W&B is disabled

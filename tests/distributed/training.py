@@ -35,8 +35,11 @@ def relative_deviations(expected: list[dict], found: list[dict]) -> list[float]:
 
 
 def weights_and_metrics(run_dir: Path) -> tuple[bytes, list[dict]]:
-    """Returns the bytes of the last weights and the lines of metrics.jsonl without the speed."""
-    lines = load_run(run_dir).metrics
-    return (run_dir / "last.safetensors").read_bytes(), [
-        {key: value for key, value in line.items() if key != "train/images_per_second"} for line in lines
-    ]
+    """Returns the bytes of the last weights and the lines of metrics.jsonl without times."""
+    return (run_dir / "last.safetensors").read_bytes(), [without_times(line) for line in load_run(run_dir).metrics]
+
+
+def without_times(line: dict) -> dict:
+    """Returns a line of metrics.jsonl without the figures that depend on times."""
+    times = ("train/images_per_second", "train/waiting_percent")
+    return {key: value for key, value in line.items() if key not in times and not key.startswith("process/")}

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mnist_dist.distributed.gradients import GradientClock
 from mnist_dist.engine.metrics import Meter
 
 
@@ -111,6 +112,39 @@ def test_all_processes_agree_on_the_clock_of_rank_0(late):
         meter.finish_reading(meter.start_reading())
     assert meters[1].train_seconds == meters[1].seconds_per_step == 5.0
     assert meters[1].own_seconds == 6.0 + 4.0
+
+
+def test_figures_of_each_process_show_who_waits_for_whom(late, monkeypatch):
+    monkeypatch.setattr("mnist_dist.engine.metrics.runs_behind", lambda _: False)
+    rows: list[Tensor] = []
+    clocks = [GradientClock() for _ in range(2)]
+    meters = [Meter(FakeProcess(rank, 2, rows), clocks[rank]) for rank in range(2)]
+    for waited in (1.0, 3.0):
+        rows.clear()
+        for rank, meter in reversed([*enumerate(meters)]):
+            late.queued_until = 0.0
+            meter.resume()
+            train(meter, late, 5.0, samples=50 + 10 * rank)
+            clocks[rank].seconds += waited * rank  # only process 1 waits
+            clocks[rank].reductions += 1
+            reading = meter.start_reading()
+        assert meters[0].finish_reading(reading)["train/images_per_second"] == 22.0
+        assert meters[0].process_figures() == {
+            **{"process/0/images_per_second": 10.0, "process/1/images_per_second": 12.0},
+            **{"process/0/waiting_percent": 0.0, "process/1/waiting_percent": 20 * waited},
+            "train/waiting_percent": 10 * waited,
+        }
+
+
+@pytest.mark.parametrize("behind", [True, False])
+def test_waits_that_the_host_does_not_see_are_not_shown(late, monkeypatch, behind):
+    monkeypatch.setattr("mnist_dist.engine.metrics.runs_behind", lambda _: behind)
+    clock = GradientClock()
+    clock.reductions = int(behind)  # a GPU reduces without a wait of the host; one process reduces nothing
+    meter = Meter(FakeProcess(), clock)
+    train(meter, late, 5.0)
+    meter.read()
+    assert meter.process_figures() == {"process/0/images_per_second": 10.0}
 
 
 def test_a_reading_that_is_taken_back_is_read_with_the_next_one(late):

@@ -95,6 +95,7 @@ def test_a_nonfinite_loss_stops_the_run_before_the_update_and_names_the_sample(t
     assert f"step {step} " in message and "rank 0" in message and "samples 7 " in message
     assert str(saved) in message
     assert (tmp_path / "run" / "STATUS").read_text() == "failed\n"
+    assert message in (tmp_path / "run" / "console.log").read_text()
     state = load_checkpoint(saved)
     assert all(torch.isfinite(value).all() for value in state["components"]["model"].values())
     assert torch.isfinite(torch.tensor(state["components"]["meter"]["sums"])).all()

@@ -18,9 +18,8 @@ TRAIN = [sys.executable, "-m", "mnist_dist.train", "epochs=1", "max_steps=4", "l
 
 
 def test_the_time_left_is_by_the_speed_of_this_process_also_after_a_resume(tmp_path):
-    tracker, now = ConsoleTracker(1000, 10, "test", tmp_path / "console.log", quiet=True), 0.0
-    tracker._progress.get_time = lambda: now
-    tracker._last_plain = now
+    now = 0.0
+    tracker = ConsoleTracker(1000, 10, "test", tmp_path / "console.log", quiet=True, clock=lambda: now)
     for step in (720, 740, 760):  # this process resumed at step 700: 20 steps in 40 s
         now += 40.0
         figures = {"train/loss": 0.5, "train/accuracy": 90.0, "train/images_per_second": 64.0}

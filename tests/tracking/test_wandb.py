@@ -137,8 +137,8 @@ def test_every_line_of_metrics_is_logged_with_figures_of_the_machine(logged, run
         assert {key: item[key] for key in line} == pytest.approx(line)
         if "train/loss" in line:
             assert 10 < item["train/memory_mb"] < 1e6
-            assert item["process/0/images_per_second"] == pytest.approx(line["train/images_per_second"])
-            assert not {"train/memory_mb", "process/0/images_per_second"} & line.keys(), "for W&B only"
+            assert item["process/0/images_per_second"] == pytest.approx(line["train/images_per_second"], abs=0.01)
+            assert "train/memory_mb" not in line, "for W&B only"
 
 
 def test_the_summary_holds_the_best_values(logged, run_dir):
