@@ -49,7 +49,8 @@ class Meter:
         self._accelerator, self._clock = accelerator, clock or GradientClock()
         self.reads_behind = runs_behind(accelerator.device) and accelerator.scaler is None
         """Whether figures are better read an interval late. With a gradient scaler the host waits anyway."""
-        self._sees_waits = accelerator.device.type == "cpu" and not self.reads_behind
+        several = accelerator.num_processes > 1
+        self._sees_waits = several and accelerator.device.type == "cpu" and not self.reads_behind
         """Whether `clock` sees the waits: the host of a GPU does not wait for gradients."""
         self._dtype = sum_dtype(accelerator.device)
         self.sums = torch.zeros(3, dtype=self._dtype, device=accelerator.device)

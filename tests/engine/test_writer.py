@@ -139,7 +139,7 @@ def test_tensors_that_share_memory_are_copied_apart():
 
 
 SHARDED = """
-import os, sys, torch
+import os, sys, time, torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from mnist_dist.distributed.launcher import launched_world
@@ -153,6 +153,9 @@ gather, living, most, found = DTensor.full_tensor, [], 0, []
 
 def gathered(tensor):
     global most
+    deadline = time.monotonic() + 10  # the thread that communicates may release a tensor a moment later
+    while not all(torch.UntypedStorage._expired(each) for each in living) and time.monotonic() < deadline:
+        time.sleep(0.01)
     result = gather(tensor)
     storage = result.untyped_storage()._weak_ref()
     living.append(storage)
