@@ -74,7 +74,8 @@ def open_trackers(
     step = checkpoint["progress"]["step"] if checkpoint else 0
     history = note_start(folder, step, components.accelerator.num_processes, nodes)
     if len(history) > 1:
-        console.message(f"world: {sizes(history[-2:])} processes, {history[-1]['cause']}")
+        world = sizes(history[-2:])
+        console.message(f"world: {world} {'process' if world == '1' else 'processes'}, {history[-1]['cause']}")
     trackers: list[Any] = [console, JSONLTracker(folder.metrics, checkpoint.get("metrics_bytes", 0))]
     if mode != "disabled":
         init: dict[str, Any] = wandb_settings(recipe) | {"mode": mode}
