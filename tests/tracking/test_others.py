@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mnist_dist import load_recipe, load_run, train
@@ -83,7 +84,7 @@ READERS: dict[str, Callable[[Path], Points]] = {
 
 def rounded(points: Points) -> Points:
     """TensorBoard stores float32."""
-    return Counter({(key, step, float(f"{value:.5g}")): count for (key, step, value), count in points.items()})
+    return Counter({(key, step, float(np.float32(value))): count for (key, step, value), count in points.items()})
 
 
 @pytest.fixture(scope="module")
