@@ -1,4 +1,4 @@
-"""Further trackers of Accelerate beside W&B, each in a thread. None of them can delay or end a run."""
+"""Trackers of Accelerate in addition to W&B, each in a thread. None of them can delay or end a run."""
 
 from __future__ import annotations
 

@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 
 from mnist_dist import load_run
-from tests import processes
 from tests.cluster.machines import MACHINES, Machines, missing
 from tests.cluster.results import Results, written_as_table
+from tests.cluster.undisturbed import train_undisturbed
 from tests.distributed.training import WITHOUT_TRACKING, weights_and_metrics
 from tests.processes import ROOT
 
@@ -50,9 +50,7 @@ def machines(tmp_path: Path) -> Iterator[Machines]:
 
 def undisturbed(folder: Path, *words: str) -> tuple[bytes, list[dict]]:
     """Trains in one process; returns the last weights and the metrics."""
-    command = [sys.executable, "-m", "mnist_dist.train", *WORDS, *words, "--run-dir", folder]
-    processes.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
-    return weights_and_metrics(folder)
+    return weights_and_metrics(train_undisturbed(folder, [*WORDS, *words]))
 
 
 class Job:

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import pytest
 
-from tests import processes
 from tests.cluster.results import Results, written_as_table
 from tests.cluster.slurm import NODES, Cluster, missing
+from tests.cluster.undisturbed import train_undisturbed
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,10 +54,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of the same training in one process without SLURM."""
-    folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    command = [sys.executable, "-m", "mnist_dist.train", *WORDS, "--run-dir", folder]
-    processes.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
-    return folder
+    return train_undisturbed(tmp_path_factory.mktemp("undisturbed") / "run", WORDS)
 
 
 def variables() -> dict[str, str]:
@@ -241,10 +238,7 @@ SLOW_WORDS = [*WORDS, "model.name=tests.cluster.slow_network:SlowLeNet", "epochs
 @pytest.fixture(scope="module")
 def slow_undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of the training of the elastic jobs, in one process without SLURM."""
-    folder = tmp_path_factory.mktemp("slow_undisturbed") / "run"
-    command = [sys.executable, "-m", "mnist_dist.train", *SLOW_WORDS, "--run-dir", folder]
-    processes.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
-    return folder
+    return train_undisturbed(tmp_path_factory.mktemp("slow_undisturbed") / "run", SLOW_WORDS)
 
 
 def history_of(run_dir: Path) -> list[tuple[int, str]]:
