@@ -61,6 +61,7 @@ def sync(server: WandbServer, run_dir: Path, *options: str) -> None:
     assert any(folder.glob("*.wandb"))
     done = subprocess.run(
         [command, "sync", "--include-online", *options, folder],
+        cwd=run_dir,  # the command writes its logs to ./wandb
         env=os.environ | server.environment,
         capture_output=True,
         text=True,
