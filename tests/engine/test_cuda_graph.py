@@ -84,7 +84,9 @@ def tensors_in(value: Any) -> list[Tensor]:
 @contextmanager
 def tensors_restored() -> Iterator[None]:
     """Restores the values of all tensors afterwards, because the capture of a graph does not execute its operations."""
-    found = [each.detach() for each in gc.get_objects() if isinstance(each, Tensor) and each.device.type == "cpu"]
+    # `type`, because `isinstance` asks a weak reference of an earlier test for an object that is gone.
+    tensors: list[Tensor] = [each for each in gc.get_objects() if issubclass(type(each), Tensor)]
+    found = [each.detach() for each in tensors if each.device.type == "cpu"]
     before = [each.clone() for each in found]
     try:
         yield

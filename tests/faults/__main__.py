@@ -100,7 +100,12 @@ def run_trials(arguments: argparse.Namespace, home: Path) -> tuple[list[Trial], 
     print(f"undisturbed run: {len(reference):,} values to compare with, {time.monotonic() - begun:.0f} s", flush=True)
     for option, per_run, make in (
         ("kills", BLOWS_PER_RUN, lambda seed, count: partial(blow_trial, blows=kills_of(seed, count))),
-        ("signals", BLOWS_PER_RUN, lambda seed, count: partial(blow_trial, blows=signals_of(seed, count))),
+        (
+            "signals",
+            BLOWS_PER_RUN,
+            # with pictures, which are most of the end of an ordinary run
+            lambda seed, count: partial(blow_trial, blows=signals_of(seed, count), words=["tracking.plots=true"]),
+        ),
         ("damages", 1, lambda seed, count: partial(damage_trial, kinds=[damage_of(seed)])),
         ("restarts", 1, lambda seed, count: restart_trial),
     ):

@@ -60,6 +60,7 @@ BLOWS = [
         (Place("ending"), signal.SIGTERM),
         (Place("ending"), signal.SIGINT),
         (Place("ending"), signal.SIGUSR1),
+        (Place("exit"), signal.SIGTERM),
     ],
 ]
 
@@ -76,7 +77,7 @@ def test_a_run_that_is_killed_and_stopped_several_times_ends_with_the_same_bytes
     trial = blow_trial(tmp_path, undisturbed, seed=0, world_size=1, blows=blows)
     assert trial.problem is None, str(trial)
     # The end is short: the run may be over before a blow at any moment of it, and then no other blow follows.
-    assert len(trial.blows) >= len([place for place, _ in blows if place != Place("ending")])
+    assert len(trial.blows) >= len([place for place, _ in blows if place not in (Place("ending"), Place("exit"))])
 
 
 def test_a_killed_run_on_colour_pictures_from_disk_ends_with_the_same_bytes(monkeypatch, tmp_path):
@@ -162,10 +163,11 @@ def test_the_driver_detects_every_byte_that_differs(tmp_path, undisturbed):
     assert differences(kept, undisturbed) == []
 
 
-def test_all_that_a_run_does_after_its_last_step_is_its_ending():
+def test_all_that_a_run_does_between_its_last_step_and_its_status_is_its_ending():
     assert Notes(["step", "evaluation"], 64, False).phase == "evaluation"
     assert Notes(["ending"], 64, False, writing=True).phase == "ending"
     assert Notes(["ending"], 64, False).phase == Notes(["ending", "evaluation"], 64, False).phase == "ending"
+    assert Notes(["exit"], 64, False).phase == "exit"
 
 
 def test_no_blow_of_a_run_that_ends_with_other_bytes_counts_as_survived():

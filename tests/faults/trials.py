@@ -34,10 +34,11 @@ from tests.faults.victim import POINTS
 
 T = TypeVar("T")
 
-PHASES = ("start", "step", "evaluation", "saving", "writing", "ending")
+PHASES = ("start", "step", "evaluation", "saving", "writing", "ending", "exit")
+"""From the last step to STATUS done is the ending; after it comes the exit of the processes."""
 BLOWS_PER_RUN = 5
 SECONDS_TO_STOP = 60.0
-DURATIONS = {"start": 1.0, "step": 0.05, "evaluation": 0.1, "saving": 0.003, "writing": 0.03, "ending": 0.2}
+DURATIONS = {"start": 1.0, "step": 0.05, "evaluation": 0.1, "saving": 0.003, "writing": 0.03, "ending": 0.2, "exit": 0.5}
 """Seconds that each phase last took. A blow at any moment of a phase comes this long after its start, or earlier."""
 
 
@@ -49,7 +50,7 @@ class Place(NamedTuple):
 
     @property
     def only_at_the_end(self) -> bool:
-        return self.phase == "ending" or "last.safetensors" in (self.point or "")
+        return self.phase in ("ending", "exit") or "last.safetensors" in (self.point or "")
 
     @property
     def how(self) -> str:
@@ -98,12 +99,12 @@ class Notes(NamedTuple):
 
     @property
     def phase(self) -> str:
-        """The innermost phase; all that the run does after its last step counts as its ending.
+        """The innermost phase; all that the run does between its last step and STATUS done counts as its ending.
 
         "writing" while the thread writes during the training.
         """
-        if "ending" in self.phases:
-            return "ending"
+        if self.phases[0] in ("ending", "exit"):
+            return self.phases[0]
         return "writing" if self.writing else self.phases[-1]
 
     @property
@@ -177,7 +178,7 @@ class Watched:
                 phases.append(phase)
             else:
                 phases.pop()
-        return Notes(phases or ["ending"], last, held, writing)
+        return Notes(phases or ["exit"], last, held, writing)
 
     def _note_durations(self) -> None:
         begun: dict[str, int] = {}
@@ -186,8 +187,8 @@ class Watched:
                 begun[phase] = when
             elif phase in begun:
                 DURATIONS[phase] = (when - begun[phase]) / 1e9
-        if self.process.returncode == 0 and "ending" in begun:
-            DURATIONS["ending"] = (time.monotonic_ns() - begun["ending"]) / 1e9
+        if self.process.returncode == 0 and "exit" in begun:
+            DURATIONS["exit"] = (time.monotonic_ns() - begun["exit"]) / 1e9
 
     def __enter__(self) -> Watched:
         return self
@@ -293,14 +294,28 @@ def strike(run: Watched, place: Place, step: int, chance: random.Random) -> bool
 
 
 def blow_trial(
-    home: Path, reference: dict[str, Any], seed: int, world_size: int, blows: Sequence[tuple[Place, signal.Signals]]
+    home: Path,
+    reference: dict[str, Any],
+    seed: int,
+    world_size: int,
+    blows: Sequence[tuple[Place, signal.Signals]],
+    words: Sequence[str] = (),
 ) -> Trial:
-    """Kills or stops one run several times, resumes it each time with the same command, and lets it end."""
+    """Kills or stops one run several times, resumes it each time with the same command, and lets it end.
+
+    Args:
+        home: gets the run folder.
+        reference: the values of the undisturbed run.
+        seed: seed of the moments.
+        world_size: the number of processes.
+        blows: where the run is hit, in the order in which it reaches these places, and the signal.
+        words: overrides that leave the bytes as they are.
+    """
     chance, run_dir, trial = random.Random(f"blows {seed}"), home / f"blows-{seed}", Trial()
     steps, newest = steps_of([place for place, _ in blows], chance), 0
-    with survived(trial, run_dir, reference, world_size):
+    with survived(trial, run_dir, reference, world_size, words):
         for (place, number), step in zip(blows, steps, strict=True):
-            with Watched(run_dir, world_size, (step, place.point) if place.point else None) as run:
+            with Watched(run_dir, world_size, (step, place.point) if place.point else None, *words) as run:
                 if not strike(run, place, step, chance):
                     break  # the run ended before the blow: it does not count
                 if number == signal.SIGKILL:
@@ -417,7 +432,12 @@ def restart_trial(home: Path, reference: dict[str, Any], seed: int, world_size: 
 
 @contextmanager
 def survived(
-    trial: Trial, run_dir: Path, reference: dict[str, Any], world_size: int, finished: bool = False
+    trial: Trial,
+    run_dir: Path,
+    reference: dict[str, Any],
+    world_size: int,
+    words: Sequence[str] = (),
+    finished: bool = False,
 ) -> Iterator[None]:
     """Surrounds the blows: afterwards lets the run end and compares it; stores a problem in the trial.
 
@@ -426,12 +446,13 @@ def survived(
         run_dir: the run folder.
         reference: the values of the undisturbed run.
         world_size: the number of processes.
+        words: overrides of the run.
         finished: the blows include the end of the run.
     """
     try:
         yield
         if not finished and status_of(run_dir) != "done":
-            finish(run_dir, world_size)
+            finish(run_dir, world_size, *words)
         check_end(run_dir, reference)
     except (AssertionError, OSError, ValueError, subprocess.TimeoutExpired) as error:
         trial.problem = str(error) or repr(error)

@@ -33,6 +33,7 @@ from mnist_dist.engine.train_step import TrainStep
 from mnist_dist.engine.writer import Writer
 from mnist_dist.run.checkpointing import Checkpointer
 from mnist_dist.run.components import Progress, TrainingComponents
+from mnist_dist.run.folder import RunFolder
 from mnist_dist.tracking import JSONLTracker
 
 train = importlib.import_module("mnist_dist.train")  # `from mnist_dist import train` gives the function
@@ -174,8 +175,8 @@ def main() -> int:
         victim.during("saving", Checkpointer, name)
     victim.during("writing", Writer, "_run")
 
-    # The phase "start" ends when the training loop begins; "ending" starts when it ends.
-    fit, update = train.fit, TrainStep.__call__
+    # The phase "start" ends when the training loop begins; "ending" starts when it ends, and "exit" when STATUS is done.
+    fit, update, set_status = train.fit, TrainStep.__call__, RunFolder.set_status
 
     def fitted(*args: Any) -> bool:
         victim.count(next(each.step for each in args if isinstance(each, Progress)))
@@ -191,7 +192,13 @@ def main() -> int:
         update(self, plan, index, step)
         victim.count(step + 1)
 
-    train.fit, TrainStep.__call__ = fitted, updated
+    def status_set(self: RunFolder, word: str) -> None:
+        set_status(self, word)
+        if word == "done":
+            victim.leave()
+            victim.enter("exit")
+
+    train.fit, TrainStep.__call__, RunFolder.set_status = fitted, updated, status_set
     return run_command(train.main)
 
 
