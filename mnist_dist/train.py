@@ -26,6 +26,7 @@ from rich.table import Table
 from torch import nn
 
 from mnist_dist.data import Images
+from mnist_dist.data.sources import SHAPES
 from mnist_dist.distributed.collectives import run_on_all_ranks
 from mnist_dist.distributed.devices import choose_threads
 from mnist_dist.distributed.launcher import check_size, end_process, launched_world
@@ -39,7 +40,7 @@ from mnist_dist.recipe.file import bundled_recipes, recipe_notes
 from mnist_dist.recipe.loading import load_recipe
 from mnist_dist.recipe.reference import explain
 from mnist_dist.recipe.schema import Recipe
-from mnist_dist.run.build import build_components, check_world
+from mnist_dist.run.build import build_components, check_fit, check_world
 from mnist_dist.run.checkpointing import Checkpointer
 from mnist_dist.run.components import Progress, TrainingComponents
 from mnist_dist.run.data import load_data
@@ -155,6 +156,7 @@ def train(
     if results := finished_results(recipe, run_dir, state, resume):
         return results
     dataset = load_data(recipe, state, allow_code)
+    check_fit(recipe, dataset.train)
     prepared = run_on_all_ranks(state, lambda: prepare_model(recipe, dataset, state.num_processes, state.device))
     recipe, module = prepared.recipe, prepared.module
     teachers = run_on_all_ranks(state, lambda: load_teachers(recipe, dataset.train, allow_code))
@@ -233,10 +235,11 @@ def list_recipes() -> None:
     """Prints the name, model, number of parameters and claimed accuracy of every bundled recipe."""
     table = Table("recipe", "model", "parameters", "claim", box=None)
     for name, path in bundled_recipes().items():
-        model = load_recipe(path).model
+        recipe = load_recipe(path)
+        model, (channels, height, width) = recipe.model, SHAPES.get(recipe.data.dataset, SHAPES["mnist"])
         with torch.device("meta"):
-            parameters = count_parameters(build_model(model.name, **model.keywords))
-        table.add_row(name, model.name, f"{parameters:,}", recipe_notes(path).get("claim", ""))
+            module = build_model(model.name, in_channels=channels, image_size=(height, width), **model.keywords)
+        table.add_row(name, model.name, f"{count_parameters(module):,}", recipe_notes(path).get("claim", ""))
     table_console().print(table)
 
 

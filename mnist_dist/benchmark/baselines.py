@@ -32,7 +32,7 @@ from mnist_dist.engine.cuda_graph import WARM_UP_STEPS, capture_cuda_graph
 from mnist_dist.engine.optimizers import build_optimizer
 from mnist_dist.errors import Problem, RecipeError
 from mnist_dist.recipe.schema import Recipe
-from mnist_dist.run.build import check_world, class_weights
+from mnist_dist.run.build import check_fit, check_world, class_weights
 from mnist_dist.run.data import load_data
 from mnist_dist.run.model_setup import build_module, prepare_model
 from mnist_dist.run.model_trial import to_device
@@ -96,7 +96,7 @@ class BenchmarkSetup:
                 "training images"
             )
             raise RecipeError([recipe.problem("batch_size", message, "conflict")])
-        class_weights(recipe, dataset.train)  # refuses a list of another length
+        check_fit(recipe, dataset.train)
         prepared = run_on_all_ranks(state, lambda: prepare_model(recipe, dataset, state.num_processes, state.device))
         return cls(prepared.recipe, precision, dataset, state)
 

@@ -100,8 +100,13 @@ def describe_cache(folder: Path) -> str:
 
 
 def _size_of(folders: list[Path]) -> str:
-    size = sum(file.stat().st_size for folder in folders for file in folder.iterdir() if file.is_file())
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+    return describe_bytes(sum(file.stat().st_size for folder in folders for file in folder.iterdir() if file.is_file()))
+
+
+def describe_bytes(size: int) -> str:
+    """Returns a number of bytes in a unit that shows it, e.g. 4.6 MB."""
+    unit, name = next(((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB")) if size >= unit), (1e3, "kB"))
+    return f"{size / unit:.1f} {name}"
 
 
 def unfinished_path(target: Path) -> Path:

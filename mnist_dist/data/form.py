@@ -250,7 +250,7 @@ def as_label_array(
         raise DataError(key, f"{message}; images with several labels are not supported")
     if len(labels) != count:
         raise DataError(key, f"{name}: {count:,} images but {len(labels):,} labels")
-    if labels.dtype.kind == "f" and np.array_equal(labels, np.rint(labels)):
+    if labels.dtype.kind == "f" and np.isfinite(labels).all() and np.array_equal(labels, np.rint(labels)):
         labels = labels.astype(np.int64)
     if labels.dtype.kind not in "iubUSO":
         raise DataError(key, f"{name}: expected labels, which are whole numbers or names, found {labels.dtype}")

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mnist_dist.data.cache import map_file, remove_unfinished, unfinished_path, user_cache
+from mnist_dist.data.cache import describe_bytes, map_file, remove_unfinished, unfinished_path, user_cache
 from mnist_dist.data.images import Images
 from mnist_dist.machine.limits import free_device_memory, free_memory
 
@@ -46,12 +46,12 @@ def choose_place(images: Tensor, device: torch.device, processes: int = 1) -> tu
         on_device = free_device_memory(device)
         if on_device is None or size <= LARGEST_SHARE * on_device:
             return "device", ""
-        reasons.append(f"the device has {_gigabytes(on_device)} of free memory")
+        reasons.append(f"the device has {describe_bytes(on_device)} of free memory")
     free = free_memory()
     if processes * size <= LARGEST_SHARE * free:
         return ("device" if device.type == "cpu" else "host"), "; ".join(reasons)
     copies = f" for {processes} processes" if processes > 1 else ""
-    return "disk", "; ".join([*reasons, f"the host has {_gigabytes(free)}{copies}"])
+    return "disk", "; ".join([*reasons, f"the host has {describe_bytes(free)}{copies}"])
 
 
 def fits_on_device(images: Tensor, wanted: Place | Literal["auto"], device: torch.device) -> bool:
@@ -62,7 +62,7 @@ def fits_on_device(images: Tensor, wanted: Place | Literal["auto"], device: torc
 def describe_place(place: Place, images: Tensor, reason: str) -> str:
     """Returns a note for the user: where the images lie, their size, and the reason."""
     where = {"device": "on the device", "host": "in host memory", "disk": "on disk, memory-mapped"}[place]
-    return f"data.place: the {_gigabytes(images.numel())} of images stay {where}{reason and ': '}{reason}"
+    return f"data.place: the {describe_bytes(images.numel())} of images stay {where}{reason and ': '}{reason}"
 
 
 def place_images(data: Images, place: Place, device: torch.device, cache: Path | None = None) -> Images:
@@ -157,7 +157,3 @@ def read_ahead(images: Tensor, rows: Tensor) -> int:
 @lru_cache
 def _c_library() -> ctypes.CDLL:
     return ctypes.CDLL(None)
-
-
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.1f} GB"

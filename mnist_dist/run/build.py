@@ -18,6 +18,7 @@ from accelerate.utils import GradientAccumulationPlugin, patch_environment
 from torch import nn
 
 from mnist_dist.data import Batches, Images
+from mnist_dist.data.cache import describe_bytes
 from mnist_dist.data.images import balanced_weights
 from mnist_dist.data.store import Place, choose_place, describe_place, place_images
 from mnist_dist.distributed.collectives import run_on_all_ranks
@@ -98,6 +99,23 @@ def _uses_fsdp(world_size: int) -> bool:
 # --- the components -----------------------------------------------------------------------------------------------
 
 
+def check_fit(recipe: Recipe, data: Images) -> None:
+    """Compares the values that depend on the images with the training images.
+
+    Raises:
+        RecipeError: the augmentation does not fit their shape, or there is not one weight for each class.
+    """
+    misfits = recipe.data.augment.build().misfits(data.shape)
+    problems = [recipe.problem(f"data.augment.{key}", message, "conflict") for key, message in misfits]
+    weights, classes = recipe.data.class_weights, data.classes
+    if not isinstance(weights, str) and len(weights) != len(classes):
+        names = f"one for each class ({', '.join(classes)[:80]})"
+        message = f"expected {len(classes)} weights, {names}, got {len(weights)}"
+        problems.append(recipe.problem("data.class_weights", message, "conflict"))
+    if problems:
+        raise RecipeError(problems)
+
+
 def build_components(
     recipe: Recipe,
     precision: str,
@@ -118,9 +136,8 @@ def build_components(
     set_kernels(recipe)
     accelerator = accelerator or _build_accelerator(recipe, precision)
     device = accelerator.device
+    check_fit(recipe, train_data)
     augmentation = recipe.data.augment.build()
-    if misfits := list(augmentation.misfits(train_data.shape)):
-        raise RecipeError([recipe.problem(f"data.augment.{key}", text, "conflict") for key, text in misfits])
     batches = Batches(len(train_data), recipe.batch_size, recipe.seed, train_data.shape, augmentation)
     total_steps = min(recipe.epochs * batches.steps_per_epoch, recipe.max_steps or sys.maxsize)
     schedule = build_schedule(
@@ -167,7 +184,7 @@ def _place(recipe: Recipe, data: Images, device: torch.device) -> tuple[Images, 
     try:
         stored = place_images(data, place, device)
     except (OSError, MemoryError, torch.OutOfMemoryError) as error:
-        message = f"the {data.images.numel() / 1e9:.1f} GB of images do not fit there: {error}"
+        message = f"the {describe_bytes(data.images.numel())} of images do not fit there: {error}"
         kind: Kind = "unwritable" if isinstance(error, OSError) else "unsupported"
         raise RecipeError([recipe.problem("data.place", message, kind)]) from error
     usual = wanted in ("auto", "device") and place == "device"
@@ -243,20 +260,13 @@ def _step_settings(recipe: Recipe, data: Images) -> StepSettings:
 
 
 def class_weights(recipe: Recipe, data: Images) -> tuple[float, ...] | None:
-    """Returns the weight of each class, scaled to the mean 1 over the training images; None for equal weights.
-
-    Raises:
-        RecipeError: the recipe has another number of weights than the data has classes.
-    """
+    """Returns the weight of each class, scaled to the mean 1 over the training images; None for equal weights."""
     wanted, classes = recipe.data.class_weights, len(data.classes)
     if wanted == "none":
         return None
     balanced = balanced_weights(data.labels, classes)
     if isinstance(wanted, str):
         return balanced
-    if len(wanted) != classes:
-        message = f"expected {classes} weights, one for each class ({', '.join(data.classes)[:80]}), got {len(wanted)}"
-        raise RecipeError([recipe.problem("data.class_weights", message, "conflict")])
     mean = float(torch.tensor(wanted, dtype=torch.float64)[data.labels.cpu()].mean())
     return tuple(each / mean for each in wanted)
 

@@ -69,5 +69,7 @@ def _data_problem(recipe: Recipe, error: Exception) -> Problem:
         hint = "put the files there, or name another folder with data.root=… or MNIST_DIST_DATA"
         return recipe.problem("data.root", f"{error}\n{hint}", "missing")
     if isinstance(error, ImportError):
-        return recipe.problem("data", message, "missing")
+        return recipe.problem("data.dataset", message, "missing")
+    if isinstance(error, OSError):
+        return recipe.problem("data.root", message[:300], "damaged")
     return recipe.problem("data", message, "damaged")

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 
-from mnist_dist.data import Batches, Dataset, Images, Loader
+from mnist_dist.data import Batches, Dataset, Images, Loader, describe_shape
+from mnist_dist.data.images import SHAPE
 from mnist_dist.distributed.collectives import count_nodes
 from mnist_dist.distributed.devices import device_name
 from mnist_dist.distributed.launcher import launch_settings
@@ -127,13 +128,15 @@ def _header(recipe: Recipe, components: TrainingComponents, dataset: Dataset) ->
     accelerator, held_out = components.accelerator, f"{len(dataset.test):,} test"
     if dataset.has_validation:
         held_out = f"{len(dataset.held_out):,} validation, {held_out}"
+    shape, classes = dataset.train.shape, len(dataset.train.classes)
+    form = "" if shape == SHAPE else f" of {describe_shape(shape)} in {classes} classes"
     processes = "1 process" if accelerator.num_processes == 1 else f"{accelerator.num_processes} processes"
     launch, steps = launch_settings(), components.batches.steps_per_epoch
     settings = ", ".join(f"{key} {value}" for key, value in launch.items() if key != "launcher")
     header = {
         "recipe": recipe.name,
         "model": f"{recipe.model.name}, {count_parameters(components.module):,} parameters",
-        "data": f"{recipe.data.dataset}, {len(dataset.train):,} training, {held_out} images",
+        "data": f"{recipe.data.dataset}, {len(dataset.train):,} training, {held_out} images{form}",
         "length": f"{recipe.epochs} epochs of {steps} steps, global batch {recipe.batch_size}",
         "world": f"{processes} on {device_name(accelerator.device)}, precision {accelerator.mixed_precision}",
         "launcher": f"{launch['launcher']}{f' ({settings})' if settings else ''}",

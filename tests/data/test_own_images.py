@@ -85,6 +85,14 @@ def test_a_folder_with_validation_and_test_images(tmp_path):
     assert_labels_fit(dataset)
 
 
+def test_folders_that_are_no_part_are_reported(tmp_path, capsys):
+    root = write_folder(tmp_path / "own", {"train": 5, "extra": 1, "test": 2})
+    assert counts_of(load_dataset("folder", root=root)) == [[5] * 3, [2] * 3, [2] * 3]
+    assert "extra" in capsys.readouterr().err
+    load_dataset("folder", root=root, download=False)  # the other processes of a node give no note
+    assert "extra" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("part", ["", "train"])
 def test_a_folder_without_test_images_is_divided_by_class_and_always_alike(tmp_path, part):
     root = write_folder(tmp_path / "own", {part: 10})
@@ -268,7 +276,7 @@ def test_a_table_from_a_spreadsheet(tmp_path):
     root = write_folder(tmp_path / "own", {"train": 5})
     files = sorted(root.rglob("*.png"))
     (root / "train/blue/0.png").rename(root / "train/blue/0, cut.png")
-    lines = [' Label ,"Path"', "", *(f'{file.parent.name},"{file}"' for file in files)]
+    lines = [' Label ,"Path"', "", " , ", *(f'{file.parent.name},"{file}"' for file in files)]
     text = "\r\n".join(lines).replace("blue/0.png", "blue/0, cut.png")
     (root / "images.csv").write_text("\ufeff" + text, newline="")
     dataset = load_dataset("csv", root=root)

@@ -759,7 +759,8 @@ def test_missing_data_set_without_a_network(refused_recipe, dataset):
 
 def test_digits_without_scikit_learn(refused_recipe, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    assert_problem(refused_recipe(MNIST, "data.dataset=digits"), 2, "data", "missing", "digits", "pip install")
+    problems = refused_recipe(MNIST, "data.dataset=digits")
+    assert_problem(problems, "command line", "data.dataset", "missing", "digits", "pip install")
 
 
 def flipped(content: bytes, position: int) -> bytes:

@@ -65,3 +65,5 @@ def test_list_shows_every_recipe(capsys):
         [line] = [line for line in lines if line.split()[:1] == [name]]
         if name in PARAMETERS:
             assert f"{PARAMETERS[name]:,}" in line
+    [line] = [line for line in lines if line.split()[:1] == ["cifar10_quick"]]
+    assert "577,578" in line  # of colour images with 32×32 pixels

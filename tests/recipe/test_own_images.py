@@ -147,6 +147,19 @@ BAD: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "no space on the disk": (
         folder(lambda root: None, "data.image_size=4096", "data.on_bad_image=skip"), "root", "unwritable",
     ),
+    "two folders of one part": (
+        folder(lambda root: shutil.copytree(root / "test", root / "testing")), "root", "conflict",
+    ),
+    "a class with a long name": (
+        folder(lambda root: [(root / part / "dog").rename(root / part / ("d" * 201)) for part in ("train", "test")]),
+        "root", "damaged",
+    ),
+    "augmentation of more pixels than an image has": (
+        folder(lambda root: None, "data.image_size=32", "data.augment.cutout=33"), "augment.cutout", "conflict",
+    ),
+    "one weight too many": (
+        folder(lambda root: None, "data.image_size=32", "data.class_weights=[1, 2, 3]"), "class_weights", "conflict",
+    ),
     # tables
     "no table": (lambda root: root.mkdir() or ["data.dataset=csv"], "root", "missing"),
     "a table without columns": (table("a.png,cat"), "root", "damaged"),
@@ -162,6 +175,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str, str]] = {
         table("path,label,split", *(f"{row},train" for row in ROWS[1:]), "train/cat/0.png,cat,test"),
         "root", "conflict",
     ),
+    "a file twice in a table without a test set": (table(*ROWS, "train/../train/cat/0.png,cat"), "root", "conflict"),
     # arrays
     "no archive": (lambda root: root.mkdir() or ["data.dataset=npz"], "root", "missing"),
     "a damaged archive": (
@@ -174,12 +188,14 @@ BAD: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "images of two channels": (archive(images=np.zeros((20, 16, 16, 2), np.uint8)), "root", "damaged"),
     "images below 0": (archive(images=np.full((20, 16, 16), -1.0)), "root", "damaged"),
     "images that are not numbers": (archive(images=np.full((20, 16, 16), np.nan)), "root", "damaged"),
-    "pickled images": (archive(images=np.array([None] * 20, dtype=object)), "root", "damaged"),
+    "pickled images": (archive(images=np.array([None] * 20, dtype=object)), "root", "type"),
     "a class of one image": (archive(labels=np.array([0] * 19 + [1])), "root", "damaged"),
     "complex images": (archive(images=np.zeros((20, 16, 16), complex)), "root", "damaged"),
     "levels with fractions": (archive(images=np.linspace(0, 255, 20 * 256).reshape(20, 16, 16)), "root", "damaged"),
     "images without a label": (archive(labels=np.arange(20) % 3 - 1), "root", "damaged"),
     "numbers that are no labels": (archive(labels=np.array([2**64 - 5, 1] * 10, np.uint64)), "root", "damaged"),
+    "infinite labels": (archive(labels=np.array([0.0, np.inf] * 10)), "root", "damaged"),
+    "labels that are Python objects": (archive(labels=np.array(["a", "b"] * 10, dtype=object)), "root", "type"),
     # code
     "a function that ends the program": (module("raise SystemExit('enough')"), "dataset", "model"),
     "images of several sizes in an array": (

@@ -89,9 +89,9 @@ def test_every_feature_that_fsdp_excludes_is_named(refused, monkeypatch):
     ("error", "key", "kind"),
     [
         (FileNotFoundError("no folder"), "data.root", "missing"),
-        (ImportError("no scikit-learn"), "data", "missing"),
+        (ImportError("no scikit-learn"), "data.dataset", "missing"),
         (ValueError("a damaged file"), "data", "damaged"),
-        (PermissionError("not readable"), "data", "damaged"),
+        (PermissionError("not readable"), "data.root", "damaged"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else value,
 )

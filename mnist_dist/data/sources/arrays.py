@@ -72,6 +72,9 @@ def read_npz(request: Request) -> Splits:
     except DataError:
         raise
     except Exception as error:  # NumPy and zipfile raise errors of many types for damaged files
+        if "Object arrays" in str(error):
+            message = "an array of Python objects, which may hold code, is not read; save names with labels.astype(str)"
+            raise DataError("root", f"{path}: {message}", "type") from error
         raise DataError("root", f"{path} is no archive of NumPy arrays, or a damaged one: {error}") from error
     prefixes = ["train_", "test_", "val_"] if "train_images" in arrays else [""]
     if "train_images" in arrays and "test_images" not in arrays:

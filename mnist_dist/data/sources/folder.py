@@ -50,6 +50,10 @@ def read_folder(request: Request) -> Splits:
     folders = _folders(root)
     named = {role: _named(folders, names) for role, names in (("train", TRAIN), ("val", VALIDATION), ("test", TEST))}
     if named["train"]:
+        others = [folder.name for folder in folders if folder not in named.values()]
+        if others and request.download:  # one process of a node gives the note
+            names = ", ".join(others[:8])
+            note(f"data.root: {root} also holds {names}; only the folders train, val and test are read")
         parts = {role: _read_classes(folder) for role, folder in named.items() if folder}
         if len(parts) == 1:
             return _decode(request, root, _divided(parts["train"]))
@@ -107,7 +111,17 @@ def _check_one_level(root: Path, folders: list[Path]) -> None:
 
 
 def _named(folders: list[Path], names: tuple[str, ...]) -> Path | None:
-    return next((folder for folder in folders if folder.name.lower() in names), None)
+    """Returns the folder of a part.
+
+    Raises:
+        DataError: there are two.
+    """
+    found = [folder for folder in folders if folder.name.lower() in names]
+    if len(found) > 1:
+        listed = ", ".join(folder.name for folder in found)
+        message = f"{found[0].parent} holds {listed}, which name the same part; keep one of them"
+        raise DataError("root", message, "conflict")
+    return found[0] if found else None
 
 
 def _read_classes(folder: Path) -> _Part:
@@ -169,7 +183,7 @@ def _read_table(path: Path) -> dict[str, _Part]:
     at, to = head.index("path"), head.index("label")
     split = head.index("split") if "split" in head else None
     for number, row in enumerate(table[1:], start=2):
-        if not row:
+        if not any(value.strip() for value in row):  # spreadsheets write such rows at the end
             continue
         if len(row) != len(head):
             raise DataError("root", f"{path}:{number}: expected {len(head)} values, found {len(row)}")
@@ -187,7 +201,11 @@ def _read_table(path: Path) -> dict[str, _Part]:
 
 
 def _check_files(path: Path, rows: dict[str, list[tuple[str, str]]]) -> None:
-    """Raises DataError if a listed file does not exist, or has two labels, or is in two parts."""
+    """Raises DataError if a listed file does not exist, has two labels, or is in two parts.
+
+    A file that is listed twice alike counts twice, but not in a table without a test set: the division could put it
+    into both parts.
+    """
     missing = [file for part in rows.values() for file, _ in part if not os.path.isfile(file)]  # noqa: PTH113  # a `Path` for each of many files is slow
     if missing:
         shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8:,} more" if missing[8:] else "")
@@ -195,9 +213,11 @@ def _check_files(path: Path, rows: dict[str, list[tuple[str, str]]]) -> None:
     known: dict[str, tuple[str, str]] = {}
     for role, part in rows.items():
         for file, label in part:
-            if (first := known.setdefault(file, (role, label))) != (role, label):
-                message = f"{path} lists {file} twice, as {first[1]} ({first[0]}) and as {label} ({role})"
+            real = os.path.normpath(file)
+            if (first := known.get(real)) and (len(rows) == 1 or first != (role, label)):
+                message = f"{path} lists {real} twice, as {first[1]} ({first[0]}) and as {label} ({role})"
                 raise DataError("root", message, "conflict")
+            known[real] = role, label
 
 
 def _role(text: str, path: Path, number: int) -> str:

@@ -18,6 +18,9 @@ from mnist_dist.data.images import Images
 MOST_CLASSES = 1000
 """More classes are refused: such labels are probably not classes, and a weights file lists at most as many."""
 
+LONGEST_NAME = 200
+"""Letters of the longest name of a class."""
+
 TEST_SHARE = 5
 """In a set without a test set, one image in this many of each class becomes a test image."""
 
@@ -104,8 +107,8 @@ def _check_classes(classes: Sequence[str], key: str) -> None:
         raise DataError(key, f"only one class, {classes[0]!r}; a classifier needs two" if classes else "no classes")
     if len(classes) > MOST_CLASSES:
         raise DataError(key, f"{len(classes):,} classes, {classes[0]!r} to {classes[-1]!r}; at most {MOST_CLASSES:,}")
-    if wrong := [name for name in classes if not name.isprintable() or not 0 < len(name) <= 200]:
-        raise DataError(key, f"a class has the name {wrong[0][:80]!r}; expected a printable name")
+    if wrong := [name for name in classes if not name.isprintable() or not 0 < len(name) <= LONGEST_NAME]:
+        raise DataError(key, f"a class has the name {wrong[0][:80]!r}; expected 1 to {LONGEST_NAME} printable letters")
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:
