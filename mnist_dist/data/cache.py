@@ -91,7 +91,7 @@ def publish(staged: Path, target: Path) -> None:
 
 def describe_cache(folder: Path) -> str:
     """Returns a note for the user: path and size of a cache, and what the other caches of the same folder take."""
-    others = [each for each in folder.parent.iterdir() if each != folder and each.is_dir()]
+    others = [each for each in folder.parent.iterdir() if each != folder and open_cache(each)]
     note = f"{folder}, {_size_of([folder])}"
     if not others:
         return note

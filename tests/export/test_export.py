@@ -592,6 +592,10 @@ def test_the_page_prepares_a_picture_as_predict_does(archive, open_file, photo, 
     side = min(shape[1:])
     geometry = Geometry("none", side, side, side, "box", shape, resize)
     page = open_file(page_for(archive, tmp_path / "page.html", geometry), 1100, 700)
+    for width in (390, 1100):
+        page.set_viewport_size({"width": width, "height": 700})
+        box = page.locator("#preview").bounding_box()
+        assert abs(box["width"] / box["height"] - shape[2] / shape[1]) < 0.03
     turned = Image.Exif()
     turned[0x0112] = 6
     pictures = [
