@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from mnist_dist import load_recipe, train
 from mnist_dist.data import Batches, Images, Loader, loader
-from mnist_dist.data.store import choose_place, is_memory_mapped, place_images, read_ahead, write_mapped
+from mnist_dist.data.store import choose_place, describe_place, is_memory_mapped, place_images, read_ahead, write_mapped
 from tests.processes import run, run_ranks
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -46,6 +46,12 @@ def test_a_memory_mapped_tensor_and_its_parts_are_known(tmp_path):
 
 
 @linux
+@pytest.mark.parametrize(("side", "size"), [(10, "1.0 kB"), (1000, "10.0 MB"), (100_000, "100.0 GB")])
+def test_a_note_shows_the_size_in_a_fitting_unit(side, size):
+    images = torch.empty(10, 1, side, side, dtype=torch.uint8, device="meta")
+    assert size in describe_place("host", images, "")
+
+
 def test_every_row_of_a_memory_mapped_tensor_can_be_read_ahead(tmp_path):
     images = mapped(tmp_path / "images")
     assert read_ahead(images, torch.arange(SHAPE[0])) == SHAPE[0]

@@ -284,6 +284,8 @@ def test_a_colour_folder_is_trained_and_evaluated(tmp_path):
     recipe = load_recipe("lenet5", *QUIET, "data.dataset=folder", f"data.root={root}", "batch_size=4", "epochs=1")
     result = train(recipe, tmp_path / "run")
     assert result["eval.last.accuracy"] >= 0
+    [shown] = [line for line in Path("run/console.log").read_text().splitlines() if line.startswith("data ")]
+    assert "12×20" in shown and "2 classes" in shown
     run = load_run(tmp_path / "run", "last")
     assert run.shape == (3, 12, 20) and run.about["classes"] == ["cat", "dog"]
     assert run.model(torch.zeros(2, 3, 12, 20)).shape == (2, 2)
