@@ -165,6 +165,8 @@ def check_own_command(command: str, words: list[str]) -> None:
     """Parses the arguments, and loads the recipe that they name with their overrides."""
     arguments = parse(command, words)
     overrides = getattr(arguments, "overrides", [])
+    if data := getattr(arguments, "data", None):
+        overrides = [f"data.dataset={data}", *overrides]
     if command == "sweep":
         if arguments.sweep.endswith(".yaml"):
             assert (ROOT / arguments.sweep).is_file()

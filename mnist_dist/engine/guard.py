@@ -17,16 +17,16 @@ class Guard:
     Args:
         figures: the counters that a step changes, on the device; never saved as a tensor.
         buffers: the network's buffers, of any dtypes, on the same device.
-        on_device: whether the device skips a bad update without the host. The memory of the tensors is then moved into
-            one block for each dtype of the buffers, because a kernel for each of many tensors would take longer than
-            its work. The tensors stay the same objects.
         stays_set: whether all steps after a bad one count as bad, until `take`.
+        joins: whether the memory of the tensors is moved into one block for each dtype of the buffers. The tensors stay
+            the same objects. On a GPU, a kernel for each of many tensors takes longer than its work. None: on a GPU.
     """
 
-    def __init__(self, figures: Tensor, buffers: list[Tensor], *, on_device: bool, stays_set: bool):
+    def __init__(self, figures: Tensor, buffers: list[Tensor], *, stays_set: bool, joins: bool | None = None):
         device = figures.device
         self._stays_set = stays_set
-        self._tensors = _join(figures, buffers) if on_device else [figures, *buffers]
+        joins = device.type != "cpu" if joins is None else joins
+        self._tensors = _join(figures, buffers) if joins else [figures, *buffers]
         self._before = [torch.zeros_like(each) for each in self._tensors]
         self.bad = torch.zeros((), dtype=torch.bool, device=device)
         """Whether the latest step was bad."""

@@ -132,9 +132,9 @@ class TrainStep:
         """Whether `compute` seeds the random generator. False while the caller seeds it instead."""
         self._norm = torch.zeros((), device=accelerator.device)
         self._last_step, self._parameters = -1, list(self.module.parameters())
-        buffers, on_device = list(dict.fromkeys(self.module.buffers())), guards_on_device(self.optimizer, accelerator)
-        self._guard = Guard(meter.sums, buffers, on_device=on_device, stays_set=self.on_nonfinite == "stop")
-        self.guard_is_on_device = on_device
+        buffers = list(dict.fromkeys(self.module.buffers()))
+        self._guard = Guard(meter.sums, buffers, stays_set=self.on_nonfinite == "stop")
+        self.guard_is_on_device = guards_on_device(self.optimizer, accelerator)
 
     def __call__(self, plan: EpochPlan, index: int, step: int) -> None:
         """Trains on global batch `index` of the epoch; `step` counts updates from the start of the run.

@@ -228,6 +228,9 @@ def check_combinations(recipe: Recipe, build_network: bool = True) -> Iterator[F
     yield from _check_sizes(recipe)
     if recipe.data.split is not None and recipe.data.dataset != "emnist":
         yield "data.split", f"only emnist has splits, not {recipe.data.dataset}; remove this key", "conflict"
+    if recipe.data.test is not None and recipe.data.dataset not in ("mnist", "qmnist"):
+        message = f"{recipe.data.test} tests mnist and qmnist, not {recipe.data.dataset}; remove this key"
+        yield "data.test", message, "conflict"
     if not recipe.distill.teachers and recipe.distill != DistillSection():
         yield "distill.from", "this key is required, e.g. `distill: {from: runs/teacher}`", "missing"
     if (recipe.data.augment.mixup or recipe.data.augment.cutmix) and recipe.data.class_weights != "none":

@@ -17,7 +17,9 @@ from mnist_dist.errors import Problem, RecipeError
 from mnist_dist.models import CodeRefused, refuse_code
 from mnist_dist.recipe.schema import Recipe
 
-DATA_KEYS = ("split", "validation", "limit_train", "limit_test", "image_size", "channels", "resize", "on_bad_image")
+DATA_KEYS = (
+    "split", "test", "validation", "limit_train", "limit_test", "image_size", "channels", "resize", "on_bad_image",
+)  # fmt: skip
 """Recipe keys below `data` that `load_dataset` takes."""
 
 

@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from accelerate import PartialState
 from torch import Tensor
 
+from mnist_dist import load_recipe
 from mnist_dist.data import DATASETS, Dataset, Images, load_dataset
 from mnist_dist.data.sources import OWN, TORCHVISION, is_sorted_by_class
 from mnist_dist.data.sources.idx import read_idx
+from mnist_dist.data.sources.mnist import MNIST_TEST
+from mnist_dist.run.data import load_data
 
 TRAIN, TEST = 30, 12
 MNIST_LIKE = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}
@@ -286,6 +290,34 @@ def test_qmnist_labels_without_columns_are_refused(tmp_path):
     write_family(tmp_path, family_files("qmnist") | {"QMNIST/raw/qmnist-test-labels-idx2-int": labels(TEST, 10)})
     with pytest.raises(ValueError, match="QMNIST"):
         load_dataset("qmnist", root=tmp_path, download=False)
+
+
+def write_recovered_digits(root: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Writes QMNIST's test files: as many images as MNIST's test set has, and `count` recovered ones."""
+    images, truth = grey_images(MNIST_TEST + count, 5), labels(MNIST_TEST + count, 10)
+    write_idx(root / "QMNIST/raw/qmnist-test-images-idx3-ubyte", images)
+    write_idx(root / "QMNIST/raw/qmnist-test-labels-idx2-int", truth.astype(np.int32)[:, None].repeat(8, axis=1))
+    return images[MNIST_TEST:], truth[MNIST_TEST:]
+
+
+def test_the_recovered_digits_of_qmnist_replace_the_test_images(tmp_path):
+    write_family(tmp_path, family_files("mnist"))
+    own = load_dataset("mnist", root=tmp_path, download=False)
+    images, truth = write_recovered_digits(tmp_path, 20)  # without QMNIST's training set
+    dataset = load_dataset("mnist", root=tmp_path, download=False, test="qmnist50k")
+    assert np.array_equal(dataset.test.images[:, 0].numpy(), images)
+    assert np.array_equal(dataset.test.labels.numpy(), truth)
+    assert torch.equal(dataset.train.images, own.train.images)
+    assert (dataset.test.mean, dataset.test.std) == (own.train.mean, own.train.std)
+    recipe = load_recipe("lenet5", f"data.root={tmp_path}", "data.test=qmnist50k", "data.limit_test=7")
+    assert len(load_data(recipe, PartialState()).test) == 7
+
+
+def test_files_of_qmnist_without_recovered_digits_are_refused(tmp_path):
+    write_family(tmp_path, family_files("mnist"))
+    write_recovered_digits(tmp_path, 0)
+    with pytest.raises(ValueError, match="QMNIST"):
+        load_dataset("mnist", root=tmp_path, download=False, test="qmnist50k")
 
 
 # --- finding files ------------------------------------------------------------------------------------------------

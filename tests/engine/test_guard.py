@@ -23,7 +23,7 @@ def test_a_bad_step_leaves_every_tensor_as_it_was(on_device, stays_set):
     torch.manual_seed(0)
     guarded = tensors()
     objects, start = list(guarded), [each.clone() for each in guarded]
-    guard = Guard(guarded[0], guarded[1:], on_device=on_device, stays_set=stays_set)
+    guard = Guard(guarded[0], guarded[1:], stays_set=stays_set, joins=on_device)
     assert all(torch.equal(now, before) for now, before in zip(guarded, start, strict=True))
     bad_steps = 0
     for gradients in ([1.0, 2.0], [1.0, NAN], [1.0, 2.0], [-INF, 0.0], [3.0, 3.0]):
@@ -59,7 +59,7 @@ def find(guard: Guard, gradients: list[float], on_device: bool) -> None:
 
 
 def test_take_counts_the_bad_steps_since_the_last_call():
-    guard = Guard(torch.zeros(1), [], on_device=True, stays_set=True)
+    guard = Guard(torch.zeros(1), [], stays_set=True, joins=True)
     for gradient, count in ((NAN, 3), (1.0, 0), (INF, 2)):
         for _ in range(count):
             guard.store()
@@ -73,7 +73,7 @@ def test_take_counts_the_bad_steps_since_the_last_call():
 def test_a_network_with_guarded_buffers_can_be_saved(tmp_path):
     module = build_model("model_v1")
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    Guard(torch.zeros(3, dtype=torch.float64), list(module.buffers()), on_device=True, stays_set=True)
+    Guard(torch.zeros(3, dtype=torch.float64), list(module.buffers()), stays_set=True, joins=True)
     assert {each.dtype for each in module.buffers()} == {torch.float32, torch.int64}
     torch.save(module.state_dict(), tmp_path / "checkpoint.pt")
     save_weights(tmp_path / "weights.safetensors", module.state_dict(), {})

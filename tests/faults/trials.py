@@ -38,7 +38,15 @@ PHASES = ("start", "step", "evaluation", "saving", "writing", "ending", "exit")
 """From the last step to STATUS done is the ending; after it comes the exit of the processes."""
 BLOWS_PER_RUN = 5
 SECONDS_TO_STOP = 60.0
-DURATIONS = {"start": 1.0, "step": 0.05, "evaluation": 0.1, "saving": 0.003, "writing": 0.03, "ending": 0.2, "exit": 0.5}
+DURATIONS = {
+    "start": 1.0,
+    "step": 0.05,
+    "evaluation": 0.1,
+    "saving": 0.003,
+    "writing": 0.03,
+    "ending": 0.2,
+    "exit": 0.5,
+}
 """Seconds that each phase last took. A blow at any moment of a phase comes this long after its start, or earlier."""
 
 

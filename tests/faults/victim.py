@@ -175,7 +175,7 @@ def main() -> int:
         victim.during("saving", Checkpointer, name)
     victim.during("writing", Writer, "_run")
 
-    # The phase "start" ends when the training loop begins; "ending" starts when it ends, and "exit" when STATUS is done.
+    # The training loop ends the phase "start" and comes before "ending". "exit" starts when STATUS is done.
     fit, update, set_status = train.fit, TrainStep.__call__, RunFolder.set_status
 
     def fitted(*args: Any) -> bool:

@@ -544,6 +544,7 @@ def test_recipe_without_a_model(refused_recipe, case):
             "conflict",
         ),
         ("  split: letters", 5, "data.split", "conflict", "synthetic"),
+        ("  test: qmnist50k", 5, "data.test", "conflict", "synthetic"),
         ("distill: {weight: 0.7}", 5, "distill.from", "missing"),
         ("distill: {from: nowhere}", 5, "distill.from", "missing", "nowhere"),
         ("  validation: 4096", 5, "data.validation", "conflict", "4,096"),

@@ -16,7 +16,7 @@ from mnist_dist.data.sources.arrays import TORCHVISION, call_function, is_data_c
 from mnist_dist.data.sources.folder import read_csv, read_folder
 from mnist_dist.data.sources.generated import make_digits, make_synthetic
 from mnist_dist.data.sources.hub import PREFIX, read_hub
-from mnist_dist.data.sources.mnist import read_emnist, read_mnist_like, read_qmnist
+from mnist_dist.data.sources.mnist import read_emnist, read_mnist_like, read_qmnist, read_qmnist_50k
 from mnist_dist.data.sources.request import Request, Splits, mixed_order
 from mnist_dist.errors import did_you_mean
 
@@ -42,6 +42,9 @@ DATASETS: dict[str, Source] = {
     "csv": read_csv,
 }
 """Name in a recipe (`data.dataset`) -> source."""
+
+TEST_SETS: dict[str, Callable[[Path, bool], Images]] = {"qmnist50k": read_qmnist_50k}
+"""Name in a recipe (`data.test`) -> what reads these test images from a folder, and whether it may download them."""
 
 OWN = ("folder", "npz", "csv")
 """Sources whose images are what `data.root` names, so this key changes the result."""
@@ -77,6 +80,7 @@ def load_dataset(
     *,
     root: str | Path = "data",
     split: str | None = None,
+    test: str | None = None,
     validation: int = 0,
     limit_train: int | None = None,
     limit_test: int | None = None,
@@ -93,6 +97,7 @@ def load_dataset(
         root: the folder that holds `MNIST/raw`, `EMNIST/raw` and so on, in torchvision's layout; for `folder`, `npz`
             and `csv` the folder or the file itself.
         split: EMNIST's split: balanced, byclass, bymerge, letters, digits or mnist. None for balanced.
+        test: a name of `TEST_SETS`, which replaces the test images. None for the data set's own.
         validation: number of images at the end of the training set that become the validation set.
         limit_train: maximum number of training images, counted after the validation images are taken away.
         limit_test: maximum number of test images.
@@ -118,6 +123,8 @@ def load_dataset(
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     form = Form(size, channels, resize)
     splits = source(Request(name, Path(root), split or "balanced", download, form, on_bad_image))
+    if test is not None:
+        splits = replace(splits, test=TEST_SETS[test](Path(root), download))
     return _arrange(_fitted(splits, form), name, validation, limit_train, limit_test)
 
 

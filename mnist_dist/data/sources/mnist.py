@@ -24,6 +24,9 @@ from mnist_dist.data.sources.idx import (
 DIGITS = tuple("0123456789")
 """The class names of data sets of digits."""
 
+MNIST_TEST = 10_000
+"""Test images of MNIST."""
+
 
 def read_mnist_like(class_name: str, root: Path, download: bool) -> tuple[Images, Images]:
     """Reads training and test set of MNIST, FashionMNIST or KMNIST, which have one file format.
@@ -46,21 +49,40 @@ def read_mnist_like(class_name: str, root: Path, download: bool) -> tuple[Images
 
 def read_qmnist(root: Path, download: bool) -> tuple[Images, Images]:
     """Reads QMNIST's training set and its test set of 60,000 images."""
+    train, test = _read_qmnist(root, download, ("train", "test"))
+    return train, test
+
+
+def read_qmnist_50k(root: Path, download: bool) -> Images:
+    """Reads the 50,000 test digits that QMNIST recovered, and that MNIST never published.
+
+    Yadav and Bottou, "Cold Case: the Lost MNIST Digits", 2019, arXiv:1905.10498. The first 10,000 of QMNIST's 60,000
+    test images are those of MNIST.
+    """
+    [test] = _read_qmnist(root, download, ("test",))
+    if len(test) <= MNIST_TEST:
+        folder = root / "QMNIST" / "raw"
+        raise ValueError(f"{folder}: expected more than {MNIST_TEST:,} test images, found {len(test):,}")
+    return test[MNIST_TEST:]
+
+
+def _read_qmnist(root: Path, download: bool, parts: tuple[str, ...]) -> list[Images]:
     from torchvision import datasets
 
     contents = ("images-idx3-ubyte", "labels-idx2-int")
-    stems = [f"qmnist-{part}-{content}" for part in ("train", "test") for content in contents]
+    stems = [f"qmnist-{part}-{content}" for part in parts for content in contents]
     folder = root / "QMNIST" / "raw"
 
     def fetch(to: Path) -> None:
-        for part in ("train", "test"):
+        for part in parts:
             datasets.QMNIST(to, what=part, download=True)
 
     tensors = _read_files(root, folder, stems, download, fetch)
     # A row of QMNIST's label files has eight columns about the image and its writer; the first is the digit.
-    if any(tensors[i].ndim != 2 or not tensors[i].shape[1] for i in (1, 3)):
+    if any(labels.ndim != 2 or not labels.shape[1] for labels in tensors[1::2]):
         raise ValueError(f"{folder}: expected QMNIST's labels as a table with the digit in its first column")
-    return _train_and_test([tensors[0], tensors[1][:, 0], tensors[2], tensors[3][:, 0]], DIGITS, folder)
+    pairs = zip(tensors[::2], tensors[1::2], strict=True)
+    return [_pair(images, labels[:, 0], DIGITS, folder) for images, labels in pairs]
 
 
 def read_emnist(root: Path, split: str, download: bool) -> tuple[Images, Images]:
@@ -87,7 +109,7 @@ def read_emnist(root: Path, split: str, download: bool) -> tuple[Images, Images]
 def _read_files(
     root: Path, folder: Path, stems: list[str], download: bool, fetch: Callable[[Path], object]
 ) -> list[Tensor]:
-    """Reads four IDX files: training images, training labels, test images, test labels.
+    """Reads IDX files: images and labels of each part, the training set first.
 
     Args:
         folder: the published place of the files, `root/NAME/raw`.
@@ -110,10 +132,10 @@ def _read_files(
             )
     contents = [read_idx(path) for path in paths]
     tensors = [
-        as_images(content, path) if index in (0, 2) else as_labels(content, path)
+        as_labels(content, path) if index % 2 else as_images(content, path)
         for index, (content, path) in enumerate(zip(contents, paths, strict=True))
     ]
-    if tensors[0].shape[1:] != tensors[2].shape[1:]:
+    if len({images.shape[1:] for images in tensors[::2]}) > 1:
         shapes = [f"{path}: found {described(content)}" for content, path in zip(contents, paths, strict=True)]
         raise ValueError(f"{shapes[0]}, but {shapes[2]}; training and test images need one size")
     return tensors
