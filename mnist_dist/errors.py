@@ -68,6 +68,13 @@ class RunError(Exception):
     """Raised when a run that has started cannot continue. The message is for the user; exit code 1."""
 
 
+class MeasurementStopped(RunError):
+    """Raised on every rank when a signal stopped a command that measures."""
+
+    def __init__(self) -> None:
+        super().__init__("stopped by a signal during the measurement; there is no result")
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Returns "; did you mean 'x'?" with up to two similar known words, or an empty string."""
     spelled = {each.lower(): each for each in known}
@@ -185,6 +192,8 @@ def run_command(main: Callable[[], int]) -> int:
 
 def _print_error(error: Exception, code: int) -> int:
     if not is_main_process():
+        if isinstance(error, MeasurementStopped):
+            return code  # after a signal the launcher waits until every process has ended
         # With --max-restarts torchrun waits for this process before it starts all processes again.
         time.sleep(1 if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" else RANK_0_SECONDS)
     print(f"mnist_dist: {error}", file=sys.stderr)

@@ -13,7 +13,7 @@ import pytest
 from mnist_dist import __main__ as program
 from mnist_dist import cli, errors
 from mnist_dist.cli import COMMANDS, Parser, parse, run_command
-from mnist_dist.errors import Problem, RecipeError, RunError, is_main_process
+from mnist_dist.errors import MeasurementStopped, Problem, RecipeError, RunError, is_main_process
 from tests import processes
 
 HEAVY = ("torch", "accelerate", "wandb", "matplotlib", "numpy", "pydantic")
@@ -258,6 +258,14 @@ def test_other_ranks_wait_before_they_print(monkeypatch, capsys):
     assert run_command(failing(RunError("failed"))) == 1
     assert waited == [errors.RANK_0_SECONDS]
     assert "failed" in capsys.readouterr().err
+
+
+def test_other_ranks_of_a_stopped_measurement_end_at_once(monkeypatch, capsys):
+    monkeypatch.setattr(errors.time, "sleep", lambda seconds: pytest.fail("the launcher would wait for this rank"))
+    for rank, is_printed in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        assert run_command(failing(MeasurementStopped())) == 1
+        assert ("signal" in capsys.readouterr().err) is is_printed
 
 
 def test_a_parser_names_its_command():

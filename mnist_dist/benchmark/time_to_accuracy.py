@@ -27,7 +27,7 @@ from mnist_dist.data import Dataset, Images, describe_shape
 from mnist_dist.data.images import SHAPE
 from mnist_dist.engine.precision import PRECISION_NAMES
 from mnist_dist.engine.train_step import NotFinite
-from mnist_dist.errors import Problem, RecipeError, RunError
+from mnist_dist.errors import MeasurementStopped, Problem, RecipeError, RunError
 from mnist_dist.models import count_parameters
 from mnist_dist.recipe.file import note_measured
 from mnist_dist.recipe.schema import Recipe
@@ -166,7 +166,7 @@ def _fit(recipe: Recipe, components: TrainingComponents, test: Images, progress:
         message = f"the gradient of step {error.step} of seed {recipe.seed} is not finite; try a lower learning rate"
         raise RunError(message) from error
     if not finished:
-        raise RunError("stopped by a signal during the measurement; there is no result")
+        raise MeasurementStopped
 
 
 def _train_reference(train: Images, test: Images, seed: int, steps: int | None = None) -> Run:

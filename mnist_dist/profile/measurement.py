@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from mnist_dist.distributed.collectives import run_on_all_ranks
 from mnist_dist.engine.files import write_atomically
 from mnist_dist.engine.train_step import TrainStep
+from mnist_dist.machine.limits import count_cores
 from mnist_dist.profile.memory import ACTIVATIONS, lasting_bytes, step_bytes
 from mnist_dist.profile.phases import IDLE, mark_phases
 from mnist_dist.profile.trace import Segment, Trace, Usage
@@ -35,6 +36,8 @@ class RankProfile:
 
     rank: int
     host: str
+    cores: int
+    """Number of CPU cores that its process may use."""
     on_device: bool
     """Whether the times are those of a GPU; else those of the host, which executes the operations itself."""
     seconds: dict[str, float]
@@ -117,6 +120,7 @@ def _rank_profile(trace: Trace, components: TrainingComponents, memory: dict[str
     return RankProfile(
         rank=components.accelerator.process_index,
         host=socket.gethostname(),
+        cores=count_cores(),
         on_device=bool(trace.device),
         seconds=without_overhead(trace.seconds(), plain) if trace.device else trace.seconds(),
         idle_seconds=trace.idle_seconds(),

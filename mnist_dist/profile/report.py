@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -89,9 +90,16 @@ def _advice(profile: Profile, recipe: Recipe) -> Iterator[str]:
 def _waiting_advice(profile: Profile) -> str:
     if len(profile.ranks) == 1:
         return "see the trace"
+    hosts = Counter(rank.host for rank in profile.ranks)
+    for rank in profile.ranks:
+        if not rank.on_device and hosts[rank.host] > rank.cores:
+            cores = "1 core" if rank.cores == 1 else f"{rank.cores} cores"
+            return f"the {hosts[rank.host]} processes on {rank.host} share {cores}; start fewer"
     if unevenness(profile) > UNEVEN:
         rank = slowest(profile)
         return f"the other ranks wait for rank {rank.rank} on {rank.host}; mnist-dist doctor measures each rank alone"
+    if len(hosts) == 1:
+        return "the ranks are equally fast and exchange gradients; try a larger batch_size"
     return "the ranks are equally fast and wait for the network; try a larger batch_size or ddp.comm_hook=bf16"
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from mnist_dist.data import Images
-from mnist_dist.errors import RunError
+from mnist_dist.errors import MeasurementStopped, RunError
 from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.checkpointing import Checkpointer
 from mnist_dist.run.components import Progress, TrainingComponents
@@ -60,7 +60,7 @@ class TimedTraining:
                 raise RunError(message.rpartition("\n")[0]) from error
             raise
         if not finished:
-            raise RunError("stopped by a signal during the measurement; there is no result")
+            raise MeasurementStopped
         assert self._progress.step == last, "a round that ended early would look too fast"
         self._checkpointer.wait()  # the thread that writes must not disturb what is timed next
         return meter.train_seconds - before

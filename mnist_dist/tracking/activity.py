@@ -20,15 +20,18 @@ ACTIVITIES = {
     "mnist_dist.distributed.logical_shards": "other ranks' gradients",
     "mnist_dist.distributed.signals": "other ranks",
     "mnist_dist.engine.checkpoint": "a checkpoint",
+    "mnist_dist.engine.cuda_graph": "a training step",
     "mnist_dist.engine.evaluation": "an evaluation",
     "mnist_dist.engine.metrics": "figures of all ranks",
     "mnist_dist.engine.train_step": "a training step",
     "mnist_dist.engine.writer": "the disk",
+    "mnist_dist.plots": "the pictures",
+    "mnist_dist.run.checkpointing": "a checkpoint",
     "mnist_dist.run.summary": "the results of the run",
     "mnist_dist.tracking.others": "the other trackers",
     "mnist_dist.tracking.wandb": "W&B",
 }
-"""Module whose code the training executes -> what the user waits for."""
+"""Module or package whose code the training executes -> what the user waits for."""
 
 
 class Standstill:
@@ -75,10 +78,11 @@ class FiguresColumn(ProgressColumn):
 
 
 def activity(thread: int) -> str:
-    """Returns what a thread is doing: the innermost module of `ACTIVITIES` on its stack."""
+    """Returns what a thread is doing: the innermost module of `ACTIVITIES`, or of its packages, on its stack."""
     frame = sys._current_frames().get(thread)
     while frame is not None:
-        if found := ACTIVITIES.get(frame.f_globals.get("__name__", "")):
+        module = frame.f_globals.get("__name__", "")
+        if found := ACTIVITIES.get(module) or ACTIVITIES.get(module.rpartition(".")[0]):
             return found
         frame = frame.f_back
     return "the next step"

@@ -72,11 +72,15 @@ class MLflow(MLflowTracker):
         self._undo.enter_context(patch_environment(**settings))
         import mlflow
 
-        if not mlflow.is_tracking_uri_set():
-            self._undo.enter_context(patch_environment(MLFLOW_TRACKING_URI=f"sqlite:///{self._folder}/mlflow.db"))
-            self.logging_dir = str(self._folder / "artifacts")  # the default is below the working directory
         known = [path.name.removeprefix(RUN) for path in self._folder.glob(f"{RUN}*")]
         self.run_id = self.run_id or (known or [None])[0]  # set already: MLFLOW_RUN_ID
+        if not mlflow.is_tracking_uri_set():
+            if self.run_id is None:
+                # A process that was killed while MLflow created the tables has left a file that MLflow cannot open.
+                for path in self._folder.glob("mlflow.db*"):
+                    path.unlink()
+            self._undo.enter_context(patch_environment(MLFLOW_TRACKING_URI=f"sqlite:///{self._folder}/mlflow.db"))
+            self.logging_dir = str(self._folder / "artifacts")  # the default is below the working directory
         super().start()
         run_id = self.active_run.info.run_id
         (self._folder / f"{RUN}{run_id}").touch()

@@ -189,6 +189,18 @@ def test_the_pointer_shows_the_nearest_value(look, address):
     assert page.locator("#table tbody tr.lit").count() == 1
 
 
+def test_a_run_without_mistakes_is_drawn_below_the_highest_grid_line(look, tmp_path):
+    run = write_run(tmp_path / "runs" / "perfect")
+    lines = [{"step": epoch, "epoch": epoch, "eval/accuracy": 100.0, "eval/loss": 0.0} for epoch in (1, 2, 3)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    values = compare.Comparison([tmp_path / "runs"]).page_values(Page(embedded))
+    (tmp_path / "page.html").write_text(render(values))
+    figure = look((tmp_path / "page.html").as_uri()).locator("figure", has_text="Evaluation accuracy")
+    lines_at = figure.locator("line.grid").evaluate_all("all => all.map(each => +each.getAttribute('y1'))")
+    assert len(lines_at) > 1
+    assert f",{min(lines_at)}" in figure.locator(".run .line").get_attribute("d").replace(" ", ",")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_fits_a_phone(look, tmp_path, scheme):
     for number, name in enumerate(HOSTILE):

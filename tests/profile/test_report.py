@@ -24,6 +24,7 @@ def rank(number: int = 0, on_device: bool = False, idle_seconds: dict[str, float
     return RankProfile(
         rank=number,
         host="node-7",
+        cores=4,
         on_device=on_device,
         seconds={name: value / 1000 for name, value in milliseconds.items()},
         idle_seconds=idle_seconds or {},
@@ -72,10 +73,24 @@ def test_the_wait_for_a_slow_rank_names_the_rank(recipe):
 
 
 def test_the_wait_of_equally_fast_ranks_is_for_the_network(recipe):
-    [line] = advise(profile_of(rank(0, waiting=50), rank(1, waiting=51)), recipe)
+    measured = profile_of(rank(0, waiting=50), replace(rank(1, waiting=51), host="node-8"))
+    [line] = advise(measured, recipe)
     assert "network" in line and "batch_size" in line and "lesson 6" in line
     [lesson] = (Path(__file__).parents[2] / "launch" / "lessons").glob("06_*.md")
     assert "reduction and waiting" in lesson.read_text(encoding="utf-8")
+
+
+def test_on_one_machine_there_is_no_network(recipe):
+    [line] = advise(profile_of(rank(0, waiting=50), rank(1, waiting=51)), recipe)
+    assert "network" not in line and "comm_hook" not in line and "batch_size" in line and "lesson 6" in line
+
+
+def test_processes_that_share_cores_are_advised_to_be_fewer(recipe):
+    crowd = [rank(number, waiting=50 + 20 * number) for number in range(5)]
+    [line] = advise(profile_of(*crowd), recipe)
+    assert "5 processes" in line and "node-7" in line and "4 cores" in line
+    [line] = advise(profile_of(*(replace(each, on_device=True) for each in crowd)), recipe)
+    assert "cores" not in line, "a GPU computes"
 
 
 def test_a_large_overhead_is_named(recipe):

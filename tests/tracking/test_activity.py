@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import threading
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from rich.console import Console
 
 from mnist_dist.data import Batches, Images
 from mnist_dist.data.loader import Loader
+from mnist_dist.plots.curves import plot_per_batch_loss
 from mnist_dist.tracking import ConsoleTracker
 from mnist_dist.tracking.activity import ACTIVITIES, activity
 
@@ -43,6 +45,19 @@ def test_a_thread_that_waits_for_images_is_described():
         go_on.set()
         thread.join()
     assert activity(thread.ident) == activity(threading.get_ident()) == "the next step"
+
+
+def test_a_thread_that_draws_is_described():
+    seen = []
+
+    class Lines(list):
+        def __iter__(self):
+            seen.append(activity(threading.get_ident()))
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        plot_per_batch_loss(Lines(), Path("unused.png"), title="")
+    assert seen == [ACTIVITIES["mnist_dist.plots"]]
 
 
 def test_the_bar_names_the_activity_after_ten_seconds_without_movement(tmp_path):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +129,21 @@ def test_a_resumed_run_has_every_value_of_metrics_once(name, resumed):
             Counter({(key, step): count for (key, step, _), count in each.items()}) for each in (found, wanted)
         )
     assert found == wanted
+
+
+def test_a_store_that_a_kill_left_without_its_tables_is_created_again(tmp_path):
+    require("mlflow")
+    lines = [{"step": step, "train/loss": 1.0 / step} for step in (1, 2)]
+    run = {"folder": tmp_path, "project": "digits", "name": "a", "group": "a", "config": {}}
+    (tmp_path / "mlflow").mkdir()
+    with closing(sqlite3.connect(tmp_path / "mlflow" / "mlflow.db")) as store:
+        store.execute("CREATE TABLE experiments (experiment_id INTEGER)")  # MLflow has not recorded this migration
+    problems: list[str] = []
+    tracker = others.OtherTracker("mlflow", run, lines, problems.append)
+    tracker.start()
+    tracker.finish()
+    assert problems == []
+    assert read_mlflow(tmp_path) == {("train/loss", line["step"], line["train/loss"]): 1 for line in lines}
 
 
 def test_mlflow_keeps_the_losses_of_a_resumed_run_with_recipe_and_status(resumed):
