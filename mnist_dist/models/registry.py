@@ -195,9 +195,9 @@ def imported_builder(path: str) -> Builder:
         sys.path.append(here)
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # a user's own module may raise any exception
+    except (Exception, SystemExit) as error:  # a user's own module may raise any exception
         raise ValueError(
-            f"model {path!r}: cannot import {module_name!r} ({error})\n"
+            f"model {path!r}: cannot import {module_name!r} ({str(error) or type(error).__name__})\n"
             f"run the command in the folder that holds the module (this folder is {here}), or install its package"
         ) from error
     builder = getattr(module, attribute, None)

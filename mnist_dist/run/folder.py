@@ -91,6 +91,9 @@ class RunFolder:
         def refusal(message: str, kind: Kind) -> RecipeError:
             return RecipeError([Problem("command line", "--run-dir", message, kind)])
 
+        if pipes := self.pipes():
+            message = f"{self.path} has pipes or devices where a run has files: {', '.join(pipes)}; delete them"
+            raise refusal(message, "unsupported")
         # A process that is killed before it has written recipe.yaml may leave these files.
         early = (self.recipe.name + ".tmp", LOCK, "." + LOCK)
         if all(entry.name.startswith(early) for entry in self.path.iterdir()):
@@ -108,6 +111,12 @@ class RunFolder:
     def links(self) -> list[str]:
         """Returns the names of the entries that are links to files outside the folder."""
         return sorted(entry.name for entry in self.path.iterdir() if self.leaves(entry))
+
+    def pipes(self) -> list[str]:
+        """Returns the names of the pipes, devices and sockets: a run that read or wrote one could wait for ever."""
+        entries = [*self.path.iterdir(), *(self.plots.iterdir() if self.plots.is_dir() else ())]
+        strange = [entry for entry in entries if entry.exists() and not (entry.is_file() or entry.is_dir())]
+        return sorted(str(entry.relative_to(self.path)) for entry in strange if not self.leaves(entry))
 
     def leaves(self, path: Path) -> bool:
         """Returns whether a path in this folder leads out of it through a link. The folder itself may be a link."""
@@ -156,7 +165,7 @@ class RunFolder:
     @property
     def results(self) -> dict[str, Any] | None:
         """The values of summary.json of a finished run; None if the run has not finished or the file is damaged."""
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, RecursionError):
             if read_regular(self.refuse_link(self.status), MOST_JSON) == b"done\n":
                 values = json.loads(read_regular(self.refuse_link(self.summary), MOST_JSON))
                 return values if isinstance(values, dict) else None

@@ -44,7 +44,7 @@ lost machine needs a while to notice that it is alone."""
 
 
 MOST_BYTES = 2**16
-"""A lock file of more bytes is not read."""
+"""The largest size of a lock file."""
 
 
 class RunLock:
@@ -109,10 +109,11 @@ class RunLock:
             try:
                 # Opening the file makes a network file system ask its server; `stat` alone may answer from a cache.
                 with self._path.open("rb") as file:
-                    text, age = file.read(), os.fstat(now.fileno()).st_mtime - os.fstat(file.fileno()).st_mtime
+                    text = file.read(MOST_BYTES)
+                    age = os.fstat(now.fileno()).st_mtime - os.fstat(file.fileno()).st_mtime
             except FileNotFoundError:
                 return None, 0.0
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             content = json.loads(text)
             if isinstance(content, dict):
                 return content, age
@@ -142,7 +143,7 @@ class RunLock:
             self._path.rename(aside)
         except FileNotFoundError:
             return
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             if json.loads(aside.read_bytes() or b"{}") != content:
                 with suppress(OSError):
                     os.link(aside, self._path)  # another process has just taken the lock over: give it back
@@ -157,8 +158,8 @@ class RunLock:
 
     def end_if_lost(self) -> None:
         """Ends this process if another process has taken the lock over: it must not write into the folder any more."""
-        with suppress(OSError, ValueError):
-            found = json.loads(self._path.read_bytes())
+        with suppress(OSError, ValueError, RecursionError):
+            found = json.loads(read_regular(self._path, MOST_BYTES))
             if found != self._own and not self._end.is_set():
                 print(
                     f"mnist_dist: {_holder(found)} took over {self._path.parent}, because this process did not"
@@ -203,9 +204,12 @@ def _describe_process() -> dict[str, Any]:
 
 
 def _silent_seconds(content: dict[str, Any]) -> float:
-    """Returns after how long without a renewal the lock may be taken over. Its writer has chosen the time."""
+    """Returns after how long without a renewal the lock may be taken over. Its writer has chosen the time.
+
+    A damaged lock may name a time without an end.
+    """
     seconds = content.get("silent_seconds")
-    return seconds if isinstance(seconds, int | float) else SILENT_SECONDS
+    return seconds if isinstance(seconds, int | float) and 0 < seconds <= SILENT_SECONDS else SILENT_SECONDS
 
 
 def _is_of_this_machine(content: dict[str, Any]) -> bool:

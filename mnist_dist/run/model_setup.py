@@ -108,7 +108,7 @@ def _build(recipe: Recipe, dataset: Dataset, device: torch.device) -> nn.Module:
             output = module.eval()(dataset.train.normalize(dataset.train.images[:2]))
             for buffer, value in before:
                 buffer.copy_(value)
-    except Exception as error:  # a user's own class may fail in any way
+    except (Exception, SystemExit) as error:  # a user's own class may fail in any way
         message = f"{name} cannot be built for images of {describe_shape(dataset.train.shape)}: "
         message += f"{type(error).__name__}: {error}"
         raise RecipeError([recipe.problem("model.name", message, "model")]) from error
@@ -124,7 +124,7 @@ def _build(recipe: Recipe, dataset: Dataset, device: torch.device) -> nn.Module:
         found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         message = f"{name} gives {found} for two images; expected (2, {classes})"
         if not isinstance(output, torch.Tensor):
-            message += ", or a mapping or an object with such `logits`"
+            message += ", or a mapping or an object with such `logits` and without auxiliary outputs (aux…)"
         raise RecipeError([recipe.problem("model.name", message, "model")])
     return module
 
@@ -195,7 +195,7 @@ def _check_single_image(recipe: Recipe, module: nn.Module, data: Images, world_s
     try:
         with keep_random_state(torch.device("cpu")), copy_of(module) as copied, torch.no_grad():
             copied(data.normalize(data.images[:1]))
-    except Exception as error:  # a user's own class may fail in any way
+    except (Exception, SystemExit) as error:  # a user's own class may fail in any way
         name, value = recipe.model.name, getattr(recipe, key)
         message = f"{value} gives a process a single image, and {name} cannot be trained on one: {error}"
         raise RecipeError([recipe.problem(key, message, "model")]) from error

@@ -178,8 +178,8 @@ def _refusing(key: str, message: str) -> Iterator[None]:
     """Raises any error inside the context as a TrialError. A user's own class may fail in any way."""
     try:
         yield
-    except Exception as error:
-        raise TrialError(key, f"{message}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise TrialError(key, f"{message}: {str(error) or type(error).__name__}") from error
 
 
 def _backward(recipe: Recipe, module: nn.Module, data: Images, device: torch.device, number: int) -> set[str]:

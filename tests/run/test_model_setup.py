@@ -427,6 +427,28 @@ def test_auxiliary_logits_are_refused(refused):
     assert refused(lambda: prepare(ReturnsAuxiliaryLogits)) == [("model.name", "model")]
 
 
+class EndsTheProcess(Flat):
+    def __init__(self) -> None:
+        super().__init__()
+        raise SystemExit(0)
+
+
+class EndsTheProcessInTraining(Flat):
+    def forward(self, images):
+        return sys.exit() if self.training else super().forward(images)
+
+
+@pytest.mark.parametrize("network", [EndsTheProcess, EndsTheProcessInTraining])
+def test_a_network_that_ends_the_process_is_refused(refused, network):
+    assert refused(lambda: prepare(network)) == [("model.name", "model")]
+
+
+def test_a_module_that_ends_the_process_is_refused(refused, tmp_path, monkeypatch):
+    (tmp_path / "script.py").write_text("import sys\nsys.exit()\n")  # e.g. a script without a check of __name__
+    monkeypatch.syspath_prepend(tmp_path)
+    assert refused(lambda: load_recipe("debug", "model={name: script:Net}")) == [("model.name", "model")]
+
+
 # --- networks that cannot be copied or loaded again ---------------------------------------------------------------
 
 

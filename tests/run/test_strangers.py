@@ -511,6 +511,39 @@ def test_a_folder_that_links_out_is_not_resumed(debug_run, tmp_path, refused):
     assert mine.read_text() == "mine\n"
 
 
+@pytest.mark.parametrize("name", ["STATUS", "summary.json", "run.lock", "plots/history.png"])
+def test_a_folder_with_a_pipe_is_not_resumed(name, debug_run, refused):
+    (debug_run / "plots").mkdir(exist_ok=True)
+    (debug_run / name).unlink(missing_ok=True)
+    if name != "STATUS":
+        (debug_run / "STATUS").write_text("preempted\n")
+    os.mkfifo(debug_run / name)  # who reads or writes it waits for ever
+    assert refused(lambda: train(load_recipe("debug", *QUIET), debug_run)) == [("--run-dir", "unsupported")]
+
+
+def test_a_pipe_in_the_place_of_the_lock_is_refused_before_a_run(tmp_path, refused):
+    os.mkfifo(tmp_path / "run.lock")
+    assert refused(lambda: train(load_recipe("debug", *QUIET), tmp_path)) == [("--run-dir", "unsupported")]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("summary.json", "[" * 50_000),
+        ("run.lock", "[" * 50_000),
+        ("run.lock", '{"pid": "1; rm", "host": [], "silent_seconds": 1e308}'),
+    ],
+    ids=["deep summary", "deep lock", "endless lock"],
+)
+def test_a_damaged_summary_or_lock_does_not_stop_a_run(name, text, debug_run):
+    (debug_run / "STATUS").write_text("done\n" if name == "summary.json" else "preempted\n")
+    (debug_run / name).write_text(text)
+    os.utime(debug_run / name, (0, 0))  # a lock that has not been renewed for long is taken over
+    train(load_recipe("debug", *QUIET), debug_run)
+    assert json.loads((debug_run / "summary.json").read_text())["steps"] > 0
+    assert not (debug_run / "run.lock").exists()
+
+
 def test_a_run_folder_may_itself_be_a_link(debug_run, tmp_path, picture):
     (tmp_path / "link").symlink_to(debug_run)
     assert predict.main([str(tmp_path / "link"), str(picture)]) == 0

@@ -135,8 +135,9 @@ def import_function(path: str) -> Any:
         sys.path.append(here)
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # a user's own module may raise any exception
-        message = f"{path!r}: cannot import {module_name!r} ({error})\nrun the command in the folder that holds the "
+    except (Exception, SystemExit) as error:  # a user's own module may raise any exception
+        message = f"{path!r}: cannot import {module_name!r} ({str(error) or type(error).__name__})\n"
+        message += "run the command in the folder that holds the "
         raise DataError(
             "dataset", f"{message}module (this folder is {here}), or install its package", "missing"
         ) from error
