@@ -1,12 +1,15 @@
 """Fixtures for all tests, and the marker of each test."""
 
+import gc
 import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
 import pytest
 import torch
 from accelerate import Accelerator
@@ -28,6 +31,8 @@ os.environ["ACCELERATE_USE_CPU"] = "true"
 
 MARKED_FOLDERS = {"launch": "launch", "faults": "faults", "cluster": "cluster"}
 """Folder below tests/ -> marker of its tests."""
+WAITING_FOLDERS = ("lessons", "faults", "launch", "doctor", "distributed")
+"""Folders below tests/ with tests that start processes and wait for them, those that wait longest first."""
 MARKED_FIXTURES = {"mnist_root": "mnist", "gpu": "gpu", "browser": "browser", "machines": "root"}
 """Fixture -> marker of the tests that request it."""
 
@@ -39,20 +44,54 @@ def wants_cluster(config: pytest.Config) -> bool:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
-    """Runs the tests of the cluster in one process: a machine can have one cluster at a time."""
-    return 1 if wants_cluster(config) else None
+    """Returns how many processes run the tests: two more than cores, because about two tests wait at any time.
+
+    More than 16 would only repeat the imports, and a process may need 2 GB. The tests of the cluster run in one
+    process, because a machine can have one cluster at a time.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 1 if wants_cluster(config) else max(1, min(cores + 2, 16, psutil.virtual_memory().available // 2**31))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Adds the markers, so that `pytest -m "not launch"` selects by folder and by fixture."""
+    """Adds the markers, so that `pytest -m "not launch"` selects by folder and by fixture, and orders the tests."""
     for item in items:
-        folders = {part for part in item.path.relative_to(Path(__file__).parent).parts if part in MARKED_FOLDERS}
-        fixtures = MARKED_FIXTURES.keys() & set(getattr(item, "fixturenames", ()))
-        for name in {MARKED_FOLDERS[folder] for folder in folders} | {MARKED_FIXTURES[each] for each in fixtures}:
-            item.add_marker(name)
+        marks = [mark for folder, mark in MARKED_FOLDERS.items() if folder in folders_of(item)]
+        marks += [mark for fixture, mark in MARKED_FIXTURES.items() if fixture in getattr(item, "fixturenames", ())]
+        for mark in marks:
+            item.add_marker(mark)
     if not wants_cluster(config):
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("cluster")])
         items[:] = [item for item in items if not item.get_closest_marker("cluster")]
+    if hasattr(config, "workerinput"):
+        items[:] = waiting_first(items, config.workerinput["workercount"])
+
+
+def pytest_collection_finish() -> None:
+    """Excludes the objects of the imports, about a million, from every garbage collection of the tests."""
+    gc.freeze()
+
+
+def waiting_first(items: list[pytest.Item], workers: int) -> list[pytest.Item]:
+    """Returns the tests in an order in which each process of xdist starts with its share of the waiting tests.
+
+    At the start xdist gives each process the next equal part of the list; a process that has finished takes tests from
+    the end of another part. A test that waits costs little while other tests run, but at the end all would wait for it.
+    """
+    waiting = [item for folder in WAITING_FOLDERS for item in items if folder in folders_of(item)]
+    others = iter([item for item in items if folders_of(item).isdisjoint(WAITING_FOLDERS)])
+    files = list(dict.fromkeys(item.path for item in waiting))
+    ordered: list[pytest.Item] = []
+    for worker in range(workers):
+        own = set(files[worker::workers])  # tests of one file share their fixtures
+        ordered += [item for item in waiting if item.path in own]
+        ordered += islice(others, max(0, len(items) * (worker + 1) // workers - len(ordered)))
+    return [*ordered, *others]
+
+
+def folders_of(item: pytest.Item) -> set[str]:
+    """Returns the names of the folders between tests/ and the test."""
+    return set(item.path.relative_to(Path(__file__).parent).parent.parts)
 
 
 @pytest.fixture(autouse=True)

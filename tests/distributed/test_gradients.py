@@ -180,7 +180,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_two_runs_of_three_processes_have_the_same_bytes(tmp_path):
-    words = ["--recipe", "model_v1_onecycle", "data.dataset=synthetic", "data.limit_train=200", "data.limit_test=30"]
+    words = ["--recipe", "model_v1_onecycle", "data.dataset=synthetic", "data.limit_train=104", "data.limit_test=10"]
     words += [
         "batch_size=32",
         "epochs=2",

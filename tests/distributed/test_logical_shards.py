@@ -11,7 +11,7 @@ from tests.distributed.training import WITHOUT_TRACKING, train_in_world, weights
 from tests.processes import run_ranks
 
 # Batch norm, dropout, augmentation, averaged weights, accumulation, clipping, a short last batch of three samples.
-WORDS = ["--recipe", "model_v1_onecycle", "data.dataset=synthetic", "data.limit_train=323", "data.limit_test=100"]
+WORDS = ["--recipe", "model_v1_onecycle", "data.dataset=synthetic", "data.limit_train=195", "data.limit_test=30"]
 WORDS += ["batch_size=64", "epochs=2", "log_every=2", "ema_decay=0.9", "clip_grad_norm=0.5", "micro_batch_size=5"]
 
 STOP_AFTER_STEP = """

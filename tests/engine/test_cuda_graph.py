@@ -7,6 +7,7 @@ the device during the capture is an error.
 
 import gc
 import inspect
+import shutil
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -484,12 +485,21 @@ def test_a_captured_run_trains_and_saves_like_the_eager_run(guard_on_device, mon
         torch.testing.assert_close(found.model.state_dict()[name], value, rtol=1e-3, atol=1e-4)
 
 
-def test_a_compiled_network_trains_like_the_eager_one(tmp_path):
-    words = ("data.limit_train=300", "data.limit_test=10", "log_every=1")  # batches of 128, 128 and 44 images
+def network_of_few_kernels(num_classes: int) -> nn.Module:
+    """Every kernel costs the C++ compiler seconds."""
+    return nn.Sequential(nn.Conv2d(1, 4, 5, stride=4), nn.ReLU(), nn.Flatten(), nn.Linear(144, num_classes))
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_network_trains_like_the_eager_one(monkeypatch, tmp_path):
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # more would be processes that import torch
+    words = ["data.limit_train=300", "data.limit_test=10", "log_every=1"]  # batches of 128, 128 and 44 images
+    words += [f"model.name={__name__}:network_of_few_kernels"]
     losses = []
     for name, compiled in (("eager", "false"), ("compiled", "true")):
         train(load_recipe("debug", *words, f"compile={compiled}"), tmp_path / name)
-        losses.append([line["train/loss"] for line in load_run(tmp_path / name).metrics if "train/loss" in line])
+        metrics = load_run(tmp_path / name).metrics
+        losses.append([line["train/loss"] for line in metrics if "train/loss" in line])
     assert len(losses[0]) == 3
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 

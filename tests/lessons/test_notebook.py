@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ import pytest
 nbformat = pytest.importorskip("nbformat", reason='needs pip install -e ".[notebook]"')
 pytest.importorskip("nbclient", reason='needs pip install -e ".[notebook]"')
 pytest.importorskip("ipykernel", reason='needs pip install -e ".[notebook]"')
-pytest.importorskip("sklearn", reason="scikit-learn contains the digits")
+if find_spec("sklearn") is None:  # the import takes seconds, in every process of the tests
+    pytest.skip("scikit-learn contains the digits", allow_module_level=True)
 
 from tests.lessons.lesson import FOLDER, is_equal  # noqa: E402
 from tests.lessons.notebook import NOTEBOOK, execute, pictures, printed  # noqa: E402
