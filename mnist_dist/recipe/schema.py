@@ -205,7 +205,7 @@ class DataSection(Section):
     """Split of EMNIST; only for `dataset: emnist`. Null: `balanced`."""
     test: Literal["qmnist50k"] | None = None
     """Another test set; only for `dataset: mnist` and `qmnist`. `qmnist50k`: the 50,000 digits that QMNIST recovered.
-    With them the standard error at 99.7 % is 0.024 points; with the 10,000 of MNIST it is 0.055. Null: the usual set."""
+    With them the standard error at 99.7 % is 0.024 points; with MNIST's 10,000, 0.055. Null: the usual set."""
     validation: Annotated[int, Field(ge=0)] = 0
     """Number of training images to hold out: the last ones of the training set; of your own images and of a set that is
     sorted by class, an equal share of every class by a fixed seed. Evaluations during training then use them, and the
