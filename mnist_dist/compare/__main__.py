@@ -36,7 +36,8 @@ from mnist_dist.compare.table import (
 from mnist_dist.compare.watch import watch, watched
 from mnist_dist.engine.files import read_regular, write_atomically
 from mnist_dist.errors import Kind, Problem, RecipeError
-from mnist_dist.run.reader import RunReader, find_runs, is_summary
+from mnist_dist.run.folder import is_summary
+from mnist_dist.run.reader import RunReader, find_runs
 
 MOST_KEPT = 2**28
 """Bytes of the largest file of kept summaries that is read."""

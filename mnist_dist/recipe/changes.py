@@ -36,21 +36,24 @@ def is_harmless(key: str, dataset: Any) -> bool:
     return key.startswith(HARMLESS_KEYS) or (key == "data.root" and dataset not in OWN)
 
 
-def refuse_changes(old: Recipe, new: Recipe, allowed: bool) -> str:
+def refuse_changes(
+    old: Recipe, new: Recipe, allowed: bool, *, other_way: str = "name a new folder with --run-dir"
+) -> str:
     """Returns why a run with the recipe `old` cannot resume with `new`, and what to do; empty if it can.
 
     Args:
         old: the recipe of the run or checkpoint.
         new: the recipe that was asked for.
         allowed: the user accepts changes of the result (`--allow-recipe-change`).
+        other_way: what else the user can do.
     """
     changes = describe_changes(old, new)
     if fixed := [change for change in changes if change.startswith(FIXED_KEYS)]:
-        hint = "the checkpoint does not fit this recipe; name a new folder with --run-dir, or start from the weights: "
+        hint = f"the checkpoint does not fit this recipe; {other_way}, or start from the weights: "
         hint += "model.init_from=RUN and a new folder"
         return "\n".join([*fixed, hint])
     if changes and not allowed:
-        return "\n".join([*changes, "name a new folder with --run-dir, or add --allow-recipe-change"])
+        return "\n".join([*changes, f"{other_way}, or add --allow-recipe-change"])
     return ""
 
 

@@ -168,7 +168,7 @@ class RunFolder:
         with suppress(OSError, ValueError, RecursionError):
             if read_regular(self.refuse_link(self.status), MOST_JSON) == b"done\n":
                 values = json.loads(read_regular(self.refuse_link(self.summary), MOST_JSON))
-                return values if isinstance(values, dict) else None
+                return values if is_summary(values) else None
         return None
 
     @property
@@ -180,6 +180,13 @@ class RunFolder:
         """Writes STATUS: one of the words running, done, failed and preempted."""
         self.end_if_lost()
         write_atomically(self.status, status + "\n")
+
+
+def is_summary(values: Any) -> bool:
+    """Returns whether a JSON value is a complete summary: a comparison needs recipe, seed, epochs and accuracies."""
+    kinds: dict[str, Any] = {"recipe": str, "seed": int, "epochs": (int, float)}
+    kinds |= {f"eval.{which}.accuracy": (int, float) for which in ("last", "best")}
+    return isinstance(values, dict) and all(isinstance(values.get(key), kind) for key, kind in kinds.items())
 
 
 def unwritable(error: OSError, run_dir: str | Path | None) -> RecipeError:

@@ -26,7 +26,7 @@ from mnist_dist.recipe.changes import flatten, is_harmless
 from mnist_dist.recipe.file import read_recipe
 from mnist_dist.recipe.loading import load_recipe
 from mnist_dist.recipe.schema import Recipe
-from mnist_dist.run.folder import MOST_JSON, RunFolder
+from mnist_dist.run.folder import MOST_JSON, RunFolder, is_summary
 from mnist_dist.run.lock import FILE as LOCK
 from mnist_dist.run.lock import last_renewal
 from mnist_dist.run.tables import printable
@@ -166,13 +166,6 @@ class RunReader:
         items = self.recipe.items()
         dataset = self.recipe.get("data.dataset")
         return {key: value for key, value in items if key != "seed" and not is_harmless(key, dataset)}
-
-
-def is_summary(values: Any) -> bool:
-    """Returns whether a JSON value is a complete summary: a comparison needs recipe, seed, epochs and accuracies."""
-    kinds: dict[str, Any] = {"recipe": str, "seed": int, "epochs": (int, float)}
-    kinds |= {f"eval.{which}.accuracy": (int, float) for which in ("last", "best")}
-    return isinstance(values, dict) and all(isinstance(values.get(key), kind) for key, kind in kinds.items())
 
 
 def numbers(lines: list[dict[str, Any]], key: str) -> list[float]:

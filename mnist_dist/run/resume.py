@@ -195,7 +195,8 @@ def find_checkpoint(source: str, recipe: Recipe, allow_recipe_change: bool) -> t
     origin = RunFolder(candidate.absolute().parent.parent)
     if origin.recipe.is_file():
         given = load_recipe(origin.recipe, import_code=False)
-        if changes := refuse_changes(given, recipe, allow_recipe_change):
+        way = "give these keys the values that they had"
+        if changes := refuse_changes(given, recipe, allow_recipe_change, other_way=way):
             raise refusal(f"{candidate} belongs to a run of another recipe:\n{changes}", "conflict")
     return origin, state
 
