@@ -207,9 +207,16 @@ def group(measured: list[Measured]) -> list[Row]:
 
 
 def in_order(rows: list[Row]) -> list[Row]:
-    """Returns the rows in the order of the shipped recipes, followed by the rows of other recipes."""
-    rank = {name: position for position, name in enumerate(_shipped())}
-    return sorted(rows, key=lambda row: rank.get(row.recipe, len(rank)))
+    """Returns the rows of the documents' recipes, then of the other shipped recipes, then of other recipes."""
+    ranks = _ranks()
+    return sorted(rows, key=lambda row: ranks.get(row.recipe, (True, len(ranks))))
+
+
+@cache
+def _ranks() -> dict[str, tuple[bool, int]]:
+    """Returns whether a shipped recipe is of no document, and its position among all, by its name."""
+    notes = ((name, recipe_notes(path)) for name, path in _shipped().items())
+    return {name: (each.get("document") == "none", place) for place, (name, each) in enumerate(notes)}
 
 
 def labels(measured: list[Measured]) -> Callable[[Measured], str]:
