@@ -20,6 +20,7 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
+from mnist_dist.benchmark.operations import table_of
 from mnist_dist.cli import COMMANDS, parse, run_command
 from mnist_dist.compare.__main__ import Comparison
 from mnist_dist.compare.table import MARKS, Row, fill_tables, group, representative_rows
@@ -444,6 +445,9 @@ def test_the_figures_beside_a_report_are_in_it():
             if "images_per_second" in result:
                 for speed in result["images_per_second"].values():
                     assert " | ".join(f"{speed[which]:,.0f}" for which in ("median", "min", "max")) in report
+            elif "operations" in result:
+                for row in table_of(result)[1:]:
+                    assert f"| {' | '.join(row)} |" in report
             else:
                 for ways in result["ms_per_call"].values():
                     for ms in ways.values():
