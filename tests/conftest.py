@@ -9,13 +9,13 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from mnist_dist.distributed.signals import SIGNALS
+from mnist_dist.machine.limits import count_cores, free_memory
 
 if TYPE_CHECKING:
     from mnist_dist.data import Dataset
@@ -44,13 +44,13 @@ def wants_cluster(config: pytest.Config) -> bool:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
-    """Returns how many processes run the tests: two more than cores, because about two tests wait at any time.
+    """Returns how many processes run the tests: two more than cores, because some tests only wait.
 
     More than 16 would only repeat the imports, and a process may need 2 GB. The tests of the cluster run in one
     process, because a machine can have one cluster at a time.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 1 if wants_cluster(config) else max(1, min(cores + 2, 16, psutil.virtual_memory().available // 2**31))
+    workers = min(count_cores() + 2, 16, free_memory() // 2**31)
+    return 1 if wants_cluster(config) else max(1, workers)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
