@@ -24,6 +24,9 @@ HEALTHY_SECONDS = 60.0
 LOOK_UP_SECONDS = 5.0
 """A name is looked up for this time: the machine may just be starting. torchrun would try for a minute."""
 
+HEAD_SECONDS, NOTE_SECONDS = 60.0, 10.0
+"""The rendezvous is tried for the first time, as torchrun does; a note is printed after the second."""
+
 ROUTINE = {
     "agent.server.api": "Received %s death signal",
     "multiprocessing.api": "Sending process %s closing signal",
@@ -64,19 +67,48 @@ def endpoint() -> str:
     return words.get("--rdzv_endpoint") or os.environ.get("PET_RDZV_ENDPOINT", "")
 
 
-def is_known(address: str) -> bool:
-    """Returns whether the host of an address has a name that can be looked up, or is an IP address."""
+def wait_for_rendezvous(address: str) -> bool:
+    """Waits until the rendezvous can be reached, if another machine holds it; returns whether it can.
+
+    Between two tries Python handles signals. torchrun's own wait would handle none for a minute.
+    """
     from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
-    host, _ = parse_rendezvous_endpoint(address, default_port=0)
-    deadline = time.monotonic() + LOOK_UP_SECONDS
-    while True:
+    host, port = parse_rendezvous_endpoint(address, default_port=29400)  # the default of torchrun's c10d
+    start, noted = time.monotonic(), False
+    while (seconds := time.monotonic() - start) < HEAD_SECONDS:
         try:
-            return bool(socket.getaddrinfo(host, None))
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except socket.gaierror:
-            if time.monotonic() > deadline:
+            if seconds > LOOK_UP_SECONDS:
                 return False
+        else:
+            if any(is_own(family, at) or accepts(at) for family, _, _, _, at in found):
+                return True
+        if seconds > NOTE_SECONDS and not noted:
+            noted = True
+            print(f"launch: waits for {address}: run the same command there", file=sys.stderr, flush=True)
         time.sleep(0.5)
+    return False
+
+
+def is_own(family: int, address: tuple[Any, ...]) -> bool:
+    """Returns whether an address belongs to this machine."""
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind((address[0], 0, *address[2:]))
+        except OSError:
+            return False
+    return True
+
+
+def accepts(address: tuple[Any, ...]) -> bool:
+    """Returns whether a process listens at an address."""
+    try:
+        with socket.create_connection(address[:2], timeout=5):
+            return True
+    except OSError:
+        return False
 
 
 def report_lost_head() -> int:
@@ -94,7 +126,7 @@ def main() -> int:
     variable = "TORCH_CPP_LOG_LEVEL"
     own = variable not in os.environ
     if own:
-        os.environ[variable] = "ERROR"  # no C++ stack of the store when another agent ends first
+        os.environ[variable] = "FATAL"  # no C++ stack of the store when another agent ends first
     if sys.argv[1:2] == ["torchrun"]:
         del sys.argv[1]
         from torch.distributed.run import main as launch
@@ -113,7 +145,7 @@ def main() -> int:
         logger = logging.getLogger(f"torch.distributed.elastic.{name}")
         logger.addFilter(lambda record, start=start: not str(record.msg).startswith(start))
     sys.tracebacklimit = 0
-    if endpoint() and not is_known(endpoint()):
+    if endpoint() and not wait_for_rendezvous(endpoint()):
         return report_lost_head()
     try:
         launch()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import psutil
@@ -107,4 +108,16 @@ def test_a_machine_that_cannot_reach_the_head_says_what_to_do(tmp_path):
     with started(LAUNCH / "elastic.sh", *words) as process:
         output = finish(process, expected=75)
     assert "unknown.invalid:29400" in output and "Traceback" not in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_launcher_that_waits_for_the_head_stops_on_a_signal_and_prints_no_stack(tmp_path):
+    """torchrun's own wait would end after a minute, with the C++ stack of its store."""
+    address = "192.0.2.1:29400"  # of a network for documentation: no machine has it
+    with started(LAUNCH / "elastic.sh", address, "1:2", "1", *WORDS, "--run-dir", tmp_path / "run") as process:
+        assert address in process.stdout.readline()
+        sent = time.monotonic()
+        process.send_signal(signal.SIGUSR1)
+        assert finish(process, expected=75) == ""
+    assert time.monotonic() - sent < 30
     assert not (tmp_path / "run").exists()
