@@ -129,6 +129,15 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.fixture
+def compiler() -> Iterator[None]:
+    """Lets torch.compile work in one thread: more would be processes that import torch."""
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("torch.compile needs a C++ compiler")
+    with torch._inductor.config.patch(compile_threads=1):
+        yield
+
+
 @pytest.fixture(scope="session")
 def mnist_root() -> Path:
     """The folder that holds all files of MNIST/raw: $MNIST_DIST_DATA or ./data."""

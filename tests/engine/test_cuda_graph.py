@@ -7,7 +7,6 @@ the device during the capture is an error.
 
 import gc
 import inspect
-import shutil
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -490,9 +489,8 @@ def network_of_few_kernels(num_classes: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, 4, 5, stride=4), nn.ReLU(), nn.Flatten(), nn.Linear(144, num_classes))
 
 
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
-def test_a_compiled_network_trains_like_the_eager_one(monkeypatch, tmp_path):
-    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # more would be processes that import torch
+@pytest.mark.usefixtures("compiler")
+def test_a_compiled_network_trains_like_the_eager_one(tmp_path):
     words = ["data.limit_train=300", "data.limit_test=10", "log_every=1"]  # batches of 128, 128 and 44 images
     words += [f"model.name={__name__}:network_of_few_kernels"]
     losses = []

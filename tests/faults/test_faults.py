@@ -34,6 +34,7 @@ from tests.faults.trials import (
     steps_of,
 )
 from tests.faults.victim import POINTS
+from tests.processes import forked_python
 
 KILL = signal.SIGKILL
 BLOWS = [
@@ -95,7 +96,8 @@ def test_a_run_skips_a_damaged_checkpoint_and_ends_with_the_same_bytes(tmp_path,
     assert trial.problem is None, str(trial)
 
 
-def test_torchrun_restarts_a_killed_worker_and_two_processes_end_with_the_same_bytes(tmp_path):
+def test_torchrun_restarts_a_killed_worker_and_two_processes_end_with_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHON_EXEC", str(forked_python()))  # torchrun starts its processes with it
     finish(tmp_path / "undisturbed", 2, *EVERY_STATE)
     trial = restart_trial(tmp_path, bytes_of(tmp_path / "undisturbed"), seed=0, world_size=2)
     assert trial.problem is None, str(trial)

@@ -84,7 +84,7 @@ def trainers(run_dir: Path) -> list[psutil.Process]:
 
 
 def test_a_process_that_dies_is_started_again_and_the_bytes_stay_the_same(tmp_path):
-    words = ["logical_shards=2", "max_steps=400", "epochs=400"]
+    words = ["logical_shards=2", "max_steps=200", "epochs=200"]
     with started(*command(tmp_path, *words)) as process:
         wait_for_lines(tmp_path / "run", 30, process)
         os.kill(trainers(tmp_path / "run")[0].pid, signal.SIGKILL)

@@ -29,9 +29,9 @@ from tests import processes
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "launch" / "lessons"
 PAGES = sorted(FOLDER.glob("[0-9][0-9]_*.md"))
-STAND_IN = Path(__file__).with_name("stand_in.py")
-PROGRAMS = ("mnist-dist", "python", "torchrun")
-"""Programs that a stand-in starts in milliseconds, except in a page with `REAL`."""
+PROGRAMS = {"python": [], "mnist-dist": ["-m", "mnist_dist"]}
+"""Programs -> their first words. A page without `REAL` forks them, and a stand-in for torchrun, in milliseconds."""
+TORCHRUN = [sys.executable, "-E", "-S", str(Path(__file__).with_name("torchrun.py"))]
 REAL = "<!-- starts the real launchers -->"
 VARY = "<!-- numbers vary -->"
 VARIABLES = {
@@ -65,7 +65,7 @@ def run(page: Path, *, real: bool) -> list[str]:
     """Runs all blocks of a page; returns the masked output of each.
 
     Args:
-        real: start the programs as a reader would; otherwise a stand-in forks them from a server of the tests.
+        real: start the programs as a reader would; otherwise each is forked from a server of the tests.
 
     Raises:
         AssertionError: a block ended with an exit code other than 0. Print an expected one: `…; echo "exit code $?"`.
@@ -85,7 +85,7 @@ def run(page: Path, *, real: bool) -> list[str]:
 
 
 def _environment(folder: Path, real: bool) -> dict[str, str]:
-    """Returns the environment of a lesson; with stand-ins, writes them into a folder that comes first in PATH."""
+    """Returns the environment of a lesson; with forked programs, writes them into a folder that comes first in PATH."""
     removed = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "FORCE_COLOR", "ACCELERATE_MIXED_PRECISION")
     kept = {name: value for name, value in os.environ.items() if name not in removed}
     path = [str(Path(sys.executable).parent), os.environ["PATH"]]
@@ -93,9 +93,9 @@ def _environment(folder: Path, real: bool) -> dict[str, str]:
     if not real:
         programs = folder / ".programs"
         programs.mkdir()
-        for name in PROGRAMS:
-            start = shlex.join([sys.executable, "-E", "-S", str(STAND_IN), name])
-            (programs / name).write_text(f'#!/bin/sh\nexec {start} "$@"\n', encoding="utf-8")
+        forked = {name: [str(processes.forked_python()), *words] for name, words in PROGRAMS.items()}
+        for name, words in (forked | {"torchrun": TORCHRUN}).items():
+            (programs / name).write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n', encoding="utf-8")
             (programs / name).chmod(0o755)
         path.insert(0, str(programs))
         variables["MNIST_DIST_TEST_SERVER"] = processes._address()

@@ -1,7 +1,6 @@
 """`Dropout` has the distribution of `nn.Dropout`, exact gradients, and the same zeros when compiled."""
 
 import math
-import shutil
 
 import pytest
 import torch
@@ -129,9 +128,8 @@ def test_dropout_for_the_compiler_equals_eager_dropout(memory_format, gradient_f
         assert torch.equal(eager, compiled)
 
 
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
-def test_a_compiled_network_drops_the_same_elements_as_the_eager_one(monkeypatch):
-    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # more would be processes that import torch
+@pytest.mark.usefixtures("compiler")
+def test_a_compiled_network_drops_the_same_elements_as_the_eager_one():
     images, labels = torch.randn(16, 1, 9, 9, dtype=torch.float64), torch.arange(16) % 10
     gradients = []
     for compiled in (False, True):
