@@ -75,8 +75,8 @@ def _add_run(parser: Parser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run folder")
 
 
-def _add_code(parser: Parser) -> None:
-    code = "import a run's network from this module; only if you trust the run and the module; repeatable"
+def _add_code(parser: Parser, what: str = "a run's network", source: str = "run") -> None:
+    code = f"import {what} from this module; only if you trust the {source} and the module; repeatable"
     parser.add_argument("--allow-code", metavar="MODULE", action="append", default=[], help=code)
 
 
@@ -150,6 +150,7 @@ def _sweep(parser: Parser) -> None:
     _add_overrides(parser, "recipe keys; key=a,b,c tries each of these values")
     parser.add_argument("--count", type=int, metavar="N", help="at most N trials (default: the file's run_cap, or all)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of a random search (default: 0)")
+    _add_code(parser, "the network or data set that the file names", "file")
     folder = "folder of the search (default: runs/sweeps/<name>); the same command resumes an interrupted search"
     parser.add_argument("--run-dir", type=path, metavar="DIR", help=folder)
 

@@ -6,10 +6,12 @@ changes the precision, a process on a machine with 64 cores gets one thread. Thi
 
 from __future__ import annotations
 
+import argparse
 import atexit
 import itertools
 import os
 import sys
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -247,3 +249,25 @@ def check_engine() -> None:
     ]
     if problems:
         raise RecipeError(problems)
+
+
+def starts_trainer(command: list[str]) -> bool:
+    """Returns whether a command starts this trainer and no other program. Its launcher's own parser decides."""
+    if command[:1] == [sys.executable]:
+        return command[1:3] == ["-m", "mnist_dist.train"]
+    if command[:2] == ["accelerate", "launch"]:
+        from accelerate.commands.launch import launch_command_parser as launcher
+
+        words = command[2:]
+    elif command[:1] == ["torchrun"]:
+        from torch.distributed.run import get_args_parser as launcher
+
+        words = command[1:]
+    else:
+        return False
+    try:
+        with redirect_stderr(None):  # argparse prints its own message
+            found = launcher().parse_args(words)
+    except (SystemExit, argparse.ArgumentError):
+        return False
+    return bool(found.module and found.training_script == "mnist_dist.train" and not found.no_python)

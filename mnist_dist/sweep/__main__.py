@@ -14,6 +14,7 @@ if __name__ == "__main__":
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,10 @@ def _read_sweep(arguments: argparse.Namespace) -> Sweep:
         raise RecipeError([Problem("the launcher", "", message, "unsupported")])
     path, words = find_recipe(arguments.sweep), arguments.overrides
     if read_recipe(path)[0].keys() & {"parameters", "method"}:
-        return read_file(path, words, arguments.count, arguments.seed)
-    return read_words(arguments.sweep, words, arguments.count)
+        sweep = read_file(path, words, arguments.count, arguments.seed)
+    else:
+        sweep = read_words(arguments.sweep, words, arguments.count)
+    return replace(sweep, typed=words, allow_code=arguments.allow_code)
 
 
 def _make_folder(directory: Path) -> None:

@@ -9,11 +9,12 @@ import random
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mnist_dist.distributed.launcher import starts_trainer
 from mnist_dist.errors import Kind, Problem, RecipeError, unknown_key
 from mnist_dist.recipe.file import Origins, find_recipe, parse, read_recipe
 
@@ -34,6 +35,10 @@ class Sweep:
     choices: list[Choice]
     command: list[str]
     """Starts the trainer; recipe, overrides and run folder are appended."""
+    typed: list[str] = field(default_factory=list)
+    """The words of the command line. A person has named the code in them, but not the code in a file."""
+    allow_code: list[str] = field(default_factory=list)
+    """Modules of which the files may name classes and functions."""
 
 
 # --- from the command line ----------------------------------------------------------------------------------------
@@ -183,7 +188,13 @@ def _read_command(values: dict[str, Any], refuse: Refuse) -> tuple[list[str], st
     except (argparse.ArgumentError, SystemExit) as error:
         raise refuse("expected --recipe=NAME in the command", "missing") from error
     shared = [word for word in line if re.match(r"[A-Za-z_][\w.]*=", word)]
-    return [word for word in line if word not in shared], given.recipe, shared
+    command = [word for word in line if word not in shared]
+    if not starts_trainer(command):
+        expected = "python -m ${program}, accelerate launch … -m ${program} or torchrun … -m ${program}"
+        raise refuse(f"expected a command that starts with {expected}; no other program is started", "code")
+    if any(word.startswith("--allow-code") for word in command):
+        raise refuse("--allow-code is your decision, not the file's; give it to sweep itself", "code")
+    return command, given.recipe, shared
 
 
 # --- drawing ------------------------------------------------------------------------------------------------------

@@ -16,9 +16,11 @@ from typing import Any
 
 import yaml
 
+from mnist_dist.data import is_data_code
 from mnist_dist.distributed.launcher import launched_world
 from mnist_dist.distributed.signals import PREEMPTED, handled_signals
 from mnist_dist.errors import Problem, RecipeError
+from mnist_dist.models.rebuilding import CodeRefused, refuse_code
 from mnist_dist.recipe.changes import describe_changes
 from mnist_dist.recipe.file import Dumper
 from mnist_dist.recipe.loading import load_recipe
@@ -60,7 +62,7 @@ def plan(sweep: Sweep, directory: Path) -> list[Trial]:
     for name, choice in zip(trial_names(sweep.choices), sweep.choices, strict=True):
         words = [*(override(*pair) for pair in choice.items()), *shared, override("name", name)]
         try:
-            recipe, folder = load_recipe(sweep.recipe, *sweep.words, *words), RunFolder(directory / name)
+            recipe, folder = _load(sweep, *words), RunFolder(directory / name)
             _check_folder(folder, recipe)
             trials.append(Trial(name, choice, words, recipe, folder))
         except RecipeError as error:
@@ -70,9 +72,27 @@ def plan(sweep: Sweep, directory: Path) -> list[Trial]:
     return trials
 
 
+def _load(sweep: Sweep, *words: str) -> Recipe:
+    """Loads the recipe of a trial. The recipe and the sweep file may come from a stranger.
+
+    Raises:
+        RecipeError: the recipe has a problem, or a file names code that is not allowed. Nothing was imported.
+    """
+    recipe = load_recipe(sweep.recipe, *sweep.words, *words, import_code=False)
+    found = {"network": recipe.model.name, "data set": recipe.data.dataset}
+    code = {what: name for what, name in found.items() if is_data_code(name)}  # package.module:Name
+    for what, name in code.items():
+        if not any(name in word for word in sweep.typed):
+            try:
+                refuse_code(name, sweep.allow_code, what)
+            except CodeRefused as error:
+                raise RecipeError([Problem("command line", "--allow-code", str(error), "code")]) from error
+    return load_recipe(sweep.recipe, *sweep.words, *words) if code else recipe
+
+
 def _shared_overrides(sweep: Sweep) -> list[str]:
     """Returns overrides that hold out validation images and group the trials in W&B, unless the recipe does so."""
-    base, shared = load_recipe(sweep.recipe, *sweep.words), []
+    base, shared = _load(sweep), []
     if base.data.validation == 0:
         unlimited = base.model_copy(update={"data": base.data.model_copy(update={"limit_train": None})})
         size = len(load_data(unlimited, launched_world()).train)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -16,10 +17,13 @@ import yaml
 
 from mnist_dist.cli import run_command
 from mnist_dist.distributed.signals import PREEMPTED
+from mnist_dist.errors import RecipeError
+from mnist_dist.recipe.file import find_recipe
 from mnist_dist.sweep import __main__ as sweep
 from mnist_dist.sweep import trials
 from mnist_dist.train import main as train_main
 from tests import processes
+from tests.launch.launching import executable
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 WORDS = ["data.dataset=synthetic", "data.limit_train=128", "data.limit_test=50", "epochs=1", "batch_size=64"]
@@ -118,6 +122,7 @@ def test_a_folder_of_another_search_is_refused_before_any_training(trained, tmp_
 # --- signals ------------------------------------------------------------------------------------------------------
 
 TRAINER = """\
+#!{python} -S
 import pathlib, signal, sys
 folder = pathlib.Path(sys.argv[sys.argv.index("--run-dir") + 1])
 folder.mkdir()
@@ -125,7 +130,7 @@ signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGUSR1])
 (folder / "metrics.jsonl").write_text("started")
 (folder / "STATUS").write_text(str(int(signal.sigwait([signal.SIGTERM, signal.SIGUSR1]))))
 """
-"""Waits for a signal and writes its number into the run folder."""
+"""Takes the place of torchrun: waits for a signal and writes its number into the run folder."""
 
 
 def test_a_preempted_trial_stops_the_search(tmp_path, monkeypatch):
@@ -153,10 +158,11 @@ def stop_first_trial(tmp_path: Path, command: list[str], number: int) -> str:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_is_passed_on_to_the_trial_and_stops_the_search(tmp_path, number):
+def test_a_signal_is_passed_on_to_the_trial_and_stops_the_search(tmp_path, number, monkeypatch):
     """Otherwise the trial would continue alone, and the next search would start a second process in its folder."""
-    (tmp_path / "trainer.py").write_text(TRAINER)
-    command = ["python", str(tmp_path / "trainer.py"), "${program}", "--recipe=lenet5", "${args_no_hyphens}"]
+    executable(tmp_path / "torchrun", TRAINER.format(python=sys.executable))
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    command = ["torchrun", "-m", "${program}", "--recipe=lenet5", "${args_no_hyphens}"]
     assert stop_first_trial(tmp_path, command, number) == str(int(number))
 
 
@@ -193,6 +199,30 @@ def test_a_wrong_command_line_is_refused_before_any_training(words, key, kind, t
     assert not folder.exists()
 
 
+@pytest.mark.parametrize("key", ["model.name", "data.dataset"])
+def test_code_that_a_file_names_is_imported_only_with_permission(key, tmp_path, monkeypatch, refused):
+    """The recipe may be that of a stranger's run folder, and a sweep file a stranger's."""
+    (tmp_path / "stranger.py").write_text("raise ValueError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    base = yaml.safe_load(find_recipe("debug").read_text())
+    base["tracking"] = {"plots": False, "wandb": {"mode": "disabled"}}
+    section, name = key.split(".")
+    recipe, of_file = tmp_path / "recipe.yaml", tmp_path / "search.yaml"
+    recipe.write_text(yaml.safe_dump(base | {section: base[section] | {name: "stranger:Thing"}}))
+    content = {"program": "mnist_dist.train", "method": "grid", "parameters": {key: {"value": "stranger:Thing"}}}
+    command = ["python", "-m", "${program}", "--recipe=debug", "${args_no_hyphens}"]
+    of_file.write_text(yaml.safe_dump(content | {"command": command}))
+    search_it = [[str(recipe), "seed=1,2"], [str(of_file)]]
+    for words in search_it:
+        words += ["--run-dir", str(tmp_path / "new")]
+        assert refused(lambda words=words: sweep.main(words)) == [("--allow-code", "code")]
+        assert refused(lambda words=words: sweep.main([*words, "--allow-code", "other"])) == [("--allow-code", "code")]
+        for allowed in ([*words, "--allow-code", "stranger"], ["debug", f"{key}=stranger:Thing,stranger:Thing"]):
+            with pytest.raises(RecipeError, match="imported"):
+                sweep.main(allowed)
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_wrong_command_line_is_one_screen_without_a_traceback(capsys):
     assert search("lenet5") == 2
     error = capsys.readouterr().err
@@ -204,10 +234,11 @@ def test_a_search_with_several_processes_is_refused(monkeypatch, refused):
     assert refused(lambda: sweep.main(["lenet5", "seed=1,2"])) == [("", "unsupported")]
 
 
-def test_a_command_that_cannot_be_started_is_refused_with_its_name(tmp_path, capsys):
-    command = [str(tmp_path / "no_such_python"), "${program}", "--recipe=lenet5", "${args_no_hyphens}"]
+def test_a_command_that_cannot_be_started_is_refused_with_its_name(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    command = ["torchrun", "-m", "${program}", "--recipe=lenet5", "${args_no_hyphens}"]
     content = {"program": "mnist_dist.train", "method": "grid", "parameters": {"seed": {"values": [1]}}}
     (tmp_path / "search.yaml").write_text(yaml.safe_dump(content | {"command": command}))
     words = [*WORDS, "data.validation=50", "--run-dir", tmp_path / "runs"]
     assert search(tmp_path / "search.yaml", *words) == 2
-    assert "no_such_python" in capsys.readouterr().err
+    assert "torchrun" in capsys.readouterr().err
