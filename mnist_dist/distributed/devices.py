@@ -35,7 +35,12 @@ def choose_threads(state: PartialState) -> None:
         return
     usable = count_cores()
     cores = min(usable, psutil.cpu_count(logical=False) or usable)
-    torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))))
+    torch.set_num_threads(max(1, cores // count_local_processes(state.num_processes)))
+
+
+def count_local_processes(world_size: int) -> int:
+    """Returns the number of the world's processes on this machine; `world_size` if the launcher does not say it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
 
 
 def device_name(device: torch.device) -> str:

@@ -14,6 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mnist_dist.distributed.devices import count_local_processes
+from mnist_dist.machine.limits import count_cores
+
 BUCKET_BYTES = 25 * 2**20
 """Largest size of a flat buffer that holds more than one gradient: the default of DistributedDataParallel."""
 
@@ -63,8 +66,9 @@ class FlatGradients:
     order, and the order of additions depends on the positions in a buffer only, so a run can be repeated bit for bit
     and all ranks have the same sums.
 
-    On a CPU, a process that has computed its gradients polls for up to `POLL_SECONDS` and yields its core to other
-    processes. It sleeps only after that, because waking up takes too long for a training step of 10 ms.
+    On a CPU, a process that has computed its gradients polls for up to `POLL_SECONDS`. It sleeps only after that, because
+    waking up takes too long for a training step of 10 ms. Where there are more threads than cores, it sleeps at once: polling
+    would take the core of a process that computes.
 
     The constructor copies parameters and buffers of rank 0 to all ranks. Collective: call on every rank.
 
@@ -83,6 +87,8 @@ class FlatGradients:
             dist.broadcast(sent, 0)
             tensor.detach().copy_(sent)
         self.allows_unused, self._clock = allows_unused, clock
+        threads = torch.get_num_threads() * count_local_processes(dist.get_world_size())
+        self._polls = next(module.parameters()).device.type == "cpu" and threads <= count_cores()
         # The backward pass starts at the last layer.
         trained = [(name, each) for name, each in module.named_parameters() if each.requires_grad][::-1]
         self.buckets = [_Bucket(part, DTYPES[precision], allows_unused) for part in _split(trained)]
@@ -113,7 +119,9 @@ class FlatGradients:
             self._send()
         with self._clock.waiting():
             for work in self._sent:
-                _wait(work, self.buckets[0].flat.device)
+                if self._polls:
+                    _poll(work)
+                work.wait()  # on a GPU, the stream waits and the host does not
         self._sent.clear()
         for bucket in self.buckets:
             bucket.receive()
@@ -213,9 +221,8 @@ def _split(named: list[tuple[str, nn.Parameter]]) -> Iterator[list[tuple[str, nn
         yield bucket
 
 
-def _wait(work: dist.Work, device: torch.device) -> None:
-    """Waits for an all-reduce. On a GPU, the stream waits and the host does not."""
+def _poll(work: dist.Work) -> None:
+    """Waits for an all-reduce up to `POLL_SECONDS`, without sleeping."""
     deadline = time.perf_counter() + POLL_SECONDS
-    while device.type == "cpu" and not work.is_completed() and time.perf_counter() < deadline:
+    while not work.is_completed() and time.perf_counter() < deadline:
         YIELD()
-    work.wait()

@@ -22,7 +22,7 @@ from mnist_dist.data.cache import describe_bytes
 from mnist_dist.data.images import balanced_weights
 from mnist_dist.data.store import Place, choose_place, describe_place, place_images
 from mnist_dist.distributed.collectives import run_on_all_ranks
-from mnist_dist.distributed.devices import device_name, supports_precision
+from mnist_dist.distributed.devices import count_local_processes, device_name, supports_precision
 from mnist_dist.distributed.fsdp import shard_parameters
 from mnist_dist.distributed.gradients import FlatGradients, GradientClock
 from mnist_dist.distributed.launcher import asks_for_fsdp, check_engine, fsdp_settings
@@ -179,7 +179,7 @@ def _place(recipe: Recipe, data: Images, device: torch.device) -> tuple[Images, 
         RecipeError: the images do not fit there.
     """
     wanted = recipe.data.place
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", PartialState().num_processes))
+    processes = count_local_processes(PartialState().num_processes)
     place, reason = choose_place(data.images, device, processes) if wanted == "auto" else (wanted, "")
     try:
         stored = place_images(data, place, device)
