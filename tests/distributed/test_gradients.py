@@ -84,6 +84,16 @@ early, count = compute_gradient("none", 3)
 assert early == count > 3, "every buffer was sent before the end of the backward pass"
 early, count = compute_gradient("fp16", 1)
 assert early == count > 3
+
+# A process polls only if every thread has a core. Both ways of waiting give the sums.
+torch.set_num_threads(1)
+polled, poll = [], gradients._poll
+gradients._poll = lambda work: polled.append(work) or poll(work)
+for cores in (world, world - 1):
+    polled.clear()
+    gradients.count_cores = lambda: cores
+    compute_gradient("none", 1)
+    assert bool(polled) == (cores == world)
 """
 
 
