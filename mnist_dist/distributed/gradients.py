@@ -66,9 +66,9 @@ class FlatGradients:
     order, and the order of additions depends on the positions in a buffer only, so a run can be repeated bit for bit
     and all ranks have the same sums.
 
-    On a CPU, a process that has computed its gradients polls for up to `POLL_SECONDS`. It sleeps only after that, because
-    waking up takes too long for a training step of 10 ms. Where there are more threads than cores, it sleeps at once: polling
-    would take the core of a process that computes.
+    On a CPU, a process that has computed its gradients polls for up to `POLL_SECONDS`. It sleeps only after that,
+    because waking up takes too long for a training step of 10 ms. Where there are more threads than cores, it sleeps at
+    once: polling would take the core of a process that computes.
 
     The constructor copies parameters and buffers of rank 0 to all ranks. Collective: call on every rank.
 
