@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, Strict, WithJsonSchema
+from pydantic_core import PydanticCustomError
 
 from mnist_dist.data import DATASETS, Augmentation, find_source
 from mnist_dist.engine import optimizers, schedules
@@ -34,6 +35,13 @@ from mnist_dist.recipe.sections import (
 
 _Side = Annotated[int, Field(ge=1, le=4096)]
 _Size = _Side | Annotated[tuple[_Side, _Side], Strict(False)]  # YAML has lists, not tuples
+
+
+def _whole(value: Any) -> Any:
+    """Refuses true and 1.0, which are equal to 1 and would pass as a literal 1."""
+    if isinstance(value, bool | float):
+        raise PydanticCustomError("whole_number", "Input should be 1 or 3")
+    return value
 
 
 def _folder_name(name: str) -> str:
@@ -218,7 +226,7 @@ class DataSection(Section):
     of every class by a fixed seed. Null: all."""
     image_size: _Size | None = None
     """Height and width that all images get, in pixels: one number, or [height, width]. Null: the data set's own."""
-    channels: Literal[1, 3] | None = None
+    channels: Annotated[Literal[1, 3], BeforeValidator(_whole)] | None = None
     """1 for grey images, 3 for colour. Null: the data set's own; of files, 3 if any is in colour."""
     resize: Literal["crop", "stretch", "pad"] = "crop"
     """How an image gets another size: `crop` scales it until it covers the size and cuts off the rest; `stretch` scales

@@ -245,6 +245,8 @@ def test_bad_data_ends_in_one_screen(tmp_path, monkeypatch, refused, capsys, nam
         ("data.image_size=[28]", "data.image_size.1", "type"),
         ("data.image_size=[28, 28, 28]", "data.image_size", "type"),
         ("data.channels=2", "data.channels", "type"),
+        ("data.channels=true", "data.channels", "type"),
+        ("data.channels=3.0", "data.channels", "type"),
         ("data.resize=squash", "data.resize", "unknown"),
         ("data.class_weights=[1, 0]", "data.class_weights.1", "range"),
         ("data.dataset=mnst", "data.dataset", "unknown"),
