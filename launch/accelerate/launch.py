@@ -83,7 +83,7 @@ def wait_for_rendezvous(address: str) -> bool:
             if seconds > LOOK_UP_SECONDS:
                 return False
         else:
-            if any(is_own(family, at) or accepts(at) for family, _, _, _, at in found):
+            if any(is_own(family, each) for family, *_, each in found) or accepts(host, port):
                 return True
         if seconds > NOTE_SECONDS and not noted:
             noted = True
@@ -102,10 +102,10 @@ def is_own(family: int, address: tuple[Any, ...]) -> bool:
     return True
 
 
-def accepts(address: tuple[Any, ...]) -> bool:
-    """Returns whether a process listens at an address."""
+def accepts(host: str, port: int) -> bool:
+    """Returns whether a process listens at one of the host's addresses."""
     try:
-        with socket.create_connection(address[:2], timeout=5):
+        with socket.create_connection((host, port), timeout=5):
             return True
     except OSError:
         return False

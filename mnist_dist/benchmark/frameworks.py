@@ -10,7 +10,6 @@ import importlib.util
 import itertools
 import logging
 import math
-import os
 import threading
 import time
 import warnings
@@ -30,6 +29,7 @@ from torchvision.transforms import InterpolationMode
 from mnist_dist.benchmark.baselines import BenchmarkSetup, TimedLoop, fastest_kernels, plain_step, training_step
 from mnist_dist.data import Images
 from mnist_dist.data.images import as_numbers
+from mnist_dist.distributed.devices import count_local_processes
 from mnist_dist.machine.limits import count_cores
 from mnist_dist.recipe.schema import Recipe
 
@@ -161,7 +161,7 @@ def _lightning_trainer(setup: BenchmarkSetup, callback: Any) -> Any:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
     device, world_size = setup.state.device, setup.state.num_processes
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    local_world_size = count_local_processes(world_size)
     return lightning.Trainer(
         accelerator="gpu" if device.type == "cuda" else device.type,
         devices=[device.index or 0] if device.type == "cuda" and world_size == 1 else local_world_size,

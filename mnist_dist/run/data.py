@@ -36,10 +36,7 @@ def load_data(recipe: Recipe, state: PartialState, allow_code: Iterable[str] = (
         RecipeError: the data cannot be read, or the recipe names code that is not allowed.
     """
     if is_data_code(recipe.data.dataset) and not recipe.may_import("data.dataset"):
-        try:
-            refuse_code(recipe.data.dataset, tuple(allow_code), "data set")
-        except CodeRefused as error:
-            raise RecipeError([Problem("command line", "--allow-code", str(error), "code")]) from error
+        require_permission(recipe.data.dataset, allow_code, "data set")
     root = data_root(recipe)
     sizes = {key: getattr(recipe.data, key) for key in DATA_KEYS}
 
@@ -52,6 +49,23 @@ def load_data(recipe: Recipe, state: PartialState, allow_code: Iterable[str] = (
     first = run_on_all_ranks(state, lambda: load(download=True) if state.is_main_process else None)
     first = run_on_all_ranks(state, lambda: first or (load(download=True) if state.is_local_main_process else None))
     return run_on_all_ranks(state, lambda: first or load(download=False))
+
+
+def require_permission(name: str, allow_code: Iterable[str], what: str) -> None:
+    """Checks that code which a file names is allowed.
+
+    Args:
+        name: package.module:Name.
+        allow_code: see `load_run`.
+        what: "network" or "data set", for the message.
+
+    Raises:
+        RecipeError: `allow_code` does not name the code. Nothing was imported.
+    """
+    try:
+        refuse_code(name, tuple(allow_code), what)
+    except CodeRefused as error:
+        raise RecipeError([Problem("command line", "--allow-code", str(error), "code")]) from error
 
 
 def data_root(recipe: Recipe) -> Path:

@@ -20,12 +20,12 @@ from mnist_dist.data import is_data_code
 from mnist_dist.distributed.launcher import launched_world
 from mnist_dist.distributed.signals import PREEMPTED, handled_signals
 from mnist_dist.errors import Problem, RecipeError
-from mnist_dist.models.rebuilding import CodeRefused, refuse_code
+from mnist_dist.models import is_code
 from mnist_dist.recipe.changes import describe_changes
 from mnist_dist.recipe.file import Dumper
 from mnist_dist.recipe.loading import load_recipe
 from mnist_dist.recipe.schema import Recipe
-from mnist_dist.run.data import load_data
+from mnist_dist.run.data import load_data, require_permission
 from mnist_dist.run.folder import RunFolder
 from mnist_dist.sweep.search_space import Choice, Sweep
 
@@ -79,14 +79,12 @@ def _load(sweep: Sweep, *words: str) -> Recipe:
         RecipeError: the recipe has a problem, or a file names code that is not allowed. Nothing was imported.
     """
     recipe = load_recipe(sweep.recipe, *sweep.words, *words, import_code=False)
-    found = {"network": recipe.model.name, "data set": recipe.data.dataset}
-    code = {what: name for what, name in found.items() if is_data_code(name)}  # package.module:Name
+    code = {"network": recipe.model.name} if is_code(recipe.model.name) else {}
+    if is_data_code(recipe.data.dataset):
+        code["data set"] = recipe.data.dataset
     for what, name in code.items():
         if not any(name in word for word in sweep.typed):
-            try:
-                refuse_code(name, sweep.allow_code, what)
-            except CodeRefused as error:
-                raise RecipeError([Problem("command line", "--allow-code", str(error), "code")]) from error
+            require_permission(name, sweep.allow_code, what)
     return load_recipe(sweep.recipe, *sweep.words, *words) if code else recipe
 
 

@@ -16,7 +16,6 @@ from mnist_dist.sweep.search_space import Choice, read_file, read_words
 from mnist_dist.sweep.trials import trial_names
 
 COMMAND = ["python", "-m", "${program}", "--recipe=lenet5", "label_smoothing=0.1", "${args_no_hyphens}"]
-TRAINER = ["python", "-m", "${program}", "--recipe=lenet5", "${args_no_hyphens}"]
 OTHER_PROGRAMS = [
     *(["rm", "-rf", "/"], ["./python"], ["/bin/sh", "-c", "id"], ["${env}", "curl"]),
     *(["python", "-c", "import os"], ["python", "evil.py"], ["python", "-i"]),
@@ -139,8 +138,8 @@ def test_a_trial_is_named_by_its_values():
         ("grid", ONE_SEED, {"command": ["${args_no_hyphens}"]}, "command", "missing"),
         ("grid", ONE_SEED, {"command": ["${x}", "${args_no_hyphens}"]}, "command", "unsupported"),
         ("grid", ONE_SEED, {"program": "train.py"}, "command", "missing"),
-        *(("grid", ONE_SEED, {"command": [*words, *TRAINER[1:]]}, "command", "code") for words in OTHER_PROGRAMS),
-        ("grid", ONE_SEED, {"command": [*TRAINER, "--allow-code=os"]}, "command", "code"),
+        *(("grid", ONE_SEED, {"command": [*words, *COMMAND[1:]]}, "command", "code") for words in OTHER_PROGRAMS),
+        ("grid", ONE_SEED, {"command": [*COMMAND, "--allow-code=os"]}, "command", "code"),
     ],
 )
 def test_a_sweep_file_that_cannot_be_searched_is_refused(method, parameters, more, key, kind, tmp_path, refused):
@@ -158,7 +157,7 @@ def test_a_sweep_file_that_cannot_be_searched_is_refused(method, parameters, mor
     ],
 )
 def test_a_command_may_start_the_trainer_by_a_launcher(launcher, tmp_path):
-    command = [*launcher, *TRAINER[1:]]
+    command = [*launcher, *COMMAND[1:]]
     found = read_file(sweep_file(tmp_path, "grid", ONE_SEED, command=command), [], None, seed=0)
     assert found.command[-2:] == ["-m", "mnist_dist.train"] and len(found.command) == len(launcher) + 2
 
