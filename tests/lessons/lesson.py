@@ -29,8 +29,8 @@ from tests import processes
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "launch" / "lessons"
 PAGES = sorted(FOLDER.glob("[0-9][0-9]_*.md"))
-PROGRAMS = {"python": [], "mnist-dist": ["-m", "mnist_dist"]}
-"""Programs -> their first words. A page without `REAL` forks them, and a stand-in for torchrun, in milliseconds."""
+MODULE = ["-m", "mnist_dist"]
+"""The words of `python` that are the program `mnist-dist`."""
 TORCHRUN = [sys.executable, "-E", "-S", str(Path(__file__).with_name("torchrun.py"))]
 REAL = "<!-- starts the real launchers -->"
 VARY = "<!-- numbers vary -->"
@@ -65,7 +65,8 @@ def run(page: Path, *, real: bool) -> list[str]:
     """Runs all blocks of a page; returns the masked output of each.
 
     Args:
-        real: start the programs as a reader would; otherwise each is forked from a server of the tests.
+        real: start `torchrun` and `python` as a reader would. Only `mnist-dist` and the processes of torchrun are forked
+            from a server of the tests; otherwise all programs are, and a stand-in takes the place of torchrun.
 
     Raises:
         AssertionError: a block ended with an exit code other than 0. Print an expected one: `…; echo "exit code $?"`.
@@ -85,20 +86,19 @@ def run(page: Path, *, real: bool) -> list[str]:
 
 
 def _environment(folder: Path, real: bool) -> dict[str, str]:
-    """Returns the environment of a lesson; with forked programs, writes them into a folder that comes first in PATH."""
+    """Returns the environment of a lesson; writes the forked programs into a folder that comes first in PATH."""
     removed = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "FORCE_COLOR", "ACCELERATE_MIXED_PRECISION")
     kept = {name: value for name, value in os.environ.items() if name not in removed}
-    path = [str(Path(sys.executable).parent), os.environ["PATH"]]
-    variables = VARIABLES | {"PYTHONPATH": str(ROOT)}
-    if not real:
-        programs = folder / ".programs"
-        programs.mkdir()
-        forked = {name: [str(processes.forked_python()), *words] for name, words in PROGRAMS.items()}
-        for name, words in (forked | {"torchrun": TORCHRUN}).items():
-            (programs / name).write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n', encoding="utf-8")
-            (programs / name).chmod(0o755)
-        path.insert(0, str(programs))
-        variables["MNIST_DIST_TEST_SERVER"] = processes._address()
+    programs = folder / ".programs"
+    programs.mkdir()
+    python = str(processes.forked_python())
+    words = {"mnist-dist": [python, *MODULE]} | ({} if real else {"python": [python], "torchrun": TORCHRUN})
+    for name, command in words.items():
+        (programs / name).write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n', encoding="utf-8")
+        (programs / name).chmod(0o755)
+    path = [str(programs), str(Path(sys.executable).parent), os.environ["PATH"]]
+    variables = VARIABLES | {"PYTHONPATH": str(ROOT), "MNIST_DIST_TEST_SERVER": processes._address()}
+    variables["PYTHON_EXEC"] = python  # torchrun starts its processes with it
     return kept | variables | {"PATH": os.pathsep.join(path)}
 
 
