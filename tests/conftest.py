@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState
 
 from mnist_dist.distributed.signals import SIGNALS
 from mnist_dist.machine.limits import count_cores, free_memory
+from tests.processes import draw_synthetic_once
 
 if TYPE_CHECKING:
     from mnist_dist.data import Dataset
@@ -28,6 +29,7 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 os.environ["WANDB_MODE"] = "disabled"
 # Tests use the CPU on every machine; a test for GPUs requests the fixture `gpu`.
 os.environ["ACCELERATE_USE_CPU"] = "true"
+draw_synthetic_once()
 
 MARKED_FOLDERS = {"launch": "launch", "faults": "faults", "cluster": "cluster"}
 """Folder below tests/ -> marker of its tests."""

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -30,18 +31,43 @@ ROOT = Path(__file__).resolve().parents[1]
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 """Signals that a child handles as a new Python process does."""
 
+
+def draw_synthetic_once() -> None:
+    """Lets all runs of this process and of its children share the synthetic images: a tiny run is half drawing them."""
+    from mnist_dist.data import sources
+
+    images = sources.make_synthetic()
+    sources.make_synthetic = lambda: images
+
+
 # --- the server ---------------------------------------------------------------------------------------------------
 
 
-def serve(address: str) -> None:
-    """Forks a child for every request. Returns only in a child, which then runs the request's program."""
+FORKED_PYTHON = """\
+#!{python} -S
+import sys
+sys.path.insert(0, {root!r})
+from tests.processes import stand_in
+stand_in({address!r}, {program!r})
+"""
+
+
+def serve(address: str, client: int) -> None:
+    """Forks a child for every request. Returns only in a child, which then runs the request's program.
+
+    Args:
+        address: path of the socket, in a folder of its own. The server deletes the folder when it ends.
+        client: process id; the server ends soon after this process.
+    """
     # Everything that is slow to import. Without this, the first optimizer of each child would import torch._dynamo.
+    import psutil
     import torch
     import torch._dynamo
     import torchvision  # noqa: F401
 
     import mnist_dist.train
 
+    draw_synthetic_once()
     # A child that runs `-m mnist_dist.train` executes only this module again; its imports are already loaded.
     del sys.modules["mnist_dist.train"], mnist_dist.train
 
@@ -52,12 +78,13 @@ def serve(address: str) -> None:
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"{address}.new")
     listener.listen(64)
+    write_forked_python(address)
     Path(f"{address}.new").rename(address)  # whoever finds the address can connect
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the monitors
-    parent = os.getppid()
     while True:
-        if not select.select([listener], [], [], 5)[0]:
-            if os.getppid() != parent:  # the test process is gone
+        if not select.select([listener], [], [], 1)[0]:
+            if not psutil.pid_exists(client):
+                shutil.rmtree(Path(address).parent, ignore_errors=True)
                 os._exit(0)
             continue
         connection, _ = listener.accept()
@@ -88,6 +115,12 @@ def serve(address: str) -> None:
         with suppress(OSError):
             connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
         os._exit(0)
+
+
+def write_forked_python(address: str) -> None:
+    path = Path(address).with_name("python")
+    path.write_text(FORKED_PYTHON.format(python=sys.executable, root=str(ROOT), address=address, program=str(path)))
+    path.chmod(0o755)
 
 
 def become(request: dict[str, Any], streams: list[int]) -> None:
@@ -160,29 +193,31 @@ def end(code: object) -> None:
 
 # --- the client ---------------------------------------------------------------------------------------------------
 
-_server: tuple[str, subprocess.Popen[bytes]] | None = None
-
 
 def _address() -> str:
-    """Starts the server at the first call, unless MNIST_DIST_TEST_SERVER names one; returns the path of its socket."""
-    global _server
+    """Returns the path of the server's socket. The first call starts the server.
+
+    All processes of xdist share one server, because it takes seconds to start.
+    """
     if address := os.environ.get("MNIST_DIST_TEST_SERVER"):
         return address
-    if _server is None or _server[1].poll() is not None:
-        folder = tempfile.mkdtemp(prefix="mnist_dist-tests-")
-        address = f"{folder}/socket"
+    is_worker = "PYTEST_XDIST_TESTRUNUID" in os.environ
+    name = f"mnist_dist-tests-{os.environ['PYTEST_XDIST_TESTRUNUID'] if is_worker else uuid.uuid4().hex}"
+    folder = Path(tempfile.gettempdir()) / name
+    address, started = f"{folder}/socket", None
+    with suppress(FileExistsError):  # another worker has started it
+        folder.mkdir(mode=0o700)
         variables = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.processes", address], cwd=ROOT, env=os.environ | variables
-        )
-        deadline = time.monotonic() + 120
-        while not Path(address).exists():
-            assert process.poll() is None and time.monotonic() < deadline, "the server of test processes did not start"
-            time.sleep(0.02)
-        _server = address, process
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        atexit.register(process.kill)
-    return _server[0]
+        client = os.getppid() if is_worker else os.getpid()
+        command = [sys.executable, "-m", "tests.processes", address, str(client)]
+        started = subprocess.Popen(command, cwd=ROOT, env=os.environ | variables, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not Path(address).exists():
+        has_ended = started is not None and started.poll() is not None
+        assert not has_ended and time.monotonic() < deadline, "the server of test processes did not start"
+        time.sleep(0.02)
+    os.environ["MNIST_DIST_TEST_SERVER"] = address
+    return address
 
 
 class Process:
@@ -341,27 +376,13 @@ def run(
     return done
 
 
-FORKED_PYTHON = """\
-#!{python} -S
-import sys
-sys.path.insert(0, {root!r})
-from tests.processes import stand_in
-stand_in({address!r}, {program!r})
-"""
-
-
 def forked_python() -> Path:
     """Returns an executable named `python` that runs its program in a child of the server.
 
     It passes signals on, and ends as the child ends; if it is killed, the child is killed. The child is in the network
     and the namespaces of the server, and does not read the variables that Python or torch read when they start.
     """
-    address = _address()
-    path = Path(address).with_name("python")
-    if not path.exists():
-        path.write_text(FORKED_PYTHON.format(python=sys.executable, root=str(ROOT), address=address, program=str(path)))
-        path.chmod(0o755)
-    return path
+    return Path(_address()).with_name("python")
 
 
 def stand_in(address: str, program: str) -> None:
@@ -455,7 +476,7 @@ def run_in_each(
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(sys.argv[1], int(sys.argv[2]))
     result: object = None
     try:
         run_program(sys.argv)

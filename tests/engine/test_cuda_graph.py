@@ -35,6 +35,7 @@ from mnist_dist.engine.optimizers import build_optimizer
 from mnist_dist.engine.schedules import build_schedule, set_rates
 from mnist_dist.engine.train_step import NotFinite, StepSettings, TrainedNetwork, TrainStep
 from mnist_dist.models import build_model
+from mnist_dist.models.layers import Dropout
 from mnist_dist.run.build import build_components
 from mnist_dist.run.data import load_data
 from mnist_dist.run.model_setup import build_module
@@ -486,11 +487,13 @@ def test_a_captured_run_trains_and_saves_like_the_eager_run(guard_on_device, mon
 
 def network_of_few_kernels(num_classes: int) -> nn.Module:
     """Every kernel costs the C++ compiler seconds."""
-    return nn.Sequential(nn.Conv2d(1, 4, 5, stride=4), nn.ReLU(), nn.Flatten(), nn.Linear(144, num_classes))
+    layers = [nn.Conv2d(1, 4, 5, stride=4), nn.ReLU(), Dropout(0.1), nn.Flatten(), nn.Linear(144, num_classes)]
+    return nn.Sequential(*layers)
 
 
 @pytest.mark.usefixtures("compiler")
 def test_a_compiled_network_trains_like_the_eager_one(tmp_path):
+    """Its dropout layer removes the same elements."""
     words = ["data.limit_train=300", "data.limit_test=10", "log_every=1"]  # batches of 128, 128 and 44 images
     words += [f"model.name={__name__}:network_of_few_kernels"]
     losses = []

@@ -65,8 +65,8 @@ def run(page: Path, *, real: bool) -> list[str]:
     """Runs all blocks of a page; returns the masked output of each.
 
     Args:
-        real: start `torchrun` and `python` as a reader would. Only `mnist-dist` and the processes of torchrun are forked
-            from a server of the tests; otherwise all programs are, and a stand-in takes the place of torchrun.
+        real: start `torchrun` and `python` as a reader would. `mnist-dist` and the processes of torchrun are forked by
+            the server of the tests; otherwise all programs are, and a stand-in takes the place of torchrun.
 
     Raises:
         AssertionError: a block ended with an exit code other than 0. Print an expected one: `…; echo "exit code $?"`.
@@ -88,16 +88,16 @@ def run(page: Path, *, real: bool) -> list[str]:
 def _environment(folder: Path, real: bool) -> dict[str, str]:
     """Returns the environment of a lesson; writes the forked programs into a folder that comes first in PATH."""
     removed = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "FORCE_COLOR", "ACCELERATE_MIXED_PRECISION")
-    kept = {name: value for name, value in os.environ.items() if name not in removed}
     programs = folder / ".programs"
     programs.mkdir()
     python = str(processes.forked_python())
+    kept = {name: value for name, value in os.environ.items() if name not in removed}
     words = {"mnist-dist": [python, *MODULE]} | ({} if real else {"python": [python], "torchrun": TORCHRUN})
     for name, command in words.items():
         (programs / name).write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n', encoding="utf-8")
         (programs / name).chmod(0o755)
     path = [str(programs), str(Path(sys.executable).parent), os.environ["PATH"]]
-    variables = VARIABLES | {"PYTHONPATH": str(ROOT), "MNIST_DIST_TEST_SERVER": processes._address()}
+    variables = VARIABLES | {"PYTHONPATH": str(ROOT)}
     variables["PYTHON_EXEC"] = python  # torchrun starts its processes with it
     return kept | variables | {"PATH": os.pathsep.join(path)}
 
