@@ -25,6 +25,9 @@ from mnist_dist.machine.limits import free_device_memory, free_memory
 
 Place = Literal["device", "host", "disk"]
 
+PLACES: dict[Place, str] = {"device": "on the device", "host": "in host memory", "disk": "on disk, memory-mapped"}
+"""Place -> its name in messages."""
+
 LARGEST_SHARE = 0.5
 """Share of the free memory that images may take with `data.place: auto`. The network needs the rest."""
 
@@ -61,8 +64,7 @@ def fits_on_device(images: Tensor, wanted: Place | Literal["auto"], device: torc
 
 def describe_place(place: Place, images: Tensor, reason: str) -> str:
     """Returns a note for the user: where the images lie, their size, and the reason."""
-    where = {"device": "on the device", "host": "in host memory", "disk": "on disk, memory-mapped"}[place]
-    return f"data.place: the {describe_bytes(images.numel())} of images stay {where}{reason and ': '}{reason}"
+    return f"data.place: the {describe_bytes(images.numel())} of images stay {PLACES[place]}{reason and ': '}{reason}"
 
 
 def place_images(data: Images, place: Place, device: torch.device, cache: Path | None = None) -> Images:

@@ -168,7 +168,7 @@ def build_components(
     eval_model = network.average.module if network.average else network.module
     notes = placement + _notes(recipe, step) + obstacles
     return TrainingComponents(
-        accelerator, batches, schedule, update, network.module, eval_model, meter, total_steps, notes
+        accelerator, batches, schedule, update, network.module, eval_model, meter, place, total_steps, notes
     )
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from mnist_dist.data import Batches, Images
 from mnist_dist.data.geometry import Geometry, describe_geometry, measure_geometry
 from mnist_dist.data.sources import SHAPES
+from mnist_dist.data.store import Place
 from mnist_dist.distributed.fsdp import shard_model_state, shard_optimizer_state, unshard, unsharded_parameters
 from mnist_dist.engine.cuda_graph import CapturedStep
 from mnist_dist.engine.evaluation import Evaluation, evaluate
@@ -38,6 +39,8 @@ class TrainingComponents:
     eval_model: nn.Module
     """The network that is evaluated and saved. It has the averaged weights if the recipe asks for them."""
     meter: Meter
+    images_place: Place
+    """Where the training images lie."""
     total_steps: int
     notes: list[str]
     """Notes for the user on how the recipe was built."""

@@ -12,6 +12,7 @@ from accelerate.utils import broadcast_object_list
 
 from mnist_dist.data import Batches, Dataset, Images, Loader, describe_shape
 from mnist_dist.data.images import SHAPE
+from mnist_dist.data.store import PLACES
 from mnist_dist.distributed.collectives import count_nodes
 from mnist_dist.distributed.devices import device_name
 from mnist_dist.distributed.launcher import launch_settings
@@ -129,6 +130,7 @@ def _header(recipe: Recipe, components: TrainingComponents, dataset: Dataset) ->
     if dataset.has_validation:
         held_out = f"{len(dataset.held_out):,} validation, {held_out}"
     shape, classes = dataset.train.shape, len(dataset.train.classes)
+    place = PLACES[components.images_place]
     form = "" if shape == SHAPE else f" of {describe_shape(shape)} in {classes} classes"
     processes = "1 process" if accelerator.num_processes == 1 else f"{accelerator.num_processes} processes"
     launch, steps = launch_settings(), components.batches.steps_per_epoch
@@ -136,7 +138,7 @@ def _header(recipe: Recipe, components: TrainingComponents, dataset: Dataset) ->
     header = {
         "recipe": recipe.name,
         "model": f"{recipe.model.name}, {count_parameters(components.module):,} parameters",
-        "data": f"{recipe.data.dataset}, {len(dataset.train):,} training, {held_out} images{form}",
+        "data": f"{recipe.data.dataset}, {len(dataset.train):,} training, {held_out} images{form}, {place}",
         "length": f"{recipe.epochs} epochs of {steps} steps, global batch {recipe.batch_size}",
         "world": f"{processes} on {device_name(accelerator.device)}, precision {accelerator.mixed_precision}",
         "launcher": f"{launch['launcher']}{f' ({settings})' if settings else ''}",
