@@ -14,7 +14,15 @@ from safetensors.torch import load_file
 
 from mnist_dist import load_recipe, train
 from mnist_dist.data import Batches, Images, Loader, loader
-from mnist_dist.data.store import choose_place, describe_place, is_memory_mapped, place_images, read_ahead, write_mapped
+from mnist_dist.data.store import (
+    PLACES,
+    choose_place,
+    describe_place,
+    is_memory_mapped,
+    place_images,
+    read_ahead,
+    write_mapped,
+)
 from tests.processes import run, run_ranks
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -157,7 +165,9 @@ def test_a_run_gives_the_same_weights_from_every_place_at_every_number_of_proces
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for place in ("auto", "device", "host", "disk"):
         train(load_recipe("debug", *WORDS, "logical_shards=2", f"data.place={place}"), tmp_path / place)
-        assert ("data.place" in (tmp_path / place / "console.log").read_text()) == (place in ("host", "disk"))
+        console = (tmp_path / place / "console.log").read_text()
+        assert f"50 test images, {PLACES['device' if place == 'auto' else place]}\n" in console
+        assert ("data.place" in console) == (place in ("host", "disk"))
     command = ["-m", "mnist_dist.train", "--recipe", "debug", "--run-dir", tmp_path / "two"]
     command = [sys.executable, *command, *WORDS, "logical_shards=2", "data.place=disk"]
     run_ranks(2, command, env=os.environ | {"ACCELERATE_USE_CPU": "true"})
