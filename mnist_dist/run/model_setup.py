@@ -34,7 +34,7 @@ class PreparedModel:
     module: nn.Module
     """The network with initial weights, in training mode, on the CPU."""
     recipe: Recipe
-    """The recipe, with `engine.channels_last` false if the network does not run in that layout."""
+    """The recipe, with `engine.channels_last` false if the network cannot train in that layout."""
     notes: list[str]
     """Notes for the user on what the trial found."""
 
@@ -134,7 +134,7 @@ def _notes(recipe: Recipe, trial: Trial) -> list[str]:
     notes, name = [], recipe.model.name
     if trial.layout_failure:
         notes.append(
-            f"engine.channels_last: {name} does not run in this layout and trains in the contiguous one: "
+            f"engine.channels_last: {name} cannot train in this layout and trains in the contiguous one: "
             f"{trial.layout_failure}"
         )
     if trial.without_gradient:

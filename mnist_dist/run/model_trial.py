@@ -42,6 +42,10 @@ class TrialError(Exception):
         self.key = key
 
 
+ONEDNN_BLOCK = 16
+"""Channels that oneDNN's kernels for AVX-512 compute at once; those for AVX2 compute 8."""
+
+
 @dataclass(frozen=True)
 class Trial:
     """What a trial has found out about a network that can be trained."""
@@ -74,7 +78,7 @@ def try_network(
 ) -> Trial:
     """Trains a copy of the network for one step on two images. The network and the random state do not change.
 
-    The copy is in channels-last layout if the recipe asks for it, and in contiguous layout if that fails.
+    The copy is in channels-last layout if the recipe asks for it, and in contiguous layout if that fails or is unsafe.
 
     Args:
         module: the network in training mode, on the CPU, with frozen parameters.
@@ -87,9 +91,10 @@ def try_network(
     Raises:
         TrialError: the network cannot be trained.
     """
-    failure = ""
     with keep_random_state(device):
         channels_last = recipe.engine.channels_last and not sharded
+        failure = unsafe_layers(module, device) if channels_last else ""
+        channels_last = channels_last and not failure
         if channels_last:
             try:
                 missing = _train(recipe, module, data, device, channels_last=True, every_parameter=every_parameter)
@@ -99,6 +104,26 @@ def try_network(
             missing = _train(recipe, module, data, device, channels_last=False, every_parameter=every_parameter)
         blind = _blind_region(module, data)
     return Trial(channels_last, failure, missing, blind)
+
+
+def unsafe_layers(module: nn.Module, device: torch.device) -> str:
+    """Returns the layers whose training in channels-last layout would damage memory, and why; empty if there are none.
+
+    Source: https://github.com/uxlfoundation/oneDNN/issues/6035. A backward pass seldom fails visibly: it overwrites the
+    memory of other tensors, or the process ends much later.
+    """
+    if device.type != "cpu":
+        return ""
+    names = [
+        name
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Conv2d)
+        and layer.kernel_size == (1, 1)
+        and max(layer.stride) > 1
+        and layer.in_channels // layer.groups < ONEDNN_BLOCK
+    ]
+    reason = "in this layout oneDNN writes outside its memory (its issue 6035) in the backward pass of 1×1 convolutions"
+    return f"{reason} with a stride and fewer than {ONEDNN_BLOCK} input channels: {', '.join(names)}" if names else ""
 
 
 def to_device(module: nn.Module, device: torch.device, *, channels_last: bool) -> nn.Module:

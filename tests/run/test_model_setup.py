@@ -18,7 +18,7 @@ from mnist_dist.errors import RecipeError
 from mnist_dist.evaluate import evaluate
 from mnist_dist.run.build import build_components
 from mnist_dist.run.model_setup import PreparedModel, prepare_model
-from mnist_dist.run.model_trial import describe_region
+from mnist_dist.run.model_trial import describe_region, unsafe_layers
 from tests.processes import run_ranks
 
 DATASET = load_dataset("synthetic", limit_train=128, limit_test=10)
@@ -131,6 +131,39 @@ def test_a_network_that_does_not_run_in_channels_last_trains_in_contiguous_layou
 def test_a_network_that_runs_in_channels_last_keeps_that_layout():
     prepared = prepare("lenet5")
     assert prepared.recipe.engine.channels_last is True and prepared.notes == []
+
+
+@pytest.mark.parametrize(
+    ("channels", "kernel", "stride", "groups", "is_safe"),
+    [
+        (4, 1, 2, 1, False),
+        (15, 1, (2, 1), 1, False),
+        (32, 1, 2, 4, False),  # each group has 8 input channels
+        (16, 1, 2, 1, True),
+        (4, 1, 1, 1, True),
+        (4, 3, 2, 1, True),
+    ],
+)
+def test_layers_that_damage_memory_in_channels_last_train_in_contiguous_layout(
+    channels, kernel, stride, groups, is_safe
+):
+    def network(num_classes: int, **_: object) -> nn.Module:
+        shortcut = nn.Conv2d(channels, 2 * groups, kernel, stride, groups=groups)
+        return nn.Sequential(
+            nn.Conv2d(1, channels, 3, stride=3), nn.Sequential(shortcut), nn.Flatten(), nn.LazyLinear(num_classes)
+        )
+
+    module = network(10)
+    module(torch.zeros(2, 1, 28, 28))
+    assert ("1.0" in unsafe_layers(module, torch.device("cpu"))) == (not is_safe)
+    assert not unsafe_layers(module, torch.device("cuda")), "cuDNN has no such fault"
+
+
+def test_a_narrow_network_with_a_strided_shortcut_trains_in_contiguous_layout():
+    narrow, wide = (prepare("ms_ran", f"model.width={width}", "model.bottleneck=2") for width in (8, 16))
+    assert narrow.recipe.engine.channels_last is False and wide.recipe.engine.channels_last is True
+    [note] = [note for note in narrow.notes if "channels_last" in note]
+    assert "residual1.shortcut.0" in note and "residual2" not in note
 
 
 def test_a_network_of_timm_with_five_dimensions_trains_in_contiguous_layout():
