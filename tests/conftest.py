@@ -1,4 +1,9 @@
-"""Fixtures for all tests, and the marker of each test."""
+"""Fixtures for all tests, and the marker of each test.
+
+Imports torch late: with xdist, the process that only distributes the tests needs it not at all.
+"""
+
+from __future__ import annotations
 
 import gc
 import os
@@ -10,26 +15,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 
 from mnist_dist.distributed.signals import SIGNALS
 from mnist_dist.machine.limits import count_cores, free_memory
 from tests.processes import draw_synthetic_once
 
 if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
     from mnist_dist.data import Dataset
     from mnist_dist.run.reader import Run
 
 # Several tests run at once on few cores: waiting threads would take most of the time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 # A test of W&B sets its own mode.
 os.environ["WANDB_MODE"] = "disabled"
 # Tests use the CPU on every machine; a test for GPUs requests the fixture `gpu`.
 os.environ["ACCELERATE_USE_CPU"] = "true"
-draw_synthetic_once()
 
 MARKED_FOLDERS = {"launch": "launch", "faults": "faults", "cluster": "cluster"}
 """Folder below tests/ -> marker of its tests."""
@@ -55,6 +58,15 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     return 1 if wants_cluster(config) else max(1, workers)
 
 
+def pytest_collection(session: pytest.Session) -> None:
+    """Prepares this process for the tests, unless it only distributes them to the processes of xdist."""
+    if getattr(session.config.option, "dist", "no") == "no":
+        import torch
+
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        draw_synthetic_once()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Adds the markers, so that `pytest -m "not launch"` selects by folder and by fixture, and orders the tests."""
     for item in items:
@@ -74,14 +86,22 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def waiting_place(item: pytest.Item) -> int | None:
+    """Returns the place among the waiting tests of one that waits for the compiler or other processes, else None."""
+    if "compiler" in getattr(item, "fixturenames", ()):
+        return -1
+    return min((WAITING_FOLDERS.index(name) for name in folders_of(item) if name in WAITING_FOLDERS), default=None)
+
+
 def waiting_first(items: list[pytest.Item], workers: int) -> list[pytest.Item]:
     """Returns the tests in an order in which each process of xdist starts with its share of the waiting tests.
 
     At the start xdist gives each process the next equal part of the list; a process that has finished takes tests from
     the end of another part. A test that waits costs little while other tests run, but at the end all would wait for it.
     """
-    waiting = [item for folder in WAITING_FOLDERS for item in items if folder in folders_of(item)]
-    others = iter([item for item in items if folders_of(item).isdisjoint(WAITING_FOLDERS)])
+    places = [(waiting_place(item), item) for item in items]
+    waiting = [item for place in range(-1, len(WAITING_FOLDERS)) for each, item in places if each == place]
+    others = iter([item for place, item in places if place is None])
     files = list(dict.fromkeys(item.path for item in waiting))
     ordered: list[pytest.Item] = []
     for worker in range(workers):
@@ -115,6 +135,9 @@ def signal_handlers() -> Iterator[None]:
 @pytest.fixture
 def accelerator() -> Iterator[Accelerator]:
     """A new Accelerator on the CPU. Without the reset, Accelerate keeps device and precision of an earlier test."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
     AcceleratorState._reset_state(reset_partial_state=True)
     yield Accelerator(cpu=True)
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -123,6 +146,9 @@ def accelerator() -> Iterator[Accelerator]:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """The first CUDA GPU, which Accelerate uses during the test."""
+    import torch
+    from accelerate.state import AcceleratorState
+
     if not torch.cuda.is_available():
         pytest.skip("no CUDA GPU on this machine")
     monkeypatch.delenv("ACCELERATE_USE_CPU")
@@ -136,6 +162,8 @@ def compiler() -> Iterator[None]:
     """Lets torch.compile work in one thread: more would be processes that import torch."""
     if not (shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("torch.compile needs a C++ compiler")
+    import torch
+
     with torch._inductor.config.patch(compile_threads=1):
         yield
 
@@ -153,6 +181,8 @@ def mnist_root() -> Path:
 
 @pytest.fixture(scope="session")
 def _finished_debug_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from accelerate.state import AcceleratorState
+
     from mnist_dist import load_recipe, train
 
     folder = tmp_path_factory.mktemp("debug") / "run"
@@ -169,7 +199,7 @@ def debug_run(_finished_debug_run: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def colour_data() -> Iterator["Dataset"]:
+def colour_data() -> Iterator[Dataset]:
     """Colour images of 24×40 pixels in three classes, which are the data set `synthetic` during the test."""
     from mnist_dist.data import load_dataset
     from tests.colour import as_synthetic
@@ -180,6 +210,8 @@ def colour_data() -> Iterator["Dataset"]:
 
 @pytest.fixture(scope="session")
 def _finished_colour_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from accelerate.state import AcceleratorState
+
     from tests.colour import train_on_colour
 
     folder = tmp_path_factory.mktemp("colour") / "run"
@@ -190,7 +222,7 @@ def _finished_colour_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def colour_run(_finished_colour_run: Path, colour_data: "Dataset", tmp_path: Path) -> "Run":
+def colour_run(_finished_colour_run: Path, colour_data: Dataset, tmp_path: Path) -> Run:
     """A copy of a finished run on `colour_data`, trained once per test session."""
     from mnist_dist import load_run
     from tests.colour import CODE

@@ -24,6 +24,7 @@ import threading
 import time
 import uuid
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,8 +37,11 @@ def draw_synthetic_once() -> None:
     """Lets all runs of this process and of its children share the synthetic images: a tiny run is half drawing them."""
     from mnist_dist.data import sources
 
-    images = sources.make_synthetic()
-    sources.make_synthetic = lambda: images
+    drawn = sources.make_synthetic()
+    # Copies, because a test may change them.
+    sources.make_synthetic = lambda: tuple(
+        replace(part, images=part.images.clone(), labels=part.labels.clone()) for part in drawn
+    )
 
 
 # --- the server ---------------------------------------------------------------------------------------------------

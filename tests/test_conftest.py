@@ -13,14 +13,14 @@ from tests.conftest import waiting_first
 ROOT = Path(__file__).parent
 
 
-def tests_of(**files: int) -> list[Any]:
+def collected(**files: int) -> list[Any]:
     """Returns stand-ins for the collected tests: so many of one file in each folder."""
     return [SimpleNamespace(path=ROOT / name / "test_it.py") for name, count in files.items() for _ in range(count)]
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 4, 16])
 def test_each_process_starts_with_its_share_of_the_waiting_tests(workers):
-    items = tests_of(data=50, distributed=5, doctor=4, engine=60, faults=3, launch=8, lessons=6, run=40)
+    items = collected(data=50, distributed=5, doctor=4, engine=60, faults=3, launch=8, lessons=6, run=40)
     ordered = waiting_first(items, workers)
     assert sorted(map(id, ordered)) == sorted(map(id, items))
     folders = [item.path.parent.name for item in ordered]
@@ -34,6 +34,14 @@ def test_each_process_starts_with_its_share_of_the_waiting_tests(workers):
 
 
 def test_no_test_is_lost_if_only_waiting_tests_run():
-    items = tests_of(distributed=5, launch=2)
+    items = collected(distributed=5, launch=2)
     for workers in (1, 4):
         assert sorted(map(id, waiting_first(items, workers))) == sorted(map(id, items))
+
+
+def test_a_test_that_waits_for_the_compiler_is_among_the_first():
+    items = collected(engine=40, launch=2)
+    items[7].fixturenames = ["compiler"]
+    for workers in (1, 2):
+        ordered = waiting_first(items, workers)
+        assert ordered.index(items[7]) in (0, len(items) // 2)
