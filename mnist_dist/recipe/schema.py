@@ -208,7 +208,7 @@ class DataSection(Section):
     place: Literal["auto", "device", "host", "disk"] = "auto"
     """Where the training images lie: `device` (memory of the GPU, or of the CPU that trains), `host` (memory of the
     host) or `disk` (a memory-mapped file, in a cache folder for a data set without a file). From `host` and `disk`, a
-    thread loads the next batch. `auto`: the first that is large enough; the run prints it. Does not change the result."""
+    thread loads the next batch. `auto`: the first that is large enough; the run prints it. No effect on the result."""
     split: Literal["balanced", "byclass", "bymerge", "letters", "digits", "mnist"] | None = None
     """Split of EMNIST; only for `dataset: emnist`. Null: `balanced`."""
     test: Literal["qmnist50k"] | None = None
