@@ -67,8 +67,9 @@ def pytest_collection(session: pytest.Session) -> None:
         draw_synthetic_once()
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Adds the markers, so that `pytest -m "not launch"` selects by folder and by fixture, and orders the tests."""
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
+    """Adds the markers, so that `pytest -m "not launch"` selects by folder and by fixture; orders what is selected."""
     for item in items:
         marks = [mark for folder, mark in MARKED_FOLDERS.items() if folder in folders_of(item)]
         marks += [mark for fixture, mark in MARKED_FIXTURES.items() if fixture in getattr(item, "fixturenames", ())]
@@ -77,6 +78,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not wants_cluster(config):
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("cluster")])
         items[:] = [item for item in items if not item.get_closest_marker("cluster")]
+    yield
     if hasattr(config, "workerinput"):
         items[:] = waiting_first(items, config.workerinput["workercount"])
 
