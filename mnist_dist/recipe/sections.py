@@ -50,7 +50,8 @@ class EngineSection(Section):
     for networks without dropout; `auto`: one step per replay where the run allows it; `off`: never. Where capture
     is not possible, the steps run without it."""
     channels_last: bool = True
-    """Store images and convolution weights in the memory layout channels-last, which most GPUs prefer."""
+    """Store images and convolution weights in the memory layout channels-last, which most GPUs prefer. A network that
+    cannot train in it trains in the contiguous layout, and the run says why."""
     tf32: Literal["off", "convolutions", "on"] = "convolutions"
     """Where a GPU may compute fp32 products in TF32 (10 bits of mantissa instead of 23): nowhere, in convolutions (the
     default of PyTorch), or in all matrix products."""
