@@ -205,14 +205,13 @@ def _address() -> str:
     """
     if address := os.environ.get("MNIST_DIST_TEST_SERVER"):
         return address
-    is_worker = "PYTEST_XDIST_TESTRUNUID" in os.environ
-    name = f"mnist_dist-tests-{os.environ['PYTEST_XDIST_TESTRUNUID'] if is_worker else uuid.uuid4().hex}"
-    folder = Path(tempfile.gettempdir()) / name
+    session = os.environ.get("PYTEST_XDIST_TESTRUNUID")  # the same in all processes of xdist
+    folder = Path(tempfile.gettempdir()) / f"mnist_dist-tests-{session or uuid.uuid4().hex}"
     address, started = f"{folder}/socket", None
     with suppress(FileExistsError):  # another worker has started it
         folder.mkdir(mode=0o700)
         variables = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        client = os.getppid() if is_worker else os.getpid()
+        client = os.getppid() if session else os.getpid()
         command = [sys.executable, "-m", "tests.processes", address, str(client)]
         started = subprocess.Popen(command, cwd=ROOT, env=os.environ | variables, start_new_session=True)
     deadline = time.monotonic() + 120

@@ -79,8 +79,7 @@ class TrainingComponents:
 
     def place(self, data: Images) -> Images:
         """Returns images for evaluations: on the device if the training images are there, else on the CPU."""
-        on_device = self.update.data.images.device.type == self.accelerator.device.type
-        return data.to(self.accelerator.device) if on_device else data
+        return data.to(self.accelerator.device) if self.images_place == "device" else data
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Returns the trained weights and the gradients of the last step, by name. Collective: call on every rank."""

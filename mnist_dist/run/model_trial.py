@@ -92,9 +92,9 @@ def try_network(
         TrialError: the network cannot be trained.
     """
     with keep_random_state(device):
-        channels_last = recipe.engine.channels_last and not sharded
-        failure = unsafe_layers(module, device) if channels_last else ""
-        channels_last = channels_last and not failure
+        wanted = recipe.engine.channels_last and not sharded
+        failure = unsafe_layers(module, device) if wanted else ""
+        channels_last = wanted and not failure
         if channels_last:
             try:
                 missing = _train(recipe, module, data, device, channels_last=True, every_parameter=every_parameter)

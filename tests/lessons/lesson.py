@@ -29,8 +29,6 @@ from tests import processes
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "launch" / "lessons"
 PAGES = sorted(FOLDER.glob("[0-9][0-9]_*.md"))
-MODULE = ["-m", "mnist_dist"]
-"""The words of `python` that are the program `mnist-dist`."""
 TORCHRUN = [sys.executable, "-E", "-S", str(Path(__file__).with_name("torchrun.py"))]
 REAL = "<!-- starts the real launchers -->"
 VARY = "<!-- numbers vary -->"
@@ -92,7 +90,7 @@ def _environment(folder: Path, real: bool) -> dict[str, str]:
     programs.mkdir()
     python = str(processes.forked_python())
     kept = {name: value for name, value in os.environ.items() if name not in removed}
-    words = {"mnist-dist": [python, *MODULE]} | ({} if real else {"python": [python], "torchrun": TORCHRUN})
+    words = {"mnist-dist": [python, "-m", "mnist_dist"]} | ({} if real else {"python": [python], "torchrun": TORCHRUN})
     for name, command in words.items():
         (programs / name).write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n', encoding="utf-8")
         (programs / name).chmod(0o755)

@@ -144,17 +144,9 @@ def test_a_network_that_runs_in_channels_last_keeps_that_layout():
         (4, 3, 2, 1, True),
     ],
 )
-def test_layers_that_damage_memory_in_channels_last_train_in_contiguous_layout(
-    channels, kernel, stride, groups, is_safe
-):
-    def network(num_classes: int, **_: object) -> nn.Module:
-        shortcut = nn.Conv2d(channels, 2 * groups, kernel, stride, groups=groups)
-        return nn.Sequential(
-            nn.Conv2d(1, channels, 3, stride=3), nn.Sequential(shortcut), nn.Flatten(), nn.LazyLinear(num_classes)
-        )
-
-    module = network(10)
-    module(torch.zeros(2, 1, 28, 28))
+def test_layers_that_damage_memory_in_channels_last_layout_are_named(channels, kernel, stride, groups, is_safe):
+    layer = nn.Conv2d(channels, 2 * groups, kernel, stride, groups=groups)
+    module = nn.Sequential(nn.Conv2d(1, channels, 3, stride=3), nn.Sequential(layer))
     assert ("1.0" in unsafe_layers(module, torch.device("cpu"))) == (not is_safe)
     assert not unsafe_layers(module, torch.device("cuda")), "cuDNN has no such fault"
 
