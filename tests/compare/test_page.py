@@ -13,7 +13,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,18 @@ HOSTILE = [
 
 
 @pytest.fixture
-def look(browser) -> Iterator[Callable[..., Any]]:
-    """Opens a page. At the end its console must be empty, and it must not have sent a request to another address."""
+def serve() -> Iterator[Callable[..., str]]:
+    """Serves the live page of run folders until the test ends; returns its URL."""
+    with ExitStack() as servers:
+        yield lambda *paths: servers.enter_context(serving(*paths))
+
+
+@pytest.fixture
+def look(browser, serve) -> Iterator[Callable[..., Any]]:
+    """Opens a page. At the end its console must be empty, and it must not have sent a request to another address.
+
+    Pages are closed before the servers of `serve` stop: a refused request would be an error in the console.
+    """
     unwanted, contexts = [], []
 
     def open_page(address: str, **more: Any) -> Any:
@@ -278,45 +288,45 @@ def serving(*paths: Path) -> Iterator[str]:
 TOP = "document.querySelector('#charts').getBoundingClientRect().top"
 
 
-def test_a_live_page_follows_and_keeps_the_users_settings(look, tmp_path):
+def test_a_live_page_follows_and_keeps_the_users_settings(look, serve, tmp_path):
     folder = tmp_path / "runs"
     write_run(folder / "wide-0", parameters=900)
     growing = write_run(folder / "wide-1", status="running", steps=4, recipe={"seed": 1})
     write_run(folder / "deep", recipe={"name": "deep"}, parameters=5)
-    with serving(folder) as url:
-        page = look(url)
-        page.locator("th[data-column=recipe] button").dblclick()
-        page.locator("#legend button[aria-label$='seed 0']").click()
-        page.fill("#filter", "wide")
-        page.evaluate("scrollTo(0, 300)")
-        top = page.evaluate(TOP)
-        assert page.locator("#table tbody tr").count() == 2 and drawn(page) == {"wide-1"}
+    url = serve(folder)
+    page = look(url)
+    page.locator("th[data-column=recipe] button").dblclick()
+    page.locator("#legend button[aria-label$='seed 0']").click()
+    page.fill("#filter", "wide")
+    page.evaluate("scrollTo(0, 300)")
+    top = page.evaluate(TOP)
+    assert page.locator("#table tbody tr").count() == 2 and drawn(page) == {"wide-1"}
 
-        def append() -> None:
-            for start in range(4, 24):
-                with (growing / "metrics.jsonl").open("a") as file:
-                    file.write(lines(1, start))
+    def append() -> None:
+        for start in range(4, 24):
+            with (growing / "metrics.jsonl").open("a") as file:
+                file.write(lines(1, start))
 
-        writer = threading.Thread(target=append)
-        writer.start()
-        writer.join()
-        write_run(folder / "later", recipe={"seed": 2})
-        page.wait_for_selector("text=running at 2.4 of 3 epochs")
-        page.wait_for_function("document.querySelectorAll('.run[data-run$=later]').length")
-        assert drawn(page) == {"wide-1", "later"}
-        assert column(page, "n") == ["2", "1"] or column(page, "n") == ["1", "2"]
-        assert page.locator("th[data-column=recipe]").get_attribute("aria-sort") == "descending"
-        assert page.input_value("#filter") == "wide"
-        assert page.evaluate(TOP) == pytest.approx(top, abs=2)
-        assert "live" in page.inner_text("#note")
+    writer = threading.Thread(target=append)
+    writer.start()
+    writer.join()
+    write_run(folder / "later", recipe={"seed": 2})
+    page.wait_for_selector("text=running at 2.4 of 3 epochs")
+    page.wait_for_function("document.querySelectorAll('.run[data-run$=later]').length")
+    assert drawn(page) == {"wide-1", "later"}
+    assert column(page, "n") == ["2", "1"] or column(page, "n") == ["1", "2"]
+    assert page.locator("th[data-column=recipe]").get_attribute("aria-sort") == "descending"
+    assert page.input_value("#filter") == "wide"
+    assert page.evaluate(TOP) == pytest.approx(top, abs=2)
+    assert "live" in page.inner_text("#note")
 
 
-def test_a_live_page_waits_for_the_first_run(look, tmp_path):
-    with serving(tmp_path) as url:
-        page = look(url)
-        assert page.inner_text("#nothing") == "No runs yet."
-        write_run(tmp_path / "first", status="running")
-        page.wait_for_selector("text=running at 3 of 3 epochs")
+def test_a_live_page_waits_for_the_first_run(look, serve, tmp_path):
+    url = serve(tmp_path)
+    page = look(url)
+    assert page.inner_text("#nothing") == "No runs yet."
+    write_run(tmp_path / "first", status="running")
+    page.wait_for_selector("text=running at 3 of 3 epochs")
 
 
 class TwoProcesses:
@@ -348,64 +358,64 @@ def two_processes(tmp_path) -> Iterator[TwoProcesses]:
     training.end(signal.SIGKILL)
 
 
-def test_a_phone_watches_a_run_of_two_processes_that_is_killed_and_resumed(look, tmp_path, two_processes):
+def test_a_phone_watches_a_run_of_two_processes_that_is_killed_and_resumed(look, serve, tmp_path, two_processes):
     (tmp_path / "runs").mkdir()
-    with serving(tmp_path / "runs") as url:
-        page = look(url, viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
+    url = serve(tmp_path / "runs")
+    page = look(url, viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
 
-        def shows(*texts: str) -> None:
-            for text in texts:
-                page.locator("#watch", has_text=text).wait_for()
+    def shows(*texts: str) -> None:
+        for text in texts:
+            page.locator("#watch", has_text=text).wait_for()
 
-        two_processes.start()
-        page.wait_for_selector("#watch .state.running")
-        shows("images/s", "waiting share", "of training left", "best weights", "/100000  train loss")
-        rows = page.locator("#watch h3:text('Processes') + div tr")
-        assert [text.split()[0] for text in rows.all_inner_texts()] == ["rank", "0", "1"]
-        assert all(row.count("%") == 1 for row in rows.all_inner_texts()[1:])
+    two_processes.start()
+    page.wait_for_selector("#watch .state.running")
+    shows("images/s", "waiting share", "of training left", "best weights", "/100000  train loss")
+    rows = page.locator("#watch h3:text('Processes') + div tr")
+    assert [text.split()[0] for text in rows.all_inner_texts()] == ["rank", "0", "1"]
+    assert all(row.count("%") == 1 for row in rows.all_inner_texts()[1:])
 
-        two_processes.end(signal.SIGKILL)
-        page.wait_for_selector("#watch .state.silent")
-        shows("No sign of life since", "resumes it from step", "images/s, last")
-        page.locator("#about", has_text="1 without a sign of life").wait_for()
+    two_processes.end(signal.SIGKILL)
+    page.wait_for_selector("#watch .state.silent")
+    shows("No sign of life since", "resumes it from step", "images/s, last")
+    page.locator("#about", has_text="1 without a sign of life").wait_for()
 
-        two_processes.start()
-        page.wait_for_selector("#watch .state.running")
-        shows("2 processes from step 0", "resumed after a failure", "last log line")
+    two_processes.start()
+    page.wait_for_selector("#watch .state.running")
+    shows("2 processes from step 0", "resumed after a failure", "last log line")
 
-        two_processes.end(signal.SIGTERM)
-        page.wait_for_selector("#watch .state.preempted")
-        shows("Stopped by a signal", "Rerun the same command")
-        assert page.evaluate("document.documentElement.scrollWidth") <= 390
-        touched = "all => all.filter(each => each.checkVisibility()).map(each => each.getBoundingClientRect().height)"
-        heights = page.locator("button, summary, #filter, #bar label").evaluate_all(touched)
-        assert len(heights) > 8 and min(heights) >= 44
+    two_processes.end(signal.SIGTERM)
+    page.wait_for_selector("#watch .state.preempted")
+    shows("Stopped by a signal", "Rerun the same command")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    touched = "all => all.filter(each => each.checkVisibility()).map(each => each.getBoundingClientRect().height)"
+    heights = page.locator("button, summary, #filter, #bar label").evaluate_all(touched)
+    assert len(heights) > 8 and min(heights) >= 44
 
 
-def test_details_stay_as_the_user_left_them(look, tmp_path):
+def test_details_stay_as_the_user_left_them(look, serve, tmp_path):
     for name in ("first", "second"):
         write_run(tmp_path / name, status="running", steps=4, recipe={"name": name})
-    with serving(tmp_path) as url:
-        page = look(url)
-        page.wait_for_selector("#watch details[open] >> nth=1")
-        page.locator("#watch summary", has_text="second").click()
-        (tmp_path / "second" / "console.log").write_text("<b>a message</b>\n")
-        (tmp_path / "first" / "console.log").write_text("<img src=x onerror=alert(1)>\n")
-        page.locator("#watch", has_text="<b>a message</b>").wait_for(state="attached")
-        assert page.locator("#watch details").evaluate_all("all => all.map(each => each.open)") == [True, False]
-        assert page.locator("#watch pre").first.inner_text() == "<img src=x onerror=alert(1)>"
-        page.fill("#filter", "second")
-        assert page.locator("#watch details").count() == 1
+    url = serve(tmp_path)
+    page = look(url)
+    page.wait_for_selector("#watch details[open] >> nth=1")
+    page.locator("#watch summary", has_text="second").click()
+    (tmp_path / "second" / "console.log").write_text("<b>a message</b>\n")
+    (tmp_path / "first" / "console.log").write_text("<img src=x onerror=alert(1)>\n")
+    page.locator("#watch", has_text="<b>a message</b>").wait_for(state="attached")
+    assert page.locator("#watch details").evaluate_all("all => all.map(each => each.open)") == [True, False]
+    assert page.locator("#watch pre").first.inner_text() == "<img src=x onerror=alert(1)>"
+    page.fill("#filter", "second")
+    assert page.locator("#watch details").count() == 1
 
 
-def test_the_process_that_waits_least_is_named_as_the_slowest(look, tmp_path):
+def test_the_process_that_waits_least_is_named_as_the_slowest(look, serve, tmp_path):
     path = write_run(tmp_path / "run", status="running")
     line = {"step": 31, "epoch": 3, "train/loss": 1.0}
     for rank, wait in enumerate((40.0, 5.0, 30.0)):
         line |= {f"process/{rank}/images_per_second": 10.0, f"process/{rank}/waiting_percent": wait}
     (path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-    with serving(tmp_path) as url:
-        look(url).locator("#watch p", has_text="Rank 1 is the slowest").wait_for()
+    url = serve(tmp_path)
+    look(url).locator("#watch p", has_text="Rank 1 is the slowest").wait_for()
 
 
 def test_a_page_in_a_file_has_no_details(look, address):
@@ -421,34 +431,35 @@ def ask(url: str, path: str, host: str = "") -> tuple[int, bytes]:
         return error.code, error.read()
 
 
-def test_the_server_answers_only_this_machine_and_serves_only_the_page(runs):
-    with serving(runs) as url:
-        port = url.rpartition(":")[2].rstrip("/")
-        assert url.startswith("http://127.0.0.1:")
-        assert [ask(url, "/", host)[0] for host in ("", f"localhost:{port}", "localhost")] == [200] * 3
-        for host in ("evil.example", f"evil.example:{port}", "localhost.evil.example", "127.0.0.1.nip.io", "10.0.0.1"):
-            assert ask(url, "/data", host)[0] == 403
-        status, text = ask(url, "/data")
-        pictures = [found for family in json.loads(text)["families"].values() for _, found in family["pictures"]]
-        assert status == 200 and len(pictures) == 2
-        assert all(ask(url, found)[1].startswith(b"\x89PNG") for found in pictures)
-        bad = ("/etc/passwd", "/picture//etc/passwd", pictures[0].replace("misclassified", "x") + "x", "/../setup.cfg")
-        assert {ask(url, path)[0] for path in bad} == {404}
+def test_the_server_answers_only_this_machine_and_serves_only_the_page(serve, runs):
+    url = serve(runs)
+    port = url.rpartition(":")[2].rstrip("/")
+    assert url.startswith("http://127.0.0.1:")
+    assert [ask(url, "/", host)[0] for host in ("", f"localhost:{port}", "localhost")] == [200] * 3
+    for host in ("evil.example", f"evil.example:{port}", "localhost.evil.example", "127.0.0.1.nip.io", "10.0.0.1"):
+        assert ask(url, "/data", host)[0] == 403
+    status, text = ask(url, "/data")
+    pictures = [found for family in json.loads(text)["families"].values() for _, found in family["pictures"]]
+    assert status == 200 and len(pictures) == 2
+    assert all(ask(url, found)[1].startswith(b"\x89PNG") for found in pictures)
+    bad = ("/etc/passwd", "/picture//etc/passwd", pictures[0].replace("misclassified", "x") + "x", "/../setup.cfg")
+    assert {ask(url, path)[0] for path in bad} == {404}
 
 
-def test_a_browser_finds_the_pictures_of_a_path_with_dots(runs, monkeypatch):
+def test_a_browser_finds_the_pictures_of_a_path_with_dots(serve, runs, monkeypatch):
     (runs / "other").mkdir(exist_ok=True)
     monkeypatch.chdir(runs / "other")
-    with serving(Path("..")) as url:
-        pictures = [
-            found for family in json.loads(ask(url, "/data")[1])["families"].values() for _, found in family["pictures"]
-        ]
-        assert len(pictures) == 2 and not any("/../" in found for found in pictures)
-        assert all(ask(url, found)[1].startswith(b"\x89PNG") for found in pictures)
+    url = serve(Path(".."))
+    pictures = [
+        found for family in json.loads(ask(url, "/data")[1])["families"].values() for _, found in family["pictures"]
+    ]
+    assert len(pictures) == 2 and not any("/../" in found for found in pictures)
+    assert all(ask(url, found)[1].startswith(b"\x89PNG") for found in pictures)
 
 
-def test_known_values_are_not_sent_again(runs):
-    with serving(runs) as url, urllib.request.urlopen(url + "data", timeout=60) as answer:
+def test_known_values_are_not_sent_again(serve, runs):
+    url = serve(runs)
+    with urllib.request.urlopen(url + "data", timeout=60) as answer:
         assert ask(url, "/data?" + answer.headers["X-Version"]) == (204, b"")
         assert ask(url, "/data?other")[0] == 200
 
