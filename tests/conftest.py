@@ -29,6 +29,12 @@ if TYPE_CHECKING:
 
 # Several tests run at once on few cores: waiting threads would take most of the time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The processes of xdist keep freed memory: to get it from the kernel again takes a twentieth of their time.
+os.environ |= {
+    "MALLOC_MMAP_THRESHOLD_": str(2**29),
+    "MALLOC_TRIM_THRESHOLD_": str(2**30),
+    "MALLOC_TOP_PAD_": str(2**24),
+}
 # A test of W&B sets its own mode.
 os.environ["WANDB_MODE"] = "disabled"
 # Tests use the CPU on every machine; a test for GPUs requests the fixture `gpu`.

@@ -84,41 +84,58 @@ def serve(address: str, client: int) -> None:
     listener.listen(64)
     write_forked_python(address)
     Path(f"{address}.new").rename(address)  # whoever finds the address can connect
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the monitors
+    # A child that ends makes `woken` readable.
+    woken, waker = socket.socketpair()
+    waker.setblocking(False)
+    signal.set_wakeup_fd(waker.fileno())
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    children: dict[int, socket.socket] = {}
+    stand_ins: dict[socket.socket, int] = {}
     while True:
-        if not select.select([listener], [], [], 1)[0]:
-            if not psutil.pid_exists(client):
-                shutil.rmtree(Path(address).parent, ignore_errors=True)
-                os._exit(0)
-            continue
-        connection, _ = listener.accept()
-        if os.fork():
+        for ready in select.select([listener, woken, *stand_ins], [], [], 1)[0]:
+            if ready is woken:
+                woken.recv(1 << 16)
+            elif ready is listener:
+                connection, _ = listener.accept()
+                request, streams = receive(connection)
+                signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the child has its own handlers and streams
+                if not (child := os.fork()):
+                    signal.set_wakeup_fd(-1)
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                    for each in (listener, woken, waker, connection, *children.values()):
+                        each.close()
+                    become(request, streams)
+                    return
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+                for stream in streams:
+                    os.close(stream)
+                children[child] = connection
+                if request["program"]:
+                    stand_ins[connection] = child
+                with suppress(OSError):
+                    connection.sendall(f"{child}\n".encode())
+            elif ready in stand_ins:
+                os.kill(stand_ins.pop(ready), signal.SIGKILL)  # the program that stands for the child was killed
+        while children:
+            child, status = os.waitpid(-1, os.WNOHANG)
+            if not child:
+                break
+            connection = children.pop(child)
+            stand_ins.pop(connection, None)
+            with suppress(OSError):
+                connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
             connection.close()
-            continue
-        listener.close()
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        message, streams, _, _ = socket.recv_fds(connection, 1 << 20, 3)
-        while not message.endswith(b"\n"):
-            message += connection.recv(1 << 20)
-        request = json.loads(message)
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the child has its own handlers and streams
-        child = os.fork()
-        if not child:
-            connection.close()
-            become(request, streams)
-            return
-        for stream in streams:
-            os.close(stream)
-        with suppress(OSError):
-            connection.sendall(f"{child}\n".encode())
-        if request["program"] and hasattr(os, "pidfd_open"):
-            ended = os.pidfd_open(child)
-            if ended not in select.select([ended, connection], [], [])[0]:
-                os.kill(child, signal.SIGKILL)  # the program that stands for the child was killed
-        _, status = os.waitpid(child, 0)
-        with suppress(OSError):
-            connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
-        os._exit(0)
+        if not psutil.pid_exists(client):
+            shutil.rmtree(Path(address).parent, ignore_errors=True)
+            os._exit(0)
+
+
+def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """Returns the request of a client and the descriptors of the child's standard streams."""
+    message, streams, _, _ = socket.recv_fds(connection, 1 << 20, 3)
+    while not message.endswith(b"\n"):
+        message += connection.recv(1 << 20)
+    return json.loads(message), streams
 
 
 def write_forked_python(address: str) -> None:
