@@ -146,7 +146,7 @@ class Row:
         target = float(claimed[1]) - (0.05 if "~" in claim.split("%")[0] else 0)  # "~99.4" has no second decimal
         if "training accuracy" in claim:
             training = self.mean("train.last.accuracy") or 0.0
-            return f"{'met' if training >= target else 'not met'}: {training:.2f} over the epoch's training batches"
+            return f"{'met' if training >= target else 'not met'}: {training:.2f} in training"
         last, best = self.mean("eval.last.accuracy") or 0.0, self.mean("eval.best.accuracy") or 0.0
         return "met" if last >= target else "met at the best epoch" if best >= target else "not met"
 
