@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Callable
 
-from mnist_dist.distributed.expected_size import parse_world_size
+from mnist_dist.distributed.world_size_option import parse_world_size
 from mnist_dist.engine.files import expand_path as path
 from mnist_dist.errors import Problem, RecipeError, run_command
 

@@ -38,7 +38,7 @@ from mnist_dist.run.evaluation import (
     write_report,
 )
 from mnist_dist.run.reader import Run, open_run
-from mnist_dist.run.tables import printable, table_console
+from mnist_dist.run.text_output import printable, table_console
 
 
 def ensemble(runs: list[Run], *overrides: str) -> dict[str, Any]:

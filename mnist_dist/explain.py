@@ -29,7 +29,7 @@ from mnist_dist.engine.evaluation import evaluating
 from mnist_dist.errors import Kind, Problem, RecipeError, did_you_mean
 from mnist_dist.run.prediction import predict
 from mnist_dist.run.reader import Run, open_run
-from mnist_dist.run.tables import printable
+from mnist_dist.run.text_output import printable
 
 MOST_LAYERS = 6
 """Without `--layers`, at most this many convolutions are drawn, evenly spaced from the first to the last."""

@@ -22,7 +22,7 @@ from rich.console import Console
 from mnist_dist.errors import FAILED
 from mnist_dist.run.prediction import predict_picture
 from mnist_dist.run.reader import find_runs, load_run, open_run
-from mnist_dist.run.tables import printable
+from mnist_dist.run.text_output import printable
 
 
 def predict_digit(

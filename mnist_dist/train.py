@@ -53,7 +53,7 @@ from mnist_dist.run.pretrained import load_initial_weights, load_teachers
 from mnist_dist.run.provenance import git_commit, versions
 from mnist_dist.run.resume import components_state, finished_results, has_checkpoint, load_newest, open_folder
 from mnist_dist.run.summary import finish_run, open_trackers, show_notes, stop_run
-from mnist_dist.run.tables import table_console
+from mnist_dist.run.text_output import table_console
 
 # --- the loop -----------------------------------------------------------------------------------------------------
 

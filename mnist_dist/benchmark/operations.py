@@ -29,7 +29,7 @@ from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.build import build_components
 from mnist_dist.run.model_trial import to_device
 from mnist_dist.run.provenance import git_commit, versions
-from mnist_dist.run.tables import markdown_table, table_console
+from mnist_dist.run.text_output import markdown_table, table_console
 
 WORLD_SIZES = (1, 2)
 LARGEST_EXTRA = {"step": 12, "augmentation": 8, "average": 3}

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from mnist_dist.engine.precision import PRECISION_NAMES
 from mnist_dist.errors import Problem, RecipeError
-from mnist_dist.run.tables import markdown_table, table_console
+from mnist_dist.run.text_output import markdown_table, table_console
 
 OURS = "mnist_dist"
 """The trainer's name among the timed loops."""

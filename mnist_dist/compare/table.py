@@ -22,7 +22,7 @@ from mnist_dist.recipe.changes import flatten
 from mnist_dist.recipe.file import bundled_recipes, note_measured, recipe_notes
 from mnist_dist.recipe.loading import load_recipe
 from mnist_dist.run.reader import RunReader, numbers
-from mnist_dist.run.tables import fill_between_marks, markdown_table, markdown_text, printable, table_console
+from mnist_dist.run.text_output import fill_between_marks, markdown_table, markdown_text, printable, table_console
 from mnist_dist.run.world_history import sizes
 
 MARKS = ("<!-- results: made by mnist_dist.compare -->", "<!-- end of results -->")

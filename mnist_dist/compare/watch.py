@@ -16,7 +16,7 @@ from mnist_dist.engine.checkpoint import list_checkpoints
 from mnist_dist.engine.files import check_regular
 from mnist_dist.run.folder import RunFolder
 from mnist_dist.run.reader import LARGEST, RunReader
-from mnist_dist.run.tables import printable
+from mnist_dist.run.text_output import printable
 
 MOST_RUNS = 12
 """Number of runs that a live page shows in detail: those whose files changed last."""

@@ -17,7 +17,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.constants import default_pg_timeout
 
-from mnist_dist.distributed.expected_size import is_elastic
+from mnist_dist.distributed.world_size_option import is_elastic
 
 JOIN_SECONDS = 600.0
 """A process waits this long for the others. torchrun, too, waits ten minutes for its machines."""

@@ -20,9 +20,9 @@ from accelerate import PartialState
 from accelerate.commands.config.config_args import default_config_file
 from accelerate.utils import parse_flag_from_env, patch_environment
 
-from mnist_dist.distributed.expected_size import as_range, describe_world_size, is_elastic
 from mnist_dist.distributed.joining import join
 from mnist_dist.distributed.launcher_variables import ADDRESS, TORCH, read_world, step_size
+from mnist_dist.distributed.world_size_option import as_range, describe_world_size, is_elastic
 from mnist_dist.errors import Problem, RecipeError, RunError
 
 

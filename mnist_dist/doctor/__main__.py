@@ -57,7 +57,7 @@ from mnist_dist.doctor.training import (
 from mnist_dist.engine.files import write_atomically
 from mnist_dist.errors import Problem, RecipeError
 from mnist_dist.run.provenance import git_commit, versions
-from mnist_dist.run.tables import table_console
+from mnist_dist.run.text_output import table_console
 
 STYLES = {SLOW: "yellow", WARN: "yellow", FAIL: "bold red"}
 

@@ -27,7 +27,7 @@ from mnist_dist.errors import Problem, RecipeError
 from mnist_dist.export.exporter import export
 from mnist_dist.export.verify import NEAR_TIE, Form, disagreements
 from mnist_dist.run.reader import open_run
-from mnist_dist.run.tables import table_console
+from mnist_dist.run.text_output import table_console
 
 BATCH = 256
 """Number of images of the second timing."""

@@ -45,7 +45,7 @@ from mnist_dist.run.model_setup import prepare_model
 from mnist_dist.run.pretrained import load_initial_weights, load_teachers
 from mnist_dist.run.provenance import git_commit, versions
 from mnist_dist.run.summary import close_trackers, open_trackers
-from mnist_dist.run.tables import printable, table_console
+from mnist_dist.run.text_output import printable, table_console
 from mnist_dist.run.timed_training import ENDLESS, TimedTraining
 from mnist_dist.tracking import WandbTracker, find_tracker
 

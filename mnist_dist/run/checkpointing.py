@@ -15,9 +15,9 @@ from typing import Any
 import torch.distributed as dist
 
 from mnist_dist.distributed.collectives import is_lost_connection, run_on_all_ranks
-from mnist_dist.distributed.expected_size import is_elastic
 from mnist_dist.distributed.fsdp import is_sharded
 from mnist_dist.distributed.signals import PREEMPTED
+from mnist_dist.distributed.world_size_option import is_elastic
 from mnist_dist.engine.checkpoint import (
     SHARED_DISK,
     list_checkpoints,

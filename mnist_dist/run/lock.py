@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from mnist_dist.distributed.expected_size import is_elastic
+from mnist_dist.distributed.world_size_option import is_elastic
 from mnist_dist.engine.files import read_regular
 from mnist_dist.errors import Problem, RecipeError
 

@@ -17,7 +17,7 @@ from mnist_dist.models import CodeRefused
 from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.folder import RunFolder
 from mnist_dist.run.reader import Run, load_run
-from mnist_dist.run.tables import printable
+from mnist_dist.run.text_output import printable
 
 # --- initial weights ----------------------------------------------------------------------------------------------
 

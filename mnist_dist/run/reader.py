@@ -29,7 +29,7 @@ from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.folder import MOST_JSON, RunFolder, is_summary
 from mnist_dist.run.lock import FILE as LOCK
 from mnist_dist.run.lock import last_renewal
-from mnist_dist.run.tables import printable
+from mnist_dist.run.text_output import printable
 from mnist_dist.run.world_history import read_history
 from mnist_dist.tracking import JSONLReader
 

@@ -7,10 +7,10 @@ from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
-from mnist_dist.distributed.expected_size import is_elastic
+from mnist_dist.distributed.world_size_option import is_elastic
 from mnist_dist.engine.files import read_regular, write_atomically
 from mnist_dist.run.folder import MOST_JSON, RunFolder
-from mnist_dist.run.tables import printable
+from mnist_dist.run.text_output import printable
 
 FIELDS = {"time": str, "step": int, "processes": int, "nodes": int, "cause": str}
 """Fields of a line: when the processes started, from which step, how many on how many machines, and why."""

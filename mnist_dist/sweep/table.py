@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from mnist_dist.engine.files import write_atomically
-from mnist_dist.run.tables import markdown_table, table_console
+from mnist_dist.run.text_output import markdown_table, table_console
 from mnist_dist.sweep.search_space import Sweep
 from mnist_dist.sweep.trials import override
 

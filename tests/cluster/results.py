@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mnist_dist.run.tables import replace_between_marks
+from mnist_dist.run.text_output import replace_between_marks
 from tests.faults.__main__ import describe, to_markdown
 
 

@@ -24,7 +24,7 @@ from PIL import Image
 from mnist_dist.compare import __main__ as compare
 from mnist_dist.compare.live import LiveServer
 from mnist_dist.compare.page import POINTS, Page, curves, embedded, render
-from mnist_dist.run.tables import printable
+from mnist_dist.run.text_output import printable
 from tests import processes
 from tests.compare.test_compare import lines, summary, write_run
 from tests.distributed.training import WITHOUT_TRACKING

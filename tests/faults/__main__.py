@@ -18,7 +18,7 @@ from rich.table import Table
 
 from mnist_dist.distributed.devices import processor
 from mnist_dist.run.provenance import git_commit, versions
-from mnist_dist.run.tables import replace_between_marks
+from mnist_dist.run.text_output import replace_between_marks
 from tests.faults.damage import KINDS
 from tests.faults.training import EVERY_STATE, bytes_of, finish, use_colour_folder
 from tests.faults.trials import (

@@ -13,7 +13,7 @@ from mnist_dist.profile.measurement import Profile, RankProfile
 from mnist_dist.profile.phases import DATA, FORWARD, OPTIMIZER, PHASES, WAITING
 from mnist_dist.profile.report import advise, overhead, print_report, slowest, unevenness
 from mnist_dist.profile.trace import Usage
-from mnist_dist.run.tables import table_console
+from mnist_dist.run.text_output import table_console
 
 
 def rank(number: int = 0, on_device: bool = False, idle_seconds: dict[str, float] | None = None, **changes: float):

@@ -41,7 +41,7 @@ from mnist_dist.errors import RecipeError
 from mnist_dist.export.__main__ import main as export_main
 from mnist_dist.export.page import build_page
 from mnist_dist.models import CodeRefused, find_builder
-from mnist_dist.run.tables import markdown_table, printable
+from mnist_dist.run.text_output import markdown_table, printable
 
 QUIET = ("tracking.plots=false", "tracking.wandb.mode=disabled")
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from mnist_dist.cli import parse
-from mnist_dist.distributed.expected_size import describe_world_size, is_elastic, parse_world_size
 from mnist_dist.distributed.launcher import check_size
+from mnist_dist.distributed.world_size_option import describe_world_size, is_elastic, parse_world_size
 
 
 @pytest.mark.parametrize(("text", "accepted"), [("1", [1]), ("4", [4]), ("1:4", [1, 2, 3, 4]), ("2:2", [2])])

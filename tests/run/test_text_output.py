@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mnist_dist.run.tables import markdown_table, replace_between_marks
+from mnist_dist.run.text_output import markdown_table, replace_between_marks
 
 MARKS = ("<!-- figures -->", "<!-- end of figures -->")
 
