@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from mnist_dist.data import Dataset
 from mnist_dist.distributed.collectives import run_on_all_ranks
-from mnist_dist.distributed.devices import choose_threads, device_name, synchronize
+from mnist_dist.distributed.devices import choose_threads, device_name, share_cores, synchronize
 from mnist_dist.distributed.gradients import FlatGradients, GradientClock
 from mnist_dist.distributed.launcher import check_size, launched_world
 from mnist_dist.engine.cuda_graph import WARM_UP_STEPS, capture_cuda_graph
@@ -78,6 +78,7 @@ class BenchmarkSetup:
         state = launched_world()
         check_size(state)
         choose_threads(state)
+        share_cores(state)
         precision = check_world(recipe, state)
         if precision not in COMPARED_PRECISIONS:
             problem = recipe.problem if recipe.mixed_precision else partial(Problem, "the launcher")

@@ -7,6 +7,7 @@ import platform
 import re
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -36,6 +37,24 @@ def choose_threads(state: PartialState) -> None:
     usable = count_cores()
     cores = min(usable, psutil.cpu_count(logical=False) or usable)
     torch.set_num_threads(max(1, cores // count_local_processes(state.num_processes)))
+
+
+def share_cores(state: PartialState) -> None:
+    """Lets CPU processes that outnumber the cores of their machine compute in longer turns (SCHED_BATCH, Linux).
+
+    A process that wakes up then does not interrupt one that computes. All processes wait for the slowest one in every
+    step, so they lose much time if they interrupt each other.
+    """
+    crowded = state.device.type == "cpu" and state.num_processes > 1 and not has_core_per_thread(state.num_processes)
+    if crowded and sys.platform == "linux" and os.sched_getscheduler(0) == os.SCHED_OTHER:
+        for thread in Path("/proc/self/task").iterdir():  # threads that start later inherit the policy
+            with suppress(ProcessLookupError):  # it has just ended
+                os.sched_setscheduler(int(thread.name), os.SCHED_BATCH, os.sched_param(0))
+
+
+def has_core_per_thread(world_size: int) -> bool:
+    """Returns whether this machine has a core for every thread of all processes of the world on it."""
+    return torch.get_num_threads() * count_local_processes(world_size) <= count_cores()
 
 
 def count_local_processes(world_size: int) -> int:

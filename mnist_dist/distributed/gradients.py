@@ -14,8 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mnist_dist.distributed.devices import count_local_processes
-from mnist_dist.machine.limits import count_cores
+from mnist_dist.distributed.devices import has_core_per_thread
 
 BUCKET_BYTES = 25 * 2**20
 """Largest size of a flat buffer that holds more than one gradient: the default of DistributedDataParallel."""
@@ -87,8 +86,8 @@ class FlatGradients:
             dist.broadcast(sent, 0)
             tensor.detach().copy_(sent)
         self.allows_unused, self._clock = allows_unused, clock
-        threads = torch.get_num_threads() * count_local_processes(dist.get_world_size())
-        self._polls = next(module.parameters()).device.type == "cpu" and threads <= count_cores()
+        on_cpu = next(module.parameters()).device.type == "cpu"
+        self._polls = on_cpu and has_core_per_thread(dist.get_world_size())
         # The backward pass starts at the last layer.
         trained = [(name, each) for name, each in module.named_parameters() if each.requires_grad][::-1]
         self.buckets = [_Bucket(part, DTYPES[precision], allows_unused) for part in _split(trained)]

@@ -16,7 +16,7 @@ from mnist_dist.distributed import devices, launcher
 from mnist_dist.distributed.devices import choose_threads, peak_memory, sum_dtype, supports_precision
 from mnist_dist.machine import limits
 from mnist_dist.machine.limits import count_cores
-from tests.processes import ROOT
+from tests.processes import ROOT, run
 
 ACCELERATE, TORCHRUN = {"ACCELERATE_MIXED_PRECISION": "no"}, {"TORCHELASTIC_RUN_ID": "none"}
 SET_TO_ONE = {"OMP_NUM_THREADS": "1"}
@@ -67,6 +67,29 @@ def test_a_quota_of_four_cpus_on_a_large_machine_gives_four_threads(monkeypatch)
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     choose_threads(SimpleNamespace(device=torch.device("cpu"), num_processes=1))
     assert chosen == [4]
+
+
+POLICIES = """
+import os, sys, threading, time
+from types import SimpleNamespace
+import torch
+from mnist_dist.distributed import devices
+devices.count_cores = lambda: 2
+torch.set_num_threads(1)
+started_before = threading.Thread(target=time.sleep, args=(60,), daemon=True)
+started_before.start()
+for device, processes in (("cpu", 1), ("cuda", 4), ("cpu", 2), ("cpu", 3)):
+    devices.share_cores(SimpleNamespace(device=torch.device(device), num_processes=processes))
+    policies = {os.sched_getscheduler(int(thread)) for thread in os.listdir("/proc/self/task")}
+    assert policies == {os.SCHED_BATCH if (device, processes) == ("cpu", 3) else os.SCHED_OTHER}, (device, processes)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has SCHED_BATCH")
+def test_processes_that_outnumber_the_cores_compute_in_longer_turns():
+    environment = {name: value for name, value in os.environ.items() if name != "LOCAL_WORLD_SIZE"}
+    done = run([sys.executable, "-c", POLICIES], env=environment)
+    assert done.returncode == 0, done.stderr
 
 
 PROGRAM = """
