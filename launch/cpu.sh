@@ -5,7 +5,11 @@
 #   launch/cpu.sh 2 4 --recipe lenet5               # two processes of four threads
 set -euo pipefail
 
-: "${1:?usage: launch/cpu.sh [N [THREADS]] --recipe NAME}"
+usage() {
+    echo "usage: launch/cpu.sh [N [THREADS]] --recipe NAME (N and THREADS are at least 1)" >&2
+    exit 2
+}
+[ $# -gt 0 ] || usage
 if [[ ${1-} =~ ^[0-9]+$ ]]; then
     n=$1
     shift
@@ -16,7 +20,9 @@ fi
 if [[ ${1-} =~ ^[0-9]+$ ]]; then
     export OMP_NUM_THREADS=$1
     shift
+    [ "$OMP_NUM_THREADS" -gt 0 ] || usage
 fi
+[ "$n" -gt 0 ] || usage
 
 export ACCELERATE_USE_CPU=true # with --multi_gpu, accelerate ignores use_cpu of the configuration file
 if [ "$n" = 1 ]; then

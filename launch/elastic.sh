@@ -6,9 +6,13 @@
 # HEAD is one of the machines, with the name that `hostname` prints there. It must stay: it holds the rendezvous.
 set -euo pipefail
 
-usage="usage: launch/elastic.sh HEAD:PORT MIN:MAX [PROCESSES_PER_MACHINE] --recipe NAME"
-head=${1:?$usage} machines=${2:?$usage}
-: "${3:?$usage}"
+usage() {
+    echo "usage: launch/elastic.sh HEAD:PORT MIN:MAX [PROCESSES_PER_MACHINE] --recipe NAME (1 ≤ MIN ≤ MAX)" >&2
+    exit 2
+}
+[[ $# -gt 2 && $1 =~ :[0-9]+$ && $2 =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]] || usage
+head=$1 machines=$2
+[ "${machines%:*}" -le "${machines##*:}" ] || usage
 shift 2
 if [[ $1 =~ ^[0-9]+$ ]]; then
     each=$1
@@ -16,6 +20,7 @@ if [[ $1 =~ ^[0-9]+$ ]]; then
 else
     each=$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')
 fi
+[ "$each" -gt 0 ] || usage
 least=$((${machines%:*} * each)) most=$((${machines##*:} * each))
 
 export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 # by default SIGUSR1 would kill torchrun

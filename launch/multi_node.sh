@@ -4,8 +4,12 @@
 # HEAD is one of the machines, with the name that `hostname` prints there. The port must be free on it.
 set -euo pipefail
 
-usage="usage: launch/multi_node.sh HEAD:PORT MACHINES PROCESSES_PER_MACHINE --recipe NAME"
-head=${1:?$usage} machines=${2:?$usage} each=${3:?$usage}
+usage() {
+    echo "usage: launch/multi_node.sh HEAD:PORT MACHINES PROCESSES_PER_MACHINE --recipe NAME (numbers are at least 1)" >&2
+    exit 2
+}
+[[ $# -gt 3 && $1 =~ :[0-9]+$ && $2 =~ ^[1-9][0-9]*$ && $3 =~ ^[1-9][0-9]*$ ]] || usage
+head=$1 machines=$2 each=$3
 shift 3
 
 if [ "$((machines * each))" = 1 ]; then

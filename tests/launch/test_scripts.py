@@ -49,6 +49,29 @@ def test_a_script_without_arguments_prints_its_usage(script):
     assert f"launch/{script}" in done.stderr and "--recipe NAME" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("cpu.sh", "0 --recipe lenet5"),
+        ("cpu.sh", "2 0 --recipe lenet5"),
+        ("elastic.sh", "head:29400 4:1 --recipe lenet5"),
+        ("elastic.sh", "head:29400 0:2 --recipe lenet5"),
+        ("elastic.sh", "head:29400 1:2:3 --recipe lenet5"),
+        ("elastic.sh", "head 1:2 --recipe lenet5"),
+        ("elastic.sh", "head:29400 1:2 0 --recipe lenet5"),
+        ("elastic.sh", "--recipe lenet5 head:29400 1:2"),
+        ("multi_node.sh", "head:29500 2 --recipe lenet5"),
+        ("multi_node.sh", "head 2 8 --recipe lenet5"),
+        ("multi_node.sh", "head:29500 two 8 --recipe lenet5"),
+        ("multi_node.sh", "head:29500 0 8 --recipe lenet5"),
+    ],
+)
+def test_wrong_numbers_of_machines_or_processes_print_the_usage(script, words):
+    done = subprocess.run(["bash", LAUNCH / script, *words.split()], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith(f"usage: launch/{script} ") and done.stderr.count("\n") == 1
+
+
 def test_cpu_sh_gives_the_run_of_one_process(tmp_path, losses_of_one_process):
     launch(LAUNCH / "cpu.sh", "2", "1", *WORDS, "--run-dir", tmp_path / "run")
     summary = load_run(tmp_path / "run").summary
