@@ -48,7 +48,7 @@ def share_cores(state: PartialState) -> None:
     crowded = state.device.type == "cpu" and state.num_processes > 1 and not has_core_per_thread(state.num_processes)
     if crowded and sys.platform == "linux" and os.sched_getscheduler(0) == os.SCHED_OTHER:
         for thread in Path("/proc/self/task").iterdir():  # threads that start later inherit the policy
-            with suppress(ProcessLookupError):  # it has just ended
+            with suppress(OSError):  # the thread has just ended, or a container forbids it: the run is only slower
                 os.sched_setscheduler(int(thread.name), os.SCHED_BATCH, os.sched_param(0))
 
 

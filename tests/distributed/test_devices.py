@@ -92,6 +92,15 @@ def test_processes_that_outnumber_the_cores_compute_in_longer_turns():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has SCHED_BATCH")
+def test_a_container_that_forbids_the_policy_does_not_stop_the_run(monkeypatch):
+    def forbid(*arguments: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(devices.os, "sched_setscheduler", forbid)
+    devices.share_cores(SimpleNamespace(device=torch.device("cpu"), num_processes=10_000))
+
+
 PROGRAM = """
 import torch
 from mnist_dist.distributed.devices import choose_threads, device_name
