@@ -87,7 +87,7 @@ def serve(address: str, client: int) -> None:
     # A child that ends makes `woken` readable.
     woken, waker = socket.socketpair()
     waker.setblocking(False)
-    signal.set_wakeup_fd(waker.fileno())
+    signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     children: dict[int, socket.socket] = {}
     stand_ins: dict[socket.socket, int] = {}
@@ -97,7 +97,9 @@ def serve(address: str, client: int) -> None:
                 woken.recv(1 << 16)
             elif ready is listener:
                 connection, _ = listener.accept()
-                request, streams = receive(connection)
+                if (received := receive(connection)) is None:
+                    continue
+                request, streams = received
                 signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the child has its own handlers and streams
                 if not (child := os.fork()):
                     signal.set_wakeup_fd(-1)
@@ -130,11 +132,22 @@ def serve(address: str, client: int) -> None:
             os._exit(0)
 
 
-def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    """Returns the request of a client and the descriptors of the child's standard streams."""
-    message, streams, _, _ = socket.recv_fds(connection, 1 << 20, 3)
+def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
+    """Returns the request of a client and the descriptors of the child's streams; None if the client is gone."""
+    connection.settimeout(60)  # the server must not wait for a client that a test has stopped
+    message, streams = b"", []
     while not message.endswith(b"\n"):
-        message += connection.recv(1 << 20)
+        try:
+            part, received, _, _ = socket.recv_fds(connection, 1 << 20, 3)
+        except OSError:
+            part, received = b"", []
+        streams += received
+        if not part:
+            for stream in streams:
+                os.close(stream)
+            connection.close()
+            return None
+        message += part
     return json.loads(message), streams
 
 
