@@ -70,7 +70,7 @@ def test_a_quota_of_four_cpus_on_a_large_machine_gives_four_threads(monkeypatch)
 
 
 POLICIES = """
-import os, sys, threading, time
+import os, threading, time
 from types import SimpleNamespace
 import torch
 from mnist_dist.distributed import devices
