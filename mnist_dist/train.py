@@ -28,7 +28,7 @@ from torch import nn
 from mnist_dist.data import Images
 from mnist_dist.data.sources import SHAPES
 from mnist_dist.distributed.collectives import run_on_all_ranks
-from mnist_dist.distributed.devices import choose_threads, share_cores
+from mnist_dist.distributed.devices import share_cores
 from mnist_dist.distributed.launcher import check_size, end_process, launched_world
 from mnist_dist.distributed.watchdog import Watchdog
 from mnist_dist.engine.evaluation import Interrupted
@@ -193,7 +193,6 @@ def _write_model_summary(folder: RunFolder, module: nn.Module, shape: tuple[int,
 def _join_world(world_size: int | range | None) -> PartialState:
     state = launched_world()
     check_size(state, world_size)
-    choose_threads(state)
     share_cores(state)
     return state
 

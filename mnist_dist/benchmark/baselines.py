@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from mnist_dist.data import Dataset
 from mnist_dist.distributed.collectives import run_on_all_ranks
-from mnist_dist.distributed.devices import choose_threads, device_name, share_cores, synchronize
+from mnist_dist.distributed.devices import device_name, share_cores, synchronize
 from mnist_dist.distributed.gradients import FlatGradients, GradientClock
 from mnist_dist.distributed.launcher import check_size, launched_world
 from mnist_dist.engine.cuda_graph import WARM_UP_STEPS, capture_cuda_graph
@@ -77,7 +77,6 @@ class BenchmarkSetup:
         """
         state = launched_world()
         check_size(state)
-        choose_threads(state)
         share_cores(state)
         precision = check_world(recipe, state)
         if precision not in COMPARED_PRECISIONS:

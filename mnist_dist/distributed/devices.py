@@ -19,15 +19,31 @@ from mnist_dist.distributed.launcher import launched_by_accelerate, launcher_arg
 from mnist_dist.machine.limits import count_cores
 
 
-def choose_threads(state: PartialState) -> None:
-    """Gives a process on the CPU an equal share of the cores of its machine, unless the user set the number of threads.
+def share_cores(state: PartialState) -> None:
+    """Gives a process on the CPU an equal share of the cores of its machine. Does nothing on a GPU.
+
+    The process computes with as many threads as cores fall to it, unless the user set the number of threads. If the
+    processes outnumber the cores, each computes in longer turns (SCHED_BATCH, Linux): a process that wakes up does not
+    interrupt one that computes. All processes wait for the slowest one in every step, so they lose much time if they
+    interrupt each other.
+    """
+    if state.device.type != "cpu":
+        return
+    _choose_threads(state.num_processes)
+    crowded = state.num_processes > 1 and not has_core_per_thread(state.num_processes)
+    if crowded and sys.platform == "linux" and os.sched_getscheduler(0) == os.SCHED_OTHER:
+        for thread in Path("/proc/self/task").iterdir():  # threads that start later inherit the policy
+            with suppress(OSError):  # the thread has just ended, or a container forbids it: the run is only slower
+                os.sched_setscheduler(int(thread.name), os.SCHED_BATCH, os.sched_param(0))
+
+
+def _choose_threads(world_size: int) -> None:
+    """Sets the number of threads of this process, unless the user set it.
 
     The user sets the number with OMP_NUM_THREADS or `accelerate launch --num_cpu_threads_per_process`. If neither is
     given, `accelerate launch` and torchrun set OMP_NUM_THREADS=1 for their processes, which leaves most cores idle. So
     under a launcher this function reads the launcher's own environment instead of the environment of this process.
     """
-    if state.device.type != "cpu":
-        return
     launched = launched_by_accelerate() or "TORCHELASTIC_RUN_ID" in os.environ
     user_variables = (
         {entry.partition("=")[0] for entry in read_proc(os.getppid(), "environ")} if launched else set(os.environ)
@@ -36,20 +52,7 @@ def choose_threads(state: PartialState) -> None:
         return
     usable = count_cores()
     cores = min(usable, psutil.cpu_count(logical=False) or usable)
-    torch.set_num_threads(max(1, cores // count_local_processes(state.num_processes)))
-
-
-def share_cores(state: PartialState) -> None:
-    """Lets CPU processes that outnumber the cores of their machine compute in longer turns (SCHED_BATCH, Linux).
-
-    A process that wakes up then does not interrupt one that computes. All processes wait for the slowest one in every
-    step, so they lose much time if they interrupt each other.
-    """
-    crowded = state.device.type == "cpu" and state.num_processes > 1 and not has_core_per_thread(state.num_processes)
-    if crowded and sys.platform == "linux" and os.sched_getscheduler(0) == os.SCHED_OTHER:
-        for thread in Path("/proc/self/task").iterdir():  # threads that start later inherit the policy
-            with suppress(OSError):  # the thread has just ended, or a container forbids it: the run is only slower
-                os.sched_setscheduler(int(thread.name), os.SCHED_BATCH, os.sched_param(0))
+    torch.set_num_threads(max(1, cores // count_local_processes(world_size)))
 
 
 def has_core_per_thread(world_size: int) -> bool:
@@ -89,6 +92,12 @@ def supports_precision(device: torch.device, precision: str) -> bool:
     if device.type in ("cuda", "xpu"):  # PyTorch emulates bf16 on older GPUs (T4, V100), which is slower than fp32
         return getattr(torch, device.type).is_bf16_supported(including_emulation=False)
     return is_bf16_available(ignore_tpu=True)
+
+
+def emulates_bf16(device: torch.device) -> bool:
+    """Returns whether a CPU computes bf16 without vector instructions for it: then fp32 is many times faster."""
+    has_instructions = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return device.type == "cpu" and not has_instructions
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:

@@ -50,7 +50,7 @@ def launched_world() -> PartialState:
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or (size > 1 and not _has_communicating_accelerator())
     backend = {"backend": "gloo"} if cpu and size > 1 else {}
     try:
-        # Without this variable Accelerate would choose a number of threads and warn; `choose_threads` chooses it.
+        # Without this variable Accelerate would choose a number of threads and warn; `share_cores` chooses it.
         with patch_environment(OMP_NUM_THREADS=torch.get_num_threads()):
             state = PartialState(cpu=cpu, **backend, **(join(world) if size > 1 else {}))
     except (RuntimeError, ValueError, OSError) as error:

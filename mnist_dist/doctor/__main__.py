@@ -24,7 +24,7 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from mnist_dist.distributed.devices import choose_threads, device_name
+from mnist_dist.distributed.devices import device_name, share_cores
 from mnist_dist.distributed.launcher import launched_world
 from mnist_dist.doctor.checks import (
     FAIL,
@@ -216,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse("doctor", argv)
     check_arguments(arguments)
     state = launched_world()
-    choose_threads(state)
+    share_cores(state)
     ranks = Ranks(state)
     if arguments.write_reference:
         if ranks.size > 1:

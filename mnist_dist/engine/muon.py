@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
+from mnist_dist.distributed.devices import emulates_bf16
 from mnist_dist.distributed.fsdp import shard_like, unshard
 
 AdjustLr = Literal["original", "match_rms_adamw", "spectral_unclamped"]
@@ -157,8 +158,8 @@ class Muon(Optimizer):
 def newton_schulz(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
     """Moves all singular values of each matrix close to 1 by a quintic iteration.
 
-    The iteration is the one of Jordan et al. 2024. It runs in bfloat16 and ends with singular values of about 0.7 to
-    1.2.
+    The iteration is the one of Jordan et al. 2024. It ends with singular values of about 0.7 to 1.2. It runs in
+    bfloat16, as in `torch.optim.Muon`, or in float32 on a CPU that emulates bfloat16.
 
     Args:
         matrices: (N, rows, columns).
@@ -166,11 +167,11 @@ def newton_schulz(matrices: Tensor, coefficients: tuple[float, float, float], st
         eps: smallest norm that a matrix is divided by.
 
     Returns:
-        bfloat16 (N, rows, columns).
+        bfloat16 or float32 (N, rows, columns).
     """
     a, b, c = coefficients
     tall = matrices.shape[1] > matrices.shape[2]
-    found = matrices.bfloat16()
+    found = matrices.to(torch.float32 if emulates_bf16(matrices.device) else torch.bfloat16)
     found = found.mT if tall else found
     found = found / found.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
     for _ in range(steps):

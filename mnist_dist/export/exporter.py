@@ -17,7 +17,7 @@ import torch
 
 from mnist_dist.data import Dataset
 from mnist_dist.data.geometry import describe_geometry, read_geometry
-from mnist_dist.distributed.devices import choose_threads
+from mnist_dist.distributed.devices import share_cores
 from mnist_dist.distributed.launcher import launched_world
 from mnist_dist.engine.files import fsync_path, rename_flushed
 from mnist_dist.errors import Kind, Problem, RecipeError
@@ -81,7 +81,7 @@ def export(run: Run, kind: str, output: Path, *overrides: str, onnxruntime_web: 
     if launched_world().num_processes > 1:
         message = "export runs in one process; start it without a launcher: mnist-dist export …"
         raise RecipeError([Problem("the launcher", "", message, "world")])
-    choose_threads(launched_world())
+    share_cores(launched_world())
     runtime = _check_requirements(kind, onnxruntime_web)
     deployed = Deployed(run.model, run.about["mean"], run.about["std"]).eval()
     source = _load_source(run, deployed, overrides)

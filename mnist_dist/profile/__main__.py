@@ -28,7 +28,7 @@ from accelerate.utils import broadcast_object_list
 
 from mnist_dist.data import Dataset
 from mnist_dist.distributed.collectives import run_on_all_ranks
-from mnist_dist.distributed.devices import choose_threads, device_name
+from mnist_dist.distributed.devices import device_name, share_cores
 from mnist_dist.distributed.launcher import check_size, end_process, launched_world
 from mnist_dist.engine.files import write_atomically
 from mnist_dist.errors import Problem, RecipeError
@@ -104,7 +104,7 @@ def profile(
     """
     state = launched_world()
     check_size(state, world_size)
-    choose_threads(state)
+    share_cores(state)
     recipe = recipe.model_copy(update={"mixed_precision": check_world(recipe, state)})
     dataset = load_data(recipe, state, allow_code)
     components, recipe = _build(recipe, dataset, state, allow_code)

@@ -22,7 +22,7 @@ from mnist_dist.data.cache import describe_bytes
 from mnist_dist.data.images import balanced_weights
 from mnist_dist.data.store import Place, choose_place, describe_place, place_images
 from mnist_dist.distributed.collectives import run_on_all_ranks
-from mnist_dist.distributed.devices import count_local_processes, device_name, supports_precision
+from mnist_dist.distributed.devices import count_local_processes, device_name, emulates_bf16, supports_precision
 from mnist_dist.distributed.fsdp import shard_parameters
 from mnist_dist.distributed.gradients import FlatGradients, GradientClock
 from mnist_dist.distributed.launcher import asks_for_fsdp, check_engine, fsdp_settings
@@ -314,6 +314,11 @@ def _capture(recipe: Recipe, step: TrainStep, schedule: Schedule) -> tuple[Train
 def _notes(recipe: Recipe, step: TrainStep) -> list[str]:
     """Returns what the user should know about how the recipe was built."""
     notes = []
+    if recipe.mixed_precision == "bf16" and emulates_bf16(step.accelerator.device):
+        notes.append(
+            "bf16 is emulated: this CPU has no instructions for it, so a step takes several times as long as in fp32. "
+            "If you need not compare with bf16 runs, add mixed_precision=no"
+        )
     if _uses_fsdp(step.accelerator.num_processes):
         notes.append("FSDP2: parameters, gradients and optimizer state are sharded over the processes")
     if recipe.ddp.comm_hook != "none" and step.reduction is None:

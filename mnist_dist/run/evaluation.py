@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mnist_dist.data import Images, describe_shape
 from mnist_dist.data.store import fits_on_device
-from mnist_dist.distributed.devices import choose_threads, supports_precision
+from mnist_dist.distributed.devices import share_cores, supports_precision
 from mnist_dist.distributed.launcher import launched_world
 from mnist_dist.engine.evaluation import Evaluation, Mirrored
 from mnist_dist.engine.evaluation import evaluate as evaluate_module
@@ -73,7 +73,7 @@ def evaluate_run(run: Run, recipe: Recipe, data: Images, *, mirrored: bool = Fal
     Args:
         mirrored: evaluate on the images mirrored from left to right.
     """
-    choose_threads(launched_world())
+    share_cores(launched_world())
     set_determinism(recipe.deterministic)
     set_kernels(recipe)
     AcceleratorState._reset_state()  # one process, e.g. a notebook, may evaluate runs of different precisions

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mnist_dist.distributed import devices, launcher
-from mnist_dist.distributed.devices import choose_threads, peak_memory, sum_dtype, supports_precision
+from mnist_dist.distributed.devices import emulates_bf16, peak_memory, share_cores, sum_dtype, supports_precision
 from mnist_dist.machine import limits
 from mnist_dist.machine.limits import count_cores
 from tests.processes import ROOT, run
@@ -52,7 +52,7 @@ def test_threads_are_a_share_of_the_cores_unless_the_user_set_them(
     monkeypatch.setattr(devices.psutil, "cpu_count", lambda logical: 8)
     monkeypatch.setattr(limits, "cpu_quota", lambda: None)
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    choose_threads(SimpleNamespace(device=torch.device("cpu"), num_processes=1))
+    share_cores(SimpleNamespace(device=torch.device("cpu"), num_processes=1))
     assert chosen == threads
 
 
@@ -65,7 +65,7 @@ def test_a_quota_of_four_cpus_on_a_large_machine_gives_four_threads(monkeypatch)
     monkeypatch.setattr(devices.psutil, "cpu_count", lambda logical: 32)
     monkeypatch.setattr(limits, "cpu_quota", lambda: 4)
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    choose_threads(SimpleNamespace(device=torch.device("cpu"), num_processes=1))
+    share_cores(SimpleNamespace(device=torch.device("cpu"), num_processes=1))
     assert chosen == [4]
 
 
@@ -98,15 +98,16 @@ def test_a_container_that_forbids_the_policy_does_not_stop_the_run(monkeypatch):
         raise PermissionError
 
     monkeypatch.setattr(devices.os, "sched_setscheduler", forbid)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # this process keeps its threads
     devices.share_cores(SimpleNamespace(device=torch.device("cpu"), num_processes=10_000))
 
 
 PROGRAM = """
 import torch
-from mnist_dist.distributed.devices import choose_threads, device_name
+from mnist_dist.distributed.devices import device_name, share_cores
 from mnist_dist.distributed.launcher import launched_world
 state = launched_world()
-choose_threads(state)
+share_cores(state)
 print("threads", torch.get_num_threads(), device_name(state.device))
 """
 
@@ -147,6 +148,14 @@ def test_bf16_needs_a_gpu_that_computes_in_it(kind, monkeypatch):
     monkeypatch.setattr(getattr(torch, kind), "is_bf16_supported", lambda including_emulation=True: including_emulation)
     assert not supports_precision(torch.device(kind), "bf16")
     assert supports_precision(torch.device(kind), "fp16") and supports_precision(torch.device("cpu"), "bf16")
+
+
+def test_a_cpu_without_instructions_for_bf16_emulates_it(monkeypatch):
+    monkeypatch.setattr(devices.torch.backends.mkldnn, "is_available", lambda: True)
+    for native in (True, False):
+        monkeypatch.setattr(devices.torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda native=native: native)
+        assert emulates_bf16(torch.device("cpu")) == (not native)
+        assert not emulates_bf16(torch.device("cuda"))
 
 
 def test_the_peak_memory_is_that_of_tensors_where_the_gpu_counts_them(monkeypatch):

@@ -35,7 +35,8 @@ def set_gradients(parameters: list[nn.Parameter], step: int) -> None:
         {"adjust_lr_fn": "original", "ns_coefficients": (2.0, -1.5, 0.5), "eps": 1e-3},
     ],
 )
-def test_matrices_move_as_with_pytorchs_muon(keywords):
+def test_matrices_move_as_with_pytorchs_muon(keywords, monkeypatch):
+    monkeypatch.setattr("mnist_dist.engine.muon.emulates_bf16", lambda device: False)  # PyTorch's runs in bfloat16
     shapes = [(6, 9), (9, 6), (6, 9), (5, 5), (1, 4)]  # wide, tall, two of one shape
     own, expected, start = (random_parameters(*shapes) for _ in range(3))
     optimizers = [(own, Muon(own, lr=0.05, **keywords)), (expected, torch.optim.Muon(expected, lr=0.05, **keywords))]
@@ -63,7 +64,9 @@ def test_a_convolution_kernel_moves_as_the_matrix_of_its_rows(memory_format):
     assert kernel[0].is_contiguous(memory_format=memory_format)
 
 
-def test_the_iteration_moves_singular_values_close_to_one():
+@pytest.mark.parametrize(("emulated", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
+def test_the_iteration_moves_singular_values_close_to_one(emulated, dtype, monkeypatch):
+    monkeypatch.setattr("mnist_dist.engine.muon.emulates_bf16", lambda device: emulated)
     matrices = torch.randn(4, 20, 30, generator=torch.Generator().manual_seed(0))
     for each in (matrices, matrices.mT):
         values = torch.linalg.svdvals(newton_schulz(each, COEFFICIENTS, 5, 1e-7).float())
@@ -72,7 +75,8 @@ def test_the_iteration_moves_singular_values_close_to_one():
     left, _, right = torch.linalg.svd(matrices, full_matrices=False)
     product = newton_schulz(matrices, COEFFICIENTS, 5, 1e-7).float() @ (left @ right).mT
     assert product.diagonal(dim1=1, dim2=2).min() > 0.5
-    assert torch.equal(newton_schulz(torch.zeros(1, 3, 4), COEFFICIENTS, 5, 1e-7), torch.zeros(1, 3, 4).bfloat16())
+    zeros = torch.zeros(1, 3, 4)
+    assert torch.equal(newton_schulz(zeros, COEFFICIENTS, 5, 1e-7), zeros.to(dtype))
 
 
 class Mixed(nn.Module):

@@ -213,6 +213,14 @@ def test_components_follow_the_recipe(accelerator):
     assert [note.split()[0] for note in components.notes] == ["ddp.comm_hook", "micro_batch_size"]
 
 
+@pytest.mark.parametrize(("precision", "emulated"), [("bf16", True), ("bf16", False), ("no", True)])
+def test_a_cpu_that_emulates_bf16_is_named(accelerator, monkeypatch, precision, emulated):
+    monkeypatch.setattr("mnist_dist.run.build.emulates_bf16", lambda device: emulated)
+    recipe = load_recipe("debug", f"mixed_precision={precision}")
+    notes = build_components(recipe, "no", DATASET.train, build_module(recipe, DATASET)).notes
+    assert [note.split(":")[0] for note in notes] == ["bf16 is emulated"] * (emulated and precision == "bf16")
+
+
 # --- the images' shape and place ----------------------------------------------------------------------------------
 
 
