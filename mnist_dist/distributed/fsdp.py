@@ -79,6 +79,11 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
+def local_part(tensor: Any) -> Tensor:
+    """Returns this rank's part of a sharded tensor, which shares its memory; any other tensor unchanged."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
 def unshard(value: Any) -> Any:
     """Returns the same dictionary, list or tensor with every sharded tensor replaced by the full tensor.
 

@@ -1,9 +1,14 @@
-"""Finds gradients that are not finite, and undoes what such a step wrote into buffers and counters."""
+"""Finds gradients that are not finite, and undoes what such a step wrote into weights, state, buffers and counters."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
+
+from mnist_dist.distributed.fsdp import local_part
 
 # Tensors are written in place and never replaced: a replayed step addresses them by their memory.
 
@@ -15,18 +20,19 @@ class Guard:
     """Undoes a step whose gradient is not finite.
 
     Args:
-        figures: the counters that a step changes, on the device; never saved as a tensor.
+        figures: the counters that a step changes, on the device.
         buffers: the network's buffers, of any dtypes, on the same device.
         stays_set: whether all steps after a bad one count as bad, until `take`.
-        joins: whether the memory of the tensors is moved into one block for each dtype of the buffers. The tensors stay
-            the same objects. On a GPU, a kernel for each of many tensors takes longer than its work. None: on a GPU.
+        joins: whether the memory of the tensors is moved into one block. The tensors stay the same objects. On a GPU, a
+            kernel for each of many tensors takes longer than its work. None: on a GPU.
     """
 
     def __init__(self, figures: Tensor, buffers: list[Tensor], *, stays_set: bool, joins: bool | None = None):
         device = figures.device
         self._stays_set = stays_set
         joins = device.type != "cpu" if joins is None else joins
-        self._tensors = _join(figures, buffers) if joins else [figures, *buffers]
+        tensors = [figures, *buffers]
+        self._tensors = [_join(tensors)] if joins else tensors
         self._before = [torch.zeros_like(each) for each in self._tensors]
         self.bad = torch.zeros((), dtype=torch.bool, device=device)
         """Whether the latest step was bad."""
@@ -73,21 +79,85 @@ class Guard:
         return count
 
 
+class UpdateGuard:
+    """Undoes the update of an optimizer whose kernels cannot skip a bad gradient, without a wait for the device.
+
+    It keeps a copy of the weights and of the optimizer's state, which must be on the device. The host waits for the
+    device only after an update that creates state, as the first one does.
+    """
+
+    def __init__(self, optimizer: Optimizer):
+        self._optimizer = optimizer
+        self._state: dict[Any, dict[str, Any]] = {}
+        """The optimizer's state before the update, with the same tensors."""
+        self._tensors: list[Tensor] = []
+        self._bits: list[Tensor] = []
+        """The memory of `_tensors` as integers: NaN × 0 is not 0."""
+        self._before: list[Tensor] = []
+
+    @torch.no_grad()
+    def store(self) -> None:
+        """Stores weights and state. Call it before an update."""
+        self._state = {parameter: dict(state) for parameter, state in self._optimizer.state.items()}
+        weights = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        values = [value for state in self._state.values() for value in state.values() if isinstance(value, Tensor)]
+        tensors = [*weights, *values]
+        if len(tensors) != len(self._tensors) or any(
+            one is not other for one, other in zip(tensors, self._tensors, strict=True)
+        ):
+            self._tensors = tensors
+            self._bits = [_as_integers(local_part(each)) for each in tensors]
+            self._before = [torch.empty_like(each) for each in self._bits]
+        torch._foreach_copy_(self._before, self._bits)
+
+    @torch.no_grad()
+    def undo(self, bad: Tensor) -> None:
+        """Restores weights and state if the scalar `bad` is true. Call it after the update."""
+        if not self._has_same_state():
+            if bad:
+                torch._foreach_copy_(self._bits, self._before)
+                self._optimizer.state.clear()
+                self._optimizer.state.update(self._state)
+            return
+        for dtype in {each.dtype for each in self._bits}:
+            now, before = ([each for each in part if each.dtype == dtype] for part in (self._bits, self._before))
+            change = torch._foreach_sub(before, now)
+            torch._foreach_mul_(change, bad.to(dtype))
+            torch._foreach_add_(now, change)
+
+    def _has_same_state(self) -> bool:
+        """Returns whether the optimizer's state consists of the objects that `store` has seen."""
+        now = self._optimizer.state
+        return now.keys() == self._state.keys() and all(
+            now[parameter].keys() == before.keys()
+            and all(now[parameter][key] is value for key, value in before.items())
+            for parameter, before in self._state.items()
+        )
+
+
+def _as_integers(tensor: Tensor) -> Tensor:
+    """Returns the memory of a tensor as integers of the same size."""
+    return tensor.detach().view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize])
+
+
 @torch.no_grad()
-def _join(figures: Tensor, buffers: list[Tensor]) -> list[Tensor]:
-    """Moves the memory of tensors into blocks; returns the blocks as int64."""
-    # `torch.save` refuses tensors of two dtypes in one block. The figures are not saved, so any block may hold them.
-    dtypes = list(dict.fromkeys(each.dtype for each in buffers))
-    groups = [[each for each in buffers if each.dtype == dtype] for dtype in dtypes] or [[]]
-    groups[0].append(figures)
-    blocks = []
-    for group in groups:
-        sizes = [-(-each.nbytes // ALIGNMENT) * ALIGNMENT for each in group]
-        block = torch.zeros(sum(sizes), dtype=torch.uint8, device=figures.device)
-        for tensor, piece in zip(group, block.split(sizes), strict=True):
-            strides = torch.empty_like(tensor, device="meta").stride()  # those of dense memory
-            view = piece.view(tensor.dtype).as_strided(tensor.shape, strides)
-            view.copy_(tensor)
-            tensor.data = view
-        blocks.append(block.view(torch.int64))
-    return blocks
+def _join(tensors: list[Tensor]) -> Tensor:
+    """Moves the memory of tensors into one block; returns the block as int64."""
+    sizes = [-(-each.nbytes // ALIGNMENT) * ALIGNMENT for each in tensors]
+    block = torch.zeros(sum(sizes), dtype=torch.uint8, device=tensors[0].device)
+    for tensor, piece in zip(tensors, block.split(sizes), strict=True):
+        strides = torch.empty_like(tensor, device="meta").stride()  # those of dense memory
+        view = _with_own_storage(piece).view(tensor.dtype).as_strided(tensor.shape, strides)
+        view.copy_(tensor)
+        tensor.data = view
+    return block.view(torch.int64)
+
+
+def _with_own_storage(piece: Tensor) -> Tensor:
+    """Returns the same memory as a tensor of its own storage: `torch.save` refuses a storage of two dtypes."""
+    start = piece.storage_offset()
+    try:
+        storage = piece.untyped_storage()[start : start + piece.nbytes]
+    except NotImplementedError:  # a fake tensor, which has no memory
+        return piece
+    return torch.empty(0, dtype=piece.dtype, device=piece.device).set_(storage)

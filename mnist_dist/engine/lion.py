@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mnist_dist.distributed.fsdp import local_part
+
 
 class Lion(Optimizer):
     """Lion (Chen et al. 2023, arXiv 2302.06675): every weight moves by the learning rate, in the sign of its momentum.
@@ -48,9 +50,9 @@ class Lion(Optimizer):
                     self.state[parameter]["exp_avg"] = torch.zeros_like(parameter)
             if parameters:
                 _update(
-                    [_local(parameter) for parameter in parameters],
-                    [_local(parameter.grad) for parameter in parameters],
-                    [_local(self.state[parameter]["exp_avg"]) for parameter in parameters],
+                    [local_part(parameter) for parameter in parameters],
+                    [local_part(parameter.grad) for parameter in parameters],
+                    [local_part(self.state[parameter]["exp_avg"]) for parameter in parameters],
                     group,
                 )
         return loss
@@ -64,8 +66,3 @@ def _update(weights: list[Tensor], gradients: list[Tensor], averages: list[Tenso
     torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
     torch._foreach_add_(weights, updates, alpha=-lr)
     torch._foreach_lerp_(averages, gradients, 1 - beta2)
-
-
-def _local(tensor: Any) -> Tensor:
-    """Returns this rank's part of a sharded tensor, which shares its memory; any other tensor unchanged."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from mnist_dist.distributed.devices import emulates_bf16
-from mnist_dist.distributed.fsdp import shard_like, unshard
+from mnist_dist.distributed.fsdp import is_sharded, shard_like, unshard
 
 AdjustLr = Literal["original", "match_rms_adamw", "spectral_unclamped"]
 
@@ -91,6 +91,9 @@ class Muon(Optimizer):
         rest |= {"lr_ratio": adamw_lr_ratio}
         groups = [(muon if group["use_muon"] else rest) | group for group in _as_groups(params)]
         super().__init__(groups, {"lr": lr})
+        for group in self.param_groups:
+            if not group["use_muon"]:  # on a GPU, one kernel updates all, and the number of steps is on the GPU too
+                group["fused"] = all(each.device.type == "cuda" and not is_sharded(each) for each in group["params"])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # torch overloads it
@@ -130,7 +133,7 @@ class Muon(Optimizer):
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter] |= {
-                    "step": torch.zeros((), dtype=torch.float32),
+                    "step": torch.zeros((), device=parameter.device if group["fused"] else "cpu"),
                     "exp_avg": torch.zeros_like(parameter),
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
@@ -144,6 +147,7 @@ class Muon(Optimizer):
             exp_avg_sqs,
             [],
             steps,
+            fused=group["fused"],
             has_complex=any(parameter.is_complex() for parameter in parameters),
             amsgrad=False,
             beta1=group["betas"][0],

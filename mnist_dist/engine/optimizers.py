@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from mnist_dist.distributed.fsdp import is_sharded
 from mnist_dist.engine.lion import Lion
 from mnist_dist.engine.muon import Muon, split_hidden
 
@@ -49,9 +50,16 @@ def build_optimizer(module: torch.nn.Module, name: str, *, lr: float, **keywords
         # On a GPU, Adagrad has no fused kernel before about torch 2.10, and SGD with dampening cannot use
         # `fill_momentum`. SGD's fused kernel does not support sharded parameters.
         devices = ("cpu",) if optimizer_class is torch.optim.Adagrad or keywords.get("dampening") else ("cpu", "cuda")
-        supported = (p.device.type in devices and not hasattr(p, "device_mesh") for p in parameters)
+        supported = (p.device.type in devices and not is_sharded(p) for p in parameters)
         keywords["fused"] = all(supported) and all(p.is_floating_point() for p in parameters)
     return optimizer_class(parameters, lr=lr, **keywords)  # type: ignore[call-arg]  # torch types the base class only
+
+
+def keeps_state_on_device(optimizer: Optimizer) -> bool:
+    """Returns whether no part of the optimizer's state is on the host, where most optimizers count their steps."""
+    if isinstance(optimizer, Muon):
+        return all(group.get("fused", True) for group in optimizer.param_groups)
+    return isinstance(optimizer, Lion | torch.optim.SGD) or bool(optimizer.defaults.get("fused"))
 
 
 def fill_momentum(optimizer: Optimizer) -> None:

@@ -14,15 +14,16 @@ from torch.optim import Optimizer
 
 from mnist_dist.data import Batch, Batches, EpochPlan, Images, Loader, derive_seed
 from mnist_dist.data.batches import piece
-from mnist_dist.distributed.fsdp import unshard, unsharded_parameters
+from mnist_dist.distributed.fsdp import is_sharded, unshard, unsharded_parameters
 from mnist_dist.distributed.gradients import FlatGradients, GradientClock
 from mnist_dist.distributed.logical_shards import LogicalShards
 from mnist_dist.engine.distillation import Distillation
 from mnist_dist.engine.ema import MovingAverage
 from mnist_dist.engine.evaluation import evaluating
-from mnist_dist.engine.guard import Guard
+from mnist_dist.engine.guard import Guard, UpdateGuard
 from mnist_dist.engine.label_loss import LabelLoss
 from mnist_dist.engine.metrics import Meter
+from mnist_dist.engine.optimizers import keeps_state_on_device
 from mnist_dist.engine.shares import Shares, count_micro_batches
 
 
@@ -76,8 +77,8 @@ class TrainedNetwork:
 
 
 def guards_on_device(optimizer: Optimizer, accelerator: Accelerator) -> bool:
-    """Returns whether the optimizer's kernel can skip a bad gradient, so that the host need not wait for the device."""
-    return accelerator.device.type != "cpu" and accelerator.scaler is None and bool(optimizer.defaults.get("fused"))
+    """Returns whether the device skips or undoes a bad update, so that the host need not wait for it."""
+    return accelerator.device.type == "cuda" and accelerator.scaler is None and keeps_state_on_device(optimizer)
 
 
 class TrainStep:
@@ -88,10 +89,11 @@ class TrainStep:
 
     A step whose gradient contains inf or NaN changes no weight, buffer or counter. There are three ways to detect it:
 
-    - On a CPU, and for an optimizer without a fused kernel, the host reads a flag once after the backward passes.
-    - The fused kernel of an optimizer on a GPU reads the flag on the device, and the host never waits. The norm of the
-      gradient is then computed only when it is clipped or read. With on_nonfinite="stop" the flag stays set, so no
-      later step changes anything until `check` raises `NotFinite`.
+    - On a CPU, and for an optimizer with state on the host, the host reads a flag once after the backward passes.
+    - Otherwise the flag stays on the GPU, and the host never waits. The fused kernel of an optimizer reads the flag and
+      skips the update; the update of an optimizer without such a kernel is undone. The norm of the gradient is computed
+      only when it is clipped or read, or when the gradient is sharded. With on_nonfinite="stop" the flag stays set, so
+      no later step changes anything until `check` raises `NotFinite`.
     - In fp16 the GradScaler skips such steps while it looks for a scale. With on_nonfinite="stop", `check` raises
       `NotFinite` once the scale is below 1: the gradient is then not finite at any scale.
 
@@ -135,6 +137,11 @@ class TrainStep:
         buffers = list(dict.fromkeys(self.module.buffers()))
         self._guard = Guard(meter.sums, buffers, stays_set=self.on_nonfinite == "stop")
         self.guard_is_on_device = guards_on_device(self.optimizer, accelerator)
+        is_fused = bool(self.optimizer.defaults.get("fused"))
+        self._update_guard = UpdateGuard(self.optimizer) if self.guard_is_on_device and not is_fused else None
+        is_sharded_here = any(map(is_sharded, self._parameters))
+        self._norm_is_needed = self.clip_grad_norm is not None or not self.guard_is_on_device or is_sharded_here
+        """Whether a step computes the norm of the gradient."""
 
     def __call__(self, plan: EpochPlan, index: int, step: int) -> None:
         """Trains on global batch `index` of the epoch; `step` counts updates from the start of the run.
@@ -167,13 +174,17 @@ class TrainStep:
         else:
             self._compute_shards(self.shards, batch, step)
 
-        if self.clip_grad_norm is not None or not self.guard_is_on_device:
+        if self._norm_is_needed:
             self._norm.copy_(self._clip())
         if self.accelerator.scaler is None:
             if self._guard_nonfinite():
                 self.check()
                 return
+            if self._update_guard is not None:
+                self._update_guard.store()
             self.optimizer.step()
+            if self._update_guard is not None:
+                self._update_guard.undo(self._guard.bad)
         else:  # GradScaler skips a gradient that is not finite and halves its scale
             self.optimizer.step()
             self._guard.bad.copy_(~torch.isfinite(self._norm))
@@ -276,7 +287,7 @@ class TrainStep:
 
         Both are scalars on the device. If the second is true, `check` may raise `NotFinite`.
         """
-        if self.clip_grad_norm is None and self.guard_is_on_device:  # else every step computes it
+        if not self._norm_is_needed:  # else every step computes it
             self._norm.copy_(self._total_norm())
         return self._norm, self._guard.bad
 
@@ -302,14 +313,15 @@ class TrainStep:
             raise NotFinite(self._last_step - self._guard.take() + 1)
 
     def _guard_nonfinite(self) -> bool:
-        """Undoes the step if the gradient is not finite, and has the device skip the update if it can.
+        """Undoes the step if the gradient is not finite, and has a fused kernel skip the update.
 
         Returns:
             Whether the host must skip the update. To know it the host waits for the device, once.
         """
         if self.guard_is_on_device:
-            self._guard.find_on_device(self._gradients() if self.clip_grad_norm is None else [self._norm])
-            self.optimizer.found_inf = self._guard.found_inf  # type: ignore[attr-defined]  # torch reads this attribute but does not declare it
+            self._guard.find_on_device([self._norm] if self._norm_is_needed else self._gradients())
+            if self._update_guard is None:
+                self.optimizer.found_inf = self._guard.found_inf  # type: ignore[attr-defined]  # torch reads this attribute but does not declare it
         else:
             self._guard.find(self._norm)
             if not self._guard.bad:

@@ -585,6 +585,7 @@ def run_fake_steps(
             distillation=distillation if teacher else None,
         )  # fmt: skip
         assert step.guard_is_on_device == (optimizer != "rmsprop")
+        assert (step._update_guard is not None) == (optimizer == "lion")
         step.compute(step.load(batches.plan(0), 0), 0)
         rates_on_device(made)
         assert all(group["lr"].device == GPU for group in made.param_groups)
@@ -599,6 +600,7 @@ def run_fake_steps(
     "words",
     [
         {"optimizer": "sgd"},
+        {"optimizer": "lion"},  # no fused kernel: the update is undone
         {"ema": True, "clip_grad_norm": 1.0, "on_nonfinite": "skip"},
         {"everything": True},
         {"teacher": True, "label_smoothing": 0.1, "micro_batch_size": 5, "elastic": 1.4},
@@ -624,7 +626,7 @@ def test_fake_tensors_detect_a_read_from_the_device(monkeypatch):
     with pytest.raises(DataDependentOutputException):
         run_fake_steps(ReadsTheDevice, monkeypatch)
     with pytest.raises(DataDependentOutputException):
-        run_fake_steps(plain_network, monkeypatch, optimizer="rmsprop")  # no fused kernel, so the host reads the flag
+        run_fake_steps(plain_network, monkeypatch, optimizer="rmsprop")  # it counts its steps on the host
 
 
 # --- on a GPU -----------------------------------------------------------------------------------------------------

@@ -1,15 +1,20 @@
 """A bad step is undone, with and without the help of the host."""
 
+import copy
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from mnist_dist.engine.checkpoint import save_weights
-from mnist_dist.engine.guard import Guard
+from mnist_dist.engine.guard import Guard, UpdateGuard
+from mnist_dist.engine.optimizers import OPTIMIZERS, build_optimizer
 from mnist_dist.models import build_model
 
 NAN, INF = float("nan"), float("inf")
+KEYWORDS = {"sgd": {"momentum": 0.9, "dampening": 0.5, "fused": False}, "rmsprop": {"momentum": 0.9}}
 
 
 def tensors() -> list[Tensor]:
@@ -70,13 +75,57 @@ def test_take_counts_the_bad_steps_since_the_last_call():
     assert guard.skipped == 5
 
 
+@pytest.mark.parametrize("bad_steps", [(0,), (1,), (0, 1, 3), (2, 3)], ids=str)
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+def test_a_bad_update_of_any_optimizer_changes_nothing(name, bad_steps):
+    check_bad_updates(name, bad_steps, "cpu")
+
+
+@pytest.mark.parametrize("name", ["lion", "muon", "sgd"])
+def test_a_gpu_undoes_a_bad_update(gpu, name):
+    check_bad_updates(name, (0, 2, 3), gpu)
+
+
+def check_bad_updates(name: str, bad_steps: tuple[int, ...], device: str | torch.device) -> None:
+    """One optimizer makes the good steps only; another one makes all steps, of which the bad ones are undone."""
+    modules = [torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3))).to(device)]
+    modules.append(copy.deepcopy(modules[0]))
+    expected, found = (build_optimizer(module, name, lr=0.1, **KEYWORDS.get(name, {})) for module in modules)
+    guard = UpdateGuard(found)
+    for step in range(5):
+        gradients = [torch.randn_like(each) for each in modules[0].parameters()]
+        for module in modules:
+            for parameter, gradient in zip(module.parameters(), gradients, strict=True):
+                parameter.grad = torch.full_like(gradient, NAN) if step in bad_steps else gradient.clone()
+        if step not in bad_steps:
+            expected.step()
+        guard.store()
+        found.step()
+        guard.undo(torch.tensor(step in bad_steps, device=device))
+        for parameter, other in zip(*(module.parameters() for module in modules), strict=True):
+            assert torch.equal(parameter, other)
+            state, other_state = expected.state.get(parameter, {}), found.state.get(other, {})
+            assert state.keys() == other_state.keys()
+            assert all(
+                torch.equal(value, other_state[key]) for key, value in state.items() if isinstance(value, Tensor)
+            )
+
+
 def test_a_network_with_guarded_buffers_can_be_saved(tmp_path):
-    module = build_model("model_v1")
+    check_saving(tmp_path, "cpu")
+
+
+def test_a_network_with_guarded_buffers_on_a_gpu_can_be_saved(gpu, tmp_path):
+    check_saving(tmp_path, gpu)
+
+
+def check_saving(tmp_path: Path, device: str | torch.device) -> None:
+    module = build_model("model_v1").to(device)
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    Guard(torch.zeros(3, dtype=torch.float64), list(module.buffers()), stays_set=True, joins=True)
+    Guard(torch.zeros(3, dtype=torch.float64, device=device), list(module.buffers()), stays_set=True, joins=True)
     assert {each.dtype for each in module.buffers()} == {torch.float32, torch.int64}
     torch.save(module.state_dict(), tmp_path / "checkpoint.pt")
     save_weights(tmp_path / "weights.safetensors", module.state_dict(), {})
     for loaded in (torch.load(tmp_path / "checkpoint.pt"), load_file(tmp_path / "weights.safetensors")):
         assert loaded.keys() == before.keys()
-        assert all(torch.equal(loaded[name], value) for name, value in before.items())
+        assert all(torch.equal(loaded[name].to(device), value) for name, value in before.items())

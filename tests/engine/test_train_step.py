@@ -69,11 +69,13 @@ def make_step(
     augmentation: Augmentation | None = None,
     average: MovingAverage | None = None,
     distillation: Distillation | None = None,
+    optimizer_name: str = "sgd",
     **settings: Any,
 ) -> TrainStep:
-    """Builds a training step with SGD and momentum 0.9, as `mnist_dist.run.build` does."""
+    """Builds a training step, with momentum 0.9 for SGD, as `mnist_dist.run.build` does."""
     batches = Batches(NUM_SAMPLES, batch_size, seed, augmentation=augmentation)
-    optimizer = build_optimizer(module, "sgd", lr=lr, momentum=0.9, weight_decay=weight_decay)
+    keywords = {"momentum": 0.9} if optimizer_name == "sgd" else {}
+    optimizer = build_optimizer(module, optimizer_name, lr=lr, weight_decay=weight_decay, **keywords)
     fill_momentum(optimizer)
     if isinstance(accelerator, Accelerator):
         _, optimizer = accelerator.prepare(module.train(), optimizer)
@@ -328,14 +330,19 @@ class CountReads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
+@pytest.mark.parametrize("optimizer", ["sgd", "lion", "rmsprop"])
 @pytest.mark.parametrize(("guard_is_on_device", "reads"), [(True, 0), (False, 1)])
-def test_a_step_waits_for_the_device_at_most_once(monkeypatch, on_nonfinite, guard_is_on_device, reads):
+def test_a_step_waits_for_the_device_at_most_once(monkeypatch, on_nonfinite, guard_is_on_device, reads, optimizer):
+    monkeypatch.setattr(
+        "mnist_dist.engine.train_step.guards_on_device", lambda optimizer, accelerator: guard_is_on_device
+    )
     module = lenet()
-    average = MovingAverage(module, 0.9)
-    step = make_step(FakeProcess(0, 1), module, average=average, micro_batch_size=9, on_nonfinite=on_nonfinite)
-    step.guard_is_on_device = guard_is_on_device
+    words = {"average": MovingAverage(module, 0.9), "micro_batch_size": 9, "on_nonfinite": on_nonfinite}
+    step = make_step(FakeProcess(0, 1), module, optimizer_name=optimizer, **words)
+    assert (step._update_guard is not None) == (guard_is_on_device and optimizer != "sgd")
     plan = step.batches.plan(0)
-    for index in range(2):
+    step(plan, 0, 0)  # creates the optimizer's state, which the host looks at
+    for index in range(1, 3):
         with CountReads() as counted:
             step(plan, index, index)
         assert counted.reads == reads
