@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from functools import partial
 
-from mnist_dist.distributed.devices import supports_precision
+from mnist_dist.distributed.devices import emulates_bf16, supports_precision
 from mnist_dist.doctor.checks import (
     FAIL,
+    NOTE,
     OK,
     SLOW,
     WARN,
@@ -39,6 +40,9 @@ def check_training_other(ranks: Ranks, name: str) -> Findings:
         return
     results = ranks.run(partial(train_alone, ranks.device, name))
     yield from compare_losses([result["losses"] for result in results], _losses(ranks, name), name)
+    emulated = {rank for rank, found in enumerate(ranks.run(partial(emulates_bf16, ranks.device))) if found}
+    if precision == "bf16" and emulated:
+        yield Finding(NOTE, "the CPU emulates bf16, many times slower than fp32: train in fp32", format_ranks(emulated))
 
 
 def check_training_distributed(ranks: Ranks) -> Findings:

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from mnist_dist.distributed.launcher import launched_world
 from mnist_dist.doctor import reference, training
-from mnist_dist.doctor.checks import FAIL, OK, WARN
+from mnist_dist.doctor.checks import FAIL, NOTE, OK, WARN
 from mnist_dist.doctor.ranks import Ranks
 from mnist_dist.doctor.reference import REFERENCES, STEPS, reference_losses, train_alone, train_distributed
 
@@ -63,10 +63,19 @@ def test_a_wrong_batch_norm_or_precision_is_found(name, monkeypatch):
             list(module.parameters())[-2].mul_(1.0 if norms else 3.0)
         return recipe, data, module
 
+    monkeypatch.setattr(training, "emulates_bf16", lambda device: False)
     ranks = Ranks(launched_world())
     assert [each.verdict for each in training.check_training_other(ranks, name)] == [OK]
     monkeypatch.setattr(reference, "build_reference", wrong)
     assert [each.verdict for each in training.check_training_other(ranks, name)] == [FAIL]
+
+
+def test_a_cpu_that_emulates_bf16_is_named(monkeypatch):
+    monkeypatch.setattr(training, "emulates_bf16", lambda device: True)
+    monkeypatch.setattr(training, "train_alone", lambda device, name: {"losses": reference.reference_losses(name)})
+    ranks = Ranks(launched_world())
+    assert [each.verdict for each in training.check_training_other(ranks, "bf16")] == [OK, NOTE]
+    assert [each.verdict for each in training.check_training_other(ranks, "batch norm")] == [OK]
 
 
 def test_a_device_without_bf16_is_not_measured(monkeypatch):
