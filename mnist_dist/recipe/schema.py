@@ -294,7 +294,7 @@ class Recipe(Section):
     """Images per evaluation batch, the same at every number of processes. Changes the result only for networks that
     normalize by the evaluated batch (`simple_cnn`)."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
-    """`no`: fp32. `fp16` needs a GPU. `bf16` is slow on a CPU without AVX-512. Null: the launcher's setting, else `no`."""
+    """`no`: fp32. `fp16` needs a GPU. `bf16` is slow on a CPU without AVX-512. Null: the launcher's, else `no`."""
     clip_grad_norm: AboveZero | None = None
     """Largest L2 norm of the gradient; a longer gradient is scaled down. Null: no clipping."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
