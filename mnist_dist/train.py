@@ -44,12 +44,12 @@ from mnist_dist.run.build import build_components, check_fit, check_world
 from mnist_dist.run.checkpointing import Checkpointer
 from mnist_dist.run.components import Progress, TrainingComponents
 from mnist_dist.run.data import load_data
+from mnist_dist.run.earlier_runs import load_initial_weights, load_teachers
 from mnist_dist.run.folder import RunFolder
 from mnist_dist.run.log_lines import LogLines
 from mnist_dist.run.model_setup import prepare_model
 from mnist_dist.run.model_summary import summarize_model
 from mnist_dist.run.plan import Plan
-from mnist_dist.run.pretrained import load_initial_weights, load_teachers
 from mnist_dist.run.provenance import git_commit, versions
 from mnist_dist.run.resume import components_state, finished_results, has_checkpoint, load_newest, open_folder
 from mnist_dist.run.summary import finish_run, open_trackers, show_notes, stop_run

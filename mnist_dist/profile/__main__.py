@@ -40,9 +40,9 @@ from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.build import build_components, check_world
 from mnist_dist.run.components import TrainingComponents
 from mnist_dist.run.data import load_data
+from mnist_dist.run.earlier_runs import load_initial_weights, load_teachers
 from mnist_dist.run.folder import RunFolder, unwritable
 from mnist_dist.run.model_setup import prepare_model
-from mnist_dist.run.pretrained import load_initial_weights, load_teachers
 from mnist_dist.run.provenance import git_commit, versions
 from mnist_dist.run.summary import close_trackers, open_trackers
 from mnist_dist.run.text_output import printable, table_console
