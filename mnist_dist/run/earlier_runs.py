@@ -92,10 +92,11 @@ def load_teachers(recipe: Recipe, data: Images, allow_code: Iterable[str] = ()) 
         except CodeRefused as error:
             raise RecipeError([recipe.problem("distill.from", f"{folder}: {error}", "code")]) from error
         except (OSError, ValueError) as error:
-            message = f"{error}\ntrain it first"
-            message += f": launch/reproduce.sh {recipe.name}" if "runs/reproduce/" in f"{folder}" else ""
             kind: Kind = "missing" if isinstance(error, FileNotFoundError) else "damaged"
-            raise RecipeError([recipe.problem("distill.from", message, kind)]) from error
+            advice = "train it first" if kind == "missing" else "train it again in another folder"
+            if kind == "missing" and "runs/reproduce/" in f"{folder}":
+                advice += f": launch/reproduce.sh {recipe.name}"
+            raise RecipeError([recipe.problem("distill.from", f"{error}\n{advice}", kind)]) from error
         if known != data.classes:
             message = f"{folder} knows {len(known)} classes ({_listed(list(known), 10)}), {recipe.data.dataset} has "
             message += f"{len(data.classes)} ({_listed(list(data.classes), 10)})"

@@ -1,4 +1,4 @@
-"""Initial weights from another run: fitting tensors are copied, frozen tensors stay equal, bit for bit."""
+"""Earlier runs: fitting initial weights are copied, frozen tensors stay equal bit for bit, bad teachers are refused."""
 
 from __future__ import annotations
 
@@ -132,3 +132,17 @@ def test_unusable_weights_are_refused(source, tmp_path, monkeypatch, init_from, 
     assert (problem.where, problem.key, problem.kind) == ("command line", "model.init_from", kind)
     assert all(name in problem.message for name in named), problem.message
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "kind", "advice"), [(None, "missing", "train it first"), (b"", "damaged", "train it again")]
+)
+def test_a_teacher_without_usable_weights_is_refused(source, tmp_path, damage, kind, advice):
+    teacher = shutil.copytree(source, tmp_path / "teacher")
+    (teacher / "last.safetensors").unlink()
+    if damage is not None:
+        (teacher / "last.safetensors").write_bytes(damage)
+    with pytest.raises(RecipeError) as caught:
+        train(load_recipe("debug", *NET, f"distill.from={teacher}"), tmp_path / "run")
+    [problem] = caught.value.problems
+    assert (problem.key, problem.kind) == ("distill.from", kind) and problem.message.splitlines()[-1].startswith(advice)
