@@ -14,7 +14,7 @@ if [[ ${1-} =~ ^[0-9]+$ ]]; then
     n=$1
     shift
 else
-    cores=$(python -c 'from mnist_dist.machine import count_cores; print(count_cores())')
+    cores=$(python -c 'from mnist_dist.machine.limits import count_cores; print(count_cores())')
     n=$((cores < 8 ? cores : 8))
 fi
 if [[ ${1-} =~ ^[0-9]+$ ]]; then

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from tests.launch.launching import (
     started,
     wait_for_lines,
 )
+from tests.processes import run
 
 # In the place of `python`: prints the arguments of launch.py, and four as the number of GPUs.
 PRINTS_ITS_ARGUMENTS_OR_FOUR = """#!/bin/sh
@@ -35,6 +37,17 @@ esac
 """
 
 
+def test_every_line_of_python_in_a_script_runs():
+    """The tests below replace `python`, so they would not see a wrong import."""
+    scripts = [*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")]
+    command = re.compile(r"python -c (['\"])(.+?)\1")
+    lines = [found[2] for path in scripts for found in command.finditer(path.read_text(encoding="utf-8"))]
+    assert len(lines) >= 4
+    for line in lines:
+        done = run([sys.executable, "-c", line])
+        assert done.returncode == 0 and done.stdout.strip(), (line, done.stderr)
+
+
 def test_shellcheck_finds_nothing():
     scripts = [*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch"), ROOT / ".ci" / "run"]
     assert len(scripts) >= 6
@@ -42,11 +55,21 @@ def test_shellcheck_finds_nothing():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("script", ["cpu.sh", "elastic.sbatch", "elastic.sh", "multi_node.sh", "slurm.sbatch"])
-def test_a_script_without_arguments_prints_its_usage(script):
-    done = subprocess.run(["bash", LAUNCH / script], env=environment(), capture_output=True, text=True)
-    assert done.returncode != 0
-    assert f"launch/{script}" in done.stderr and "--recipe NAME" in done.stderr
+SBATCH = ("doctor.sbatch", "elastic.sbatch", "slurm.sbatch")
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        *((script, []) for script in (*SBATCH, "cpu.sh", "elastic.sh", "multi_node.sh")),
+        *((script, ["--recipe", "lenet5"]) for script in (*SBATCH, "elastic.sh", "multi_node.sh")),
+    ],
+)
+def test_a_script_without_its_own_arguments_prints_its_usage(script, words):
+    done = subprocess.run(["bash", LAUNCH / script, *words], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout
+    command = f"{'sbatch ' if script in SBATCH else ''}launch/{script}"
+    assert done.stderr.startswith(f"usage: {command} ") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
