@@ -60,11 +60,6 @@ class OperationCounter(TorchDispatchMode):
         self.names: list[str] = []
         """Names of the operations that launch a kernel, wait or copy, in order."""
 
-    @property
-    def has_fused_update(self) -> bool:
-        """Whether an optimizer updated all weights in one kernel."""
-        return any(name.startswith("aten::_fused") for name in self.names)
-
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if function is torch.ops.aten._local_scalar_dense.default:

@@ -92,12 +92,12 @@ def count_bare_step(recipe: Recipe, world_size: int) -> OperationCounter:
     return counter
 
 
-def count_trainer_step(recipe: Recipe, world_size: int) -> tuple[Operations, OperationCounter]:
+def count_trainer_step(recipe: Recipe, world_size: int) -> tuple[Operations, OperationCounter, bool]:
     """Counts the trainer's steps.
 
     Returns:
-        The launches and syncs per step, as the mean over an epoch, with the copies per epoch; and the counter of one
-        step without the loading of its batch.
+        The launches and syncs per step, as the mean over an epoch, with the copies per epoch; the counter of one step
+        without the loading of its batch; and whether the device undoes or skips a bad step, without the host.
     """
     module = _module(recipe)
     # There is no process group, so the reduction over the processes is left out, as in the bare step.
@@ -115,7 +115,7 @@ def count_trainer_step(recipe: Recipe, world_size: int) -> tuple[Operations, Ope
         with OperationCounter() as counter:
             step.compute(batches[0], 1)
     epoch = loading.found + counter.found.times(steps)
-    return replace(epoch.per(steps), copies=epoch.copies), counter
+    return replace(epoch.per(steps), copies=epoch.copies), counter, step.guard_is_on_device
 
 
 # --- results ------------------------------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ def count(recipe: Recipe, world_size: int) -> dict[str, Any]:
     changes = {"engine": engine, "data": data, "compile": False, "mixed_precision": "no", "logical_shards": None}
     counted = recipe.model_copy(update=changes)
     bare = count_bare_step(counted, world_size)
-    trainer, step = count_trainer_step(counted, world_size)
+    trainer, step, guard_is_on_device = count_trainer_step(counted, world_size)
     extra = {"step": True, "augmentation": not recipe.data.augment.build().is_identity, "average": recipe.ema_decay}
     return {
         "recipe": recipe.name,
@@ -142,7 +142,7 @@ def count(recipe: Recipe, world_size: int) -> dict[str, Any]:
         "bare_step": asdict(bare.found),
         "mnist_dist": asdict(trainer),
         "launches_allowed": bare.found.launches + sum(LARGEST_EXTRA[key] for key, used in extra.items() if used),
-        "syncs_allowed": 0 if step.has_fused_update else 1,
+        "syncs_allowed": 0 if guard_is_on_device else 1,
         "more": _names(step.names, bare.names),
         "less": _names(bare.names, step.names),
     }
