@@ -6,8 +6,7 @@ blocks of a page run one after another in one shell, in an empty folder with a l
 Three rules make outputs comparable:
 
 - Durations, speeds, sizes in memory, dates, process ids, ports, processors, host names and folders are replaced by `…`.
-- Whole numbers and words must be equal. Other numbers may differ by 2 %, by one in the last digit, or by 2e-4: in ten
-  steps of a network with batch norm, the rounding of another kind of CPU grows to 1e-4.
+- Whole numbers and words must be equal. Other numbers may differ by 2 %, by one in the last digit, or by 5e-5.
 - After the line `<!-- numbers vary -->`, the page shows the numbers of the next block, and they are not compared.
 """
 
@@ -144,7 +143,7 @@ def _is_close(shown: str, printed: str) -> bool:
     digits, _, exponent = shown.replace(",", "").partition("e")
     last_digit = 10.0 ** (int(exponent or 0) - len(digits.partition(".")[2]))
     values = (float(each.replace(",", "")) for each in (shown, printed))
-    return math.isclose(*values, rel_tol=0.02, abs_tol=max(1.01 * last_digit, 2e-4))
+    return math.isclose(*values, rel_tol=0.02, abs_tol=max(1.01 * last_digit, 5e-5))
 
 
 def differences(text: str, outputs: list[str]) -> list[tuple[str, str]]:
