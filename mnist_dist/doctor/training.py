@@ -40,8 +40,10 @@ def check_training_other(ranks: Ranks, name: str) -> Findings:
         return
     results = ranks.run(partial(train_alone, ranks.device, name))
     yield from compare_losses([result["losses"] for result in results], _losses(ranks, name), name)
+    if precision != "bf16":
+        return
     emulated = {rank for rank, found in enumerate(ranks.run(partial(emulates_bf16, ranks.device))) if found}
-    if precision == "bf16" and emulated:
+    if emulated:
         yield Finding(NOTE, "the CPU emulates bf16, many times slower than fp32: train in fp32", format_ranks(emulated))
 
 
