@@ -6,6 +6,7 @@ After every stop on request torchrun's agent raises an exception: Python would p
 last line and exit with code 1. `accelerate launch --quiet` does not reach that exception.
 """
 
+import atexit
 import logging
 import os
 import signal
@@ -13,10 +14,13 @@ import socket
 import sys
 import time
 from itertools import pairwise
-from typing import Any
+from typing import Any, NoReturn
 
 BAD_INPUT, STOPPED = 2, 75
 """The trainer's exit codes for a mistake of the user, and for "run the same command again"."""
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""The signals that stop a run."""
 
 HEALTHY_SECONDS = 60.0
 """After this time without a failure all restarts of torchrun are available again."""
@@ -111,6 +115,27 @@ def accepts(host: str, port: int) -> bool:
         return False
 
 
+def report(error: BaseException) -> int:
+    """Prints why the launcher ends, unless a training process has printed the reason; returns the exit code."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousClosedError
+
+    match error:
+        case SignalException():
+            return STOPPED
+        case ChildFailedError():
+            rank, failure = error.get_first_failure()
+            if failure.exitcode > 0:
+                return failure.exitcode
+            print(f"launch: rank {rank} was ended by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
+            return 128 - failure.exitcode
+        case RendezvousClosedError():
+            print(f"launch: the run at {endpoint()} has ended; a machine cannot join it any more", file=sys.stderr)
+            return 1
+    return report_lost_head()
+
+
 def report_lost_head() -> int:
     """Prints what to do if the machine that holds the rendezvous is lost; returns the exit code."""
     advice = "run the same command again on all machines; if that machine is gone, with another HEAD"
@@ -119,9 +144,24 @@ def report_lost_head() -> int:
     return STOPPED
 
 
+def end_process(code: int) -> NoReturn:
+    """Ends this process with an exit code, after the exit handlers.
+
+    No object is freed. The thread that tells the rendezvous that this machine lives may still be in a call of the C++
+    store, because another agent has ended. If Python freed its objects now, it would wait for that thread, or C++ would
+    abort this process ("terminate called without an active exception").
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def main() -> int:
     """Runs the launcher with the arguments of this script; returns the exit code."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in SIGNALS:
         signal.signal(number, lambda *_: os._exit(STOPPED))  # until torchrun handles signals, no process is running
     variable = "TORCH_CPP_LOG_LEVEL"
     own = variable not in os.environ
@@ -137,7 +177,7 @@ def main() -> int:
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
+    from torch.distributed.elastic.rendezvous import RendezvousError
 
     if own:
         del os.environ[variable]  # torch has read it; the training processes keep their warnings
@@ -149,19 +189,8 @@ def main() -> int:
         return report_lost_head()
     try:
         launch()
-    except SignalException:
-        return STOPPED  # the training processes have ended, and have printed how
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode > 0:
-            return failure.exitcode  # the process has printed why
-        print(f"launch: rank {rank} was ended by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
-        return 128 - failure.exitcode
-    except RendezvousClosedError:
-        print(f"launch: the run at {endpoint()} has ended; a machine cannot join it any more", file=sys.stderr)
-        return 1
-    except (RendezvousError, DistError):
-        return report_lost_head()
+    except (SignalException, ChildFailedError, RendezvousError, DistError) as error:
+        end_process(report(error))
     return 0
 
 

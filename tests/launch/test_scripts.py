@@ -26,7 +26,7 @@ from tests.launch.launching import (
     started,
     wait_for_lines,
 )
-from tests.processes import run
+from tests.processes import free_port, run
 
 # In the place of `python`: prints the arguments of launch.py, and four as the number of GPUs.
 PRINTS_ITS_ARGUMENTS_OR_FOUR = """#!/bin/sh
@@ -159,6 +159,37 @@ def test_a_launcher_that_is_stopped_ends_with_75_and_the_line_of_the_trainer(tmp
         output = finish(process, expected=75)
     assert (tmp_path / "run" / "STATUS").read_text() == "preempted\n"
     assert "checkpoint saved at step" in output.splitlines()[-1]
+
+
+STORE_THAT_NEVER_ANSWERS = """
+import runpy, sys, time
+from torch.distributed.elastic.rendezvous import dynamic_rendezvous
+
+def run(context):
+    store = context.args[0]()._store
+    while True:
+        store.set("heartbeat", "")
+
+dynamic_rendezvous._PeriodicTimer._run = staticmethod(run)
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_launcher_that_is_stopped_does_not_wait_for_a_call_of_the_rendezvous(tmp_path):
+    """Here the thread that calls the store never ends: Python's own exit would wait for it, or abort."""
+    program, training = tmp_path / "program.py", tmp_path / "training.py"
+    program.write_text(STORE_THAT_NEVER_ANSWERS)
+    training.write_text("import time; print('started', flush=True); time.sleep(600)")
+    words = ["torchrun", "--nnodes", "1:1", "--nproc_per_node", "1", "--rdzv_backend", "c10d"]
+    words += ["--rdzv_endpoint", f"127.0.0.1:{free_port()}", training]
+    signals = "SIGTERM,SIGINT,SIGUSR1"
+    command = [sys.executable, program, LAUNCH / "accelerate/launch.py", *words]
+    with started(*command, PET_SIGNALS_TO_HANDLE=signals, PATH=INSTALLED) as process:
+        while "started" not in (line := process.stdout.readline()):
+            assert line, "the launcher has ended"
+        process.send_signal(signal.SIGUSR1)
+        assert finish(process, expected=75) == ""
 
 
 def test_a_launcher_that_is_stopped_before_it_has_started_a_process_ends_with_75(tmp_path):
