@@ -18,13 +18,18 @@ def project_name(recipe: Recipe) -> str:
     return recipe.tracking.wandb.project or os.environ.get("WANDB_PROJECT") or "mnist_dist"
 
 
+def run_name(recipe: Recipe) -> str:
+    """Returns the name of the run in the trackers, unless the user names it."""
+    return f"{recipe.name}-seed{recipe.seed}"
+
+
 def wandb_settings(recipe: Recipe) -> dict[str, Any]:
     """Returns keywords for `wandb.init`, each from the recipe, else from W&B's environment variable, else a default."""
     wandb, environ = recipe.tracking.wandb, os.environ
     tags = [tag.strip() for tag in environ.get("WANDB_TAGS", "").split(",") if tag.strip()]
     return {
         "entity": wandb.entity or environ.get("WANDB_ENTITY") or None,
-        "name": environ.get("WANDB_NAME") or f"{recipe.name}-seed{recipe.seed}",
+        "name": environ.get("WANDB_NAME") or run_name(recipe),
         "group": wandb.group or environ.get("WANDB_RUN_GROUP") or recipe.name,
         "job_type": wandb.job_type or environ.get("WANDB_JOB_TYPE") or "train",
         "tags": wandb.tags or tags,
@@ -52,7 +57,7 @@ def other_trackers(recipe: Recipe, folder: RunFolder, notify: Callable[[str], No
     run = {
         "folder": folder.path.absolute(),
         "project": project_name(recipe),
-        "name": f"{recipe.name}-seed{recipe.seed}",
+        "name": run_name(recipe),
         "group": recipe.name,
         "config": flatten(recipe.model_dump()),
     }
