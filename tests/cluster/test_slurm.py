@@ -113,7 +113,7 @@ PREEMPTIONS = [
     ["step", "start", "ending"],
     ["start", "step", "ending"],
 ]
-"""The moments of three jobs, which take turns on the nodes. A job is resumed after each of its moments."""
+"""The moments of three jobs. A job is resumed after each of its moments."""
 
 LENGTHS = {"start": 8.0, "step": 0.5, "ending": 2.0}
 """A signal comes at a random moment within this number of seconds after the phase has begun."""
@@ -155,12 +155,13 @@ def preempt(cluster: Cluster, run_dir: Path, moments: list[str], seed: int) -> l
     return attempts()
 
 
-def test_preempted_jobs_are_requeued_and_end_with_the_same_bytes(cluster, undisturbed, tmp_path, results):
+@pytest.mark.parametrize("jobs", [range(1), range(1, 3)], ids=["one", "two_in_turns"])
+def test_preempted_jobs_are_requeued_and_end_with_the_same_bytes(jobs, cluster, undisturbed, tmp_path, results):
     """SLURM sends SIGUSR1 to the batch script at ten random moments, the first seconds and the end among them."""
-    run_dirs = [tmp_path / f"run{number}" for number in range(len(PREEMPTIONS))]
-    with ThreadPoolExecutor(len(run_dirs)) as pool:
-        found = list(pool.map(preempt, [cluster] * len(run_dirs), run_dirs, PREEMPTIONS, range(len(run_dirs))))
-    for run_dir, [*stopped, _], moments in zip(run_dirs, found, PREEMPTIONS, strict=True):
+    planned, run_dirs = [PREEMPTIONS[job] for job in jobs], [tmp_path / f"run{job}" for job in jobs]
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        found = list(pool.map(preempt, [cluster] * len(jobs), run_dirs, planned, jobs))
+    for run_dir, [*stopped, _], moments in zip(run_dirs, found, planned, strict=True):
         log = run_dir.with_suffix(".log")
         assert_same(run_dir, undisturbed, log)
         assert "Traceback" not in log.read_text() and "Exception" not in log.read_text()
