@@ -12,7 +12,6 @@ if __name__ == "__main__":
     answer_early("ensemble")  # before the imports below load torch
 
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import torch
 from rich.table import Table
 
 from mnist_dist.data import Images
-from mnist_dist.distributed.launcher import launched_world
+from mnist_dist.distributed.launcher import end_process, launched_world
 from mnist_dist.engine.evaluation import evaluate_mean
 from mnist_dist.engine.precision import PRECISION_NAMES
 from mnist_dist.errors import Kind, Problem, RecipeError
@@ -197,4 +196,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    end_process(run_command(main))

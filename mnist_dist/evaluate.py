@@ -13,12 +13,11 @@ from mnist_dist.cli import answer_early, parse, run_command
 if __name__ == "__main__":
     answer_early("evaluate")  # before the imports below load torch
 
-import sys
 from typing import Any, Literal
 
 from rich.table import Table
 
-from mnist_dist.distributed.launcher import launched_world
+from mnist_dist.distributed.launcher import end_process, launched_world
 from mnist_dist.engine.evaluation import evaluate_mean
 from mnist_dist.engine.precision import PRECISION_NAMES
 from mnist_dist.run.evaluation import (
@@ -150,4 +149,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    end_process(run_command(main))

@@ -193,6 +193,13 @@ def test_the_root_holds_commands_and_four_modules():
     assert "train" in commands()
 
 
+@pytest.mark.parametrize("name", [name for name in modules() if "launched_world" in modules()[name].read_text()])
+def test_a_command_that_may_join_a_world_ends_as_a_process_of_a_world(name):
+    """Python's own exit frees the objects: a thread of gloo may then abort the process although its work is done."""
+    _, is_command, end = modules()[name].read_text().rpartition('if __name__ == "__main__":\n')
+    assert not is_command or end == "    end_process(run_command(main))\n"
+
+
 def test_the_command_line_knows_every_command():
     from mnist_dist.cli import COMMANDS
 

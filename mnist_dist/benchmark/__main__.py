@@ -24,7 +24,7 @@ from mnist_dist.benchmark.epochs import measure_epochs
 from mnist_dist.benchmark.inference import measure_inference
 from mnist_dist.benchmark.report import print_floors, print_table, to_markdown
 from mnist_dist.benchmark.training import measure
-from mnist_dist.distributed.launcher import launched_world
+from mnist_dist.distributed.launcher import end_process, launched_world
 from mnist_dist.engine.files import write_atomically
 from mnist_dist.errors import Kind, Problem, RecipeError
 from mnist_dist.recipe.file import bundled_recipes, find_recipe
@@ -202,4 +202,4 @@ def _time_to_accuracy(arguments: argparse.Namespace, command: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    end_process(run_command(main))

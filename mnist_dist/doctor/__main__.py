@@ -13,7 +13,6 @@ if __name__ == "__main__":
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -25,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mnist_dist.distributed.devices import device_name, share_cores
-from mnist_dist.distributed.launcher import launched_world
+from mnist_dist.distributed.launcher import end_process, launched_world
 from mnist_dist.doctor.checks import (
     FAIL,
     OK,
@@ -248,4 +247,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    end_process(run_command(main))

@@ -13,14 +13,13 @@ if __name__ == "__main__":
     answer_early("sweep")  # before the imports below load torch
 
 import argparse
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from mnist_dist.distributed.launcher import launched_world
+from mnist_dist.distributed.launcher import end_process, launched_world
 from mnist_dist.distributed.signals import PREEMPTED
 from mnist_dist.errors import FAILED, Problem, RecipeError
 from mnist_dist.recipe.file import find_recipe, read_recipe
@@ -97,4 +96,4 @@ def search(sweep: Sweep, trials: list[Trial], directory: Path, console: Console)
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    end_process(run_command(main))
