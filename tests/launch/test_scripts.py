@@ -162,7 +162,7 @@ def test_a_launcher_that_is_stopped_ends_with_75_and_the_line_of_the_trainer(tmp
 
 
 STORE_THAT_NEVER_ANSWERS = """
-import runpy, sys, time
+import runpy, sys
 from torch.distributed.elastic.rendezvous import dynamic_rendezvous
 
 def run(context):
