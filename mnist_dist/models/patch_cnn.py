@@ -1,9 +1,13 @@
 """PatchCNN: a plain stack of convolutions, for the recipes with the shortest training time and for CIFAR-10."""
 
+from typing import Literal
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mnist_dist.models.layers import Dropout, require_positive
+
+HEADS = ("flatten", "mean", "max")
 
 
 class PatchCNN(nn.Module):
@@ -22,11 +26,13 @@ class PatchCNN(nn.Module):
         widths: channels of each convolution.
         pooled: positions in `widths`, from 0, of the convolutions that are max-pooled over 2×2.
         padding: pixels that each convolution adds at the border.
+        head: what the linear layer receives: "flatten" for every value of the last convolution, "mean" or "max" for the
+            mean or the largest value of each channel.
         dropout: dropout rate before the linear layer.
 
     Raises:
         ValueError: a size is below 1, the patches do not cover the image, the convolutions leave nothing of the image,
-            or dropout is outside [0, 1).
+            the head is unknown, or dropout is outside [0, 1).
     """
 
     def __init__(
@@ -39,15 +45,18 @@ class PatchCNN(nn.Module):
         widths: tuple[int, ...] = (32, 64),
         pooled: tuple[int, ...] = (0, 1),
         padding: int = 0,
+        head: Literal["flatten", "mean", "max"] = "flatten",
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        if head not in HEADS:
+            raise ValueError(f"head must be {', '.join(HEADS[:-1])} or {HEADS[-1]}, not {head!r}")
         sizes = {f"widths[{position}]": width for position, width in enumerate(widths)}
         require_positive(num_classes=num_classes, patch=patch, **sizes)
         if image_size[0] % patch or image_size[1] % patch:
             covered = f"{image_size[0]}×{image_size[1]}"
             raise ValueError(f"patch: patches of {patch}×{patch} pixels do not cover an image of {covered}")
-        self.patch, self.pooled, channels = patch, frozenset(pooled), patch * patch * in_channels
+        self.patch, self.pooled, self.head, channels = patch, frozenset(pooled), head, patch * patch * in_channels
         height, wide = image_size[0] // patch, image_size[1] // patch
         self.convolutions, self.norms = nn.ModuleList(), nn.ModuleList()
         for position, width in enumerate(widths):
@@ -57,7 +66,8 @@ class PatchCNN(nn.Module):
             channels, height, wide = width, (height + 2 * padding - 2) // step, (wide + 2 * padding - 2) // step
             if min(height, wide) < 1:
                 raise ValueError(f"widths: {position + 1} convolutions leave nothing of the image")
-        self.classifier = nn.Sequential(Dropout(dropout), nn.Linear(channels * height * wide, num_classes))
+        positions = height * wide if head == "flatten" else 1
+        self.classifier = nn.Sequential(Dropout(dropout), nn.Linear(channels * positions, num_classes))
 
     def forward(self, images: Tensor) -> Tensor:
         features = F.pixel_unshuffle(images, self.patch)
@@ -66,4 +76,6 @@ class PatchCNN(nn.Module):
             if position in self.pooled:
                 features = F.max_pool2d(features, 2)  # before batch norm, which then has a quarter of the work
             features = F.relu(norm(features))
+        if self.head != "flatten":
+            features = features.mean((2, 3)) if self.head == "mean" else features.amax((2, 3))
         return self.classifier(features.flatten(1))

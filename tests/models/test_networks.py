@@ -78,6 +78,22 @@ def test_a_weighted_head_with_equal_weights_is_the_mean():
     assert count_parameters(weighted) - count_parameters(mean) == 32 * 36 + 2 * 32
 
 
+def test_the_heads_of_patch_cnn_give_the_linear_layer_every_value_or_one_per_channel():
+    flat, mean, largest = (
+        build_model("patch_cnn", in_channels=3, image_size=(32, 32), patch=1, padding=1, head=head)
+        for head in ("flatten", "mean", "max")
+    )
+    last = []
+    for network in (flat, mean, largest):
+        network.convolutions.load_state_dict(flat.convolutions.state_dict())
+        network.eval().classifier.register_forward_pre_hook(lambda _, given: last.append(given[0]))
+        network(torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    every = last[0].unflatten(1, (64, 8 * 8))
+    torch.testing.assert_close(last[1], every.mean(2))
+    torch.testing.assert_close(last[2], every.amax(2))
+    assert largest.classifier[1].in_features == mean.classifier[1].in_features == 64
+
+
 @pytest.mark.parametrize(
     ("name", "keywords", "named"),
     [
@@ -89,6 +105,7 @@ def test_a_weighted_head_with_equal_weights_is_the_mean():
         ("patch_cnn", {"patch": 0}, "patch"),
         ("patch_cnn", {"patch": 5}, "patch"),
         ("patch_cnn", {"widths": (8, 8, 8, 8)}, "widths"),
+        ("patch_cnn", {"head": "weighted"}, "head.*flatten.*max"),
         ("separable_cnn", {"widths": (8, 0)}, "widths"),
         ("separable_cnn", {"widths": (8,) * 6, "pooled": tuple(range(6))}, "pooled"),
         ("separable_cnn", {"activation": "swish"}, "activation.*hardswish"),
