@@ -82,8 +82,9 @@ def _load(sweep: Sweep, *words: str) -> Recipe:
     code = {"network": recipe.model.name} if is_code(recipe.model.name) else {}
     if is_data_code(recipe.data.dataset):
         code["data set"] = recipe.data.dataset
+    typed = {part for word in sweep.typed for part in re.split(r"[=,\s\[\]{}'\"]+", word)}
     for what, name in code.items():
-        if not any(name in word for word in sweep.typed):
+        if name not in typed:
             require_permission(name, sweep.allow_code, what)
     return load_recipe(sweep.recipe, *sweep.words, *words) if code else recipe
 

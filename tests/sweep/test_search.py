@@ -217,6 +217,8 @@ def test_code_that_a_file_names_is_imported_only_with_permission(key, tmp_path, 
         words += ["--run-dir", str(tmp_path / "new")]
         assert refused(lambda words=words: sweep.main(words)) == [("--allow-code", "code")]
         assert refused(lambda words=words: sweep.main([*words, "--allow-code", "other"])) == [("--allow-code", "code")]
+        similar = [*words, "tracking.wandb.project=stranger:Things"]
+        assert refused(lambda words=similar: sweep.main(words)) == [("--allow-code", "code")]
         for allowed in ([*words, "--allow-code", "stranger"], ["debug", f"{key}=stranger:Thing,stranger:Thing"]):
             with pytest.raises(RecipeError, match="imported"):
                 sweep.main(allowed)
