@@ -94,6 +94,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("recipes", nargs="*", metavar="RECIPE", help="default: every recipe of the results")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table between the marks of this file")
     arguments = parser.parse_args(argv)
+    if arguments.recipes and arguments.markdown:
+        parser.error("--markdown replaces the whole table; give it without the names of recipes")
     found: dict[tuple[str, str], float] = {}
     with tempfile.TemporaryDirectory() as folder:
         for recipe, commit in commits():

@@ -32,3 +32,10 @@ def test_runs_of_another_number_of_steps_are_not_compared(tmp_path, monkeypatch)
     monkeypatch.setattr(rows, "train", lambda *_: {(1, "train/loss"): 2.0})
     with pytest.raises(RuntimeError, match="lenet5 at aaa"):
         rows.compare("lenet5", "aaa", tmp_path)
+
+
+def test_the_rows_of_some_recipes_do_not_replace_the_whole_table(tmp_path, capsys):
+    page = tmp_path / "page.md"
+    with pytest.raises(SystemExit):
+        rows.main(["lenet5", "--markdown", str(page)])
+    assert "without the names of recipes" in capsys.readouterr().err
