@@ -7,8 +7,6 @@ from torch import Tensor, nn
 
 from mnist_dist.models.layers import Dropout, require_positive
 
-HEADS = ("flatten", "mean", "max")
-
 
 class PatchCNN(nn.Module):
     """3×3 convolutions over patches of pixels: 22,346 parameters with the default arguments.
@@ -49,8 +47,8 @@ class PatchCNN(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if head not in HEADS:
-            raise ValueError(f"head must be {', '.join(HEADS[:-1])} or {HEADS[-1]}, not {head!r}")
+        if head not in ("flatten", "mean", "max"):
+            raise ValueError(f"head must be flatten, mean or max, not {head!r}")
         sizes = {f"widths[{position}]": width for position, width in enumerate(widths)}
         require_positive(num_classes=num_classes, patch=patch, **sizes)
         if image_size[0] % patch or image_size[1] % patch:
@@ -76,6 +74,8 @@ class PatchCNN(nn.Module):
             if position in self.pooled:
                 features = F.max_pool2d(features, 2)  # before batch norm, which then has a quarter of the work
             features = F.relu(norm(features))
-        if self.head != "flatten":
-            features = features.mean((2, 3)) if self.head == "mean" else features.amax((2, 3))
+        if self.head == "mean":
+            features = features.mean((2, 3))
+        elif self.head == "max":
+            features = features.amax((2, 3))
         return self.classifier(features.flatten(1))

@@ -82,6 +82,7 @@ def _load(sweep: Sweep, *words: str) -> Recipe:
     code = {"network": recipe.model.name} if is_code(recipe.model.name) else {}
     if is_data_code(recipe.data.dataset):
         code["data set"] = recipe.data.dataset
+    # The complete name must have been typed: a file could name code that is only a part of another word.
     typed = {part for word in sweep.typed for part in re.split(r"[=,\s\[\]{}'\"]+", word)}
     for what, name in code.items():
         if name not in typed:

@@ -35,7 +35,6 @@ def test_runs_of_another_number_of_steps_are_not_compared(tmp_path, monkeypatch)
 
 
 def test_the_rows_of_some_recipes_do_not_replace_the_whole_table(tmp_path, capsys):
-    page = tmp_path / "page.md"
     with pytest.raises(SystemExit):
-        rows.main(["lenet5", "--markdown", str(page)])
+        rows.main(["lenet5", "--markdown", str(tmp_path / "page.md")])
     assert "without the names of recipes" in capsys.readouterr().err
