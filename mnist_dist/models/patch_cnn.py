@@ -1,7 +1,9 @@
 """PatchCNN: a plain stack of convolutions, for the recipes with the shortest training time and for CIFAR-10."""
 
+import math
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -17,10 +19,16 @@ class PatchCNN(nn.Module):
     6×6 pixels, at a quarter of the positions. Batch norm and ReLU follow each convolution; max-pooling comes before
     both where `pooled` asks for it.
 
+    With `whitening`, a fixed layer comes first: the cosine transform of small patches. Batch norm then gives every
+    coefficient the same variance. Neighbouring pixels and colours are correlated; these inputs hardly are, and a
+    network learns faster from them. Jordan ("94% on CIFAR-10 Classification in 3.29 Seconds", arXiv:2404.00498) takes
+    the eigenvectors of training patches instead, which are close to cosines, and needs the data to build the network.
+
     Args:
         num_classes: number of classes.
         in_channels, image_size: channels, and height and width, of the images.
         patch: side of a patch in pixels, which divides both sides of the image; 1 leaves the image unchanged.
+        whitening: side in pixels of the patches that the fixed layer transforms; 0 for no such layer.
         widths: channels of each convolution.
         pooled: positions in `widths`, from 0, of the convolutions that are max-pooled over 2×2.
         padding: pixels that each convolution adds at the border.
@@ -29,8 +37,8 @@ class PatchCNN(nn.Module):
         dropout: dropout rate before the linear layer.
 
     Raises:
-        ValueError: a size is below 1, the patches do not cover the image, the convolutions leave nothing of the image,
-            the head is unknown, or dropout is outside [0, 1).
+        ValueError: a size is below 1, the patches do not cover the image, the patches of `whitening` are larger than
+            the image, the convolutions leave nothing of the image, the head is unknown, or dropout is outside [0, 1).
     """
 
     def __init__(
@@ -40,6 +48,7 @@ class PatchCNN(nn.Module):
         in_channels: int = 1,
         image_size: tuple[int, int] = (28, 28),
         patch: int = 2,
+        whitening: int = 0,
         widths: tuple[int, ...] = (32, 64),
         pooled: tuple[int, ...] = (0, 1),
         padding: int = 0,
@@ -56,6 +65,12 @@ class PatchCNN(nn.Module):
             raise ValueError(f"patch: patches of {patch}×{patch} pixels do not cover an image of {covered}")
         self.patch, self.pooled, self.head, channels = patch, frozenset(pooled), head, patch * patch * in_channels
         height, wide = image_size[0] // patch, image_size[1] // patch
+        self.stem: nn.Module = nn.Identity()
+        if not 0 <= whitening <= min(height, wide):
+            raise ValueError(f"whitening must be a patch's side from 0 to {min(height, wide)} pixels, not {whitening}")
+        if whitening:
+            self.stem, channels = _whitening(channels, whitening)
+            height, wide = height - whitening + 1, wide - whitening + 1
         self.convolutions, self.norms = nn.ModuleList(), nn.ModuleList()
         for position, width in enumerate(widths):
             self.convolutions.append(nn.Conv2d(channels, width, 3, padding=padding, bias=False))
@@ -68,7 +83,7 @@ class PatchCNN(nn.Module):
         self.classifier = nn.Sequential(Dropout(dropout), nn.Linear(channels * positions, num_classes))
 
     def forward(self, images: Tensor) -> Tensor:
-        features = F.pixel_unshuffle(images, self.patch)
+        features = self.stem(F.pixel_unshuffle(images, self.patch))
         for position, (convolution, norm) in enumerate(zip(self.convolutions, self.norms, strict=True)):
             features = convolution(features)
             if position in self.pooled:
@@ -79,3 +94,25 @@ class PatchCNN(nn.Module):
         elif self.head == "max":
             features = features.amax((2, 3))
         return self.classifier(features.flatten(1))
+
+
+def _whitening(channels: int, side: int) -> tuple[nn.Module, int]:
+    """Returns a layer for (N, channels, height, width), and how many channels the layer gives.
+
+    The layer gives each coefficient of the cosine transform of a patch and the coefficient's negative, because ReLU
+    keeps one sign. The weights of the transform have no gradient.
+    """
+    over_pixels, over_channels = _cosines(side), _cosines(channels)
+    kernels = torch.einsum("vy,hx,ck->vhckyx", over_pixels, over_pixels, over_channels).flatten(0, 2)
+    transform = nn.Conv2d(channels, 2 * len(kernels), side, bias=False)
+    transform.weight = nn.Parameter(torch.cat([kernels, -kernels]), requires_grad=False)
+    # Images without noise have coefficients of almost no variance, which must not be raised to 1.
+    return nn.Sequential(transform, nn.BatchNorm2d(2 * len(kernels), eps=5e-4), nn.ReLU()), 2 * len(kernels)
+
+
+def _cosines(count: int) -> Tensor:
+    """Returns the orthonormal cosine basis (DCT-II) of `count` values: float32 (count, count), a row per frequency."""
+    rows = torch.tensor(
+        [[math.cos(math.pi * (2 * i + 1) * row / (2 * count)) for i in range(count)] for row in range(count)]
+    )
+    return rows / rows.norm(dim=1, keepdim=True)

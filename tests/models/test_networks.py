@@ -94,6 +94,30 @@ def test_the_heads_of_patch_cnn_give_the_linear_layer_every_value_or_one_per_cha
     assert largest.classifier[1].in_features == mean.classifier[1].in_features == 64
 
 
+def test_the_whitening_of_patch_cnn_is_fixed_and_gives_inputs_that_are_hardly_correlated():
+    network = build_model("patch_cnn", in_channels=3, image_size=(32, 32), patch=1, whitening=2, padding=1)
+    transform = network.stem[0]
+    assert not transform.weight.requires_grad and network.stem[1].weight.requires_grad
+    half = transform.weight[:12].flatten(1)
+    torch.testing.assert_close(half @ half.T, torch.eye(12))
+    assert torch.equal(transform.weight[12:], -transform.weight[:12])
+
+    noise = torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    grey = F.avg_pool2d(noise.mean(1, keepdim=True), 5, 1, 2)  # what neighbouring pixels and the three colours share
+    pictures = 5 * grey + 0.1 * noise
+
+    def correlation(rows):
+        found = torch.corrcoef(rows)
+        return (found - torch.eye(len(found))).abs().mean()
+
+    patches = F.unfold(pictures, 2).transpose(0, 1).flatten(1)
+    coefficients = transform(pictures)[:, :12].transpose(0, 1).flatten(1)
+    assert correlation(patches) > 0.7
+    assert correlation(coefficients) < 0.05
+    batch = network.stem[1](transform(pictures)).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(batch.std(1), torch.ones(24), rtol=0.2, atol=0)
+
+
 @pytest.mark.parametrize(
     ("name", "keywords", "named"),
     [
@@ -104,6 +128,8 @@ def test_the_heads_of_patch_cnn_give_the_linear_layer_every_value_or_one_per_cha
         ("patch_cnn", {"widths": (8, 0)}, "widths"),
         ("patch_cnn", {"patch": 0}, "patch"),
         ("patch_cnn", {"patch": 5}, "patch"),
+        ("patch_cnn", {"whitening": -1}, "whitening.*from 0 to 14"),
+        ("patch_cnn", {"whitening": 15}, "whitening.*from 0 to 14"),
         ("patch_cnn", {"widths": (8, 8, 8, 8)}, "widths"),
         ("patch_cnn", {"head": "weighted"}, "head.*flatten.*max"),
         ("separable_cnn", {"widths": (8, 0)}, "widths"),
