@@ -192,7 +192,8 @@ class Augmentation:
         columns = [(others[:, -1] < 0.5).float()]
         columns += [whole(others[:, column], 2 * self.crop_padding + 1) for column in (-2, -3)]
         for column, fraction in ((-4, self.brightness), (-5, self.contrast), (-6, self.saturation)):
-            columns.append(1 + fraction * (2 * others[:, column] - 1))
+            draw = others[:, column]  # an unused factor takes one kernel instead of four
+            columns.append(1 + fraction * (2 * draw - 1) if fraction else torch.ones_like(draw))
         for column, side in ((-7, size[0]), (-8, size[1])):
             columns.append(whole(others[:, column], side) - self.cutout // 2)
         return torch.stack(columns, dim=1)
@@ -258,7 +259,7 @@ class Augmentation:
                 magnitude = self.randaugment[1]
                 images = apply_operation(images, operation, sign, magnitude, self.interpolation, self.fill)
         if self.cutout:
-            images = cut_out(images, simple[:, 6], simple[:, 7], self.cutout, self.fill)
+            images = cut_out(images, simple[:, 6:8], self.cutout, self.fill)
         return images
 
     def warp(self, images: Tensor, warps: Tensor) -> Tensor:
@@ -310,18 +311,16 @@ def crop_and_flip(images: Tensor, rows: Tensor, columns: Tensor, padding: int, f
     return images.flatten(2).gather(2, source).view(images.shape)
 
 
-def cut_out(images: Tensor, top: Tensor, left: Tensor, side: int, fill: float | Sequence[float]) -> Tensor:
+def cut_out(images: Tensor, corners: Tensor, side: int, fill: float | Sequence[float]) -> Tensor:
     """Fills a square of each image, whose upper left corner may lie outside the image (DeVries, Taylor 2017).
 
     Args:
         images: float (N, C, H, W).
-        top, left: (N,), pixels.
+        corners: (N, 2), the row and the column of each corner in pixels.
         side: pixels.
     """
-
-    def inside(first: Tensor, length: int) -> Tensor:
-        position = torch.arange(length, device=images.device)
-        return (position >= first[:, None]) & (position < first[:, None] + side)
-
-    square = inside(top, images.shape[2])[:, None, :, None] & inside(left, images.shape[3])[:, None, None, :]
+    height, width = images.shape[2:]
+    distance = torch.arange(max(height, width), device=images.device) - corners[:, :, None]
+    inside = (distance >= 0) & (distance < side)  # both axes at once: half the kernels on a GPU
+    square = inside[:, 0, None, :height, None] & inside[:, 1, None, None, :width]
     return torch.where(square, per_channel(as_numbers(fill), images.device), images)

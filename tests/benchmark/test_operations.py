@@ -86,6 +86,7 @@ def test_the_backward_pass_in_python_gives_the_gradients_of_the_engine():
         ("lenet5", ["data.augment.crop_padding=2", "data.augment.randaugment=[2,9]", "on_nonfinite=skip"], 1),
         ("lenet5", ["optimizer={name: lion, lr: 1e-4}"], 1),  # the device undoes a bad update
         ("cifar10_quick", [], 1),  # Muon, too; colour images
+        ("cifar10", [], 1),  # cutout, too; a layer without gradient
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )

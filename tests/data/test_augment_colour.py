@@ -60,7 +60,7 @@ def test_crop_and_flip_are_torchvisions(channels, padding):
 def test_cutout_is_torchvisions_erase(fill):
     images = noise().float()
     top, left = torch.arange(COUNT).float() - 3, 2 * torch.arange(COUNT).float() - 4
-    found = cut_out(images, top, left, 6, fill)
+    found = cut_out(images, torch.stack([top, left], dim=1), 6, fill)
     level = torch.tensor(fill).view(-1, 1, 1)
     for number, image in enumerate(images):
         first = [max(0, int(each[number])) for each in (top, left)]
