@@ -125,15 +125,17 @@ def _statistics(runs: list[Run]) -> dict[str, Any]:
 def _warm_up(
     components: TrainingComponents, recipe: Recipe, train: Images, test: Images, classes: tuple[str, ...]
 ) -> float:
-    """Trains a few steps on random labels and tests; returns the seconds.
+    """Trains an epoch on random labels and tests; returns the seconds.
 
-    These steps choose kernels, compile and capture. From random labels the network learns nothing about the data.
+    The epoch chooses kernels, compiles and captures, for the short last batch too. From random labels the network
+    learns nothing about the data.
     """
     started = time.perf_counter()
     labels = train.labels.clone()
     train.labels.random_(len(classes))
     assert components.update.data.labels.data_ptr() == train.labels.data_ptr(), "the update has its own labels"
-    _fit(recipe, replace(components, total_steps=min(10, components.total_steps)), test, Progress())
+    steps = min(components.batches.steps_per_epoch, components.total_steps)
+    _fit(recipe, replace(components, total_steps=steps), test, Progress())
     train.labels.copy_(labels)
     return time.perf_counter() - started
 

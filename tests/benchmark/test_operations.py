@@ -8,21 +8,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mnist_dist.benchmark import __main__ as benchmark
 from mnist_dist.benchmark import operations
 from mnist_dist.benchmark.fake_gpu import GPU, OperationCounter, PythonBackward, fake_gpu
 from mnist_dist.recipe.loading import load_recipe
+from tests.fake_tensors import skip_unless_fake_tensors_work
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _fake_tensors_work():
-    with FakeTensorMode(), GPU:
-        try:
-            torch.zeros(1).copy_(torch.ones(1))
-        except RuntimeError as error:
-            pytest.skip(f"fake tensors of torch {torch.__version__} need the driver: {error}")
+    skip_unless_fake_tensors_work()
 
 
 def test_views_and_work_of_the_cpu_do_not_count_as_kernels_syncs_or_copies():

@@ -39,6 +39,7 @@ from mnist_dist.models.layers import Dropout
 from mnist_dist.run.build import build_components
 from mnist_dist.run.data import load_data
 from mnist_dist.run.model_setup import build_module
+from tests.fake_tensors import skip_unless_fake_tensors_work
 from tests.processes import run_ranks
 
 NUM_SAMPLES, BATCH_SIZE, STEPS = 144, 16, 24  # nine full batches per epoch
@@ -556,11 +557,7 @@ def run_fake_steps(
     **settings: Any,
 ) -> None:
     """Runs two steps on fake tensors, the second with learning rates on the device, inside the context `watching`."""
-    with FakeTensorMode(), GPU:
-        try:
-            torch.zeros(1).copy_(torch.ones(1))
-        except RuntimeError as error:
-            pytest.skip(f"fake tensors of torch {torch.__version__} need the driver: {error}")
+    skip_unless_fake_tensors_work()
     # The averaged weights start as a deep copy, which must belong to the same fake mode.
     monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda self, memo: self, raising=False)
     monkeypatch.setattr(TrainStep, "seed", lambda self, step, share: None)
