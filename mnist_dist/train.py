@@ -27,7 +27,7 @@ from torch import nn
 
 from mnist_dist.data import Images
 from mnist_dist.data.sources import SHAPES
-from mnist_dist.distributed.collectives import run_on_all_ranks
+from mnist_dist.distributed.collectives import run_on_all_ranks, wait_for_all_ranks
 from mnist_dist.distributed.devices import share_cores
 from mnist_dist.distributed.launcher import check_size, end_process, launched_world
 from mnist_dist.distributed.watchdog import Watchdog
@@ -175,7 +175,7 @@ def train(
                 components.load_state_dict(components_state(checkpoint))
             console = open_trackers(recipe, components, dataset, folder, checkpoint)
             show_notes(console, components, [*problems, *prepared.notes, *notes])
-            components.accelerator.wait_for_everyone()  # rank 0 starts W&B; the first step must not include that time
+            wait_for_all_ranks()  # rank 0 starts W&B; the first step must not include that time
             components.meter.resume()
             seconds = {"setup_seconds": round(time.perf_counter() - started, 3)}
             checkpointer.start(checkpoint.get("train_seconds", 0.0))

@@ -28,6 +28,7 @@ from mnist_dist.benchmark.frameworks import (
     plain_loader,
 )
 from mnist_dist.benchmark.report import OURS
+from mnist_dist.distributed.collectives import wait_for_all_ranks
 from mnist_dist.distributed.devices import peak_memory
 from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.build import build_components
@@ -180,7 +181,7 @@ def run_rounds(
     seconds: dict[str, list[float]] = {loop.name: [] for loop in loops}
     for _ in range(rounds):
         for loop in loops:
-            setup.state.wait_for_everyone()
+            wait_for_all_ranks()
             seconds[loop.name].append(loop.run(counts[loop.name]))
     return seconds
 

@@ -58,6 +58,15 @@ def gather_values(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     return found
 
 
+def wait_for_all_ranks() -> None:
+    """Waits until every rank has called this. Collective: call on every rank.
+
+    Accelerate's `wait_for_everyone` names one of the machine's GPUs to PyTorch even if the ranks compute on the CPU.
+    Where there are fewer GPUs than ranks, that is an error.
+    """
+    gather_values(None)
+
+
 def _report(state: PartialState, failure: BaseException | None) -> tuple[list[Problem] | None, str]:
     """Returns what this rank sends to the others: the problems of a RecipeError, and a message for another failure."""
     if isinstance(failure, RecipeError):

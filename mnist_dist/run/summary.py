@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 from mnist_dist.data import Batches, Dataset, Images, Loader, describe_shape
 from mnist_dist.data.images import SHAPE
 from mnist_dist.data.store import PLACES
-from mnist_dist.distributed.collectives import count_nodes
+from mnist_dist.distributed.collectives import count_nodes, wait_for_all_ranks
 from mnist_dist.distributed.devices import device_name
 from mnist_dist.distributed.launcher import launch_settings
 from mnist_dist.distributed.signals import AGREE_SECONDS, PREEMPTED, Interrupts
@@ -121,7 +121,7 @@ def _close(components: TrainingComponents) -> None:
     Does not call Accelerate's `end_training`, which also ends the process group: this process may train again.
     """
     close_trackers(components)
-    components.accelerator.wait_for_everyone()
+    wait_for_all_ranks()
 
 
 def _header(recipe: Recipe, components: TrainingComponents, dataset: Dataset) -> dict[str, str]:
@@ -220,7 +220,7 @@ def finish_run(
     close_trackers(components)  # W&B uploads; a process that is killed before it sets the status repeats the upload
     if console:
         folder.set_status("done")
-    components.accelerator.wait_for_everyone()
+    wait_for_all_ranks()
     return summary
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
 from mnist_dist import load_run
-from tests.distributed.training import relative_deviations, train_in_world
+from tests.distributed.training import WITHOUT_TRACKING, relative_deviations, train_in_world
+from tests.processes import run_ranks
 
 
 def test_lenet5_has_the_same_losses_at_every_world_size(tmp_path):
@@ -53,3 +55,21 @@ def test_two_processes_write_one_run_folder_with_the_speed_of_each(tmp_path):
     assert len(run.summary["images_per_second_per_process"]) == 2
     assert all(0 < share < 1 for share in run.summary["communication_share_per_process"])
     assert run.summary["wandb_share"] == 0  # W&B is disabled
+
+
+ON_A_MACHINE_WITH_A_GPU = """
+import runpy, sys
+import torch
+torch._C._get_accelerator = lambda *_: torch.device("cuda")  # what PyTorch answers where there is a GPU
+del sys.argv[0]
+runpy.run_module(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [("train", ["--run-dir", "run", "epochs=1", *WITHOUT_TRACKING]), ("benchmark", ["--rounds", "1", "--steps", "1"])],
+)
+def test_processes_on_the_cpu_need_no_gpu_each(tmp_path, module, words):
+    command = [f"mnist_dist.{module}", "--recipe", "debug", "data.limit_train=256", "data.limit_test=64", *words]
+    run_ranks(2, [sys.executable, "-c", ON_A_MACHINE_WITH_A_GPU, *command], cwd=tmp_path)
