@@ -448,6 +448,12 @@ def test_the_figures_beside_a_report_are_in_it():
             elif "operations" in result:
                 for row in table_of(result)[1:]:
                     assert f"| {' | '.join(row)} |" in report
+            elif "reference_time_to_ours" in result:
+                for part in (result["ours"], result["reference"]):
+                    accuracy, seconds = (
+                        f"{part[key]['mean']:.3f} ± {part[key]['sd']:.3f}" for key in ("accuracy", "seconds")
+                    )
+                    assert f"{accuracy} % in {seconds} s (n = {result['seeds']}" in report
             else:
                 for ways in result["ms_per_call"].values():
                     for ms in ways.values():
