@@ -632,7 +632,7 @@ def test_fake_tensors_detect_a_read_from_the_device(monkeypatch):
 
 @pytest.fixture
 def deterministic_kernels(monkeypatch):
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # `set_determinism` would leave it set
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     before = torch.are_deterministic_algorithms_enabled()
     set_determinism(True)
