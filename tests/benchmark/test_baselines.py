@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
+from contextlib import nullcontext
+from functools import partial
+from unittest.mock import MagicMock
+
 import numpy as np
 import pytest
 import torch
@@ -51,16 +56,37 @@ def test_a_baseline_uses_the_fastest_kernels_and_restores_the_settings(setup_of,
     assert seen == [(False, True), (True, False)]
 
 
+def test_a_captured_step_keeps_the_tensors_that_it_uses(monkeypatch):
+    for name, stand_in in {"Stream": MagicMock(), "current_stream": MagicMock(), "stream": nullcontext}.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(baselines, "capture_cuda_graph", lambda call, stream: lambda: None)
+    weight = torch.zeros(1)
+    kept, replay = weakref.ref(weight), baselines.captured(partial(weight.add_, 1))
+    del weight
+    assert kept() is not None, "the graph would read and write memory that is used by other tensors"
+    del replay
+    assert kept() is None
+
+
 def test_a_captured_step_trains_like_an_eager_one(gpu, setup_of, monkeypatch):
     def weights(is_captured: bool) -> list[torch.Tensor]:
-        modules: list[torch.nn.Module] = []
+        modules: list[weakref.ref[torch.nn.Module]] = []  # only the loop itself keeps its network
         build = BenchmarkSetup.module
+
+        def module(setup: BenchmarkSetup) -> torch.nn.Module:
+            built = build(setup)
+            modules.append(weakref.ref(built))
+            return built
+
         with monkeypatch.context() as patch:
-            patch.setattr(BenchmarkSetup, "module", lambda setup: modules.append(build(setup)) or modules[-1])
+            patch.setattr(BenchmarkSetup, "module", module)
             patch.setattr(BenchmarkSetup, "is_captured", is_captured)
+            loop = baselines.bare_step(setup_of())
             # Three warm-up steps precede the capture, which computes nothing.
-            baselines.bare_step(setup_of()).run(2 if is_captured else 5)
-        return [parameter.detach().cpu() for parameter in modules[0].parameters()]
+            loop.run(2 if is_captured else 5)
+        network = modules[0]()
+        assert network is not None
+        return [parameter.detach().cpu() for parameter in network.parameters()]
 
     for captured, eager in zip(weights(True), weights(False), strict=True):
         torch.testing.assert_close(captured, eager, rtol=1e-3, atol=1e-4)
