@@ -87,7 +87,7 @@ def measure(recipe: Recipe, seeds: int) -> dict[str, Any]:
     captured = components.captured
     return setup.about() | {
         "parameters": count_parameters(components.module),
-        "epochs": recipe.epochs,
+        "epochs": round(components.total_steps / components.batches.steps_per_epoch, 2),
         "seeds": seeds,
         "preparation_seconds": preparation,
         "capture_seconds": captured.seconds if captured else None,
@@ -206,13 +206,14 @@ def _train_reference(train: Images, test: Images, seed: int, steps: int | None =
 
 def summary_lines(result: dict[str, Any]) -> list[str]:
     """Returns three lines of text: the recipe, the reference, and the ratio of their times."""
-    names = {"ours": f"{result['recipe']}, {result['parameters']:,} parameters", "reference": "reference network"}
+    ours = "ours", f"{result['recipe']}, {result['parameters']:,} parameters", result["epochs"]
+    reference = "reference", "reference network", 1
     lines = []
-    for key, name in names.items():
+    for key, name, epochs in ours, reference:
         accuracy, seconds = result[key]["accuracy"], result[key]["seconds"]
         lines.append(
             f"{name}: {accuracy['mean']:.3f} ± {accuracy['sd']:.3f} % in {seconds['mean']:.3f} ± {seconds['sd']:.3f} s "
-            f"(n = {result['seeds']}, last epoch)"
+            f"(n = {result['seeds']}, after {epochs:g} epoch(s))"
         )
     captured = result["capture_seconds"]
     lines.append(
@@ -233,7 +234,7 @@ def print_lines(result: dict[str, Any]) -> None:
 def to_markdown(result: dict[str, Any], command: str) -> str:
     """Returns a section of a Markdown file: the summary, the command that repeats it, and versions."""
     precision = PRECISION_NAMES[result["mixed_precision"]]
-    heading = f"\n### {result['recipe']}, {result['epochs']} epoch(s), {precision}, {result['device']}\n\n"
+    heading = f"\n### {result['recipe']}, {result['epochs']:g} epoch(s), {precision}, {result['device']}\n\n"
     commit = str(result["git_commit"])[:12]
     origin = f"`{command}`, {result['date']}, torch {result['versions']['torch']}, commit {commit}.\n\n"
     return heading + origin + "\n".join(f"- {line}" for line in summary_lines(result)) + "\n"

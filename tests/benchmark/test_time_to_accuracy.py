@@ -44,11 +44,13 @@ def test_each_seed_is_the_run_that_train_makes(short_reference, tmp_path, words)
 
 
 def test_the_summary_has_mean_deviation_and_number_of_seeds(short_reference):
-    result = time_to_accuracy.measure(load_recipe("speed/mnist_99", *WORDS, "max_steps=3"), 2)
+    result = time_to_accuracy.measure(load_recipe("speed/mnist_99", *WORDS, "batch_size=4", "max_steps=3"), 2)
     accuracy = result["ours"]["accuracy"]
     text = time_to_accuracy.to_markdown(result, "the command")
     assert f"{accuracy['mean']:.3f} ± {accuracy['sd']:.3f} %" in text
-    assert "n = 2" in text and "`the command`" in text and "fp32" in text
+    assert "`the command`" in text and "fp32" in text
+    assert "(n = 2, after 1 epoch(s))" in text, "the reference trains one epoch"
+    assert "### mnist_99, 0.02 epoch(s)" in text and "(n = 2, after 0.02 epoch(s))" in text, "max_steps is 3"
 
 
 def test_fewer_images_than_a_batch_of_the_reference_are_measured():
