@@ -30,7 +30,8 @@ Capture = Callable[[Callable[[], None]], Callable[[], None]]
 def capture_cuda_graph(body: Callable[[], object], stream: torch.cuda.Stream) -> Callable[[], None]:
     """Captures the kernels of `body` as a CUDA graph; returns its replay.
 
-    The graph is freed with the last reference to its replay. NCCL's process group cannot end before that.
+    The graph is freed with the last reference to its replay. NCCL's process group cannot end before that. The tensors
+    that `body` uses and did not allocate itself must live as long.
 
     Raises:
         Exception: `body` cannot be captured. Stream and random generator are as before, and the memory is free again.
@@ -38,6 +39,11 @@ def capture_cuda_graph(body: Callable[[], object], stream: torch.cuda.Stream) ->
     graph, usual = torch.cuda.CUDAGraph(), torch.cuda.current_stream(stream.device)
     generator = torch.cuda.default_generators[stream.device.index]
     state = generator.clone_state()
+    # PyTorch keeps a workspace of cuBLAS for every stream. The stream's workspace of the warm-up can be freed while the
+    # graph still uses it: Lightning's Trainer, for one, frees all of them when it starts. Without this workspace, the
+    # capture allocates another one, which belongs to the graph.
+    if hasattr(torch._C, "_cuda_clearCublasWorkspaces"):
+        torch._C._cuda_clearCublasWorkspaces()
     try:
         # Other threads (W&B, NCCL, the watchdog) may call CUDA during the capture. The outer context restores the
         # stream: PyTorch does not if the end of the capture fails, as it does after an operation that failed.

@@ -392,6 +392,45 @@ def test_a_failed_capture_restores_stream_and_generator_and_names_the_first_erro
     captured.reset.assert_called_once()
 
 
+def test_the_capture_starts_without_a_workspace_of_cublas(monkeypatch):
+    events: list[str] = []
+
+    @contextmanager
+    def graph(*_: Any, **__: Any) -> Iterator[None]:
+        events.append("capture")
+        yield
+
+    replaced = {"stream": nullcontext, "graph": graph, "CUDAGraph": MagicMock, "current_stream": MagicMock()}
+    for name, value in (replaced | {"default_generators": (MagicMock(),)}).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    clear = "_cuda_clearCublasWorkspaces"  # missing in PyTorch without CUDA
+    monkeypatch.setattr(torch._C, clear, lambda: events.append("clear"), raising=False)
+    cuda_graph.capture_cuda_graph(lambda: None, MagicMock(device=torch.device("cuda", 0)))
+    assert events == ["clear", "capture"], "the graph would use a workspace that it does not own"
+
+
+def test_a_replay_needs_no_workspace_that_others_free(gpu):
+    network = build_model("simple_cnn").to(gpu)
+    images, stream = torch.rand(128, 1, 28, 28, device=gpu), torch.cuda.Stream(gpu)
+
+    def body() -> None:
+        network.zero_grad()
+        network(images).square().mean().backward()
+
+    for _ in range(WARM_UP_STEPS):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            body()
+        torch.cuda.current_stream().wait_stream(stream)
+    expected = [parameter.grad.clone() for parameter in network.parameters()]
+    replay = cuda_graph.capture_cuda_graph(body, stream)
+    torch._C._cuda_clearCublasWorkspaces()  # as Lightning's Trainer does when it starts
+    torch.cuda.empty_cache()
+    replay()
+    for parameter, gradient in zip(network.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
 IN_TWO_PROCESSES = """
 import torch.distributed as dist
 from tests.engine.test_cuda_graph import CapturedStep, Accelerator, assert_equal, capture, captured, run
