@@ -428,7 +428,7 @@ def test_a_replay_needs_no_workspace_that_others_free(gpu):
     torch.cuda.empty_cache()
     replay()
     for parameter, gradient in zip(network.parameters(), expected, strict=True):
-        torch.testing.assert_close(parameter.grad, gradient)
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-5)  # kernels may add in another order
 
 
 IN_TWO_PROCESSES = """
