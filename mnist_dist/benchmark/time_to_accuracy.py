@@ -87,7 +87,7 @@ def measure(recipe: Recipe, seeds: int) -> dict[str, Any]:
     captured = components.captured
     return setup.about() | {
         "parameters": count_parameters(components.module),
-        "epochs": round(components.total_steps / components.batches.steps_per_epoch, 2),
+        "epochs": round(components.epoch(Progress(step=components.total_steps)), 2),
         "seeds": seeds,
         "preparation_seconds": preparation,
         "capture_seconds": captured.seconds if captured else None,

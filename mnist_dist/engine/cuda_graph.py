@@ -41,7 +41,7 @@ def capture_cuda_graph(body: Callable[[], object], stream: torch.cuda.Stream) ->
     state = generator.clone_state()
     # PyTorch keeps a workspace of cuBLAS for every stream. The stream's workspace of the warm-up can be freed while the
     # graph still uses it: Lightning's Trainer, for one, frees all of them when it starts. Without this workspace, the
-    # capture allocates another one, which belongs to the graph.
+    # capture allocates another one, which belongs to the graph. PyTorch without CUDA, as in tests, lacks the function.
     if hasattr(torch._C, "_cuda_clearCublasWorkspaces"):
         torch._C._cuda_clearCublasWorkspaces()
     try:

@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mnist_dist import load_recipe, load_run, train
+from mnist_dist.benchmark import baselines
 from mnist_dist.data import Augmentation, Batches, Images, mixing, randaugment
 from mnist_dist.distributed.gradients import FlatGradients, GradientClock
 from mnist_dist.engine import cuda_graph, train_step
@@ -410,25 +411,20 @@ def test_the_capture_starts_without_a_workspace_of_cublas(monkeypatch):
 
 
 def test_a_replay_needs_no_workspace_that_others_free(gpu):
-    network = build_model("simple_cnn").to(gpu)
-    images, stream = torch.rand(128, 1, 28, 28, device=gpu), torch.cuda.Stream(gpu)
+    network, images = build_model("simple_cnn").to(gpu), torch.rand(128, 1, 28, 28, device=gpu)
 
     def body() -> None:
         network.zero_grad()
         network(images).square().mean().backward()
 
-    for _ in range(WARM_UP_STEPS):
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            body()
-        torch.cuda.current_stream().wait_stream(stream)
-    expected = [parameter.grad.clone() for parameter in network.parameters()]
-    replay = cuda_graph.capture_cuda_graph(body, stream)
+    replay = baselines.captured(body)
     torch._C._cuda_clearCublasWorkspaces()  # as Lightning's Trainer does when it starts
     torch.cuda.empty_cache()
     replay()
-    for parameter, gradient in zip(network.parameters(), expected, strict=True):
-        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-5)  # kernels may add in another order
+    replayed = [parameter.grad.clone() for parameter in network.parameters()]
+    body()
+    for parameter, gradient in zip(network.parameters(), replayed, strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-3, atol=1e-5)  # kernels may add in another order
 
 
 IN_TWO_PROCESSES = """
