@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import socket
 import time
 from collections.abc import Iterator
@@ -34,14 +33,11 @@ from mnist_dist.errors import Problem, RecipeError, RunError
 from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.components import Progress, TrainingComponents
 from mnist_dist.run.elastic_saves import ElasticSaves
+from mnist_dist.run.failures import describe_cause
 from mnist_dist.run.folder import RunFolder
 from mnist_dist.run.plan import Plan
 from mnist_dist.run.resume import file_bytes
 from mnist_dist.tracking import ConsoleTracker, JSONLTracker, OtherTracker, WandbTracker, find_tracker
-
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
-"""Error numbers of a disk that is full, read-only or broken: the user needs a message, not a traceback."""
-
 
 STATE, WEIGHTS = "state", "weights"
 """What a run copies to the host: the state of a checkpoint, and the weights that are saved alone."""
@@ -291,36 +287,22 @@ class Checkpointer:
         If a gradient is not finite, also saves a checkpoint of the state before that step. All ranks raise this error,
         so all of them save.
         """
-        if isinstance(error, NotFinite):
-            lines = self._describe_nonfinite(error.step)
-            self._progress.step = error.step
-            self.save(wait=True)
-        elif isinstance(error, OSError) and error.errno in UNWRITABLE:
-            lines = [f"{error.filename or self._folder.path} cannot be written: {error.strerror}"]
-        elif is_elastic() and is_lost_connection(error):
+        if is_elastic() and is_lost_connection(error):
             rank, size = self._components.accelerator.process_index, self._components.accelerator.num_processes
             where = f"rank {rank} of {size} on {socket.gethostname()} in step {self._progress.step}"
             return f"{where}: another process has ended; the launcher starts all processes again"
-        else:
+        lines = describe_cause(error, self._components, self._folder.path)
+        if lines is None:
             return None
+        if isinstance(error, NotFinite):
+            self._progress.step = error.step
+            self.save(wait=True)
         self._writer.close()  # the thread may still be writing the last checkpoint
         saved = list_checkpoints(self._folder.checkpoints)
         end = "no checkpoint was saved"
         if saved:
             end = f"the last checkpoint is {saved[-1]}. Rerun the same command to resume."
         return "\n  ".join([*lines, end])
-
-    def _describe_nonfinite(self, step: int) -> list[str]:
-        """Returns which ranks and samples gave a gradient that is not finite, and a remedy."""
-        epoch, index = divmod(step, self._components.batches.steps_per_epoch)
-        lines = [f"the gradient of step {step} (epoch {epoch}, batch {index}) is not finite; the update was skipped"]
-        offending_samples = self._components.update.offending_samples(step)
-        for rank, samples in offending_samples:
-            listed = ", ".join(map(str, samples[:10])) + (f" and {len(samples) - 10} more" if samples[10:] else "")
-            lines.append(f"rank {rank}: the loss of training samples {listed} is not finite")
-        if not offending_samples:
-            lines.append("each sample alone has a finite loss; the loss or the gradient of the batch is not finite")
-        return [*lines, "try a lower optimizer.lr, clip_grad_norm=1 or on_nonfinite=skip"]
 
     def _end_trackers(self, cause: str | None, resumes: bool) -> None:
         """Ends all trackers. The console's log gets the cause, and W&B sends an alert; Ctrl-C has no cause.
