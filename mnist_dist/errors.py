@@ -87,6 +87,22 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
     return "unknown key" + (did_you_mean(key, known) or "; known: " + ", ".join(known))
 
 
+OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|_STATUS_ALLOC_FAILED", re.IGNORECASE)
+"""How the allocators of PyTorch's devices, and NVIDIA's libraries, say that their memory is full."""
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Returns whether an error says that the memory of the host or of a device is full."""
+    if isinstance(error, RuntimeError):
+        return OUT_OF_MEMORY.search(str(error)) is not None
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's text, or the error's class if it has no text."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 # --- output -------------------------------------------------------------------------------------------------------
 
 
@@ -169,6 +185,10 @@ RANK_0_SECONDS = 30.0
 """The other ranks wait this long before they print an error: rank 0 prints first, and the launcher ends the others."""
 
 
+LESS_MEMORY = "try a smaller batch_size, micro_batch_size, eval_batch_size, data.image_size or data.limit_train"
+"""What helps every command whose memory is full."""
+
+
 @safe_output
 def run_command(main: Callable[[], int]) -> int:
     """Runs a command's `main`. Prints an error that the user can act on as one screen on stderr.
@@ -176,7 +196,7 @@ def run_command(main: Callable[[], int]) -> int:
     Rank 0 prints first. The other ranks wait `RANK_0_SECONDS`, so that the launcher ends them before they print.
 
     Returns:
-        What `main` returns; 2 for a `RecipeError`, 1 for a `RunError`, 130 after Ctrl-C.
+        What `main` returns; 2 for a `RecipeError`, 1 for a `RunError` and where the memory is full, 130 after Ctrl-C.
     """
     try:
         return main()
@@ -184,6 +204,10 @@ def run_command(main: Callable[[], int]) -> int:
         return _print_error(error, BAD_INPUT)
     except RunError as error:
         return _print_error(error, FAILED)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return _print_error(RunError(f"the memory is full: {first_line(error)}\n  {LESS_MEMORY}"), FAILED)
     except KeyboardInterrupt:
         if is_main_process():
             print("mnist_dist: interrupted", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -228,6 +229,9 @@ def failing(error: BaseException):
         (failing(RecipeError([Problem("here", "epochs", "wrong", "type")])), 2, ["here: epochs", "wrong"]),
         (failing(RunError("the disk is full")), 1, ["the disk is full"]),
         (failing(KeyboardInterrupt()), 130, ["interrupted"]),
+        (failing(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB\nframe")), 1, ["2 GiB\n", "batch_size"]),
+        (failing(MemoryError()), 1, ["the memory is full: MemoryError\n"]),
+        (failing(OSError(errno.ENOMEM, "Cannot allocate memory")), 1, ["Cannot allocate memory"]),
     ],
 )
 def test_exit_codes(main, code, words, capsys):
@@ -237,9 +241,10 @@ def test_exit_codes(main, code, words, capsys):
     assert not [word for word in words if word not in err]
 
 
-def test_other_errors_are_not_hidden():
-    with pytest.raises(ZeroDivisionError):
-        run_command(failing(ZeroDivisionError()))
+@pytest.mark.parametrize("error", [ZeroDivisionError(), RuntimeError("wrong shape"), OSError(errno.EIO, "broken")])
+def test_other_errors_are_not_hidden(error):
+    with pytest.raises(type(error)):
+        run_command(failing(error))
 
 
 @pytest.mark.parametrize("name", ["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"])

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from mnist_dist.data import Batch, Batches, EpochPlan
 from mnist_dist.engine.train_step import TrainStep
+from mnist_dist.errors import first_line
 
 STEPS_PER_REPLAY = 10
 """Steps per replay with `engine.capture: epoch`. The usual values of `log_every` are multiples of it, so a log line
@@ -249,7 +250,7 @@ class CapturedStep:
             self._replay_one = capture(1)
             self._replay_all = capture(self._steps) if self._steps > 1 else self._replay_one
         except Exception as error:  # a network may contain operations that a graph cannot contain
-            failure = (str(error).splitlines() or [type(error).__name__])[0]
+            failure = first_line(error)
         finally:
             self._step.seeds_itself = True
             self.seconds = time.perf_counter() - started

@@ -10,7 +10,7 @@ from mnist_dist.engine.train_step import TrainStep
 
 
 def find_micro_batch_size(step: TrainStep, plan: EpochPlan) -> int:
-    """Returns the largest micro-batch that fits into the memory of every process.
+    """Returns the largest micro-batch that fits into the memory of every process; 0 if not one image fits.
 
     Starts with the largest share of a batch and halves it until it fits. Leaves weights, buffers and gradients
     unchanged. Collective: call on every rank.
@@ -32,7 +32,11 @@ def find_micro_batch_size(step: TrainStep, plan: EpochPlan) -> int:
 
     buffers = list(step.module.buffers())
     before = [buffer.clone() for buffer in buffers]
-    attempt()
+    try:
+        attempt()
+    except RuntimeError:
+        if share > 0:
+            raise
     for buffer, value in zip(buffers, before, strict=True):
         buffer.copy_(value)
     step.optimizer.zero_grad()

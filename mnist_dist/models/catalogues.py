@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from mnist_dist.errors import did_you_mean
+from mnist_dist.errors import did_you_mean, first_line
 from mnist_dist.models.pretrained import accept_channels, load_pretrained
 
 Builder = Callable[..., nn.Module]
@@ -85,7 +85,7 @@ def timm_builder(name: str) -> Builder:
         except (OSError, RuntimeError) as error:
             if not pretrained:
                 raise
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             message = f"pretrained: the weights of {name} are not on this machine and cannot be downloaded ({reason})"
             raise ValueError(f"model 'timm/{name}': {message}") from error
 

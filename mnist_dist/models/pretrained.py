@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from mnist_dist.errors import first_line
+
 
 def accept_channels(model: nn.Module, channels: int) -> None:
     """Replaces the first convolution of three input channels, if there is one, by one for `channels`.
@@ -42,7 +44,7 @@ def load_pretrained(name: str, model: nn.Module) -> None:
     try:
         given = weights.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ValueError(
             f"pretrained: the weights of {name} are not on this machine and cannot be downloaded ({reason}); "
             f"put {weights.url} into {_cache_folder()}"

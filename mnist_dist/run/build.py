@@ -164,6 +164,9 @@ def build_components(
     )
     if recipe.micro_batch_size == "auto":
         step.micro_batch_size = find_micro_batch_size(step, batches.plan(0))
+        if not step.micro_batch_size:
+            message = f"not one image at once fits into the memory of every rank ({device_name(device)})"
+            raise RecipeError([recipe.problem("micro_batch_size", message, "unsupported")])
     update, obstacles = _capture(recipe, step, schedule)
     eval_model = network.average.module if network.average else network.module
     notes = placement + _notes(recipe, step) + obstacles

@@ -291,7 +291,7 @@ class Checkpointer:
             rank, size = self._components.accelerator.process_index, self._components.accelerator.num_processes
             where = f"rank {rank} of {size} on {socket.gethostname()} in step {self._progress.step}"
             return f"{where}: another process has ended; the launcher starts all processes again"
-        lines = describe_cause(error, self._components, self._folder.path)
+        lines = describe_cause(error, self._recipe, self._components, self._progress.step, self._folder.path)
         if lines is None:
             return None
         if isinstance(error, NotFinite):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mnist_dist.data import Images
 from mnist_dist.engine.optimizers import build_optimizer
+from mnist_dist.errors import first_line
 from mnist_dist.recipe.schema import Recipe
 
 MORE_PASSES = 8
@@ -99,7 +100,7 @@ def try_network(
             try:
                 missing = _train(recipe, module, data, device, channels_last=True, every_parameter=every_parameter)
             except TrialError as error:
-                channels_last, failure = False, _first_line(error.__cause__ or error)
+                channels_last, failure = False, first_line(error.__cause__ or error)
         if not channels_last:
             missing = _train(recipe, module, data, device, channels_last=False, every_parameter=every_parameter)
         blind = _blind_region(module, data)
@@ -130,10 +131,6 @@ def to_device(module: nn.Module, device: torch.device, *, channels_last: bool) -
     """Moves a network to the device, with its convolutions in channels-last layout if asked for; returns it."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return module.to(device, memory_format=layout)  # type: ignore[call-overload]  # torch types it for tensors only
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch import nn
 
 from mnist_dist import load_recipe, load_run, train
 from mnist_dist.engine.checkpoint import list_checkpoints, load_checkpoint
+from mnist_dist.engine.micro_batch_size import find_micro_batch_size
 from mnist_dist.errors import RecipeError, RunError
 from tests.faults.training import REPOSITORY, VARIABLES
 from tests.processes import Process, popen, run
@@ -117,15 +118,21 @@ def test_on_nonfinite_skip_skips_the_step(tmp_path, one_bad_image, guard):
 
 
 class Greedy(nn.Module):
-    """Raises the out-of-memory error of a GPU for more than ten images at once."""
+    """Raises the error of a full memory for more than `most` images at once, from its `first` call on."""
 
-    def __init__(self, num_classes: int = 10) -> None:
+    def __init__(
+        self, most: int = 10, first: int = 0, evaluated: int = 1000, on_gpu: bool = True, num_classes: int = 10
+    ):
         super().__init__()
-        self.out = nn.Linear(784, num_classes)
+        self.out, self.calls = nn.Linear(784, num_classes), 0
+        self.most, self.first, self.evaluated, self.on_gpu = most, first, evaluated, on_gpu
 
     def forward(self, images):
-        if self.training and len(images) > 10:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+        self.calls += 1
+        if self.calls > self.first and len(images) > (self.most if self.training else self.evaluated):
+            if self.on_gpu:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            torch.empty(2**60)
         return self.out(images.flatten(1))
 
 
@@ -136,6 +143,52 @@ def test_micro_batch_size_auto_halves_until_it_fits_and_prints_the_size(tmp_path
     assert " 8 images" in note
     train(load_recipe("lenet5", *words, "micro_batch_size=8"), tmp_path / "eight")
     assert last_bytes(tmp_path / "auto") == last_bytes(tmp_path / "eight")
+
+
+def test_micro_batch_size_auto_is_refused_if_not_one_image_fits(tmp_path, refused, monkeypatch):
+    monkeypatch.setattr("mnist_dist.run.build.find_micro_batch_size", lambda step, plan: find_none(step, plan))
+    recipe = load_recipe("lenet5", *WORDS, "model.name=lenet5", "micro_batch_size=auto")
+
+    def find_none(step, plan):
+        def full(*arguments, **keywords):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        step.module.forward = full
+        return find_micro_batch_size(step, plan)
+
+    assert refused(lambda: train(recipe, tmp_path / "run")) == [("micro_batch_size", "unsupported")]
+
+
+@pytest.mark.parametrize("on_gpu", ["true", "false"])
+def test_a_full_memory_is_reported_and_the_advice_leads_to_a_finished_run(tmp_path, on_gpu):
+    network = [f"model.name={__name__}:Greedy", f"model.on_gpu={on_gpu}", "model.first=3"]
+    words = [*WORDS, *network, "max_steps=5", "checkpoint.every_steps=1"]
+    with pytest.raises(RunError) as caught:
+        train(load_recipe("lenet5", *words), tmp_path / "run")
+    message = str(caught.value)
+    [last] = list_checkpoints(tmp_path / "run" / "checkpoints")[-1:]
+    assert f"full after step {load_checkpoint(last)['progress']['step']}:" in message and str(last) in message
+    assert "rank 0" in message and "64 images at once" in message and "500 in evaluation" in message
+    assert (tmp_path / "run" / "STATUS").read_text() == "failed\n"
+    assert message in (tmp_path / "run" / "console.log").read_text()
+    size = 64
+    while size > 10:  # the advice, repeated
+        advised = f"micro_batch_size={size // 2}"
+        assert advised in message
+        try:
+            summary = train(load_recipe("lenet5", *words, advised), tmp_path / "run", allow_recipe_change=True)
+        except RunError as error:
+            message = str(error)
+        size //= 2
+    assert summary["steps"] == 5
+
+
+def test_a_full_memory_in_an_evaluation_is_reported_and_a_smaller_eval_batch_size_helps(tmp_path):
+    words = [*WORDS, f"model.name={__name__}:Greedy", "model.most=1000", "model.evaluated=20", "max_steps=2"]
+    with pytest.raises(RunError, match=r"after step 2: .*\n.*50 in evaluation.*\n.*eval_batch_size"):
+        train(load_recipe("lenet5", *words, "eval_batch_size=50"), tmp_path / "run")
+    words.append("eval_batch_size=20")
+    assert train(load_recipe("lenet5", *words), tmp_path / "run", allow_recipe_change=True)["steps"] == 2
 
 
 # --- a full disk --------------------------------------------------------------------------------------------------
