@@ -13,9 +13,10 @@ from pathlib import Path
 import psutil
 import torch
 from accelerate import PartialState
-from accelerate.utils import is_bf16_available
+from accelerate.utils import is_bf16_available, parse_flag_from_env
 
 from mnist_dist.distributed.launcher import launched_by_accelerate, launcher_arguments, read_proc
+from mnist_dist.errors import first_line
 from mnist_dist.machine.limits import count_cores
 
 
@@ -63,6 +64,27 @@ def has_core_per_thread(world_size: int) -> bool:
 def count_local_processes(world_size: int) -> int:
     """Returns the number of the world's processes on this machine; `world_size` if the launcher does not say it."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+
+
+DEVICE_FILES = Path("/dev")
+"""Folder in which NVIDIA's driver for Linux makes one file per GPU: nvidia0, nvidia1, …"""
+
+
+def unused_gpu(device: torch.device) -> str:
+    """Returns why a process on the CPU of a machine with NVIDIA GPUs uses none of them.
+
+    The text is empty if the device is not the CPU, there is no GPU, or the user asked for the CPU or hid the GPUs.
+    """
+    asked = parse_flag_from_env("ACCELERATE_USE_CPU") or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if device.type != "cpu" or asked or not any(DEVICE_FILES.glob("nvidia[0-9]*")):
+        return ""
+    if torch.version.cuda is None:
+        return f"this PyTorch ({torch.__version__}) is built without CUDA; see https://pytorch.org/get-started/locally"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return f"PyTorch ({torch.__version__}) cannot use it: {first_line(error)}"
+    return ""
 
 
 def device_name(device: torch.device) -> str:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from mnist_dist.distributed.devices import unused_gpu
+
 FIELDS = (
     "driver_version",
     "ecc.errors.uncorrected.volatile.total",
@@ -23,7 +25,12 @@ SECONDS = 20.0
 
 
 def query_gpu(device: torch.device) -> dict[str, Any]:
-    """Returns what nvidia-smi reports about this rank's GPU (see `parse_gpu`), or {} without an NVIDIA GPU."""
+    """Returns what nvidia-smi reports about this rank's GPU (see `parse_gpu`), or {} without an NVIDIA GPU.
+
+    If the rank uses the CPU although its machine has a GPU, returns the reason as `unused`.
+    """
+    if reason := unused_gpu(device):
+        return {"unused": reason}
     if device.type != "cuda" or torch.version.hip:
         return {}
     command = ["nvidia-smi", f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits"]

@@ -22,7 +22,13 @@ from mnist_dist.data.cache import describe_bytes
 from mnist_dist.data.images import balanced_weights
 from mnist_dist.data.store import Place, choose_place, describe_place, place_images
 from mnist_dist.distributed.collectives import run_on_all_ranks
-from mnist_dist.distributed.devices import count_local_processes, device_name, emulates_bf16, supports_precision
+from mnist_dist.distributed.devices import (
+    count_local_processes,
+    device_name,
+    emulates_bf16,
+    supports_precision,
+    unused_gpu,
+)
 from mnist_dist.distributed.fsdp import shard_parameters
 from mnist_dist.distributed.gradients import FlatGradients, GradientClock
 from mnist_dist.distributed.launcher import asks_for_fsdp, check_engine, fsdp_settings
@@ -317,6 +323,8 @@ def _capture(recipe: Recipe, step: TrainStep, schedule: Schedule) -> tuple[Train
 def _notes(recipe: Recipe, step: TrainStep) -> list[str]:
     """Returns what the user should know about how the recipe was built."""
     notes = []
+    if reason := unused_gpu(step.accelerator.device):
+        notes.append(f"this machine has an NVIDIA GPU, but the run uses the CPU: {reason}")
     if recipe.mixed_precision == "bf16" and emulates_bf16(step.accelerator.device):
         notes.append(
             "bf16 is emulated: this CPU has no instructions for it, so a step takes several times as long as in fp32. "

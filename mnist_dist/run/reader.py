@@ -314,6 +314,8 @@ def open_run(folder: str | Path, weights: str, allow_code: Iterable[str] = ()) -
     try:
         run = load_run(folder, weights, allow_code)
         _ = run.model, run.geometry
+    except RecipeError:
+        raise
     except CodeRefused as error:
         raise RecipeError([Problem("command line", "--allow-code", f"{folder}: {error}", "code")]) from error
     except (OSError, ValueError) as error:

@@ -13,7 +13,14 @@ import pytest
 import torch
 
 from mnist_dist.distributed import devices, launcher
-from mnist_dist.distributed.devices import emulates_bf16, peak_memory, share_cores, sum_dtype, supports_precision
+from mnist_dist.distributed.devices import (
+    emulates_bf16,
+    peak_memory,
+    share_cores,
+    sum_dtype,
+    supports_precision,
+    unused_gpu,
+)
 from mnist_dist.machine import limits
 from mnist_dist.machine.limits import count_cores
 from tests.processes import ROOT, run
@@ -156,6 +163,39 @@ def test_a_cpu_without_instructions_for_bf16_emulates_it(monkeypatch):
         monkeypatch.setattr(devices.torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda native=native: native)
         assert emulates_bf16(torch.device("cpu")) == (not native)
         assert not emulates_bf16(torch.device("cuda"))
+
+
+@pytest.fixture
+def a_gpu(monkeypatch, tmp_path):
+    """A machine with one NVIDIA GPU, whose user has not asked for the CPU."""
+    (tmp_path / "nvidia0").touch()
+    (tmp_path / "nvidiactl").touch()
+    monkeypatch.setattr(devices, "DEVICE_FILES", tmp_path)
+    for name in ("ACCELERATE_USE_CPU", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def test_a_gpu_that_pytorch_cannot_use_is_named_with_the_reason(a_gpu, monkeypatch):
+    def too_old():
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nUpdate it")
+
+    monkeypatch.setattr(torch.cuda, "init", too_old)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert unused_gpu(torch.device("cpu")).endswith("too old (found version 11040).")
+    assert unused_gpu(torch.device("cuda")) == ""
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "built without CUDA" in unused_gpu(torch.device("cpu"))
+    (a_gpu / "nvidia0").unlink()
+    assert unused_gpu(torch.device("cpu")) == ""
+
+
+@pytest.mark.parametrize("asked", [("ACCELERATE_USE_CPU", "true"), ("CUDA_VISIBLE_DEVICES", "")])
+def test_a_gpu_is_not_named_if_the_user_asked_for_the_cpu(a_gpu, monkeypatch, asked):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert unused_gpu(torch.device("cpu"))
+    monkeypatch.setenv(*asked)
+    assert unused_gpu(torch.device("cpu")) == ""
 
 
 def test_the_peak_memory_is_that_of_tensors_where_the_gpu_counts_them(monkeypatch):

@@ -181,6 +181,8 @@ def test_faults_of_gpus_name_their_ranks():
     assert [each.verdict for each in checks.check_gpus(FakeRanks([{}, {}]))] == [OK]
     problem = checks.check_gpus(FakeRanks([{"problem": "no program"}, sound]))
     assert [each.verdict for each in problem] == [NOTE, OK]
+    [unused] = checks.check_gpus(FakeRanks([{}, {"unused": "built without CUDA"}, {"unused": "built without CUDA"}]))
+    assert (unused.verdict, unused.ranks) == (WARN, "1–2") and "built without CUDA" in unused.figure
 
 
 # --- Weights & Biases ---------------------------------------------------------------------------------------------

@@ -221,6 +221,13 @@ def test_a_cpu_that_emulates_bf16_is_named(accelerator, monkeypatch, precision, 
     assert [note.split(":")[0] for note in notes] == ["bf16 is emulated"] * (emulated and precision == "bf16")
 
 
+def test_a_gpu_that_the_run_does_not_use_is_named(accelerator, monkeypatch):
+    monkeypatch.setattr("mnist_dist.run.build.unused_gpu", lambda device: f"no driver for {device.type}")
+    recipe = load_recipe("debug")
+    [note] = build_components(recipe, "no", DATASET.train, build_module(recipe, DATASET)).notes
+    assert "NVIDIA GPU" in note and "no driver for cpu" in note
+
+
 # --- the images' shape and place ----------------------------------------------------------------------------------
 
 

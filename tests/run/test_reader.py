@@ -42,3 +42,10 @@ def test_the_message_names_the_weights_that_the_run_has(debug_run: Path, missing
     assert f"{missing}.safetensors" in message() and "--weights" not in message()
     with pytest.raises(FileNotFoundError, match=missing):
         _ = load_run(debug_run, missing).model
+
+
+def test_a_path_with_an_unknown_variable_is_one_problem():
+    with pytest.raises(RecipeError) as caught:
+        open_run("$NOT_SET/run", "best")
+    [problem] = caught.value.problems
+    assert "NOT_SET" in problem.message and "nothing was done" not in problem.message
