@@ -86,7 +86,7 @@ def _add_weights(parser: Parser) -> None:
 
 
 def _add_data(parser: Parser) -> None:
-    parser.add_argument("--data", metavar="NAME", help="another data set with the same number of classes, e.g. qmnist")
+    parser.add_argument("--data", metavar="NAME", help="another data set with the same classes, e.g. qmnist")
 
 
 def _add_json(parser: Parser, content: str) -> None:
@@ -114,7 +114,8 @@ def _train(parser: Parser) -> None:
 def _evaluate(parser: Parser) -> None:
     _add_run(parser)
     _add_weights(parser)
-    parser.add_argument("--split", choices=["test", "validation"], default="test", help="images to use (default: test)")
+    split = "images to use (default: test); all: also the training images, e.g. of new images of your own"
+    parser.add_argument("--split", choices=["test", "validation", "all"], default="test", help=split)
     parser.add_argument("--tta", choices=["flip"], help="also evaluate the mean prediction for image and mirror image")
     _add_data(parser)
     _add_json(parser, "the report")

@@ -61,7 +61,7 @@ def ensemble(runs: list[Run], *overrides: str) -> dict[str, Any]:
     """
     if len(runs) < 2:
         raise _refusal(runs[0], "an ensemble needs at least two runs", "usage")
-    recipes, test_sets = zip(*(load_evaluation_data(run, *overrides) for run in runs), strict=True)
+    recipes, test_sets, notes = zip(*(load_evaluation_data(run, *overrides) for run in runs), strict=True)
     _check_members(runs, test_sets)
     evaluations = [evaluate_run(run, recipe, data) for run, recipe, data in zip(runs, recipes, test_sets, strict=True)]
     labels, classes = test_sets[0].labels.cpu(), test_sets[0].classes
@@ -71,7 +71,7 @@ def ensemble(runs: list[Run], *overrides: str) -> dict[str, Any]:
         "split": "test",
         "weights": runs[0].weights,
         "disagreements": int((predictions != predictions[0]).any(dim=0).sum()),
-        "notes": precision_notes(*recipes) + class_average_notes(),
+        "notes": notes[0] + precision_notes(*recipes) + class_average_notes(),
         "members": [
             {
                 "run": str(run.folder.path),

@@ -21,6 +21,7 @@ from mnist_dist.distributed.launcher import end_process, launched_world
 from mnist_dist.engine.evaluation import evaluate_mean
 from mnist_dist.engine.precision import PRECISION_NAMES
 from mnist_dist.run.evaluation import (
+    Split,
     class_average_notes,
     describe_averages,
     evaluate_run,
@@ -43,14 +44,15 @@ MOST_ROWS = 40
 """Of more classes, those with the lowest accuracy are printed."""
 
 
-def evaluate(run: Run, *overrides: str, split: str = "test", tta: Literal["flip"] | None = None) -> dict[str, Any]:
+def evaluate(run: Run, *overrides: str, split: Split = "test", tta: Literal["flip"] | None = None) -> dict[str, Any]:
     """Evaluates a run's network on the run's own data, or on other data that `overrides` name.
 
     Collective: call on every rank.
 
     Args:
         overrides: recipe keys, e.g. `data.dataset=kmnist`.
-        split: "test", or "validation" for the images that the recipe held out.
+        split: "test"; "validation" for the images that the recipe held out; "all" for all images of the data set, e.g.
+            of new images of the user's own.
         tta: test-time augmentation. "flip" also evaluates the mean of the probabilities of each image and its mirror
             image.
 
@@ -60,17 +62,17 @@ def evaluate(run: Run, *overrides: str, split: str = "test", tta: Literal["flip"
         With `tta` also `tta`: its `name`, `accuracy`, `loss` and `calibration_error`.
 
     Raises:
-        RecipeError: the data cannot be read or has another number of classes.
+        RecipeError: the data cannot be read, or the network does not know its classes or the shape of its images.
         OSError, ValueError: the weights are missing or damaged.
     """
-    recipe, data = load_evaluation_data(run, *overrides, split=split)
+    recipe, data, notes = load_evaluation_data(run, *overrides, split=split)
     plain = evaluate_run(run, recipe, data)
     result = report(plain, data.labels, data.classes) | {
         "dataset": recipe.data.dataset,
         "split": split,
         "weights": run.weights,
         "precision": PRECISION_NAMES[evaluation_precision(recipe)],
-        "notes": precision_notes(recipe) + class_average_notes(),
+        "notes": notes + precision_notes(recipe) + class_average_notes(),
     }
     if tta == "flip":
         mean = evaluate_mean([plain, evaluate_run(run, recipe, data, mirrored=True)], data.labels.cpu())

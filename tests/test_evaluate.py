@@ -5,16 +5,26 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torchvision
+from PIL import Image
 
 from mnist_dist import load_recipe, load_run, train
 from mnist_dist.data import DATASETS, Images
 from mnist_dist.data.sources.request import Splits
+from mnist_dist.errors import RecipeError
 from mnist_dist.evaluate import evaluate, main, show
-from mnist_dist.run.evaluation import calibration_error, class_averages, evaluate_run, load_evaluation_data
+from mnist_dist.run.evaluation import (
+    Split,
+    calibration_error,
+    class_averages,
+    evaluate_run,
+    load_evaluation_data,
+)
+from mnist_dist.run.prediction import predict_picture
 from tests.colour import CLASSES
 
 QUIET = ["tracking.plots=false", "tracking.wandb.mode=disabled"]
@@ -156,7 +166,7 @@ def test_flip_evaluates_the_mean_of_image_and_mirror_image(validated_run, tmp_pa
     flipped = written.pop("tta")
     assert written == json.loads(json.dumps(plain)), "the plain figures must not change"
 
-    recipe, data = load_evaluation_data(run)
+    recipe, data, _ = load_evaluation_data(run)
     mirrored = replace(data, images=data.images.flip(-1))
     straight, mirror = (evaluate_run(run, recipe, images).probabilities.double() for images in (data, mirrored))
     mean, labels = (straight + mirror) / 2, data.labels
@@ -196,12 +206,27 @@ def test_bad_input_is_refused(refused, debug_run, monkeypatch, words, key, kind)
 def test_data_with_another_number_of_classes_is_refused(refused, debug_run, monkeypatch):
     source = DATASETS["synthetic"]
 
-    def nine_classes(request):
+    def eleven_classes(request):
         splits = source(request)
-        return Splits(*(replace(part, classes=part.classes[:9]) for part in splits.parts))
+        return Splits(*(replace(part, classes=(*part.classes, "ten")) for part in splits.parts))
 
-    monkeypatch.setitem(DATASETS, "synthetic", nine_classes)
+    monkeypatch.setitem(DATASETS, "synthetic", eleven_classes)
     assert refused(lambda: main([str(debug_run)])) == [("data.dataset", "conflict")]
+
+
+def test_a_published_set_with_other_class_names_is_compared_by_position(debug_run, monkeypatch):
+    before = evaluate(load_run(debug_run, "last"))
+    source = DATASETS["synthetic"]
+
+    def renamed(request):
+        splits = source(request)
+        return Splits(*(replace(part, classes=tuple("abcdefghij")) for part in splits.parts))
+
+    monkeypatch.setitem(DATASETS, "synthetic", renamed)
+    found = evaluate(load_run(debug_run, "last"))
+    assert found["accuracy"] == before["accuracy"] and list(found["classes"]) == list("abcdefghij")
+    assert [note for note in found["notes"] if "by position" in note]
+    assert not [note for note in before["notes"] if "by position" in note]
 
 
 def test_a_network_that_changed_after_the_training_is_refused(refused, tmp_path, monkeypatch):
@@ -232,3 +257,77 @@ def test_it_uses_the_kernels_of_the_recipe(debug_run):
 def test_damaged_weights_are_refused(refused, debug_run):
     (debug_run / "last.safetensors").write_bytes(b"nothing")
     assert refused(lambda: main([str(debug_run)])) == [(str(debug_run), "damaged")]
+
+
+# --- the user's own images ----------------------------------------------------------------------------------------
+
+CORNERS = {"ant": (0, 0), "bird": (8, 0), "cat": (0, 8), "dog": (8, 8)}
+"""Class -> the left and upper pixel of the bright corner of its pictures."""
+
+
+def write_classes(folder: Path, *names: str, mode: str = "RGB") -> Path:
+    """Writes ten pictures of each class, with one bright corner, into folder/CLASS."""
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        for number in range(10):
+            picture = Image.new("L", (16, 16), 5 * number)
+            picture.paste(250 - 5 * number, (*CORNERS[name], CORNERS[name][0] + 8, CORNERS[name][1] + 8))
+            picture.convert(mode).save(folder / name / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def animals_run(tmp_path_factory) -> Path:
+    """A run on colour pictures of three classes, which its network never confuses."""
+    folder = tmp_path_factory.mktemp("animals")
+    root = write_classes(folder / "photos", "bird", "cat", "dog")
+    words = ["model.name=lenet5", "data.dataset=folder", f"data.root={root}", "epochs=8", "batch_size=6"]
+    words += ["data.augment={}", "data.limit_train=null", "data.limit_test=null", "schedule.max_lr=0.01"]
+    train(load_recipe("debug", *words, *QUIET), folder / "run")
+    assert evaluate(load_run(folder / "run", "last"), split="all")["accuracy"] == 100
+    return folder / "run"
+
+
+def evaluate_folder(run: Path, root: Path, split: Split = "all") -> dict[str, Any]:
+    """Evaluates the last weights of a run on a folder of pictures."""
+    return evaluate(load_run(run, "last"), f"data.root={root}", split=split)
+
+
+def test_every_image_of_a_new_folder_is_evaluated_on_request(animals_run, tmp_path):
+    new = write_classes(tmp_path / "new", "bird", "cat", "dog")
+    found = evaluate_folder(animals_run, new)
+    assert (found["images"], found["split"], found["accuracy"]) == (30, "all", 100)
+    assert not [note for note in found["notes"] if "--split all" in note]
+    part = evaluate_folder(animals_run, new, split="test")
+    assert part["images"] == 6 and [note for note in part["notes"] if "6 of the 30 images" in note]
+    assert not [note for note in evaluate(load_run(animals_run))["notes"] if "--split all" in note]
+
+
+def test_with_validation_images_all_means_each_image_once(validated_run):
+    assert evaluate(load_run(validated_run, "last"), split="all")["images"] == 256 + 100 + 203
+
+
+@pytest.mark.parametrize("names", [("dog", "bird"), ("cat", "dog")])
+def test_own_classes_are_compared_by_name(animals_run, tmp_path, names):
+    found = evaluate_folder(animals_run, write_classes(tmp_path / "new", *names))
+    assert found["accuracy"] == 100 and list(found["classes"]) == ["bird", "cat", "dog"]
+    assert {name for name, each in found["classes"].items() if each["images"]} == set(names)
+
+
+def test_own_classes_that_the_network_does_not_know_are_refused_even_if_their_number_fits(animals_run, tmp_path):
+    new = write_classes(tmp_path / "new", "ant", "bird", "cat")
+    with pytest.raises(RecipeError, match=r"does not know ant; it knows 3: bird, cat, dog") as caught:
+        evaluate_folder(animals_run, new)
+    assert [(each.key, each.kind) for each in caught.value.problems] == [("data.dataset", "conflict")]
+
+
+def test_grey_pictures_are_evaluated_by_a_network_for_colour_as_predict_does(animals_run, tmp_path):
+    new = write_classes(tmp_path / "new", "bird", "cat", "dog", mode="L")
+    assert evaluate_folder(animals_run, new)["accuracy"] == 100
+    assert predict_picture(load_run(animals_run, "last"), new / "cat" / "3.png")["class"] == "cat"
+
+
+def test_images_of_another_size_are_refused_with_the_keys_that_help(animals_run, tmp_path):
+    new = write_classes(tmp_path / "new", "bird", "cat", "dog")
+    with pytest.raises(RecipeError, match=r"add data.image_size=\[16,16\] data.channels=3$"):
+        evaluate(load_run(animals_run, "last"), f"data.root={new}", "data.image_size=20")

@@ -28,7 +28,7 @@ from mnist_dist.export.verify import Deployed, Form, Predictor, check_agreement,
 from mnist_dist.recipe.loading import load_recipe
 from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.data import load_data
-from mnist_dist.run.evaluation import check_shape
+from mnist_dist.run.evaluation import fit_to_network
 from mnist_dist.run.onnx_model import trace_program
 from mnist_dist.run.reader import Run
 
@@ -130,10 +130,8 @@ def _load_source(run: Run, deployed: Deployed, overrides: tuple[str, ...]) -> So
     """Loads the data, checks that the network fits it and can be exported, and measures the network."""
     recipe = load_recipe(run.folder.recipe, *overrides, "data.limit_test=null", import_code=False)
     data, about = load_data(recipe, launched_world(), run.allow_code), run.about
-    if len(data.test.classes) != len(about["classes"]):
-        message = f"{recipe.data.dataset} has {len(data.test.classes)} classes, the network {len(about['classes'])}"
-        raise RecipeError([Problem("command line", "data.dataset", message, "conflict")])
-    check_shape(recipe, data.test, run)
+    test, _ = fit_to_network(recipe, data.test, run)
+    data = replace(data, test=test)
     refuse_batch_dependence(deployed, data.test.images[:8], about["model"])
     size = (run.folder.path / f"{run.weights}.safetensors").stat().st_size
     network = measure_form("PyTorch", size, deployed, data.test, recipe.eval_batch_size)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
-from mnist_dist.data import Images, describe_shape
+from mnist_dist.data import Dataset, Images, describe_shape
+from mnist_dist.data.form import Form, fit_images
+from mnist_dist.data.sources import OWN, SHAPES
 from mnist_dist.data.store import fits_on_device
 from mnist_dist.distributed.devices import share_cores, supports_precision
 from mnist_dist.distributed.launcher import launched_world
@@ -31,38 +35,76 @@ CALIBRATION_BINS = 15
 """Bins of equal width, as in Guo et al., "On Calibration of Modern Neural Networks", ICML 2017."""
 
 
-def load_evaluation_data(run: Run, *overrides: str, split: str = "test") -> tuple[Recipe, Images]:
-    """Returns a run's recipe with `overrides` applied, and the images of one of its splits.
+Split = Literal["test", "validation", "all"]
+"""Which images of a data set are evaluated; "all" also means the training images."""
+
+
+def load_evaluation_data(run: Run, *overrides: str, split: Split = "test") -> tuple[Recipe, Images, list[str]]:
+    """Returns a run's recipe with `overrides` applied, the images of one of its splits, and notes for the user.
 
     Collective: call on every rank.
 
     Args:
         overrides: recipe keys, e.g. `data.dataset=kmnist`.
-        split: "test" or "validation".
 
     Raises:
-        RecipeError: the data cannot be read, the run has no validation images, or the data has another number of
-            classes than the network.
+        RecipeError: the data cannot be read, the run has no validation images, or the network does not know the data's
+            classes or the shape of its images.
     """
     recipe = load_recipe(run.folder.recipe, *overrides, import_code=False)
     dataset = load_data(recipe, launched_world(), run.allow_code)
     if split == "validation" and not dataset.has_validation:
         message = "this run has no validation images (data.validation is 0); use --split test"
         raise RecipeError([Problem("command line", "--split", message, "conflict")])
-    data, classes = dataset.held_out if split == "validation" else dataset.test, run.about["classes"]
-    if len(classes) != len(data.classes):
-        message = f"{recipe.data.dataset} has {len(data.classes)} classes, but the network has {len(classes)}"
-        raise RecipeError([Problem("command line", "data.dataset", message, "conflict")])
-    check_shape(recipe, data, run)
-    return recipe, data
+    data, notes = fit_to_network(recipe, _select(dataset, split), run)
+    if recipe.data.dataset in OWN and any(word.startswith(("data.dataset=", "data.root=")) for word in overrides):
+        total = len(_select(dataset, "all").labels)
+        if len(data) < total:
+            notes.append(f"{len(data):,} of the {total:,} images were evaluated; --split all evaluates all of them")
+    return recipe, data, notes
 
 
-def check_shape(recipe: Recipe, data: Images, run: Run) -> None:
-    """Raises RecipeError if the images do not have the shape that the run's network takes."""
+def _select(dataset: Dataset, split: Split) -> Images:
+    if split != "all":
+        return dataset.held_out if split == "validation" else dataset.test
+    parts = [dataset.train, dataset.test, *([dataset.held_out] if dataset.has_validation else [])]
+    images, labels = (torch.cat([getattr(part, name) for part in parts]) for name in ("images", "labels"))
+    return replace(dataset.test, images=images, labels=labels)
+
+
+def fit_to_network(recipe: Recipe, data: Images, run: Run) -> tuple[Images, list[str]]:
+    """Returns images with the network's classes and channels, and notes for the user.
+
+    Classes are compared by name; published data sets also by position, as many data sets share the shape of MNIST.
+
+    Raises:
+        RecipeError: the network does not know a class, or takes images of another size.
+    """
+    known, name, notes = tuple(run.about["classes"]), recipe.data.dataset, []
+    if unknown := [each for each in data.classes if each not in known]:
+        if name not in SHAPES or len(known) != len(data.classes):
+            message = f"{name} has {len(data.classes)} classes, and the network does not know {_listed(unknown)}; "
+            raise _conflict(f"{message}it knows {len(known)}: {_listed(known)}")
+        notes.append(f"the classes of {name} have other names than the network's: they were compared by position")
+    else:
+        positions = torch.tensor([known.index(each) for each in data.classes], device=data.labels.device)
+        data = replace(data, labels=positions[data.labels], classes=known)
+    if name not in SHAPES and data.shape[1:] == run.shape[1:]:  # `predict` converts the user's own pictures, too
+        data = replace(data, images=fit_images(data.images, Form(channels=run.shape[0])))
     if data.shape != run.shape:
-        message = f"{recipe.data.dataset} has images of {describe_shape(data.shape)}, but the network takes "
-        message += f"{describe_shape(run.shape)}"
-        raise RecipeError([Problem("command line", "data.dataset", message, "conflict")])
+        channels, height, width = run.shape
+        message = f"{name} has images of {describe_shape(data.shape)}, but the network takes "
+        message += f"{describe_shape(run.shape)}; add data.image_size=[{height},{width}] data.channels={channels}"
+        raise _conflict(message)
+    return data, notes
+
+
+def _conflict(message: str) -> RecipeError:
+    return RecipeError([Problem("command line", "data.dataset", message, "conflict")])
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if names[8:] else "")
 
 
 def evaluate_run(run: Run, recipe: Recipe, data: Images, *, mirrored: bool = False) -> Evaluation:

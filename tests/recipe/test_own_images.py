@@ -291,7 +291,7 @@ def test_a_colour_folder_is_trained_and_evaluated(tmp_path):
     run = load_run(tmp_path / "run", "last")
     assert run.shape == (3, 12, 20) and run.about["classes"] == ["cat", "dog"]
     assert run.model(torch.zeros(2, 3, 12, 20)).shape == (2, 2)
-    _, data = load_evaluation_data(run)
+    _, data, _ = load_evaluation_data(run)
     assert data.shape == (3, 12, 20) and len(data) == 6
     with pytest.raises(RecipeError):
         load_evaluation_data(run, "data.image_size=10")
@@ -341,7 +341,7 @@ def test_a_run_folder_does_not_import_a_function_without_permission(tmp_path, re
     run = load_run(tmp_path / "run", "last")
     assert refused(lambda: load_evaluation_data(run)) == [("--allow-code", "code")]
     assert not Path("imported").exists()
-    _, data = load_evaluation_data(load_run(tmp_path / "run", "last", allow_code="my_own_data"))
+    _, data, _ = load_evaluation_data(load_run(tmp_path / "run", "last", allow_code="my_own_data"))
     assert len(data) == 10 and Path("imported").exists()
-    _, data = load_evaluation_data(run, "data.dataset=my_own_data:load")  # a person named it
+    _, data, _ = load_evaluation_data(run, "data.dataset=my_own_data:load")  # a person named it
     assert len(data) == 10
