@@ -63,7 +63,7 @@ def prepare_model(
             cannot train on a single image although a micro-batch of this run has only one.
     """
     device = device or torch.device("cpu")
-    module = _build(recipe, dataset, device)
+    module, output = _build(recipe, dataset, device)
     _freeze(recipe, module.train())
     sharded = asks_for_fsdp() and world_size > 1
     # Sharded parameters and logical shards reduce their gradients themselves, and tolerate a missing one.
@@ -81,15 +81,15 @@ def prepare_model(
         )
         raise RecipeError([recipe.problem("ddp.find_unused_parameters", message, "conflict")])
     _check_single_image(recipe, module, dataset.train, world_size)
-    notes = _notes(recipe, trial) + _micro_batch_notes(recipe, module, dataset.train, world_size)
+    notes = _notes(recipe, trial, output) + _micro_batch_notes(recipe, module, dataset.train, world_size)
     if trial.layout_failure:
         engine = recipe.engine.model_copy(update={"channels_last": False})
         recipe = recipe.model_copy(update={"engine": engine})
     return PreparedModel(module, recipe, notes)
 
 
-def _build(recipe: Recipe, dataset: Dataset, device: torch.device) -> nn.Module:
-    """Builds the network and evaluates it on two images."""
+def _build(recipe: Recipe, dataset: Dataset, device: torch.device) -> tuple[nn.Module, torch.Tensor]:
+    """Builds the network and evaluates it on two images. Returns the network and its outputs."""
     classes, name = len(dataset.train.classes), recipe.model.name
     torch.manual_seed(derive_seed(recipe.seed))
     dtype = torch.get_default_dtype()
@@ -126,10 +126,15 @@ def _build(recipe: Recipe, dataset: Dataset, device: torch.device) -> nn.Module:
         if not isinstance(output, torch.Tensor):
             message += ", or a mapping or an object with such `logits` and without auxiliary outputs (aux…)"
         raise RecipeError([recipe.problem("model.name", message, "model")])
-    return module
+    return module, output
 
 
-def _notes(recipe: Recipe, trial: Trial) -> list[str]:
+def _are_probabilities(output: torch.Tensor) -> bool:
+    """Returns whether each row is positive and sums to 1, as after a softmax."""
+    return bool((output >= 0).all()) and torch.allclose(output.sum(dim=1), torch.ones(len(output)), atol=1e-4)
+
+
+def _notes(recipe: Recipe, trial: Trial, output: torch.Tensor) -> list[str]:
     """Returns what the user should know about the network: one note for each finding."""
     notes, name = [], recipe.model.name
     if trial.layout_failure:
@@ -139,6 +144,8 @@ def _notes(recipe: Recipe, trial: Trial) -> list[str]:
         )
     if trial.without_gradient:
         notes.append(f"{name}: no gradient for {_listed(trial.without_gradient)}; these parameters do not train")
+    if _are_probabilities(output.float()):
+        notes.append(f"{name}: the outputs are probabilities, but the loss expects logits; remove the softmax")
     if trial.blind_region:
         notes.append(f"{name}: part of the image cannot change the output: {trial.blind_region}")
     return notes

@@ -267,6 +267,28 @@ def test_two_processes_refuse_a_layer_that_is_not_always_called(network):
     assert prepare(network, "logical_shards=2", world_size=2).module.training
 
 
+class Probabilities(nn.Sequential):
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(784, num_classes), nn.Softmax(dim=1))
+
+
+class LogProbabilities(nn.Sequential):
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(784, num_classes), nn.LogSoftmax(dim=1))
+
+
+class Positive(nn.Sequential):
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(784, num_classes), nn.ReLU())
+
+
+@pytest.mark.parametrize(
+    ("network", "noted"), [(Probabilities, True), (LogProbabilities, False), (Positive, False), ("lenet5", False)]
+)
+def test_a_note_names_a_network_with_a_softmax(network, noted):
+    assert ["softmax" in note for note in prepare(network).notes] == [True] * noted
+
+
 def test_a_note_names_a_layer_that_is_never_called(monkeypatch):
     for world_size, words in [(1, []), (2, ["ddp.find_unused_parameters=true"])]:
         [note] = prepare(HasAnUnusedLayer, *words, world_size=world_size).notes
