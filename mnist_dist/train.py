@@ -49,7 +49,6 @@ from mnist_dist.run.folder import RunFolder
 from mnist_dist.run.log_lines import LogLines
 from mnist_dist.run.model_setup import prepare_model
 from mnist_dist.run.model_summary import summarize_model
-from mnist_dist.run.plan import Plan
 from mnist_dist.run.provenance import git_commit, versions
 from mnist_dist.run.resume import components_state, finished_results, has_checkpoint, load_newest, open_folder
 from mnist_dist.run.summary import finish_run, open_trackers, show_notes, stop_run
@@ -165,7 +164,7 @@ def train(
     interrupts, images = Interrupts(state), len(dataset.train)
     with interrupts, open_folder(recipe, run_dir, state, resume, allow_recipe_change, images, interrupts) as folder:
         _write_model_summary(folder, module, dataset.train.shape, state)
-        checkpoint, problems = load_newest(folder, state, Plan.of(recipe, images))
+        checkpoint, problems = load_newest(folder, state, recipe, dataset.train, allow_recipe_change)
         if resumes and not checkpoint:  # every checkpoint was damaged: the run starts again
             notes = run_on_all_ranks(state, lambda: load_initial_weights(recipe, module))
         components = build_components(recipe, precision, dataset.train, module, teachers)  # sets determinism globally

@@ -35,7 +35,7 @@ from mnist_dist.run.components import Progress, TrainingComponents
 from mnist_dist.run.elastic_saves import ElasticSaves
 from mnist_dist.run.failures import describe_cause
 from mnist_dist.run.folder import RunFolder
-from mnist_dist.run.plan import Plan
+from mnist_dist.run.plan import Plan, identify_data
 from mnist_dist.run.resume import file_bytes
 from mnist_dist.tracking import ConsoleTracker, JSONLTracker, OtherTracker, WandbTracker, find_tracker
 
@@ -59,6 +59,7 @@ class Checkpointer:
         self._is_main = components.accelerator.is_main_process
         self._writer = Writer(components.accelerator.device)
         self._about = components.describe_weights(recipe) if self._is_main else {}
+        self._data = identify_data(components.update.data)
         self._shard_group: Any = None  # the process group of the ranks' threads, if the state is sharded
         if any(is_sharded(parameter) for parameter in components.module.parameters()):
             run_on_all_ranks(self._state, self._check_disk)
@@ -178,6 +179,7 @@ class Checkpointer:
             state["train_seconds"] = self.train_seconds()
             batches = self._components.batches
             state["plan"] = asdict(Plan(batches.num_samples, batches.batch_size, self._components.total_steps))
+            state["data"] = self._data
             if metrics := find_tracker(self._components.accelerator, JSONLTracker):
                 state["metrics_bytes"] = metrics.bytes_written()
             if wandb := find_tracker(self._components.accelerator, WandbTracker):

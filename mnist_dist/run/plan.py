@@ -1,10 +1,12 @@
-"""The plan of a run's steps, and the conversion of a checkpoint if the batch size, the data or the length changes."""
+"""The steps and the data of a checkpoint, and what happens if the batch size, the data or the length changes."""
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mnist_dist.data import Images
 from mnist_dist.engine.schedules import Schedule, build_schedule
 from mnist_dist.errors import Problem, RecipeError
 from mnist_dist.recipe.schema import Recipe
@@ -112,3 +114,44 @@ def _changes_past(recipe: Recipe, new: Plan, old_total: int, step: int) -> bool:
         and after.momentum_at is not None
         and any(before.momentum_at(each) != after.momentum_at(each) for each in steps)
     )
+
+
+# --- the data -----------------------------------------------------------------------------------------------------
+
+SAMPLED = 64
+"""Number of images, evenly spaced, that `identify_data` reads: a data set may be larger than the memory."""
+
+
+def identify_data(data: Images) -> dict[str, Any]:
+    """Returns the names of the classes, and a hash of the shape, of all labels and of `SAMPLED` images."""
+    digest = hashlib.sha256(repr(tuple(data.images.shape)).encode())
+    digest.update(data.labels.cpu().numpy().tobytes())
+    rows = data.images[:: -(-len(data) // SAMPLED)]
+    digest.update(rows.cpu().numpy().tobytes())
+    return {"classes": list(data.classes), "digest": digest.hexdigest()}
+
+
+def compare_data(recipe: Recipe, data: Images, checkpoint: dict[str, Any], allow_change: bool) -> list[str]:
+    """Compares the training images with those that a checkpoint was made with; returns a note if they differ.
+
+    Args:
+        checkpoint: the state to continue from; empty for a new run.
+        allow_change: accept other classes, if their number is the same.
+
+    Raises:
+        RecipeError: the classes have changed, so the outputs of the network would get another meaning.
+    """
+    old, new = checkpoint.get("data"), identify_data(data)
+    if old is None or old == new:  # earlier versions stored none
+        return []
+    step = f"the checkpoint at step {checkpoint['progress']['step']:,}"
+    if old["classes"] == new["classes"]:
+        return [f"the training images or their labels have changed since {step}; the run continues with the new ones"]
+    before, now = (
+        f"{len(each)} ({', '.join(each[:8])}{', …' * (len(each) > 8)})" for each in (old["classes"], data.classes)
+    )
+    message = f"the classes have changed since {step}: it has {before}, the data now has {now}"
+    if allow_change and len(old["classes"]) == len(data.classes):
+        return [f"{message}; the run continues with the new ones"]
+    advice = "restore the data, or start a new run from the weights: another --run-dir with model.init_from=THIS RUN"
+    raise RecipeError([recipe.problem("data.dataset", f"{message}\n{advice}", "conflict")])

@@ -13,6 +13,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from mnist_dist.data import Images
 from mnist_dist.distributed.collectives import run_on_all_ranks
 from mnist_dist.distributed.signals import Interrupts
 from mnist_dist.engine.checkpoint import (
@@ -30,7 +31,7 @@ from mnist_dist.recipe.loading import load_recipe
 from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.folder import RunFolder, unwritable
 from mnist_dist.run.lock import RunLock
-from mnist_dist.run.plan import Plan, converted, refuse_length
+from mnist_dist.run.plan import Plan, compare_data, converted, refuse_length
 from mnist_dist.run.trackers import refuse_missing_trackers
 
 # --- the run folder -----------------------------------------------------------------------------------------------
@@ -226,26 +227,33 @@ def adopt(folder: RunFolder, origin: RunFolder, state: dict[str, Any], keep: int
 # --- the checkpoint of this run -----------------------------------------------------------------------------------
 
 
-def load_newest(folder: RunFolder, state: PartialState, plan: Plan | None = None) -> tuple[dict[str, Any], list[str]]:
+def load_newest(
+    folder: RunFolder, state: PartialState, recipe: Recipe, data: Images, allow_recipe_change: bool
+) -> tuple[dict[str, Any], list[str]]:
     """Loads the newest valid checkpoint and restores its best weights. Collective: call on every rank.
 
     Args:
-        plan: the plan of the run that resumes. A checkpoint of another plan is replaced by a converted one.
+        recipe: the recipe of the run that resumes. A checkpoint of another plan is replaced by a converted one.
+        data: the training images of the run that resumes.
+        allow_recipe_change: see `compare_data`.
 
     Returns:
-        The checkpoint's state, equal on all ranks, empty if there is none; and a message for each damaged file.
+        The checkpoint's state, equal on all ranks, empty if there is none; and messages: damaged files, other data.
+
+    Raises:
+        RecipeError: the classes of the data have changed.
     """
     found: list[Any] = [None]
     if state.is_main_process:
         checkpoint, problems = newest_checkpoint(folder.checkpoints)
-        if checkpoint and plan:
-            checkpoint, message = _convert(folder.checkpoints, checkpoint, plan)
+        if checkpoint:
+            checkpoint, message = _convert(folder.checkpoints, checkpoint, Plan.of(recipe, len(data)))
             problems += [message] if message else []
         if checkpoint and "best" in checkpoint:
             problems += _restore_best(checkpoint.pop("best"), folder.best)
         found = [(checkpoint, problems)]
     checkpoint, problems = broadcast_object_list(found)[0]
-    return checkpoint or {}, problems
+    return checkpoint or {}, problems + compare_data(recipe, data, checkpoint or {}, allow_recipe_change)
 
 
 def _convert(folder: Path, checkpoint: dict[str, Any], plan: Plan) -> tuple[dict[str, Any], str]:

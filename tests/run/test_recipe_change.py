@@ -1,11 +1,16 @@
-"""Resuming with another recipe: batch size, optimizer, length; and the first speed after a resume."""
+"""Resuming with another recipe: batch size, optimizer, length; with other data; and the first speed after a resume."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
 from mnist_dist import load_recipe, train
+from mnist_dist.data import DATASETS, Images
+from mnist_dist.data.sources.request import Splits
 from mnist_dist.engine.metrics import Meter
 
 SMALL = ["data.limit_train=200", "data.limit_test=50", "tracking.wandb.mode=disabled", "checkpoint.keep=99"]
@@ -125,3 +130,57 @@ def test_the_first_speed_after_a_resume_counts_only_time_since_then(accelerator,
             second.load_state_dict(first.state_dict())
     assert second.read()["train/images_per_second"] == pytest.approx(10.0)
     assert second.seconds_per_step == 5.0 and second.own_seconds == 4.0
+
+
+# --- other data ---------------------------------------------------------------------------------------------------
+
+
+def rename(data: Images) -> Images:
+    return replace(data, classes=(*data.classes[:-1], "nine"))
+
+
+def add_class(data: Images) -> Images:
+    return replace(data, classes=(*data.classes, "ten"))
+
+
+def change_one_label(data: Images) -> Images:
+    return replace(data, labels=torch.cat([9 - data.labels[:1], data.labels[1:]]))
+
+
+def change_images(data: Images) -> Images:
+    return replace(data, images=255 - data.images)
+
+
+@pytest.fixture
+def resume_with(tmp_path, monkeypatch, capsys) -> Callable[..., str]:
+    """A function that resumes a run with changed training images and returns what it prints."""
+    words = [*SMALL, "batch_size=50", "checkpoint.every_steps=2", "epochs=2"]
+    train(load_recipe("debug", *words, "max_steps=2"), tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    (tmp_path / "run" / "STATUS").write_text("preempted\n")
+    source = DATASETS["synthetic"]
+
+    def resume(change: Callable[[Images], Images], allow: bool) -> str:
+        monkeypatch.setitem(
+            DATASETS, "synthetic", lambda request: Splits(*(change(part) for part in source(request).parts))
+        )
+        capsys.readouterr()
+        train(load_recipe("debug", *words, "max_steps=2"), tmp_path / "run", allow_recipe_change=allow)
+        return capsys.readouterr().out
+
+    return resume
+
+
+def test_other_classes_are_refused_and_only_other_names_can_be_allowed(resume_with, refused):
+    assert refused(lambda: resume_with(rename, False)) == [("data.dataset", "conflict")]
+    assert refused(lambda: resume_with(add_class, True)) == [("data.dataset", "conflict")]
+    assert "classes have changed" in resume_with(rename, True)
+
+
+@pytest.mark.parametrize("change", [change_one_label, change_images])
+def test_other_images_or_labels_are_a_note(resume_with, change):
+    assert "training images or their labels have changed since the checkpoint at step 2" in resume_with(change, False)
+
+
+def test_the_same_data_gives_no_note(resume_with):
+    assert "have changed" not in resume_with(lambda data: data, False)

@@ -20,6 +20,7 @@ from mnist_dist.engine.checkpoint import load_checkpoint, save_checkpoint
 from mnist_dist.engine.train_step import TrainStep
 from mnist_dist.errors import RecipeError
 from mnist_dist.run.checkpointing import Checkpointer
+from mnist_dist.run.data import load_data
 from mnist_dist.run.folder import RunFolder
 from mnist_dist.run.resume import load_newest
 from mnist_dist.tracking import JSONLTracker
@@ -113,14 +114,16 @@ def test_the_best_weights_are_restored_from_the_checkpoint(tmp_path):
     """The file may belong to a later evaluation, be damaged or be missing. The resumed run would not write it again."""
     words = ("data.limit_train=200", "data.limit_test=50", "batch_size=50", "epochs=2", "checkpoint.every_steps=5")
     folder = RunFolder(tmp_path / "run")
-    train(load_recipe("debug", *words), folder.path)
+    recipe = load_recipe("debug", *words)
+    train(recipe, folder.path)
+    data = load_data(recipe, PartialState()).train
     shutil.rmtree(folder.checkpoints / "step-8")  # of the last step
     content = bytes(load_checkpoint(folder.checkpoints / "step-5")["best"].numpy())
     for damaged, named in ((None, True), (content[:100], True), (content[:-1] + b"?", False), (content, False)):
         folder.best.unlink()
         if damaged:
             folder.best.write_bytes(damaged)
-        checkpoint, problems = load_newest(folder, PartialState())
+        checkpoint, problems = load_newest(folder, PartialState(), recipe, data, False)
         assert checkpoint["progress"]["step"] == 5 and "best" not in checkpoint
         assert folder.best.read_bytes() == content
         assert [str(folder.best) in problem for problem in problems] == [True] * named
