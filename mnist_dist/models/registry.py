@@ -1,16 +1,14 @@
 """Builds a network by its name: a network of this package, of torchvision or of timm, or a user's own class."""
 
-import importlib
 import inspect
-import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from mnist_dist.errors import did_you_mean
+from mnist_dist.machine.user_code import as_dotted, import_user_module
 from mnist_dist.models.catalogues import timm_builder, torchvision_builder
 from mnist_dist.models.lenet import lenet5
 from mnist_dist.models.mnistnet import MNISTNet
@@ -172,9 +170,12 @@ def find_builder(name: str) -> Builder:
         return timm_builder(name.removeprefix("timm/"))
     if ":" in name:
         return imported_builder(name)
+    own = "my_package.nets:MyNet"
+    if "." in name:  # mynets.py or mynets.MyNet
+        own = as_dotted(name) if name.endswith(".py") else ":".join(name.rsplit(".", 1))
     raise ValueError(
         f"unknown model {name!r}{did_you_mean(name, MODELS)}\n"
-        f"known: {', '.join(MODELS)}; torchvision/<name>; timm/<name>; your own class as my_package.nets:MyNet"
+        f"known: {', '.join(MODELS)}; torchvision/<name>; timm/<name>; your own class as {own}"
     )
 
 
@@ -189,18 +190,11 @@ def imported_builder(path: str) -> Builder:
     Raises:
         ValueError: the module cannot be imported, or has neither.
     """
-    module_name, _, attribute = path.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)
     try:
-        module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # a user's own module may raise any exception
-        raise ValueError(
-            f"model {path!r}: cannot import {module_name!r} ({str(error) or type(error).__name__})\n"
-            f"run the command in the folder that holds the module (this folder is {here}), or install its package"
-        ) from error
-    builder = getattr(module, attribute, None)
+        module, attribute = import_user_module(path)
+    except ImportError as error:
+        raise ValueError(f"model {error}") from error.__cause__
+    builder, module_name = getattr(module, attribute, None), module.__name__
     if not callable(builder):
         known = [word for word, value in vars(module).items() if inspect.isclass(value) or inspect.isfunction(value)]
         raise ValueError(

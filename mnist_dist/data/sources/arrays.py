@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import sys
 import zipfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +13,7 @@ from torch import Tensor
 from mnist_dist.data.form import DataError, as_image_arrays, as_label_array
 from mnist_dist.data.images import Images
 from mnist_dist.data.sources.request import Request, Splits, as_positions, divide, in_mixed_order
+from mnist_dist.machine.user_code import import_user_module
 
 MOST_ARCHIVE = 2**38
 """Bytes that the arrays of an archive may take in memory."""
@@ -129,24 +127,16 @@ def import_function(path: str) -> Any:
     Raises:
         DataError: the module cannot be imported, or does not define the function.
     """
-    module_name, _, attribute = path.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)
     try:
-        module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # a user's own module may raise any exception
-        message = f"{path!r}: cannot import {module_name!r} ({str(error) or type(error).__name__})\n"
-        message += "run the command in the folder that holds the "
-        raise DataError(
-            "dataset", f"{message}module (this folder is {here}), or install its package", "missing"
-        ) from error
+        module, attribute = import_user_module(path)
+    except ImportError as error:
+        raise DataError("dataset", str(error), "missing") from error
     function = getattr(module, attribute, None)
     # The name may be any callable that the module imports, e.g. a function that runs a program.
     if not inspect.isfunction(function) or function.__module__ != module.__name__:
         known = [name for name, each in vars(module).items() if inspect.isfunction(each)]
         message = (
-            f"{path!r}: {module_name!r} defines no function {attribute!r}; it has {', '.join(known[:8]) or 'none'}"
+            f"{path!r}: {module.__name__!r} defines no function {attribute!r}; it has {', '.join(known[:8]) or 'none'}"
         )
         raise DataError("dataset", message, "unknown")
     return function
