@@ -1,1 +1,1 @@
-"""What this process may use of its machine."""
+"""What this process may use of its machine, and code of the user's own."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mnist_dist.engine import optimizers
-from mnist_dist.errors import RecipeError
+from mnist_dist.errors import Problem, RecipeError
 from mnist_dist.recipe.checks import OPEN_SECTIONS, check_code, check_combinations, check_keywords, check_schema
-from mnist_dist.recipe.file import apply_overrides, find_recipe, read_recipe
+from mnist_dist.recipe.file import Origins, apply_overrides, find_recipe, read_recipe
 from mnist_dist.recipe.schema import Recipe
 
 
@@ -31,15 +32,31 @@ def load_recipe(name: str | Path, *overrides: str, import_code: bool = True) -> 
     problems = list(apply_overrides(values, origins, overrides, _default_names()))
     if values.get("name") is None:
         values["name"] = path.stem
-    checks = (check_schema, partial(check_code, import_code), partial(check_keywords, import_code))
-    for check in checks:
+    for check in (check_schema, partial(check_code, import_code)):
         problems += [origins.problem(*finding) for finding in check(values)]
+    problems += _advise([origins.problem(*finding) for finding in check_keywords(import_code, values)], values, origins)
     recipe = _resolve(values, {problem.key.partition(".")[0] for problem in problems})
     problems += [origins.problem(*finding) for finding in check_combinations(recipe, import_code)]
     if problems:
         raise RecipeError(problems)
     origins.named_by_user, recipe._origins = import_code, origins
     return recipe
+
+
+def _advise(problems: list[Problem], values: dict[str, Any], origins: Origins) -> list[Problem]:
+    """Adds advice where the command line names another class and the file still holds keywords of the former one."""
+    advised: set[str] = set()
+    found = []
+    for problem in problems:
+        section = problem.key.partition(".")[0]
+        renamed = origins.places.get(f"{section}.name") == "command line" != problem.where
+        if problem.kind == "unknown" and renamed and section not in advised:
+            advised.add(section)
+            name = values[section]["name"]
+            advice = f'to replace the whole section of the file, write "{section}={{name: {name}}}"'
+            problem = replace(problem, message=f"{problem.message}\n{advice}")
+        found.append(problem)
+    return found
 
 
 def _default_names() -> dict[str, str]:

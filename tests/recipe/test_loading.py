@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -169,6 +170,28 @@ def test_override_by_a_mapping_creates_a_section_that_the_file_lacks():
 def test_override_can_be_a_complete_section():
     recipe = load(MODEL + "optimizer: {momentum: 0.5}\n", "optimizer={name: adam, lr: 1e-2, betas: [0.8, 0.9]}")
     assert recipe.optimizer.model_dump() == {"name": "adam", "lr": 0.01, "betas": [0.8, 0.9]}
+
+
+@pytest.mark.parametrize(
+    ("section", "text", "word"),
+    [
+        ("optimizer", "{name: adam, betas: [0.8, 0.9], eps: 1e-7}", "optimizer.name=adagrad"),
+        ("schedule", "{name: step, step_size: 2}", "schedule.name=constant"),
+        ("model", "{name: model_v1, dropout: 0.1}", "model.name=resnet18"),
+    ],
+)
+def test_a_new_name_with_the_keywords_of_the_old_one_is_refused_with_a_word_that_is_accepted(section, text, word):
+    file = f"{MODEL if section != 'model' else ''}{section}: {text}\n"
+    with pytest.raises(RecipeError) as caught:
+        load(file, word)
+    [advice] = re.findall(rf'"({section}={{.*}})"', str(caught.value))
+    assert getattr(load(file, advice), section).name == word.partition("=")[2]
+
+
+def test_a_wrong_keyword_of_the_command_line_comes_without_that_advice():
+    with pytest.raises(RecipeError) as caught:
+        load(MODEL, "optimizer.name=sgd", "optimizer.momentun=1")
+    assert "whole section" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
