@@ -288,6 +288,19 @@ def animals_run(tmp_path_factory) -> Path:
     return folder / "run"
 
 
+def test_a_run_whose_own_images_have_changed_gets_a_note(tmp_path):
+    root = write_classes(tmp_path / "photos", "bird", "cat")
+    words = ["model.name=lenet5", "data.dataset=folder", f"data.root={root}", "epochs=1", "batch_size=6"]
+    train(load_recipe("debug", *words, "data.augment={}", "data.limit_train=null", *QUIET), tmp_path / "run")
+
+    def noted() -> bool:
+        return any("have changed" in note for note in evaluate(load_run(tmp_path / "run"))["notes"])
+
+    assert not noted()
+    (root / "cat" / "0.png").rename(root / "bird" / "10.png")
+    assert noted()
+
+
 def evaluate_folder(run: Path, root: Path, split: Split = "all") -> dict[str, Any]:
     """Evaluates the last weights of a run on a folder of pictures."""
     return evaluate(load_run(run, "last"), f"data.root={root}", split=split)

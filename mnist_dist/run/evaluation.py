@@ -29,11 +29,11 @@ from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.data import load_data
 from mnist_dist.run.kernels import set_determinism, set_kernels
 from mnist_dist.run.model_trial import copy_of, to_device
+from mnist_dist.run.plan import identify_data
 from mnist_dist.run.reader import Run
 
 CALIBRATION_BINS = 15
 """Bins of equal width, as in Guo et al., "On Calibration of Modern Neural Networks", ICML 2017."""
-
 
 Split = Literal["test", "validation", "all"]
 """Which images of a data set are evaluated; "all" also means the training images."""
@@ -57,18 +57,34 @@ def load_evaluation_data(run: Run, *overrides: str, split: Split = "test") -> tu
         message = "this run has no validation images (data.validation is 0); use --split test"
         raise RecipeError([Problem("command line", "--split", message, "conflict")])
     data, notes = fit_to_network(recipe, _select(dataset, split), run)
-    if recipe.data.dataset in OWN and any(word.startswith(("data.dataset=", "data.root=")) for word in overrides):
-        total = len(_select(dataset, "all").labels)
-        if len(data) < total:
-            notes.append(f"{len(data):,} of the {total:,} images were evaluated; --split all evaluates all of them")
+    notes += _data_notes(run, recipe, dataset, len(data), overrides)
     return recipe, data, notes
+
+
+def _data_notes(run: Run, recipe: Recipe, dataset: Dataset, evaluated: int, overrides: Sequence[str]) -> list[str]:
+    """Returns a note if only a part of other images was evaluated, or if the run's own training images have changed."""
+    if any(word.startswith(("data.dataset=", "data.root=")) for word in overrides):
+        total = sum(map(len, _parts(dataset)))
+        if recipe.data.dataset in OWN and evaluated < total:
+            return [f"{evaluated:,} of the {total:,} images were evaluated; --split all evaluates all of them"]
+        return []
+    known = run.about.get("data")  # earlier versions stored none
+    if any(word.startswith("data.") for word in overrides) or known in (None, identify_data(dataset.train)["digest"]):
+        return []
+    message = (
+        "the training images or their labels have changed since the training: the network may have been trained on"
+    )
+    return [f"{message} some of the images that were evaluated now"]
+
+
+def _parts(dataset: Dataset) -> list[Images]:
+    return [dataset.train, dataset.test, *([dataset.held_out] if dataset.has_validation else [])]
 
 
 def _select(dataset: Dataset, split: Split) -> Images:
     if split != "all":
         return dataset.held_out if split == "validation" else dataset.test
-    parts = [dataset.train, dataset.test, *([dataset.held_out] if dataset.has_validation else [])]
-    images, labels = (torch.cat([getattr(part, name) for part in parts]) for name in ("images", "labels"))
+    images, labels = (torch.cat([getattr(part, name) for part in _parts(dataset)]) for name in ("images", "labels"))
     return replace(dataset.test, images=images, labels=labels)
 
 

@@ -53,9 +53,10 @@ def _describe_memory(error: BaseException, recipe: Recipe, components: TrainingC
     if isinstance(recipe.micro_batch_size, int):
         size = min(size, recipe.micro_batch_size)
     smaller = f"micro_batch_size={size // 2}, " if size > 1 else ""
+    narrower = "mixed_precision=bf16, " if state.device.type != "cpu" else ""  # some CPUs emulate it
     where = f"the memory of rank {state.process_index} ({device_name(state.device)}) is full after step {step}"
     return [
         f"{where}: {first_line(error)}",
         f"the rank computes up to {size} images at once in training, and up to {recipe.eval_batch_size} in evaluation",
-        f"try {smaller}a smaller batch_size or eval_batch_size, mixed_precision=bf16, or more processes",
+        f"try {smaller}a smaller batch_size or eval_batch_size, {narrower}or more processes",
     ]
