@@ -135,7 +135,7 @@ def compare_data(recipe: Recipe, data: Images, checkpoint: dict[str, Any], allow
     """Compares the training images with those that a checkpoint was made with; returns a note if they differ.
 
     Args:
-        checkpoint: the state to continue from; empty for a new run.
+        checkpoint: the state to continue from.
         allow_change: accept other classes, if their number is the same.
 
     Raises:

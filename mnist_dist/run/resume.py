@@ -243,17 +243,22 @@ def load_newest(
     Raises:
         RecipeError: the classes of the data have changed.
     """
-    found: list[Any] = [None]
-    if state.is_main_process:
+
+    def load_on_main() -> tuple[dict[str, Any], list[str]] | None:
+        if not state.is_main_process:
+            return None
         checkpoint, problems = newest_checkpoint(folder.checkpoints)
         if checkpoint:
+            # Before the conversion: a refused run changes nothing.
+            problems += compare_data(recipe, data, checkpoint, allow_recipe_change)
             checkpoint, message = _convert(folder.checkpoints, checkpoint, Plan.of(recipe, len(data)))
             problems += [message] if message else []
         if checkpoint and "best" in checkpoint:
             problems += _restore_best(checkpoint.pop("best"), folder.best)
-        found = [(checkpoint, problems)]
-    checkpoint, problems = broadcast_object_list(found)[0]
-    return checkpoint or {}, problems + compare_data(recipe, data, checkpoint or {}, allow_recipe_change)
+        return checkpoint or {}, problems
+
+    checkpoint, problems = broadcast_object_list([run_on_all_ranks(state, load_on_main)])[0]
+    return checkpoint, problems
 
 
 def _convert(folder: Path, checkpoint: dict[str, Any], plan: Plan) -> tuple[dict[str, Any], str]:

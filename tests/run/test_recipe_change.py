@@ -160,12 +160,12 @@ def resume_with(tmp_path, monkeypatch, capsys) -> Callable[..., str]:
     (tmp_path / "run" / "STATUS").write_text("preempted\n")
     source = DATASETS["synthetic"]
 
-    def resume(change: Callable[[Images], Images], allow: bool) -> str:
+    def resume(change: Callable[[Images], Images], allow: bool, *overrides: str) -> str:
         monkeypatch.setitem(
             DATASETS, "synthetic", lambda request: Splits(*(change(part) for part in source(request).parts))
         )
         capsys.readouterr()
-        train(load_recipe("debug", *words, "max_steps=2"), tmp_path / "run", allow_recipe_change=allow)
+        train(load_recipe("debug", *words, *overrides, "max_steps=2"), tmp_path / "run", allow_recipe_change=allow)
         return capsys.readouterr().out
 
     return resume
@@ -175,6 +175,21 @@ def test_other_classes_are_refused_and_only_other_names_can_be_allowed(resume_wi
     assert refused(lambda: resume_with(rename, False)) == [("data.dataset", "conflict")]
     assert refused(lambda: resume_with(add_class, True)) == [("data.dataset", "conflict")]
     assert "classes have changed" in resume_with(rename, True)
+
+
+def test_a_refusal_changes_no_checkpoint(resume_with, refused, tmp_path):
+    def files() -> dict[str, bytes]:
+        return {
+            str(path): path.read_bytes() for path in (tmp_path / "run" / "checkpoints").rglob("*") if path.is_file()
+        }
+
+    before = files()
+    assert len(before) > 1
+    words = "data.limit_train=100"  # other data of another size would convert the checkpoint
+    assert refused(lambda: resume_with(add_class, True, words)) == [("data.dataset", "conflict")]
+    assert files() == before
+    assert "images in batches of" in resume_with(lambda data: data, True, words)
+    assert files() != before
 
 
 @pytest.mark.parametrize("change", [change_one_label, change_images])
