@@ -88,7 +88,8 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
 
 
 OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|_STATUS_ALLOC_FAILED", re.IGNORECASE)
-"""How the allocators of PyTorch's devices, and NVIDIA's libraries, say that their memory is full."""
+"""How the allocators of PyTorch's devices, and NVIDIA's libraries, say that their memory is full. Accelerate's list
+also holds an error of cuDNN with other causes, and lacks the error of the CUDA driver."""
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:

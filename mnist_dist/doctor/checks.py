@@ -194,12 +194,10 @@ def check_gpus(ranks: Ranks) -> Findings:
     if not any(results.values()):
         yield Finding(OK, "no NVIDIA GPU")
         return
-    for reason in dict.fromkeys(result["unused"] for result in results.values() if "unused" in result):
-        ranks_without = format_ranks(rank for rank, result in results.items() if result.get("unused") == reason)
-        yield Finding(WARN, f"an NVIDIA GPU is not used: {reason}", ranks_without)
     known = {rank: result for rank, result in results.items() if "driver" in result}
-    for problem in dict.fromkeys(result["problem"] for result in results.values() if "problem" in result):
-        yield Finding(NOTE, problem, format_ranks(r for r, each in results.items() if each.get("problem") == problem))
+    for key, verdict in (("unused", WARN), ("problem", NOTE)):
+        for text in dict.fromkeys(result[key] for result in results.values() if key in result):
+            yield Finding(verdict, text, format_ranks(r for r, each in results.items() if each.get(key) == text))
     faults = {
         (WARN, "uncorrected ECC errors since the driver was loaded"): [r for r in known if known[r]["ecc_errors"]],
         (WARN, "memory pages wait for their replacement: reset the GPU"): [r for r in known if known[r]["needs_reset"]],

@@ -30,7 +30,7 @@ def query_gpu(device: torch.device) -> dict[str, Any]:
     If the rank uses the CPU although its machine has a GPU, returns the reason as `unused`.
     """
     if reason := unused_gpu(device):
-        return {"unused": reason}
+        return {"unused": f"an NVIDIA GPU is not used: {reason}"}
     if device.type != "cuda" or torch.version.hip:
         return {}
     command = ["nvidia-smi", f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits"]

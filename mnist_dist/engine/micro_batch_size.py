@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from accelerate.utils import find_executable_batch_size, gather_object
 
 from mnist_dist.data import EpochPlan
+from mnist_dist.engine.shares import largest_share
 from mnist_dist.engine.train_step import TrainStep
 
 
@@ -15,7 +16,7 @@ def find_micro_batch_size(step: TrainStep, plan: EpochPlan) -> int:
     Starts with the largest share of a batch and halves it until it fits. Leaves weights, buffers and gradients
     unchanged. Collective: call on every rank.
     """
-    share = -(-step.batches.batch_size // step.accelerator.num_processes)
+    share = largest_share(step.batches.batch_size, step.accelerator.num_processes)
     batch = step.load(plan, 0)
 
     def halve() -> int:

@@ -35,6 +35,11 @@ class Shares:
         return self.own(size)
 
 
+def largest_share(batch_size: int, pieces: int) -> int:
+    """Returns the size of the largest piece of a batch that is divided among processes or logical shards."""
+    return -(-batch_size // pieces)
+
+
 def count_micro_batches(largest_share: int, micro_batch_size: int | None) -> int:
     """Returns the number of micro-batches per process for a batch whose largest share has `largest_share` samples."""
     return -(-largest_share // (micro_batch_size or largest_share))

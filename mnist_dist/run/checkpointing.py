@@ -59,8 +59,7 @@ class Checkpointer:
         self._is_main = components.accelerator.is_main_process
         self._writer = Writer(components.accelerator.device)
         self._data = identify_data(components.update.data)
-        about = components.describe_weights(recipe) if self._is_main else {}
-        self._about = about | {"data": self._data["digest"]}
+        self._about = components.describe_weights(recipe) | {"data": self._data["digest"]} if self._is_main else {}
         self._shard_group: Any = None  # the process group of the ranks' threads, if the state is sharded
         if any(is_sharded(parameter) for parameter in components.module.parameters()):
             run_on_all_ranks(self._state, self._check_disk)

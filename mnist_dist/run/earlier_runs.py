@@ -17,7 +17,7 @@ from mnist_dist.models import CodeRefused
 from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.folder import RunFolder
 from mnist_dist.run.reader import Run, load_run
-from mnist_dist.run.text_output import printable
+from mnist_dist.run.text_output import listed, printable
 
 # --- initial weights ----------------------------------------------------------------------------------------------
 
@@ -45,12 +45,12 @@ def load_initial_weights(recipe: Recipe, module: nn.Module) -> list[str]:
     left, unused = ([name for name in names if name not in fitting] for names in (own, given))
     frozen = [name for name in left if name in parameters and not parameters[name].requires_grad]
     if frozen:
-        message = f"{path} ({origin}) lacks {_listed(frozen)}; model.freeze would keep their random values"
+        message = f"{path} ({origin}) lacks {listed(frozen, 6)}; model.freeze would keep their random values"
         raise _refusal(recipe, message, "conflict")
     module.load_state_dict({name: given[name] for name in fitting}, strict=False)
     notes = [f"{len(fitting)} of {len(own)} tensors were copied from {path} ({origin})"]
-    notes += [f"randomly initialized: {_listed(left)}"] if left else []
-    notes += [f"not used: {_listed(unused)}"] if unused else []
+    notes += [f"randomly initialized: {listed(left, 6)}"] if left else []
+    notes += [f"not used: {listed(unused, 6)}"] if unused else []
     return ["; ".join(notes)]
 
 
@@ -98,8 +98,8 @@ def load_teachers(recipe: Recipe, data: Images, allow_code: Iterable[str] = ()) 
                 advice += f": launch/reproduce.sh {recipe.name}"
             raise RecipeError([recipe.problem("distill.from", f"{error}\n{advice}", kind)]) from error
         if known != data.classes:
-            message = f"{folder} knows {len(known)} classes ({_listed(list(known), 10)}), {recipe.data.dataset} has "
-            message += f"{len(data.classes)} ({_listed(list(data.classes), 10)})"
+            message = f"{folder} knows {len(known)} classes ({listed(list(known), 10)}), {recipe.data.dataset} has "
+            message += f"{len(data.classes)} ({listed(list(data.classes), 10)})"
             raise RecipeError([recipe.problem("distill.from", message, "conflict")])
         if teacher.shape != data.shape:
             message = f"{folder} takes images of {describe_shape(teacher.shape)}, {recipe.data.dataset} has "
@@ -107,7 +107,3 @@ def load_teachers(recipe: Recipe, data: Images, allow_code: Iterable[str] = ()) 
             raise RecipeError([recipe.problem("distill.from", message, "conflict")])
         teachers.append(teacher)
     return teachers
-
-
-def _listed(names: list[str], most: int = 6) -> str:
-    return ", ".join(map(printable, names[:most])) + (f" and {len(names) - most} more" if names[most:] else "")

@@ -31,6 +31,7 @@ from mnist_dist.run.kernels import set_determinism, set_kernels
 from mnist_dist.run.model_trial import copy_of, to_device
 from mnist_dist.run.plan import identify_data
 from mnist_dist.run.reader import Run
+from mnist_dist.run.text_output import listed
 
 CALIBRATION_BINS = 15
 """Bins of equal width, as in Guo et al., "On Calibration of Modern Neural Networks", ICML 2017."""
@@ -99,8 +100,8 @@ def fit_to_network(recipe: Recipe, data: Images, run: Run) -> tuple[Images, list
     known, name, notes = tuple(run.about["classes"]), recipe.data.dataset, []
     if unknown := [each for each in data.classes if each not in known]:
         if name not in SHAPES or len(known) != len(data.classes):
-            message = f"{name} has {len(data.classes)} classes, and the network does not know {_listed(unknown)}; "
-            raise _conflict(f"{message}it knows {len(known)}: {_listed(known)}")
+            message = f"{name} has {len(data.classes)} classes, and the network does not know {listed(unknown)}; "
+            raise _conflict(f"{message}it knows {len(known)}: {listed(known)}")
         notes.append(f"the classes of {name} have other names than the network's: they were compared by position")
     else:
         positions = torch.tensor([known.index(each) for each in data.classes], device=data.labels.device)
@@ -117,10 +118,6 @@ def fit_to_network(recipe: Recipe, data: Images, run: Run) -> tuple[Images, list
 
 def _conflict(message: str) -> RecipeError:
     return RecipeError([Problem("command line", "data.dataset", message, "conflict")])
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if names[8:] else "")
 
 
 def evaluate_run(run: Run, recipe: Recipe, data: Images, *, mirrored: bool = False) -> Evaluation:

@@ -6,10 +6,12 @@ import errno
 from pathlib import Path
 
 from mnist_dist.distributed.devices import device_name
+from mnist_dist.engine.shares import largest_share
 from mnist_dist.engine.train_step import NotFinite
 from mnist_dist.errors import first_line, is_out_of_memory
 from mnist_dist.recipe.schema import Recipe
 from mnist_dist.run.components import TrainingComponents
+from mnist_dist.run.text_output import listed
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 """Error numbers of a disk that is full, read-only or broken: the user needs a message, not a traceback."""
@@ -39,8 +41,8 @@ def _describe_nonfinite(step: int, components: TrainingComponents) -> list[str]:
     lines = [f"the gradient of step {step} (epoch {epoch}, batch {index}) is not finite; the update was skipped"]
     offending_samples = components.update.offending_samples(step)
     for rank, samples in offending_samples:
-        listed = ", ".join(map(str, samples[:10])) + (f" and {len(samples) - 10} more" if samples[10:] else "")
-        lines.append(f"rank {rank}: the loss of training samples {listed} is not finite")
+        named = listed(list(map(str, samples)), 10)
+        lines.append(f"rank {rank}: the loss of training samples {named} is not finite")
     if not offending_samples:
         lines.append("each sample alone has a finite loss; the loss or the gradient of the batch is not finite")
     return [*lines, "try a lower optimizer.lr, clip_grad_norm=1 or on_nonfinite=skip"]
@@ -49,7 +51,7 @@ def _describe_nonfinite(step: int, components: TrainingComponents) -> list[str]:
 def _describe_memory(error: BaseException, recipe: Recipe, components: TrainingComponents, step: int) -> list[str]:
     """Returns which rank has not enough memory, for how many images, and a remedy."""
     state = components.accelerator.state
-    size = -(-recipe.batch_size // state.num_processes)
+    size = largest_share(recipe.batch_size, recipe.logical_shards or state.num_processes)
     if isinstance(recipe.micro_batch_size, int):
         size = min(size, recipe.micro_batch_size)
     smaller = f"micro_batch_size={size // 2}, " if size > 1 else ""

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from mnist_dist.data import Dataset, Images, derive_seed, describe_shape
 from mnist_dist.distributed.launcher import asks_for_fsdp
-from mnist_dist.engine.shares import count_micro_batches
+from mnist_dist.engine.shares import count_micro_batches, largest_share
 from mnist_dist.errors import RecipeError
 from mnist_dist.models import build_model
 from mnist_dist.recipe.checks import check_freeze
@@ -25,6 +25,7 @@ from mnist_dist.run.model_trial import (
     micro_batch_effects,
     try_network,
 )
+from mnist_dist.run.text_output import listed
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def prepare_model(
     if trial.without_gradient and every_parameter:
         message = (
             f"{recipe.model.name} does not use all its parameters in every step; no gradient for "
-            f"{_listed(trial.without_gradient)}\nwith {world_size} processes, set ddp.find_unused_parameters=true, or "
+            f"{listed(trial.without_gradient)}\nwith {world_size} processes, set ddp.find_unused_parameters=true, or "
             "remove these parameters"
         )
         raise RecipeError([recipe.problem("ddp.find_unused_parameters", message, "conflict")])
@@ -116,7 +117,7 @@ def _build(recipe: Recipe, dataset: Dataset, device: torch.device) -> tuple[nn.M
         torch.set_default_dtype(dtype)  # a user's own class may set it for the process, and the images are float32
     if new := sorted(module.state_dict().keys() - names):
         message = (
-            f"{name} creates {_listed(new)} in its first forward pass, so its weights could not be loaded again\n"
+            f"{name} creates {listed(new)} in its first forward pass, so its weights could not be loaded again\n"
             "create these layers in __init__; lazy layers such as nn.LazyLinear take their size from the first images"
         )
         raise RecipeError([recipe.problem("model.name", message, "model")])
@@ -143,7 +144,7 @@ def _notes(recipe: Recipe, trial: Trial, output: torch.Tensor) -> list[str]:
             f"{trial.layout_failure}"
         )
     if trial.without_gradient:
-        notes.append(f"{name}: no gradient for {_listed(trial.without_gradient)}; these parameters do not train")
+        notes.append(f"{name}: no gradient for {listed(trial.without_gradient)}; these parameters do not train")
     if _are_probabilities(output.float()):
         notes.append(f"{name}: the outputs are probabilities, but the loss expects logits; remove the softmax")
     if trial.blind_region:
@@ -153,7 +154,7 @@ def _notes(recipe: Recipe, trial: Trial, output: torch.Tensor) -> list[str]:
 
 def _micro_batch_notes(recipe: Recipe, module: nn.Module, data: Images, world_size: int) -> list[str]:
     """Returns a note if the run splits its batches into micro-batches and that changes the result."""
-    size, share = recipe.micro_batch_size, -(-recipe.batch_size // (recipe.logical_shards or world_size))
+    size, share = recipe.micro_batch_size, largest_share(recipe.batch_size, recipe.logical_shards or world_size)
     # Whether `auto` splits the batches depends on the memory, which is not known here.
     if size is None or (isinstance(size, int) and count_micro_batches(share, size) == 1):
         return []
@@ -164,10 +165,6 @@ def _micro_batch_notes(recipe: Recipe, module: nn.Module, data: Images, world_si
     if not effects:
         return []
     return [f"micro_batch_size: the result depends on it, because {recipe.model.name} {' and '.join(effects)}"]
-
-
-def _listed(names: list[str], most: int = 8) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")
 
 
 def _freeze(recipe: Recipe, module: nn.Module) -> None:

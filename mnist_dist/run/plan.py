@@ -10,6 +10,7 @@ from mnist_dist.data import Images
 from mnist_dist.engine.schedules import Schedule, build_schedule
 from mnist_dist.errors import Problem, RecipeError
 from mnist_dist.recipe.schema import Recipe
+from mnist_dist.run.text_output import listed
 
 
 @dataclass(frozen=True)
@@ -147,9 +148,7 @@ def compare_data(recipe: Recipe, data: Images, checkpoint: dict[str, Any], allow
     step = f"the checkpoint at step {checkpoint['progress']['step']:,}"
     if old["classes"] == new["classes"]:
         return [f"the training images or their labels have changed since {step}; the run continues with the new ones"]
-    before, now = (
-        f"{len(each)} ({', '.join(each[:8])}{', …' * (len(each) > 8)})" for each in (old["classes"], data.classes)
-    )
+    before, now = (f"{len(each)} ({listed(each)})" for each in (old["classes"], data.classes))
     message = f"the classes have changed since {step}: it has {before}, the data now has {now}"
     if allow_change and len(old["classes"]) == len(data.classes):
         return [f"{message}; the run continues with the new ones"]

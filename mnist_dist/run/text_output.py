@@ -88,3 +88,8 @@ def fill_between_marks(
             return "".join([*pieces, content[end:]])
     message = f"{path} lacks the two lines between which the table is written: {marks[0]} and {marks[1]}"
     raise RecipeError([Problem("command line", "--markdown", message, "missing")])
+
+
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """Returns the first names as printable text, and how many more there are."""
+    return ", ".join(map(printable, names[:most])) + (f" and {len(names) - most} more" if names[most:] else "")

@@ -146,9 +146,6 @@ def test_micro_batch_size_auto_halves_until_it_fits_and_prints_the_size(tmp_path
 
 
 def test_micro_batch_size_auto_is_refused_if_not_one_image_fits(tmp_path, refused, monkeypatch):
-    monkeypatch.setattr("mnist_dist.run.build.find_micro_batch_size", lambda step, plan: find_none(step, plan))
-    recipe = load_recipe("lenet5", *WORDS, "model.name=lenet5", "micro_batch_size=auto")
-
     def find_none(step, plan):
         def full(*arguments, **keywords):
             raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -156,6 +153,8 @@ def test_micro_batch_size_auto_is_refused_if_not_one_image_fits(tmp_path, refuse
         step.module.forward = full
         return find_micro_batch_size(step, plan)
 
+    monkeypatch.setattr("mnist_dist.run.build.find_micro_batch_size", find_none)
+    recipe = load_recipe("lenet5", *WORDS, "micro_batch_size=auto")
     assert refused(lambda: train(recipe, tmp_path / "run")) == [("micro_batch_size", "unsupported")]
 
 
