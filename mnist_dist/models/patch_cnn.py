@@ -27,7 +27,8 @@ class PatchCNN(nn.Module):
     Args:
         num_classes: number of classes.
         in_channels, image_size: channels, and height and width, of the images.
-        patch: side of a patch in pixels, which divides both sides of the image; 1 leaves the image unchanged.
+        margin: pixels that are cut off at each border of the image, for images whose borders show nothing.
+        patch: side of a patch in pixels, which divides both sides of what is left; 1 leaves it unchanged.
         whitening: side in pixels of the patches that the fixed layer transforms; 0 for no such layer.
         widths: channels of each convolution.
         pooled: positions in `widths`, from 0, of the convolutions that are max-pooled over 2×2.
@@ -37,8 +38,9 @@ class PatchCNN(nn.Module):
         dropout: dropout rate before the linear layer.
 
     Raises:
-        ValueError: a size is below 1, the patches do not cover the image, the patches of `whitening` are larger than
-            the image, the convolutions leave nothing of the image, the head is unknown, or dropout is outside [0, 1).
+        ValueError: a size is below 1, the margins or the convolutions leave nothing of the image, the patches do not
+            cover the image, the patches of `whitening` are larger than the image, the head is unknown, or dropout is
+            outside [0, 1).
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class PatchCNN(nn.Module):
         num_classes: int = 10,
         in_channels: int = 1,
         image_size: tuple[int, int] = (28, 28),
+        margin: int = 0,
         patch: int = 2,
         whitening: int = 0,
         widths: tuple[int, ...] = (32, 64),
@@ -60,11 +63,13 @@ class PatchCNN(nn.Module):
             raise ValueError(f"head must be flatten, mean or max, not {head!r}")
         sizes = {f"widths[{position}]": width for position, width in enumerate(widths)}
         require_positive(num_classes=num_classes, patch=patch, **sizes)
-        if image_size[0] % patch or image_size[1] % patch:
-            covered = f"{image_size[0]}×{image_size[1]}"
-            raise ValueError(f"patch: patches of {patch}×{patch} pixels do not cover an image of {covered}")
-        self.patch, self.pooled, self.head, channels = patch, frozenset(pooled), head, patch * patch * in_channels
-        height, wide = image_size[0] // patch, image_size[1] // patch
+        if not 0 <= 2 * margin < min(image_size):
+            raise ValueError(f"margin must be from 0 to {(min(image_size) - 1) // 2} pixels, not {margin}")
+        height, wide = (side - 2 * margin for side in image_size)
+        if height % patch or wide % patch:
+            raise ValueError(f"patch: patches of {patch}×{patch} pixels do not cover an image of {height}×{wide}")
+        self.margin, self.patch, self.pooled, self.head = margin, patch, frozenset(pooled), head
+        channels, height, wide = patch * patch * in_channels, height // patch, wide // patch
         self.stem: nn.Module = nn.Identity()
         if not 0 <= whitening <= min(height, wide):
             raise ValueError(f"whitening must be a patch's side from 0 to {min(height, wide)} pixels, not {whitening}")
@@ -83,6 +88,8 @@ class PatchCNN(nn.Module):
         self.classifier = nn.Sequential(Dropout(dropout), nn.Linear(channels * positions, num_classes))
 
     def forward(self, images: Tensor) -> Tensor:
+        if self.margin:
+            images = images[..., self.margin : -self.margin, self.margin : -self.margin]
         features = self.stem(F.pixel_unshuffle(images, self.patch))
         for position, (convolution, norm) in enumerate(zip(self.convolutions, self.norms, strict=True)):
             features = convolution(features)

@@ -94,6 +94,14 @@ def test_the_heads_of_patch_cnn_give_the_linear_layer_every_value_or_one_per_cha
     assert largest.classifier[1].in_features == mean.classifier[1].in_features == 64
 
 
+def test_the_margin_of_patch_cnn_is_cut_off():
+    cut = build_model("patch_cnn", image_size=(28, 24), margin=2).eval()
+    inner = build_model("patch_cnn", image_size=(24, 20)).eval()
+    inner.load_state_dict(cut.state_dict())
+    pictures = torch.rand(4, 1, 28, 24, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(cut(pictures), inner(pictures[..., 2:26, 2:22]))
+
+
 def test_the_whitening_of_patch_cnn_is_fixed_and_gives_inputs_that_are_hardly_correlated():
     network = build_model("patch_cnn", in_channels=3, image_size=(32, 32), patch=1, whitening=2, padding=1)
     transform = network.stem[0]
@@ -128,6 +136,9 @@ def test_the_whitening_of_patch_cnn_is_fixed_and_gives_inputs_that_are_hardly_co
         ("patch_cnn", {"widths": (8, 0)}, "widths"),
         ("patch_cnn", {"patch": 0}, "patch"),
         ("patch_cnn", {"patch": 5}, "patch"),
+        ("patch_cnn", {"margin": -1}, "margin.*from 0 to 13"),
+        ("patch_cnn", {"margin": 14}, "margin.*from 0 to 13"),
+        ("patch_cnn", {"margin": 1, "patch": 4}, "patch.*26×26"),
         ("patch_cnn", {"whitening": -1}, "whitening.*from 0 to 14"),
         ("patch_cnn", {"whitening": 15}, "whitening.*from 0 to 14"),
         ("patch_cnn", {"widths": (8, 8, 8, 8)}, "widths"),
