@@ -40,7 +40,7 @@ def test_each_seed_is_the_run_that_train_makes(short_reference, tmp_path, words)
         expected.append(summary["eval.last.accuracy"])
     assert list(result["ours"]["accuracy"]["each"]) == expected
     assert len(set(expected)) > 1
-    assert result["parameters"] == 22_346
+    assert result["parameters"] == 25_546
 
 
 def test_the_summary_has_mean_deviation_and_number_of_seeds(short_reference):
