@@ -9,6 +9,7 @@ last line and exit with code 1. `accelerate launch --quiet` does not reach that 
 import atexit
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -32,12 +33,12 @@ HEAD_SECONDS, NOTE_SECONDS = 60.0, 10.0
 """The rendezvous is tried for the first time, as torchrun does; a note is printed after the second."""
 
 ROUTINE = {
-    "agent.server.api": "Received %s death signal",
-    "multiprocessing.api": "Sending process %s closing signal",
     # Of two agents that end, the one without the store finds it closed.
-    "rendezvous.dynamic_rendezvous": "The node '%s' has failed to shutdown the rendezvous",
+    "agent.server.api": r"Received \S+ death signal|Got termination signal|Error waiting on exit barrier",
+    "multiprocessing.api": r"Sending process \S+ closing signal",
+    "rendezvous.dynamic_rendezvous": r"The node '.*' has failed to shutdown the rendezvous",
 }
-"""Logger below torch.distributed.elastic -> start of a warning that each ordinary end prints once per process."""
+"""Logger below torch.distributed.elastic -> pattern of the warnings that an ordinary end may print."""
 
 
 def restart_as_the_exit_code_says() -> None:
@@ -181,9 +182,9 @@ def main() -> int:
 
     if own:
         del os.environ[variable]  # torch has read it; the training processes keep their warnings
-    for name, start in ROUTINE.items():
+    for name, pattern in ROUTINE.items():
         logger = logging.getLogger(f"torch.distributed.elastic.{name}")
-        logger.addFilter(lambda record, start=start: not str(record.msg).startswith(start))
+        logger.addFilter(lambda record, pattern=pattern: not re.match(pattern, record.getMessage()))
     sys.tracebacklimit = 0
     if endpoint() and not wait_for_rendezvous(endpoint()):
         return report_lost_head()

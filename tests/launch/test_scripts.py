@@ -161,6 +161,13 @@ def test_a_launcher_that_is_stopped_ends_with_75_and_the_line_of_the_trainer(tmp
     assert "checkpoint saved at step" in output.splitlines()[-1]
 
 
+def torchrun(program, training):
+    """Returns the command that runs `training` in one process by the torchrun that `program` has changed."""
+    words = ["torchrun", "--nnodes", "1:1", "--nproc_per_node", "1", "--rdzv_backend", "c10d"]
+    words += ["--rdzv_endpoint", f"127.0.0.1:{free_port()}", training]
+    return [sys.executable, program, LAUNCH / "accelerate/launch.py", *words]
+
+
 STORE_THAT_NEVER_ANSWERS = """
 import runpy, sys
 from torch.distributed.elastic.rendezvous import dynamic_rendezvous
@@ -181,15 +188,35 @@ def test_a_launcher_that_is_stopped_does_not_wait_for_a_call_of_the_rendezvous(t
     program, training = tmp_path / "program.py", tmp_path / "training.py"
     program.write_text(STORE_THAT_NEVER_ANSWERS)
     training.write_text("import time; print('started', flush=True); time.sleep(600)")
-    words = ["torchrun", "--nnodes", "1:1", "--nproc_per_node", "1", "--rdzv_backend", "c10d"]
-    words += ["--rdzv_endpoint", f"127.0.0.1:{free_port()}", training]
     signals = "SIGTERM,SIGINT,SIGUSR1"
-    command = [sys.executable, program, LAUNCH / "accelerate/launch.py", *words]
-    with started(*command, PET_SIGNALS_TO_HANDLE=signals, PATH=INSTALLED) as process:
+    with started(*torchrun(program, training), PET_SIGNALS_TO_HANDLE=signals, PATH=INSTALLED) as process:
         while "started" not in (line := process.stdout.readline()):
             assert line, "the launcher has ended"
         process.send_signal(signal.SIGUSR1)
         assert finish(process, expected=75) == ""
+
+
+STORE_THAT_IS_GONE = """
+import runpy, sys
+from torch.distributed.elastic.agent.server import api
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError, dynamic_rendezvous
+
+def fail(*_, **__):
+    raise RendezvousConnectionError("the store is gone")
+
+api.store_util.barrier = fail
+dynamic_rendezvous.DynamicRendezvousHandler._close = fail
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_launcher_whose_processes_are_done_does_not_complain_that_the_other_machine_has_ended(tmp_path):
+    program, training = tmp_path / "program.py", tmp_path / "training.py"
+    program.write_text(STORE_THAT_IS_GONE)
+    training.write_text("print('trained', flush=True)")
+    with started(*torchrun(program, training), PATH=INSTALLED) as process:
+        assert finish(process, expected=0) == "trained\n"
 
 
 def test_a_launcher_that_is_stopped_before_it_has_started_a_process_ends_with_75(tmp_path):
