@@ -25,7 +25,7 @@ from tests.cluster.undisturbed import train_undisturbed
 
 ROOT = Path(__file__).parents[2]
 
-EPOCHS, STEPS_PER_EPOCH = 10, 16
+EPOCHS, STEPS_PER_EPOCH = 40, 16
 STEPS = EPOCHS * STEPS_PER_EPOCH
 WORDS = [
     *("--recipe", "lenet5", "data.dataset=synthetic", "data.limit_train=1024", "data.limit_test=128", "batch_size=64"),
@@ -126,7 +126,8 @@ STOP = re.compile(r"stop requested; checkpoint saved at step ([\d,]+)\.")
 def preempt(cluster: Cluster, run_dir: Path, moments: list[str], seed: int) -> list[str]:
     """Preempts one job at random moments and lets it end; returns what each of its attempts has printed."""
     chance, log = random.Random(seed), run_dir.with_suffix(".log")
-    steps = iter(sorted(chance.sample(range(8, STEPS - STEPS_PER_EPOCH), moments.count("step"))))
+    # A signal takes a second to arrive, in which a fast machine makes a hundred steps.
+    steps = iter(sorted(chance.sample(range(8, STEPS // 2), moments.count("step"))))
     job = train(cluster, run_dir, words=[*WORDS, "tracking.plots=true"])  # pictures make the end of the run longer
 
     def attempts() -> list[str]:
@@ -144,7 +145,8 @@ def preempt(cluster: Cluster, run_dir: Path, moments: list[str], seed: int) -> l
             begun = {"start": True, "step": "run folder" in text, "ending": f"epoch {EPOCHS}/{EPOCHS}" in text}
             return begun[moment] and step_of(run_dir) >= step
 
-        cluster.wait_for(lambda: cluster.state(job)["JobState"] == "RUNNING", f"attempt {number} of job {job}", 600)
+        facts = cluster.wait_for_state(job, "RUNNING", "COMPLETED", "FAILED", seconds=600)
+        assert facts["JobState"] == "RUNNING", f"job {job} ended before signal {number}\n{log.read_text()[-3000:]}"
         cluster.wait_for(is_reached, f"{moment}, step {step} or later")
         time.sleep(chance.uniform(0, LENGTHS[moment]))
         with suppress(subprocess.CalledProcessError):  # it has just ended
