@@ -83,7 +83,7 @@ class PatchCNN(nn.Module):
             step = 2 if position in self.pooled else 1
             channels, height, wide = width, (height + 2 * padding - 2) // step, (wide + 2 * padding - 2) // step
             if min(height, wide) < 1:
-                raise ValueError(f"widths: {position + 1} convolutions leave nothing of the image")
+                raise ValueError(f"widths[{position}]: this convolution leaves nothing of the image")
         positions = height * wide if head == "flatten" else 1
         self.classifier = nn.Sequential(Dropout(dropout), nn.Linear(channels * positions, num_classes))
 

@@ -141,7 +141,7 @@ def test_the_whitening_of_patch_cnn_is_fixed_and_gives_inputs_that_are_hardly_co
         ("patch_cnn", {"margin": 1, "patch": 4}, "patch.*26×26"),
         ("patch_cnn", {"whitening": -1}, "whitening.*from 0 to 14"),
         ("patch_cnn", {"whitening": 15}, "whitening.*from 0 to 14"),
-        ("patch_cnn", {"widths": (8, 8, 8, 8)}, "widths"),
+        ("patch_cnn", {"widths": (8, 8, 8, 8)}, r"widths\[2\]"),
         ("patch_cnn", {"head": "weighted"}, "head.*flatten.*max"),
         ("separable_cnn", {"widths": (8, 0)}, "widths"),
         ("separable_cnn", {"widths": (8,) * 6, "pooled": tuple(range(6))}, "pooled"),
