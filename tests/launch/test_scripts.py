@@ -161,15 +161,19 @@ def test_a_launcher_that_is_stopped_ends_with_75_and_the_line_of_the_trainer(tmp
     assert "checkpoint saved at step" in output.splitlines()[-1]
 
 
-def torchrun(program, training):
-    """Returns the command that runs `training` in one process by the torchrun that `program` has changed."""
+def torchrun(folder, change, training):
+    """Returns the command that executes the source `change`, then runs the source `training` by torchrun."""
+    program, script = folder / "program.py", folder / "training.py"
+    program.write_text(
+        f"import runpy, sys\n{change}\ndel sys.argv[0]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    script.write_text(training)
     words = ["torchrun", "--nnodes", "1:1", "--nproc_per_node", "1", "--rdzv_backend", "c10d"]
-    words += ["--rdzv_endpoint", f"127.0.0.1:{free_port()}", training]
+    words += ["--rdzv_endpoint", f"127.0.0.1:{free_port()}", script]
     return [sys.executable, program, LAUNCH / "accelerate/launch.py", *words]
 
 
 STORE_THAT_NEVER_ANSWERS = """
-import runpy, sys
 from torch.distributed.elastic.rendezvous import dynamic_rendezvous
 
 def run(context):
@@ -178,18 +182,15 @@ def run(context):
         store.set("heartbeat", "")
 
 dynamic_rendezvous._PeriodicTimer._run = staticmethod(run)
-del sys.argv[0]
-runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
 def test_a_launcher_that_is_stopped_does_not_wait_for_a_call_of_the_rendezvous(tmp_path):
     """Here the thread that calls the store never ends: Python's own exit would wait for it, or abort."""
-    program, training = tmp_path / "program.py", tmp_path / "training.py"
-    program.write_text(STORE_THAT_NEVER_ANSWERS)
-    training.write_text("import time; print('started', flush=True); time.sleep(600)")
+    training = "import time; print('started', flush=True); time.sleep(600)"
+    command = torchrun(tmp_path, STORE_THAT_NEVER_ANSWERS, training)
     signals = "SIGTERM,SIGINT,SIGUSR1"
-    with started(*torchrun(program, training), PET_SIGNALS_TO_HANDLE=signals, PATH=INSTALLED) as process:
+    with started(*command, PET_SIGNALS_TO_HANDLE=signals, PATH=INSTALLED) as process:
         while "started" not in (line := process.stdout.readline()):
             assert line, "the launcher has ended"
         process.send_signal(signal.SIGUSR1)
@@ -197,7 +198,6 @@ def test_a_launcher_that_is_stopped_does_not_wait_for_a_call_of_the_rendezvous(t
 
 
 STORE_THAT_IS_GONE = """
-import runpy, sys
 from torch.distributed.elastic.agent.server import api
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError, dynamic_rendezvous
 
@@ -206,16 +206,12 @@ def fail(*_, **__):
 
 api.store_util.barrier = fail
 dynamic_rendezvous.DynamicRendezvousHandler._close = fail
-del sys.argv[0]
-runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
 def test_a_launcher_whose_processes_are_done_does_not_complain_that_the_other_machine_has_ended(tmp_path):
-    program, training = tmp_path / "program.py", tmp_path / "training.py"
-    program.write_text(STORE_THAT_IS_GONE)
-    training.write_text("print('trained', flush=True)")
-    with started(*torchrun(program, training), PATH=INSTALLED) as process:
+    command = torchrun(tmp_path, STORE_THAT_IS_GONE, "print('trained', flush=True)")
+    with started(*command, PATH=INSTALLED) as process:
         assert finish(process, expected=0) == "trained\n"
 
 
